@@ -1,0 +1,76 @@
+"""The four constraints: their value at a position and its derivative.
+
+Stage: safety logits ``z [N, K]`` (and the row's log-sum-exp) → ``C [N]``, ``∂C/∂z [N, K]``,
+``∂C/∂lse [N]``. Formulas: the table of ``SafetyConstraint``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.options import SafetyConstraint
+
+
+class ConstraintTerms(NamedTuple):
+    """A constraint at N positions.
+
+    ``value [N]``; ``d_logits [N, K]`` its derivative by the safety logits; ``d_lse [N]`` its
+    derivative by the log-sum-exp, or None where the kind does not read it.
+    """
+
+    value: Tensor
+    d_logits: Tensor
+    d_lse: Tensor | None
+
+
+def needs_lse(safety: SafetyConstraint) -> bool:
+    """Whether the constraint reads the log-sum-exp, and so the whole vocabulary of its rows."""
+    return safety.kind == "logprob"
+
+
+def constraint_terms(
+    safety: SafetyConstraint, logits: Tensor, reference: Tensor, lse: Tensor | None = None
+) -> ConstraintTerms:
+    """Value and derivatives of the constraint.
+
+    Args:
+        safety: which constraint.
+        logits: ``[N, K]`` safety logits, fp32 or fp64.
+        reference: ``[N, K]`` or ``[K]``, logits (log-probabilities for ``logprob``).
+        lse: ``[N]`` log-sum-exp over the vocabulary; only ``logprob`` reads it.
+    """
+    reference = reference.to(logits.dtype).expand_as(logits)
+    weights = _weights_like(safety, logits)
+    if safety.kind == "kl":
+        return _kl(safety.temperature, logits, reference, weights)
+    weights = weights / len(safety.token_ids)
+    if safety.kind == "mse":
+        distance = logits - reference
+    elif safety.kind == "floor":
+        # clamp would turn the NaN of a broken position into a gradient of zero; minimum keeps it
+        distance = torch.minimum(logits - (reference - safety.margin), logits.new_zeros(()))
+    else:
+        distance = logits - lse[:, None] - reference
+    value = (weights * distance.square()).sum(-1)
+    d_logits = 2.0 * weights * distance
+    return ConstraintTerms(value, d_logits, -d_logits.sum(-1) if needs_lse(safety) else None)
+
+
+def _weights_like(safety: SafetyConstraint, logits: Tensor) -> Tensor:
+    if safety.token_weights is None:
+        return logits.new_ones(len(safety.token_ids))
+    return logits.new_tensor(safety.token_weights)
+
+
+def _kl(temperature: float, logits: Tensor, reference: Tensor, weights: Tensor) -> ConstraintTerms:
+    """PACT's subset KL, ``τ² KL(q ‖ softmax_S(z/τ))``; its derivative is ``τ (softmax_S - q)``."""
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    log_q = torch.log_softmax(reference / temperature + weights.log(), dim=-1)
+    q = log_q.exp()
+    # a token of weight zero has q = 0 and log q = -inf: it adds nothing, not NaN
+    divergence = torch.where(q == 0, torch.zeros_like(q), q * (log_q - log_p)).sum(-1)
+    d_logits = temperature * (log_p.exp() - q)
+    return ConstraintTerms(temperature**2 * divergence, d_logits, None)

@@ -1,0 +1,337 @@
+"""`linear_cross_entropy`: validate, choose a backend, apply, reduce.
+
+Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → the loss. This is the one door
+to the fused operation; the patch of Hugging Face models comes through it too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from str_kernels import reference as oracle
+from str_kernels.autograd import FusedRows, RowInputs, Settings
+from str_kernels.backends.contract import Backend
+from str_kernels.backends.selection import select_backend
+from str_kernels.options import LossOptions, Reduction, SafetyConstraint
+from str_kernels.validation import validate_loss_inputs, validate_num_items
+
+_warned_filter = False
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """What the loss was made from; detached, fp32 (fp64 for fp64 inputs).
+
+    ``loss = cross_entropy + penalty``; both are reduced as the loss is, and ``penalty`` carries the
+    strength. ``lse [...]`` is NaN on positions that did not need the vocabulary, ``safety_logits
+    [..., K]`` (None without a constraint) on those that needed nothing at all. ``num_correct``:
+    labelled positions whose label has the largest logit, of ``num_labels``; both int64 scalars on
+    the device.
+    """
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    lse: Tensor
+    safety_logits: Tensor | None
+    num_correct: Tensor
+    num_labels: Tensor
+
+    @property
+    def token_accuracy(self) -> Tensor:
+        """Share of labelled positions predicted right; 0 where there is none."""
+        return self.num_correct / self.num_labels.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """Both loss terms of every position, differentiable, and their statistics; shapes ``[...]``."""
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    lse: Tensor
+    safety_logits: Tensor | None
+    correct: Tensor
+    entropy: Tensor | None
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    safety: SafetyConstraint | None = None,
+    reference: Tensor | None = None,
+    position_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    filter_eps: float | Literal["auto"] = "auto",
+    backend: str | Backend = "auto",
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, LossParts]:
+    """Cross-entropy of a linear head plus a safety-token constraint, logits never stored.
+
+    ``z = softcap · tanh(logit_scale · (H Wᵀ + b) / softcap)``, ``CE = -log softmax(z)[y]``, and ::
+
+        loss = (Σ CE + strength · Σ w · C) / n
+
+    with C of ``SafetyConstraint`` (arXiv 2604.17210), w the ``position_weights`` and n the number
+    of labelled positions or ``num_items_in_batch``. Differentiable once by ``hidden_states``,
+    ``weight`` and ``bias``; whichever does not require a gradient costs none.
+
+    Args:
+        hidden_states: ``[..., D]`` bf16, fp16, fp32 or fp64.
+        weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes.
+        labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
+        bias: ``[V]``.
+        safety: the constraint, or None.
+        reference: what the safety logits are held to, ``[..., K]`` or ``[K]``; a constant.
+        position_weights: w ``[...]``, finite and 0 or more; None: 1 where there is a label.
+        ignore_index: the label of positions without a target.
+        reduction: ``"mean"`` as above; ``"sum"`` without n; ``"none"`` gives ``CE + strength · w ·
+            C`` of every position, ``[...]``, each with its own upstream gradient.
+        num_items_in_batch: n, counted by the trainer over accumulation steps and processes.
+        logit_scale: factor of the logits, applied after the bias.
+        softcap: bound of the logits, applied last; in logit units.
+        label_smoothing: ε in ``(1 - ε) CE + ε · mean_v(lse - z_v)``; 0 to 1.
+        z_loss: ζ in ``+ ζ · lse²``; 0 or more.
+        filter_eps: largest softmax mass that a tile may be approximated at; 0.0 is exact, and in
+            this version every value is.
+        backend: ``"auto"``, ``"torch"``, ``"reference"`` (materialises) or a ``Backend``.
+        return_parts: also return ``LossParts``.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs): a scalar, or ``[...]`` for ``"none"``. With no label
+        at all it is a zero with zero gradients. NaN and inf in the inputs of a row show in it.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range, by name.
+    """
+    options = LossOptions(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        filter_eps=filter_eps,
+        safety=safety,
+    )
+    validate_num_items(num_items_in_batch, options)
+    rows = row_terms(
+        hidden_states,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+        backend=backend,
+    )
+    loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
+    return (loss, parts) if return_parts else loss
+
+
+def row_terms(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None = None,
+    reference: Tensor | None = None,
+    position_weights: Tensor | None = None,
+    backend: str | Backend = "auto",
+    entropy: bool = False,
+) -> RowTerms:
+    """Both terms of every position before any reduction; arguments as ``linear_cross_entropy``."""
+    validate_loss_inputs(
+        hidden_states,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+    )
+    _say_filter_is_exact(options)
+    flat = _autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
+    if reference is not None and reference.dim() > 1:
+        reference = reference.reshape(-1, reference.shape[-1])
+    if position_weights is not None:
+        position_weights = position_weights.reshape(-1)
+    constants = RowInputs(labels.reshape(-1).long(), reference, position_weights)
+    chosen = select_backend(backend, hidden_states.device).backend
+    # the casts are decided; inside, autocast would only round fp32 scratch blocks again
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if chosen is None:
+            rows = _dense_terms(flat, weight, bias, constants, options)
+        else:
+            settings = Settings(chosen, options, entropy)
+            rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
+    return _reshape(rows, labels.shape)
+
+
+def reduce_terms(
+    rows: RowTerms,
+    labels: Tensor,
+    options: LossOptions,
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> tuple[Tensor, LossParts]:
+    """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
+    num_labels = (labels != options.ignore_index).sum()
+
+    def reduce(terms: Tensor) -> Tensor:
+        if options.reduction == "none":
+            return terms
+        if options.reduction == "sum":
+            return terms.sum()
+        return _divide(
+            terms.sum(), num_labels if num_items_in_batch is None else num_items_in_batch
+        )
+
+    cross_entropy, penalty = reduce(rows.cross_entropy), reduce(rows.penalty)
+    parts = LossParts(
+        cross_entropy.detach(),
+        penalty.detach(),
+        rows.lse.detach(),
+        None if rows.safety_logits is None else rows.safety_logits.detach(),
+        rows.correct.sum(),
+        num_labels,
+    )
+    return cross_entropy + penalty, parts
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """``linear_cross_entropy`` with its settings fixed once; arguments and errors are the same.
+
+    >>> loss = LinearCrossEntropyLoss(softcap=30.0)(hidden_states, lm_head.weight, labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        safety: SafetyConstraint | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        filter_eps: float | Literal["auto"] = "auto",
+        backend: str | Backend = "auto",
+        return_parts: bool = False,
+    ) -> None:
+        """Check the settings now rather than at the first step."""
+        super().__init__()
+        settings = {
+            "safety": safety,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "filter_eps": filter_eps,
+        }
+        LossOptions(**settings)
+        select_backend(backend, torch.device("cpu"))
+        self._settings: dict[str, Any] = {
+            **settings,
+            "backend": backend,
+            "return_parts": return_parts,
+        }
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        reference: Tensor | None = None,
+        position_weights: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LossParts]:
+        """Compute the loss; see ``linear_cross_entropy``."""
+        return linear_cross_entropy(
+            hidden_states,
+            weight,
+            labels,
+            bias=bias,
+            reference=reference,
+            position_weights=position_weights,
+            num_items_in_batch=num_items_in_batch,
+            **self._settings,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
+
+
+def _autocast(hidden_states: Tensor) -> Tensor:
+    """Cast as ``F.linear`` would; fp64 stays, as autocast leaves it."""
+    device = hidden_states.device.type
+    if not torch.is_autocast_enabled(device) or hidden_states.dtype == torch.float64:
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device))
+
+
+def _dense_terms(
+    flat: Tensor, weight: Tensor, bias: Tensor | None, constants: RowInputs, options: LossOptions
+) -> RowTerms:
+    labels, reference, position_weights = constants
+    rows = oracle.dense_rows(
+        flat,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+    )
+    return RowTerms(
+        rows.cross_entropy, rows.penalty, rows.lse, rows.safety_logits, rows.correct, rows.entropy
+    )
+
+
+def _reshape(rows: RowTerms, shape: torch.Size) -> RowTerms:
+    def view(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.reshape(*shape, *values.shape[1:])
+
+    return RowTerms(
+        view(rows.cross_entropy),
+        view(rows.penalty),
+        view(rows.lse),
+        view(rows.safety_logits),
+        view(rows.correct),
+        view(rows.entropy),
+    )
+
+
+def _divide(total: Tensor, count: int | float | Tensor) -> Tensor:
+    """``total / count``; nothing to average over is a zero that stays attached to the graph."""
+    count = torch.as_tensor(count, device=total.device).reshape(())
+    return torch.where(count == 0, total * 0.0, total / torch.where(count == 0, 1, count))
+
+
+def _say_filter_is_exact(options: LossOptions) -> None:
+    global _warned_filter
+    if options.filter_eps not in ("auto", 0.0) and not _warned_filter:
+        _warned_filter = True
+        warnings.warn(
+            f"filter_eps={options.filter_eps}: this version has no filtered backward; "
+            "the exact one runs instead.",
+            stacklevel=4,
+        )

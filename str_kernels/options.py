@@ -1,0 +1,182 @@
+"""Settings of the loss: frozen, checked when they are built, and free of tensors.
+
+Symbols used everywhere in this project:
+
+====  =========================================================================
+N     positions (tokens) handed to the head, after flattening every leading dim
+V     rows of the head's weight, the vocabulary
+D     hidden size
+K     number of safety tokens, at most ``MAX_SAFETY_TOKENS``
+n     the denominator of the loss: labelled positions, or ``num_items_in_batch``
+====  =========================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+ConstraintKind = Literal["mse", "floor", "logprob", "kl"]
+Reduction = Literal["mean", "sum", "none"]
+
+MAX_SAFETY_TOKENS = 1024
+
+
+def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
+    """Return ``value`` as a float, or say why it is not one of the allowed numbers."""
+    rule = f"a finite number {'above' if strict else 'of at least'} {minimum:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: must be {rule}.")
+    if value < minimum or (strict and value == minimum):
+        raise ValueError(f"{name}={value!r}: must be {rule}.")
+    return float(value)
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _as_list(name: str, value: Any) -> list:
+    if hasattr(value, "tolist"):  # tensors and arrays, without importing their libraries
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r}: must be a sequence of numbers.")
+    return list(value)
+
+
+@dataclass(frozen=True)
+class SafetyConstraint:
+    """What is held in place while the model learns: the logits of K safety tokens.
+
+    With logits ``z``, reference ``r``, token weights ``ω`` and ``m = margin``, ``τ = temperature``,
+    a constrained position costs
+
+    ==========  =======================================  =======================
+    kind        C                                        reference r
+    ==========  =======================================  =======================
+    ``mse``     ``1/K Σ ω (z - r)²``                     logits
+    ``floor``   ``1/K Σ ω max(0, r - m - z)²``           logits
+    ``logprob`` ``1/K Σ ω (z - lse - r)²``               log-probabilities
+    ``kl``      ``τ² KL(q ‖ softmax_S(z/τ))``            logits
+    ==========  =======================================  =======================
+
+    where ``q ∝ ω · softmax_S(r/τ)`` and ``softmax_S`` runs over the safety tokens alone.
+    ``mse`` is Safety Token Regularization (arXiv 2604.17210), ``kl`` is PACT's (arXiv 2603.07445).
+
+    Args:
+        token_ids: K distinct rows of the head, 1 to 1024 of them.
+        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more.
+        kind: one of the table above.
+        token_weights: K non-negative numbers ω, not all zero; None for 1 each.
+        margin: how far below the reference ``floor`` lets a logit fall; 0 or more, logit units.
+        temperature: τ of ``kl``; above 0.
+
+    Raises:
+        ValueError: an argument outside these rules, or one that ``kind`` would ignore.
+    """
+
+    token_ids: tuple[int, ...]
+    strength: float
+    kind: ConstraintKind = "mse"
+    token_weights: tuple[float, ...] | None = None
+    margin: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check every field and freeze sequences into tuples."""
+        object.__setattr__(self, "token_ids", self._checked_ids())
+        object.__setattr__(self, "strength", _finite("strength", self.strength, minimum=0.0))
+        _choice("kind", self.kind, get_args(ConstraintKind))
+        object.__setattr__(self, "token_weights", self._checked_weights())
+        object.__setattr__(self, "margin", _finite("margin", self.margin, minimum=0.0))
+        temperature = _finite("temperature", self.temperature, minimum=0.0, strict=True)
+        object.__setattr__(self, "temperature", temperature)
+        if self.margin != 0.0 and self.kind != "floor":
+            raise ValueError(f"margin={self.margin}: only kind='floor' has one, not {self.kind!r}.")
+        if self.temperature != 1.0 and self.kind != "kl":
+            raise ValueError(
+                f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}."
+            )
+
+    def _checked_ids(self) -> tuple[int, ...]:
+        ids = _as_list("token_ids", self.token_ids)
+        if not 1 <= len(ids) <= MAX_SAFETY_TOKENS:
+            raise ValueError(
+                f"token_ids has {len(ids)} entries: must have 1 to {MAX_SAFETY_TOKENS}; "
+                "pass safety=None for no constraint."
+            )
+        for position, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"token_ids[{position}]={token!r}: must be an integer, 0 or more.")
+        if len(set(ids)) != len(ids):
+            twice = next(token for token in ids if ids.count(token) > 1)
+            raise ValueError(
+                f"token_ids holds {twice} {ids.count(twice)} times: every id may stand once; "
+                "use token_weights to weigh a token more."
+            )
+        return tuple(ids)
+
+    def _checked_weights(self) -> tuple[float, ...] | None:
+        if self.token_weights is None:
+            return None
+        weights = _as_list("token_weights", self.token_weights)
+        if len(weights) != len(self.token_ids):
+            raise ValueError(
+                f"token_weights has {len(weights)} entries: must have one for each of the "
+                f"{len(self.token_ids)} token_ids."
+            )
+        checked = tuple(
+            _finite(f"token_weights[{position}]", weight, minimum=0.0)
+            for position, weight in enumerate(weights)
+        )
+        if not any(checked):
+            raise ValueError("token_weights are all zero: at least one must be above 0.")
+        return checked
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Every setting of one fused loss that is not a tensor.
+
+    The logits are ``z = softcap · tanh(s / softcap)`` of ``s = logit_scale · (H Wᵀ + b)``; without
+    a softcap ``z = s``.
+    """
+
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    filter_eps: float | Literal["auto"] = "auto"
+    safety: SafetyConstraint | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field against its rule."""
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"ignore_index={self.ignore_index!r}: must be an integer.")
+        _choice("reduction", self.reduction, get_args(Reduction))
+        _finite("logit_scale", self.logit_scale, minimum=-math.inf)
+        if self.softcap is not None:
+            _finite("softcap", self.softcap, minimum=0.0, strict=True)
+        if _finite("label_smoothing", self.label_smoothing, minimum=0.0) > 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing!r}: must lie in [0, 1].")
+        _finite("z_loss", self.z_loss, minimum=0.0)
+        if (
+            self.filter_eps != "auto"
+            and not 0 <= _finite("filter_eps", self.filter_eps, minimum=0) < 1
+        ):
+            raise ValueError(f"filter_eps={self.filter_eps!r}: must be 'auto' or lie in [0, 1).")
+        if self.safety is not None and not isinstance(self.safety, SafetyConstraint):
+            raise ValueError(
+                f"safety={self.safety!r}: must be a SafetyConstraint or None; "
+                "SafetyTokens.constraint(strength) makes one."
+            )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the constraint can change the loss at all."""
+        return self.safety is not None and self.safety.strength > 0.0

@@ -1,0 +1,113 @@
+"""The oracle: every formula restated with the logits materialised and plain autograd.
+
+Obviously right rather than fast; runs in fp64 when its inputs are fp64. Tests and the `doctor`
+command compare the fused backends with it. It imports nothing of ours but the options.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from str_kernels.options import LossOptions, SafetyConstraint
+
+
+class DenseRows(NamedTuple):
+    """What the oracle knows of N positions: the two loss terms and what they were made from."""
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    lse: Tensor
+    label_logit: Tensor
+    safety_logits: Tensor | None
+    correct: Tensor
+    entropy: Tensor
+
+
+def dense_logits(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
+) -> Tensor:
+    """``z [N, V]`` in fp32 or fp64: product, bias, scale, softcap, in this order."""
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    logits = hidden_states.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    return logits
+
+
+def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -> Tensor:
+    """``C [N]`` from whole-vocabulary logits ``[N, V]``, formula by formula."""
+    ids = torch.tensor(safety.token_ids, device=logits.device)
+    z = logits[:, ids]
+    r = reference.to(z.dtype).expand_as(z)
+    omega = z.new_tensor(safety.token_weights or [1.0] * len(ids))
+    if safety.kind == "mse":
+        return (omega * (z - r) ** 2).mean(-1)
+    if safety.kind == "floor":
+        return (omega * torch.relu(r - safety.margin - z) ** 2).mean(-1)
+    if safety.kind == "logprob":
+        return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
+    q = omega * torch.softmax(r / safety.temperature, -1)
+    q = q / q.sum(-1, keepdim=True)
+    log_p = torch.log_softmax(z / safety.temperature, -1)
+    return safety.temperature**2 * (torch.xlogy(q, q) - q * log_p).sum(-1)
+
+
+def rows_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    reference: Tensor | None = None,
+    position_weights: Tensor | None = None,
+) -> DenseRows:
+    """Loss terms of N positions from their logits ``[N, V]``; labels ``[N]``, already shifted."""
+    labelled = labels != options.ignore_index
+    target = torch.where(labelled, labels, 0)
+    lse = torch.logsumexp(logits, dim=-1)
+    cross_entropy = F.cross_entropy(
+        logits, target, reduction="none", label_smoothing=options.label_smoothing
+    )
+    cross_entropy = cross_entropy + options.z_loss * lse**2
+    cross_entropy = torch.where(labelled, cross_entropy, 0.0)
+    safety_logits, penalty = None, torch.zeros_like(cross_entropy)
+    if options.safety is not None:
+        safety_logits = logits[:, torch.tensor(options.safety.token_ids, device=logits.device)]
+        weights = labelled if position_weights is None else position_weights
+        weights = weights.to(logits.dtype)
+        each = dense_penalty(options.safety, logits, reference)
+        penalty = torch.where(weights > 0, options.safety.strength * weights * each, 0.0)
+    label_logit = logits.gather(-1, target[:, None])[:, 0]
+    p = torch.softmax(logits, -1)
+    return DenseRows(
+        cross_entropy,
+        penalty,
+        lse.detach(),
+        label_logit.detach(),
+        None if safety_logits is None else safety_logits.detach(),
+        labelled & (label_logit >= logits.amax(-1)),
+        torch.special.entr(p).sum(-1).detach(),
+    )
+
+
+def dense_rows(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None = None,
+    reference: Tensor | None = None,
+    position_weights: Tensor | None = None,
+) -> DenseRows:
+    """Loss terms of N positions straight from hidden states ``[N, D]`` and weight ``[V, D]``."""
+    logits = dense_logits(hidden_states, weight, bias, options)
+    return rows_from_logits(
+        logits, labels, options, reference=reference, position_weights=position_weights
+    )
