@@ -1,0 +1,157 @@
+"""Models and tokenizers by name: a Hub id, a local folder, or a GGUF file.
+
+Code that comes with a model is never run: ``trust_remote_code`` is always False.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def load_model_and_tokenizer(
+    model: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None = None,
+    adapter: str | os.PathLike | None = None,
+    device: str = "auto",
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Load a causal language model, in eval mode, and its tokenizer with a padding token.
+
+    Args:
+        model: a Hub id, a folder that ``save_pretrained`` wrote, or a ``.gguf`` file.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; None keeps the
+            checkpoint's own (fp32 for GGUF, whose weights are dequantised).
+        adapter: a PEFT adapter, Hub id or folder, to put on the model.
+        device: a torch device name; ``"auto"`` takes the accelerator if there is one.
+
+    Raises:
+        ValueError: no such model or adapter, one that needs code of its own, an unknown dtype or
+            device.
+    """
+    target, torch_dtype = resolve_device(device), resolve_dtype(dtype)
+    source, gguf = _source("model", model)
+    if adapter is not None:
+        _check_adapter(adapter)
+    keywords: dict[str, Any] = {"trust_remote_code": False} | gguf
+    try:
+        AutoConfig.from_pretrained(source, **keywords)
+        tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype or (torch.float32 if gguf else "auto"), **keywords
+        )
+    except OSError as error:
+        raise ValueError(f"model={os.fspath(model)!r}: cannot be loaded; {error}") from error
+    except ValueError as error:
+        raise _readable(os.fspath(model), error) from error
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
+    ensure_pad_token(tokenizer)
+    return loaded.to(target).eval(), tokenizer
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype of a name; None stays None."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a name; ``"auto"`` is CUDA (or ROCm), else MPS, else the CPU."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r}: not a torch device, such as cpu or cuda:0."
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this torch sees no GPU; use cpu.")
+    return resolved
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a padding token the end-of-text token for it.
+
+    Padding is always masked by position, never recognised by its id, so the choice is free.
+    """
+    if tokenizer.pad_token_id is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token
+        if spare is None:
+            raise ValueError("tokenizer has no padding, end or unknown token: set pad_token in it.")
+        tokenizer.pad_token = spare
+
+
+def _source(name: str, given: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` wants: a folder or Hub id, and the GGUF file in it."""
+    path = Path(given)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(
+                f"{name}={os.fspath(given)!r}: is a file; must be a model folder, a Hub id or a "
+                ".gguf file."
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(name, path)
+    elif path.suffix == ".gguf" or not _HUB_ID.fullmatch(os.fspath(given)):
+        raise ValueError(f"{name}={os.fspath(given)!r}: no such file or folder.")
+    return os.fspath(given), {}
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name}={str(folder)!r}: holds an adapter, not a model; name its base model here and "
+            "this folder as the adapter."
+        )
+    raise ValueError(f"{name}={str(folder)!r}: holds no config.json, so it is not a model folder.")
+
+
+def _check_adapter(adapter: str | os.PathLike) -> None:
+    path = Path(adapter)
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            raise ValueError(f"adapter={str(path)!r}: holds no adapter_config.json.")
+    elif path.is_file() or not _HUB_ID.fullmatch(os.fspath(adapter)):
+        raise ValueError(f"adapter={os.fspath(adapter)!r}: no such folder.")
+
+
+def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, os.fspath(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"adapter={os.fspath(adapter)!r}: cannot be put on this model; {error}"
+        ) from error
+
+
+def _readable(name: str, error: ValueError) -> ValueError:
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"model={name!r}: needs code that comes with it, which is never run here; use a model "
+            "that transformers has built in."
+        )
+    return ValueError(f"model={name!r}: cannot be loaded; {error}")
