@@ -1,16 +1,24 @@
-"""Conversations in JSON Lines: one ``{"prompt", "response"}`` or ``{"messages": [...]}`` a line."""
+"""Conversations in JSON Lines: one ``{"prompt", "response"}`` or ``{"messages": [...]}`` a line.
+
+Stage: a file → checked rows with their line numbers → tokenised sequences.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from str_kernels.training.chat import Encoded, Messages, encode_conversation
 
 MAX_FAULTS_SHOWN = 5
 
 Row = dict[str, Any]
-Messages = list[dict[str, str]]
 
 
 def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> list[Row]:
@@ -27,6 +35,13 @@ def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> li
     Raises:
         ValueError: no such file, nothing in it, or broken rows, each named ``file:line``.
     """
+    return [row for _, row in read_numbered(path, response_required=response_required)]
+
+
+def read_numbered(
+    path: str | os.PathLike, *, response_required: bool = True
+) -> list[tuple[int, Row]]:
+    """`read_jsonl`, each row with the number of its line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -35,18 +50,85 @@ def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> li
         if not line.strip():
             continue
         try:
-            rows.append(_checked(json.loads(line), response_required))
+            rows.append((number, _checked(json.loads(line), response_required)))
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}).")
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
+    _raise(faults)
+    if not rows:
+        raise ValueError(f"{path}: holds no rows; must have one JSON object a line.")
+    return rows
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A file of conversations, tokenised.
+
+    Args:
+        sequences: one a row of the file.
+        sha256: of the file's bytes.
+        source: where it came from.
+    """
+
+    sequences: list[Encoded]
+    sha256: str
+    source: str
+
+    def features(self) -> list[dict[str, list[int]]]:
+        """What the trainer's collator takes."""
+        return [{"input_ids": s.input_ids, "labels": s.labels} for s in self.sequences]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and origin, as plain JSON types."""
+        return {
+            "path": self.source,
+            "sha256": self.sha256,
+            "rows": len(self.sequences),
+            "tokens": sum(len(s.input_ids) for s in self.sequences),
+            "targets": sum(s.targets for s in self.sequences),
+            "longest": max(len(s.input_ids) for s in self.sequences),
+            "cut_responses": sum(s.cut > 0 for s in self.sequences),
+            "unlearned_turns": sum(s.skipped_turns for s in self.sequences),
+        }
+
+
+def encode_file(
+    path: str | os.PathLike,
+    rows: list[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+) -> TrainingData:
+    """Tokenise the rows that `read_numbered` read, with the tokenizer's chat template.
+
+    Raises:
+        ValueError: prompts that leave no room for an answer, each named ``file:line``.
+    """
+    sequences, faults = [], []
+    for number, row in rows:
+        try:
+            encoded = encode_conversation(tokenizer, messages_of(row), max_length=max_length)
+            sequences.append(encoded)
+        except ValueError as error:
+            faults.append(f"{path}:{number}: {error}")
+    _raise(faults)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return TrainingData(sequences, digest, os.fspath(path))
+
+
+def messages_of(row: Row) -> Messages:
+    """The whole conversation, answer included, as chat messages."""
+    if "messages" in row:
+        return row["messages"]
+    return [*prompt_messages(row), {"role": "assistant", "content": row["response"]}]
+
+
+def _raise(faults: list[str]) -> None:
     if faults:
         more = len(faults) - MAX_FAULTS_SHOWN
         rest = [f"… and {more} more such lines."] if more > 0 else []
         raise ValueError("\n".join(faults[:MAX_FAULTS_SHOWN] + rest))
-    if not rows:
-        raise ValueError(f"{path}: holds no rows; must have one JSON object a line.")
-    return rows
 
 
 def prompt_messages(row: Row) -> Messages:

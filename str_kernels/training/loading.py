@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from str_kernels.training.chat import ensure_chat_template
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,24 +50,57 @@ def load_model_and_tokenizer(
             device.
     """
     target, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    source, gguf = _source("model", model)
     if adapter is not None:
         _check_adapter(adapter)
-    keywords: dict[str, Any] = {"trust_remote_code": False} | gguf
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype=torch_dtype)
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
+    return loaded.to(target).eval(), tokenizer
+
+
+def load_config(model: str | os.PathLike) -> PretrainedConfig:
+    """The configuration of a model, without its weights."""
+    return _from_pretrained(AutoConfig, model)
+
+
+def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token and a chat template."""
+    load_config(model)  # names a model that needs code of its own before anything else is read
+    tokenizer = _from_pretrained(AutoTokenizer, model)
+    ensure_pad_token(tokenizer)
+    ensure_chat_template(tokenizer)
+    return tokenizer
+
+
+def load_model(
+    model: str | os.PathLike, *, dtype: str | torch.dtype | None = None
+) -> torch.nn.Module:
+    """The model alone, in eval mode on the CPU; arguments as `load_model_and_tokenizer`."""
+    _, gguf = _source("model", model)
+    torch_dtype = resolve_dtype(dtype) or (torch.float32 if gguf else "auto")
+    loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype).eval()
+    if gguf:  # dequantised by now: an ordinary model, which can be saved
+        _forget_gguf(loaded)
+    return loaded
+
+
+def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> Any:
+    source, gguf = _source("model", model)
     try:
-        AutoConfig.from_pretrained(source, **keywords)
-        tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch_dtype or (torch.float32 if gguf else "auto"), **keywords
-        )
+        return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
+    except ImportError as error:
+        raise ValueError(f"model={os.fspath(model)!r}: cannot be read; {error}") from error
     except OSError as error:
         raise ValueError(f"model={os.fspath(model)!r}: cannot be loaded; {error}") from error
     except ValueError as error:
         raise _readable(os.fspath(model), error) from error
-    if adapter is not None:
-        loaded = _with_adapter(loaded, adapter)
-    ensure_pad_token(tokenizer)
-    return loaded.to(target).eval(), tokenizer
+
+
+def _forget_gguf(model: torch.nn.Module) -> None:
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

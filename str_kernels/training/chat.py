@@ -1,0 +1,167 @@
+"""From a conversation to token ids and labels, with the model's own chat template.
+
+Stage: messages → the template's text, cut into spans (what is read, what is answered) → token ids
+``[T]`` and labels ``[T]``, -100 everywhere but on the assistant's turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+# For tokenizers without a template of their own, as base models have them:
+#   ### User:⏎ what is asked ⏎⏎### Assistant:⏎ what is answered <end of text>
+# A newline ends every heading, so that no tokenizer joins a heading and what follows it.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token if bos_token is defined and bos_token else '' }}"
+    "{% for message in messages %}"
+    "{{ '\n\n' if not loop.first else '' }}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
+)
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training sequence.
+
+    Args:
+        input_ids: T token ids.
+        labels: T token ids, ``IGNORED`` where nothing is to be learned; not shifted.
+        cut: tokens of the last response that did not fit.
+        skipped_turns: earlier answers that the template shows otherwise once later turns follow,
+            so that they are read but not learned.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: int = 0
+    skipped_turns: int = 0
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a tokenizer without a chat template the default one; says whether it was needed.
+
+    Raises:
+        ValueError: the default template needs an end token, and the tokenizer has none.
+    """
+    if tokenizer.chat_template is not None:
+        return False
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "tokenizer has neither a chat template nor an end token: set one, or answers would "
+            "never end."
+        )
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return True
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_next: bool = False
+) -> str:
+    """The conversation as text; ``answer_next`` opens the assistant's turn.
+
+    Raises:
+        ValueError: the template refuses the conversation (a role it does not know, say).
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer_next
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses this conversation: {error}.") from error
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, max_length: int
+) -> Encoded:
+    """Token ids and labels of one conversation that ends with an answer.
+
+    Prompts are tokenised alone, exactly as they are when the model generates.
+
+    Raises:
+        ValueError: the prompt leaves no room for an answer, or the template cannot be followed.
+    """
+    spans, skipped = _spans(tokenizer, messages)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for text, learned in spans:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        last_start = len(input_ids)
+        input_ids += ids
+        labels += ids if learned else [IGNORED] * len(ids)
+    if last_start >= max_length:
+        raise ValueError(
+            f"the prompt has {last_start} tokens and leaves no room for an answer; the limit is "
+            f"{max_length}: raise the maximal length, or shorten the prompt."
+        )
+    if not any(label != IGNORED for label in labels):
+        raise ValueError("the answer holds no token to learn.")
+    cut = max(0, len(input_ids) - max_length)
+    return Encoded(input_ids[:max_length], labels[:max_length], cut, skipped)
+
+
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages
+) -> tuple[list[tuple[str, bool]], int]:
+    """Cut the rendered text at the borders of the assistant's turns: ``(text, learned)`` spans.
+
+    The last turn must be the assistant's and must follow its prompt word for word; an earlier one
+    that does not (some templates drop old reasoning) is counted and not learned.
+    """
+    whole = render(tokenizer, messages)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans, position, skipped = [], 0, 0
+    for turn in turns:
+        start = render(tokenizer, messages[:turn], answer_next=True)
+        end = render(tokenizer, messages[: turn + 1])
+        if not (whole.startswith(end) and end.startswith(start) and len(start) >= position):
+            if turn == len(messages) - 1:
+                raise ValueError(
+                    "the chat template writes the prompt otherwise when an answer follows it, so "
+                    "the answer cannot be told from the prompt."
+                )
+            skipped += 1
+            continue
+        end = _without_trailing_space(tokenizer, end)
+        spans += [(whole[position : len(start)], False), (end[len(start) :], True)]
+        position = len(end)
+    return [span for span in spans if span[0]], skipped
+
+
+def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Drop white space after the token that ends a turn: nobody generates it."""
+    bare = text.rstrip()
+    return bare if bare.endswith(tuple(tokenizer.all_special_tokens)) else text
+
+
+def collate(features: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, Any]:
+    """Pad a batch at its right end: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]``."""
+    import torch
+
+    width = max(len(feature["input_ids"]) for feature in features)
+
+    def padded(name: str, filler: int) -> Any:
+        rows = [list(f[name]) + [filler] * (width - len(f[name])) for f in features]
+        return torch.tensor(rows, dtype=torch.long)
+
+    mask = [[1] * len(f["input_ids"]) + [0] * (width - len(f["input_ids"])) for f in features]
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "attention_mask": torch.tensor(mask, dtype=torch.long),
+        "labels": padded("labels", IGNORED),
+    }

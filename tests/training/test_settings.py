@@ -1,0 +1,60 @@
+"""Settings check themselves, all at once."""
+
+import pytest
+
+from str_kernels.training.settings import Faults, TrainSettings
+
+
+def settings(**changes):
+    return TrainSettings(**{"model": "m", "data": "d", "out": "o", **changes})
+
+
+def test_all_faults_are_reported_together():
+    """Three wrong values give one error with three sentences, each naming its value."""
+    with pytest.raises(Faults) as caught:
+        settings(rank=0, dropout=1.0, positions="some")
+    assert len(caught.value.faults) == 3
+    for text in ("rank=0", "dropout=1.0", "positions='some'"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": float("nan")},
+        {"strength": -1.0},
+        {"kind": "mae"},
+        {"positions": 0},
+        {"dtype": "int8"},
+        {"steps": 0},
+        {"target_modules": ()},
+        {"method": "plain", "tokens": "tokens.json"},
+        {"method": "unpatched", "reference": "cache"},
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(changes):
+    """Each setting has a rule, and its name and value are in the error."""
+    with pytest.raises(Faults, match=next(iter(changes))):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "steps"),
+    [
+        (10, {"batch": 4}, 3),
+        (10, {"batch": 4, "accumulation": 2, "epochs": 3}, 6),
+        (10, {"batch": 4, "epochs": 0.5}, 2),
+        (10, {"steps": 7}, 7),
+        (1, {"accumulation": 4}, 1),
+    ],
+)
+def test_steps_of_a_run(rows, changes, steps):
+    """Epochs become optimizer steps; a number of steps goes before them."""
+    assert settings(**changes).total_steps(rows) == steps
+
+
+def test_a_resumed_run_may_differ_only_where_nothing_changes():
+    """What was saved beside the adapter is compared by name."""
+    before = settings().as_dict()
+    assert settings(logging_steps=1, save_steps=5).differences(before) == []
+    assert settings(seed=1, rank=4).differences(before) == ["rank", "seed"]
