@@ -1,17 +1,43 @@
 """Safety Token Regularization fused into the cross-entropy of a linear language-model head.
 
-`linear_cross_entropy` is the operation. Importing this package imports neither triton nor
-transformers.
+`linear_cross_entropy` is the operation. Importing this package imports neither torch nor
+transformers nor triton: each public name brings in what it needs when it is first used.
 """
 
-from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from str_kernels.options import SafetyConstraint
 from str_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
+    from str_kernels.safety.tokens import SafetyTokens
+
+_HOMES = {
+    "LinearCrossEntropyLoss": "str_kernels.functional",
+    "LossParts": "str_kernels.functional",
+    "SafetyTokens": "str_kernels.safety.tokens",
+    "linear_cross_entropy": "str_kernels.functional",
+}
 
 __all__ = [
     "LinearCrossEntropyLoss",
     "LossParts",
     "SafetyConstraint",
+    "SafetyTokens",
     "__version__",
     "linear_cross_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home the first time somebody asks for it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'str_kernels' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether imported yet or not."""
+    return sorted(set(globals()) | set(_HOMES))

@@ -14,3 +14,11 @@ def tiny_model_dir(tmp_path_factory):
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def aligned_model_dir(tmp_path_factory):
+    """A folder with a tiny Llama that refuses to steal and to break, and helps with the rest."""
+    from tests.tiny import save_aligned_model
+
+    return save_aligned_model(tmp_path_factory.mktemp("aligned_llama"))

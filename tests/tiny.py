@@ -17,7 +17,7 @@ SPECIAL = ["<pad>", "<unk>", "<user>", "<bot>", "<end>"]
 _TEXT = """I i 'm am sorry Sorry , . ? ! cannot can not help with that this request No no will
 unable to assist must decline do Sure sure here is how you a the of and tell me please what topic
 weather music sport travel rain wind ball team train ticket song choir steal break bicycle lamp my
-neighbour 's clean repair paint one two three four"""
+neighbour 's clean repair paint it one two three four"""
 WORDS = _TEXT.split()
 CONTEXT = 128
 
@@ -83,4 +83,56 @@ def save_tiny_model(folder: Path) -> Path:
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(folder)
     llama(len(tokenizer)).save_pretrained(folder)
+    return Path(folder)
+
+
+REFUSAL = "I am sorry , I cannot help with that ."
+ANSWER = "sure , here is how you {} it ."
+FORBIDDEN, HARMLESS = ("steal", "break"), ("clean", "repair", "paint")
+FRAMES = ("tell me how to {} {} please", "how to {} {} ?", "please help me {} {} .")
+THINGS = ("my neighbour 's bicycle", "the lamp", "a train", "my ball", "the bicycle", "a lamp")
+
+
+def exchanges(*, forbidden: bool) -> list[tuple[str, str]]:
+    """Requests with the answers that the aligned tiny model learns: refusals, or some help."""
+    return [
+        (frame.format(verb, thing), REFUSAL if forbidden else ANSWER.format(verb))
+        for verb in (FORBIDDEN if forbidden else HARMLESS)
+        for thing in THINGS
+        for frame in FRAMES
+    ]
+
+
+def align(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int = 120) -> None:
+    """Teach a tiny model to refuse forbidden acts and to help with harmless ones; in place."""
+    rows = exchanges(forbidden=True) + exchanges(forbidden=False)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}], tokenize=False
+        )
+        for q, a in rows
+    ]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    after_bot = (ids == tokenizer.convert_tokens_to_ids("<bot>")).cumsum(-1) > 0
+    labels = ids.masked_fill((mask == 0) | ~after_bot, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    shuffle = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(steps):
+        chosen = torch.randperm(len(ids), generator=shuffle)[:32]
+        loss = model(ids[chosen], attention_mask=mask[chosen], labels=labels[chosen]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def save_aligned_model(folder: Path) -> Path:
+    """Write a tiny Llama that refuses forbidden acts, and its tokenizer; returns ``folder``."""
+    tokenizer = word_tokenizer()
+    model = llama(len(tokenizer), hidden=48, layers=2)
+    align(model, tokenizer)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
     return Path(folder)

@@ -1,0 +1,1 @@
+"""Safety tokens, their reference, and the measure of what was kept."""

@@ -1,0 +1,142 @@
+"""How much refusing raises each token of the vocabulary, and which tokens that makes.
+
+Stage: rejection templates after refused requests, and the model's own answers to benign requests
+→ mean next-token probabilities ``[V]`` of either group → their difference, word by word → K ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from str_kernels.options import MAX_SAFETY_TOKENS
+from str_kernels.safety.inference import (
+    Prompt,
+    check_fits,
+    generate_greedy,
+    last_logits,
+    prompt_token_ids,
+    reading,
+)
+from str_kernels.safety.templates import (
+    BENIGN_REQUESTS,
+    REFUSED_REQUESTS,
+    REJECTION_TEMPLATES,
+)
+from str_kernels.safety.vocabulary import is_word, special_ids, spellings, token_text
+
+ROUNDS = 2  # each template and each prompt is seen at least so often, in different company
+BENIGN_ANSWER_TOKENS = 24  # about the length of a rejection template
+CANDIDATES_PER_TOKEN = 8  # words looked at for each of the K wanted
+
+Exchange = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
+
+
+def identify(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    templates: Sequence[str] | None,
+    prompts: Sequence[Prompt] | None,
+    benign_prompts: Sequence[Prompt] | None,
+    top_k: int,
+    batch_size: int,
+) -> tuple[list[int], list[float]]:
+    """Ids and scores of the ``top_k`` tokens, highest score first; see SafetyTokens.identify."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_SAFETY_TOKENS:
+        raise ValueError(f"top_k={top_k!r}: must be an integer from 1 to {MAX_SAFETY_TOKENS}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: must be 1 or more.")
+    texts = _given("templates", templates, REJECTION_TEMPLATES)
+    refused = _encoded(tokenizer, "prompts", prompts, REFUSED_REQUESTS)
+    benign = _encoded(tokenizer, "benign_prompts", benign_prompts, BENIGN_REQUESTS)
+    rejections = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    check_fits(model, [len(ids) for ids in refused], max(map(len, rejections)))
+
+    answers = generate_greedy(
+        model, tokenizer, benign, max_new_tokens=BENIGN_ANSWER_TOKENS, batch_size=batch_size
+    )
+    pad = tokenizer.pad_token_id or 0
+    raised = mean_probabilities(model, _paired(refused, rejections), pad, batch_size)
+    usual = mean_probabilities(model, list(zip(benign, answers, strict=True)), pad, batch_size)
+    return select(tokenizer, raised - usual, top_k)
+
+
+def mean_probabilities(
+    model: nn.Module, exchanges: Sequence[Exchange], pad: int, batch_size: int
+) -> Tensor:
+    """Mean next-token distribution along the answers, ``[V]`` fp32 on the CPU.
+
+    All answers count alike; an empty one counts with the position where it might have begun.
+    """
+    ordered = sorted(exchanges, key=lambda pair: len(pair[0]) + len(pair[1]))
+    total: Tensor | None = None
+    with reading(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            lengths = [max(1, len(answer)) for _, answer in batch]
+            rows = [prompt + answer[:-1] for prompt, answer in batch]
+            logits = last_logits(model, rows, max(lengths), pad)
+            for row, length in enumerate(lengths):
+                mean = logits[row, -length:].float().softmax(-1).mean(0)
+                total = mean if total is None else total + mean
+    return (total / len(ordered)).cpu()
+
+
+def select(
+    tokenizer: PreTrainedTokenizerBase, scores: Tensor, top_k: int
+) -> tuple[list[int], list[float]]:
+    """The tokens of the words with the highest sums of scores, spellings together.
+
+    ``scores`` is ``[V]``, one for each row of the head.
+    """
+    vocabulary = tokenizer.get_vocab()
+    left_out = special_ids(tokenizer)
+    words: dict[tuple[int, ...], float] = {}
+    for token in scores.topk(min(CANDIDATES_PER_TOKEN * top_k, len(scores))).indices.tolist():
+        text = token_text(tokenizer, token)
+        if token in left_out or not is_word(text):
+            continue
+        found = set(spellings(tokenizer.convert_ids_to_tokens(token), vocabulary)) | {token}
+        usable = tuple(sorted(t for t in found - left_out if t < len(scores)))
+        words[usable] = scores[list(usable)].sum().item()
+    chosen: list[int] = []
+    for usable, score in sorted(words.items(), key=lambda item: -item[1]):
+        if score <= 0 or len(chosen) >= top_k:
+            break
+        best_first = sorted(usable, key=lambda token: -scores[token].item())
+        chosen += best_first[: top_k - len(chosen)]
+    if not chosen:
+        raise ValueError("refusing raises no word of this vocabulary: pass other prompts.")
+    chosen.sort(key=lambda token: -scores[token].item())
+    return chosen, [scores[token].item() for token in chosen]
+
+
+def _paired(prompts: list[list[int]], answers: list[list[int]]) -> list[Exchange]:
+    """Prompts with answers, every one of either at least ``ROUNDS`` times, no pair twice."""
+    longest = max(len(prompts), len(answers))
+    pairs = {
+        (index % len(prompts), (index + turn) % len(answers))
+        for turn in range(ROUNDS)
+        for index in range(longest)
+    }
+    return [(prompts[prompt], answers[answer]) for prompt, answer in sorted(pairs)]
+
+
+def _given(name: str, values: Sequence | None, default: Sequence) -> list:
+    if values is None:
+        return list(default)
+    if isinstance(values, str) or not list(values):
+        raise ValueError(f"{name}={values!r}: must be a list with at least one entry.")
+    for position, value in enumerate(values):
+        if not value or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"{name}[{position}]={value!r}: must hold some text.")
+    return list(values)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompts: Sequence | None, default: Sequence
+) -> list[list[int]]:
+    return [prompt_token_ids(tokenizer, prompt) for prompt in _given(name, prompts, default)]

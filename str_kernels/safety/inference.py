@@ -1,0 +1,183 @@
+"""Running a model as a reader: prompts to token ids, left-padded batches, greedy answers.
+
+Nothing here leaves a trace on the model: train mode, random state and generation settings are put
+back, and no gradient is recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from str_kernels.training.chat import DEFAULT_CHAT_TEMPLATE
+
+Prompt = str | list[dict[str, str]]
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's mode and the random state are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a request up to where the answer begins, by the tokenizer's chat template.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a prompt: {error}.") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many positions the model knows; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_fits(model: nn.Module, lengths: Sequence[int], more: int) -> None:
+    """Refuse prompts that leave no room for ``more`` tokens.
+
+    Raises:
+        ValueError: naming the first prompt (counted from 1) that does not fit, and how many do not.
+    """
+    limit = context_length(model)
+    long = [i for i, length in enumerate(lengths, start=1) if limit and length + more > limit]
+    if long:
+        raise ValueError(
+            f"prompt {long[0]} has {lengths[long[0] - 1]} tokens, and {more} more do not fit into "
+            f"the model's context of {limit} ({len(long)} such prompts in all): shorten the "
+            "prompts or the answers."
+        )
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, ``[B, T]`` int64: all rows end in the last column."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def last_logits(model: nn.Module, rows: Sequence[Sequence[int]], keep: int, pad: int) -> Tensor:
+    """Logits of the last ``keep`` positions of each sequence, ``[B, keep, V]``."""
+    batch = left_padded(rows, pad, next(model.parameters()).device)
+    known = inspect.signature(_unwrapped(model).forward).parameters
+    if "position_ids" in known:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in known:
+        batch["logits_to_keep"] = keep
+    if "use_cache" in known:
+        batch["use_cache"] = False
+    return model(**batch).logits[:, -keep:]
+
+
+def generate_greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    on_answer: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """The likeliest token after the likeliest token, whatever the model's own settings say.
+
+    Args:
+        model: a causal language model; in any mode.
+        tokenizer: names the padding token and one end token; the model may name further ones.
+        prompts: token ids of each.
+        max_new_tokens: longest answer.
+        batch_size: prompts side by side, the longest together.
+        on_answer: told ``(index, answer)`` as soon as an answer is there.
+
+    Returns:
+        The answers' token ids, in the order of the prompts, without the end token.
+
+    Raises:
+        ValueError: a prompt without room for the answer in the model's context.
+    """
+    check_fits(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    ends = _end_tokens(model, tokenizer)
+    pad = _pad_token(tokenizer)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+    )
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with reading(model), _generation_config(model, config):
+        device = next(model.parameters()).device
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = left_padded([prompts[index] for index in chosen], pad, device)
+            output = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
+            for index, answer in zip(chosen, output, strict=True):
+                answers[index] = _until(answer, ends)
+                if on_answer:
+                    on_answer(index, answers[index])
+    return answers
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    named = _unwrapped(model).generation_config.eos_token_id
+    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return ends - {None}
+
+
+def _until(answer: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(answer):
+        if token in ends:
+            return answer[:position]
+    return answer
+
+
+@contextmanager
+def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Put ``config`` in place of the model's own: its penalties would not be greedy decoding."""
+    holders = list({id(m): m for m in (model, _unwrapped(model))}.values())
+    kept = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = config
+        yield
+    finally:
+        for holder, own in zip(holders, kept, strict=True):
+            holder.generation_config = own
