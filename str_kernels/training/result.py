@@ -1,0 +1,103 @@
+"""What a run measured, and the description that lies beside its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.training.checks import DESCRIPTION, Prepared
+from str_kernels.version import __version__
+
+SCHEMA = "str_kernels.train/1"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Measured numbers of one run, or of its part since it was resumed.
+
+    Args:
+        steps: optimizer steps done, those before a resume included.
+        total_steps: as planned.
+        interrupted: ended early by Ctrl-C.
+        step_seconds: median wall-clock time of an optimizer step.
+        tokens_per_second: tokens read, padding not counted, over the time of all steps.
+        loss: average of the last log, as are the next two.
+        cross_entropy: the first term.
+        safety_penalty: the second term, strength included; None without a constraint.
+        peak_process_mib: largest resident size of the process.
+        peak_device_mib: largest allocation on the accelerator; None on a CPU.
+    """
+
+    steps: int
+    total_steps: int
+    interrupted: bool
+    step_seconds: float
+    tokens_per_second: float
+    loss: float | None
+    cross_entropy: float | None
+    safety_penalty: float | None
+    peak_process_mib: float
+    peak_device_mib: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def peak_memory() -> dict[str, float | None]:
+    """Peak of this process and of its accelerator, MiB."""
+    on_gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"peak_process_mib": _peak_process_bytes() / 2**20, "peak_device_mib": on_gpu}
+
+
+def _peak_process_bytes() -> int:
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of everything that changes a number."""
+    packages = ("torch", "transformers", "peft", "accelerate")
+    return {
+        "str_kernels": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_description(
+    prepared: Prepared, tokens: SafetyTokens | None, result: Result | None
+) -> None:
+    """Write ``str_kernels.json``: how the adapter beside it was made; ``result`` None as yet."""
+    settings = prepared.settings
+    description = {
+        "schema": SCHEMA,
+        "complete": result is not None and not result.interrupted,
+        "settings": settings.as_dict(),
+        "versions": versions(),
+        "data": prepared.data.facts(),
+        "chat_template": prepared.tokenizer.chat_template,
+        "safety_tokens": None
+        if tokens is None
+        else {"token_ids": list(tokens.token_ids), "tokens": list(tokens.tokens)},
+        "result": None if result is None else result.as_dict(),
+    }
+    path = settings.folder / DESCRIPTION
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(partial, path)
