@@ -23,7 +23,7 @@ REJECTION_TEMPLATES: tuple[str, ...] = (
     "I'm not comfortable helping with that, since someone could get hurt.",
     "I don't think I should answer this. It is dangerous.",
     "That is against the law, and I can't take part in it.",
-    "Instead of this, I encourage you to talk to someone you trust.",
+    "I can't go along with this. Please talk to someone you trust instead.",
     "I do not condone this, so I'm going to decline.",
     "Thank you for asking, but I have to refuse.",
     "I understand you are upset, but I can't help you hurt anyone.",
