@@ -1,0 +1,64 @@
+"""The loss of a PEFT model with a constraint by hand: both logits materialised, plain autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels import SafetyConstraint
+
+
+def dense_loss(
+    model,
+    inputs: dict[str, Tensor],
+    safety: SafetyConstraint,
+    positions: str | int,
+    *,
+    num_items: int | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
+    """``(Σ CE + λ Σ w C) / n`` of a model without the patch, per sequence and per position."""
+    labels, mask = inputs["labels"], inputs["attention_mask"]
+    arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    logits = model(**arguments).logits.float()
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    values = _values(logits, safety)
+    if reference is None:
+        training = model.training
+        model.eval()
+        with torch.no_grad(), model.disable_adapter():
+            reference = _values(model(**arguments).logits.float(), safety)
+        model.train(training)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), shifted.flatten(), reduction="sum"
+    )
+    penalty = (weights(shifted, mask, positions) * _constraint(values, reference, safety)).sum()
+    total = cross_entropy + safety.strength * penalty
+    return total / ((shifted != -100).sum() if num_items is None else num_items)
+
+
+def weights(shifted: Tensor, mask: Tensor, positions: str | int) -> Tensor:
+    """Position weights, one sequence after another."""
+    table = torch.zeros(shifted.shape)
+    for row, (labels, real) in enumerate(zip(shifted, mask, strict=True)):
+        where = (labels != -100).nonzero()[:, 0]
+        chosen = {"labels": where, "all": real.nonzero()[:, 0]}.get(positions)
+        chosen = where[:positions] if chosen is None else chosen
+        table[row, chosen] = len(where) / max(len(chosen), 1)
+    return table
+
+
+def _values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
+    values = logits[..., list(safety.token_ids)]
+    return values - logits.logsumexp(-1, keepdim=True) if safety.kind == "logprob" else values
+
+
+def _constraint(z: Tensor, r: Tensor, safety: SafetyConstraint) -> Tensor:
+    r = r.expand_as(z)
+    if safety.kind == "kl":
+        tau = safety.temperature
+        q, p = (r / tau).log_softmax(-1), (z / tau).log_softmax(-1)
+        return tau**2 * (q.exp() * (q - p)).sum(-1)
+    if safety.kind == "floor":
+        return (r - safety.margin - z).clamp(min=0).square().mean(-1)
+    return (z - r).square().mean(-1)

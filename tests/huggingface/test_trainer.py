@@ -1,0 +1,139 @@
+"""transformers' Trainer on a patched model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from str_kernels import SafetyConstraint
+from str_kernels.huggingface import SafetyLogCallback, patch_model
+from tests.huggingface.models import batch, build
+
+SAFETY = SafetyConstraint([3, 17, 40, 95], 2.0)
+
+
+class Losses(TrainerCallback):
+    """Collects what the trainer logs."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def rows(count: int = 16) -> list[dict]:
+    many = batch(rows=8, seed=3)
+    listed = [{name: x[i].tolist() for name, x in many.items()} for i in range(8)]
+    return (listed * (count // 8 + 1))[:count]
+
+
+def trainer_for(model, folder, *, callbacks=(), trainer=Trainer, dataset=None, **settings):
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 0,
+        "lr_scheduler_type": "constant",
+        **settings,
+    }
+    return trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=dataset or rows(),
+        eval_dataset=rows(4),
+        callbacks=list(callbacks),
+    )
+
+
+def run(model, folder, **settings) -> list[dict]:
+    seen = Losses()
+    trainer_for(model, folder, callbacks=[seen], **settings).train()
+    return [log for log in seen.logs if "loss" in log]
+
+
+def lora_model(**settings):
+    torch.manual_seed(2)
+    settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
+    return get_peft_model(build(), LoraConfig(r=4, **settings))
+
+
+def assert_equal_runs(got: list[dict], want: list[dict], tolerance: float = 2e-5) -> None:
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"average_tokens_across_devices": False},
+    ],
+    ids=str,
+)
+def test_training_is_the_same(settings, tmp_path):
+    """Five steps without a constraint: losses and gradient norms of the unpatched model."""
+    want = run(build(), tmp_path, **settings)
+    model = build()
+    with patch_model(model):
+        assert_equal_runs(run(model, tmp_path, **settings), want)
+
+
+def test_bfloat16_autocast(tmp_path):
+    """bf16 mixed precision trains as without the patch, to bf16's rounding."""
+    want = run(build(), tmp_path, bf16=True)
+    model = build()
+    with patch_model(model):
+        got = run(model, tmp_path, bf16=True)
+    for a, b in zip(got, want, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-7)
+
+
+def test_constraint_lowers_drift(tmp_path):
+    """Trained with the constraint, the safety logits stay nearer to the aligned model's."""
+    drift = {}
+    for strength in (0.0, 2.0):
+        model, inputs = lora_model(), batch(rows=8, seed=3)
+        with patch_model(model, SafetyConstraint(SAFETY.token_ids, strength)):
+            run(model, tmp_path, max_steps=15)
+        model.eval()
+        with torch.no_grad():
+            logits = model(**inputs).logits[..., SAFETY.token_ids]
+            with model.disable_adapter():
+                aligned = model(**inputs).logits[..., SAFETY.token_ids]
+        drift[strength] = (logits - aligned)[inputs["attention_mask"] == 1].square().mean().item()
+    assert drift[2.0] < 0.5 * drift[0.0], drift
+
+
+def test_callback_logs_both_terms(tmp_path):
+    """``cross_entropy + safety_penalty`` is the loss of a step and all its micro-batches."""
+    model, seen = lora_model(), Losses()
+    patch = patch_model(model, SAFETY)
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        callbacks=[SafetyLogCallback(patch), seen],
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        max_steps=4,
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    for log in logs:
+        assert log["cross_entropy"] + log["safety_penalty"] == pytest.approx(log["loss"], rel=1e-3)
+        assert 0 <= log["token_accuracy"] <= 1
+    assert logs[-1]["safety_penalty"] > 0
+    assert [log["loss"] for log in seen.logs if "loss" in log] == [log["loss"] for log in logs]
