@@ -12,13 +12,18 @@ from str_kernels.version import __version__
 
 if TYPE_CHECKING:
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
+    from str_kernels.huggingface import patch_model, unpatch_model
     from str_kernels.safety.tokens import SafetyTokens
+    from str_kernels.vocabulary import VocabularyIndex
 
 _HOMES = {
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
     "SafetyTokens": "str_kernels.safety.tokens",
+    "VocabularyIndex": "str_kernels.vocabulary",
     "linear_cross_entropy": "str_kernels.functional",
+    "patch_model": "str_kernels.huggingface",
+    "unpatch_model": "str_kernels.huggingface",
 }
 
 __all__ = [
@@ -26,8 +31,11 @@ __all__ = [
     "LossParts",
     "SafetyConstraint",
     "SafetyTokens",
+    "VocabularyIndex",
     "__version__",
     "linear_cross_entropy",
+    "patch_model",
+    "unpatch_model",
 ]
 
 

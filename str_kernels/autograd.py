@@ -1,21 +1,35 @@
-"""The only autograd.Function: statistics forward, gradients backward, nothing modified.
+"""The only autograd.Function: the rows' gradients are formed forward and scaled backward.
 
 Stage: ``Head`` and ``RowInputs`` → two loss terms per row, differentiable; and the statistics they
-were made from, which are not. Inputs and ``[N]``-sized statistics are saved; the logits are made
-again in backward.
+were made from, which are not. A frozen head's backward runs no kernel: the saved ``∂CE/∂h`` is
+scaled by the upstream gradient and the constraint's K columns are added. Saved tensors are never
+changed, so a second backward is right as well.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from str_kernels.backends.contract import Backend, Head, RowStatistics
-from str_kernels.backends.finish import plan_rows, row_coefficients, row_losses
+from str_kernels.backends.contract import (
+    Backend,
+    Coefficients,
+    Head,
+    SafetyTerm,
+    Saved,
+    Tiles,
+    Wanted,
+)
+from str_kernels.backends.logits import accumulator, logit_slope
+from str_kernels.backends.pipeline import Forward, run_forward
+from str_kernels.backends.rows import RowPlan, constraint_at, plan_rows, weight_coefficients
+from str_kernels.backends.selection import Filter
 from str_kernels.options import LossOptions
+
+_ROWS = 2048  # of the fp32 scratch of the backward
 
 
 class RowInputs(NamedTuple):
@@ -27,11 +41,14 @@ class RowInputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How to run: nothing here is a tensor."""
+    """How to run; ``grad`` says whether anybody can ask for a gradient later."""
 
     backend: Backend
     options: LossOptions
-    entropy: bool = False
+    filter: Filter
+    tiles: Tiles | None
+    entropy: bool
+    grad: bool
 
 
 class FusedRows(Function):
@@ -47,45 +64,173 @@ class FusedRows(Function):
         settings: Settings,
     ) -> tuple[Tensor | None, ...]:
         """Return cross-entropy ``[N]`` and penalty ``[N]``, then the statistics."""
-        backend, options, entropy = settings
-        plan = plan_rows(rows.labels, rows.position_weights, options)
+        options = settings.options
+        dtype = accumulator(hidden_states.dtype)
+        plan = plan_rows(rows.labels, rows.position_weights, options, dtype)
+        needs = tuple(settings.grad and need for need in ctx.needs_input_grad[:3])
+        wanted = Wanted(
+            hidden=needs[0],
+            masses=(needs[1] or needs[2]) and settings.tiles is not None,
+            entropy=settings.entropy,
+        )
         head = Head(hidden_states, weight, bias)
-        statistics = backend.statistics(head, plan, options, entropy=entropy)
-        terms = row_losses(
-            plan,
-            statistics,
-            options,
-            vocab_size=weight.shape[0],
-            reference=rows.reference,
-            position_weights=rows.position_weights,
+        done = run_forward(
+            settings.backend, head, plan, options, settings.filter, settings.tiles, wanted
         )
-        ctx.settings = settings
-        # outputs are handed out as they are: saved here too, autograd notices an in-place change
-        ctx.save_for_backward(
-            hidden_states, weight, bias, *rows, statistics.lse, statistics.safety_logits
-        )
-        outputs = (statistics.lse, statistics.safety_logits, statistics.correct, statistics.entropy)
-        ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
-        return (*terms, *outputs)
+        penalty = _penalty(plan, done, rows.reference, options)
+        if any(needs):
+            _save(ctx, settings, needs, head, rows, done)
+        statistics = (done.lse, done.safety_logits, done.correct, done.dead_mass, done.entropy)
+        ctx.mark_non_differentiable(*(output for output in statistics if output is not None))
+        return (done.cross_entropy, penalty, *statistics)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *_: Any) -> tuple:
         """Gradients of the head from an arbitrary upstream gradient on each row's two terms."""
-        hidden_states, weight, bias, labels, reference, weights, lse, safety = ctx.saved_tensors
-        backend, options, _entropy = ctx.settings
-        plan = plan_rows(labels, weights, options)
-        coefficients = row_coefficients(
-            plan,
-            RowStatistics(lse, lse, safety, labels, None, None),
-            options,
-            vocab_size=weight.shape[0],
-            grad_cross_entropy=grad_cross_entropy,
-            grad_penalty=grad_penalty,
-            reference=reference,
-            position_weights=weights,
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy is differentiable once: create_graph=True asks for a second "
+                "derivative; use backend='reference' for one."
+            )
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        # backward() may be called under the user's autocast, which would round the fp32 scratch
+        with torch.autocast(grad_cross_entropy.device.type, enabled=False):
+            upstream = _Upstream(ctx.settings, saved, grad_cross_entropy, grad_penalty)
+            hidden = upstream.hidden_gradient(ctx.dtype) if ctx.needs[0] else None
+            others = upstream.weight_gradients(ctx.needs[1:]) if any(ctx.needs[1:]) else [None] * 2
+        return hidden, *others, None, None
+
+
+def _penalty(
+    plan: RowPlan, done: Forward, reference: Tensor | None, options: LossOptions
+) -> Tensor:
+    """λ w C ``[N]``; zero where a row has none."""
+    if plan.penalty_scale is None:
+        return torch.zeros_like(done.cross_entropy)
+    value = constraint_at(done.safety_logits, done.lse, reference, options).value
+    return torch.where(plan.penalty_scale > 0, plan.penalty_scale * value, 0.0)
+
+
+def _save(
+    ctx: Any,
+    settings: Settings,
+    needs: tuple[bool, ...],
+    head: Head,
+    rows: RowInputs,
+    done: Forward,
+) -> None:
+    ctx.settings, ctx.needs, ctx.dtype = settings, needs, head.hidden_states.dtype
+    kept = {
+        **rows._asdict(),
+        "rows": done.rows,
+        "weight": head.weight,
+        # outputs are handed out as they are: saved here too, autograd notices an in-place change
+        "lse": done.lse,
+        "safety_logits": done.safety_logits,
+        "ce_gradient": done.ce_gradient,
+        "lse_gradient": done.lse_gradient,
+    }
+    if any(needs[1:]):
+        kept |= {
+            "hidden_states": head.hidden_states,
+            "bias": head.bias,
+            "open_mass": done.open_mass,
+            "masses": done.masses,
+            "slope": done.slope,
+        }
+    ctx.names = tuple(kept)
+    ctx.save_for_backward(*kept.values())
+
+
+class _Upstream:
+    """One backward: the upstream gradients of both terms, and what each gradient is made from."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        saved: dict[str, Tensor | None],
+        grad_cross_entropy: Tensor,
+        grad_penalty: Tensor,
+    ) -> None:
+        self.settings, self.saved, self.options = settings, saved, settings.options
+        self.dtype = saved["lse"].dtype
+        self.plan = plan_rows(saved["labels"], saved["position_weights"], self.options, self.dtype)
+        self.grad_cross_entropy = grad_cross_entropy
+        self.beta = self.d_lse = self.ids = None
+        if self.options.constrained:
+            self._differentiate_penalty(grad_penalty * self.plan.penalty_scale)
+
+    def _differentiate_penalty(self, scale: Tensor) -> None:
+        """β ``[N, K]`` with the slope of the safety logits, and the penalty's part of α ``[N]``."""
+        safety_logits, on = self.saved["safety_logits"], scale != 0
+        terms = constraint_at(
+            safety_logits, self.saved["lse"], self.saved["reference"], self.options
         )
-        head = Head(hidden_states, weight, bias)
-        needs = ctx.needs_input_grad[:3]
-        gradients = backend.gradients(head, plan, lse, coefficients, options, needs)
-        return (*gradients, None, None)
+        beta = scale[:, None] * terms.d_logits * logit_slope(safety_logits, self.options)
+        self.beta = torch.where(on[:, None], beta, 0.0)
+        if terms.d_lse is not None:
+            self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
+        ids = self.options.safety.token_ids
+        self.ids = torch.tensor(ids, device=safety_logits.device)
+
+    def hidden_gradient(self, dtype: torch.dtype) -> Tensor:
+        """``[N, D]``: scaled row gradients plus the constraint's K columns."""
+        weight, dense = self.saved["weight"], self.saved["rows"]
+        out = torch.zeros(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
+        for start in range(0, len(dense), _ROWS):
+            block = slice(start, min(start + _ROWS, len(dense)))
+            rows = dense[block]
+            gradient = self._scaled(self.grad_cross_entropy[rows], "ce_gradient", block)
+            if self.d_lse is not None:
+                gradient += self._scaled(self.d_lse[rows], "lse_gradient", block)
+            if self.beta is not None:
+                gradient += self._safety_part(rows)
+            out[rows] = gradient.to(dtype)
+        if self.beta is not None:
+            for rows in (self.plan.safety & ~self.plan.dense).nonzero()[:, 0].split(_ROWS):
+                out[rows] = self._safety_part(rows).to(dtype)
+        return out
+
+    def _scaled(self, upstream: Tensor, name: str, block: slice) -> Tensor:
+        # a row without any upstream gradient adds nothing, even where its logits overflowed
+        gradient = self.saved[name][block].to(self.dtype)
+        return torch.where((upstream == 0)[:, None], 0.0, upstream[:, None] * gradient)
+
+    def _safety_part(self, rows: Tensor) -> Tensor:
+        return self.beta[rows] @ self.saved["weight"][self.ids].to(self.dtype)
+
+    def weight_gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Weight ``[V, D]`` and bias ``[V]``; the backend makes the logits again."""
+        saved, rows = self.saved, self.saved["rows"]
+        coefficients = weight_coefficients(
+            self.plan,
+            saved["lse"],
+            self.options,
+            saved["weight"].shape[0],
+            self.grad_cross_entropy,
+            self.d_lse,
+        )
+        gradients = self.settings.backend.weight_gradients(
+            Head(saved["hidden_states"][rows], saved["weight"], saved["bias"]),
+            self.plan.labels[rows],
+            Saved(
+                saved["lse"][rows],
+                saved["open_mass"],
+                self.settings.tiles,
+                saved["masses"],
+                saved["slope"],
+            ),
+            Coefficients(*(None if c is None else c[rows] for c in coefficients)),
+            self._safety_term(),
+            self.options,
+            needs,
+        )
+        return gradients.weight, gradients.bias
+
+    def _safety_term(self) -> SafetyTerm | None:
+        if self.beta is None:
+            return None
+        rows = self.plan.safety.nonzero()[:, 0]
+        beta = self.beta[rows]
+        hidden = self.saved["hidden_states"][rows].to(self.dtype)
+        return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))

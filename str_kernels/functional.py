@@ -6,9 +6,8 @@ to the fused operation; the patch of Hugging Face models comes through it too.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from str_kernels import reference as oracle
 from str_kernels.autograd import FusedRows, RowInputs, Settings
 from str_kernels.backends.contract import Backend
-from str_kernels.backends.selection import select_backend
-from str_kernels.options import LossOptions, Reduction, SafetyConstraint
+from str_kernels.backends.pipeline import tiles_of
+from str_kernels.backends.selection import select_backend, select_filter
+from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.validation import validate_loss_inputs, validate_num_items
-
-_warned_filter = False
+from str_kernels.vocabulary import VocabularyIndex
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,14 @@ class LossParts:
     strength. ``lse [...]`` is NaN on positions that did not need the vocabulary, ``safety_logits
     [..., K]`` (None without a constraint) on those that needed nothing at all. ``num_correct``:
     labelled positions whose label has the largest logit, of ``num_labels``; both int64 scalars on
-    the device.
+    the device. ``dead_mass [...]`` is the probability that the filter did not compute exactly.
     """
 
     cross_entropy: Tensor
     penalty: Tensor
     lse: Tensor
     safety_logits: Tensor | None
+    dead_mass: Tensor
     num_correct: Tensor
     num_labels: Tensor
 
@@ -47,8 +47,7 @@ class LossParts:
         return self.num_correct / self.num_labels.clamp(min=1)
 
 
-@dataclass(frozen=True)
-class RowTerms:
+class RowTerms(NamedTuple):
     """Both loss terms of every position, differentiable, and their statistics; shapes ``[...]``."""
 
     cross_entropy: Tensor
@@ -56,6 +55,7 @@ class RowTerms:
     lse: Tensor
     safety_logits: Tensor | None
     correct: Tensor
+    dead_mass: Tensor
     entropy: Tensor | None
 
 
@@ -76,6 +76,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     filter_eps: float | Literal["auto"] = "auto",
+    screen: Screen = "auto",
+    index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -105,8 +107,12 @@ def linear_cross_entropy(
         softcap: bound of the logits, applied last; in logit units.
         label_smoothing: ε in ``(1 - ε) CE + ε · mean_v(lse - z_v)``; 0 to 1.
         z_loss: ζ in ``+ ζ · lse²``; 0 or more.
-        filter_eps: largest softmax mass that a tile may be approximated at; 0.0 is exact, and in
-            this version every value is.
+        filter_eps: a tile of 128 tokens is approximated (its screened mass, its mean row) if it
+            holds at most this share of what lies outside the label's tile. 0.0 is exact; ``"auto"``
+            is 2⁻¹¹ with an index or a screen by name, and exact otherwise.
+        screen: precision of the pass that finds those tiles: ``"exact"`` (the inputs' own),
+            ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
+        index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
         backend: ``"auto"``, ``"torch"``, ``"reference"`` (materialises) or a ``Backend``.
         return_parts: also return ``LossParts``.
 
@@ -125,6 +131,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         filter_eps=filter_eps,
+        screen=screen,
         safety=safety,
     )
     validate_num_items(num_items_in_batch, options)
@@ -136,6 +143,7 @@ def linear_cross_entropy(
         bias=bias,
         reference=reference,
         position_weights=position_weights,
+        index=index,
         backend=backend,
     )
     loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
@@ -151,10 +159,14 @@ def row_terms(
     bias: Tensor | None = None,
     reference: Tensor | None = None,
     position_weights: Tensor | None = None,
+    index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
     entropy: bool = False,
 ) -> RowTerms:
-    """Both terms of every position before any reduction; arguments as ``linear_cross_entropy``."""
+    """Both terms of every position before any reduction; arguments as ``linear_cross_entropy``.
+
+    With ``entropy`` also that of each labelled position's prediction, in nats.
+    """
     validate_loss_inputs(
         hidden_states,
         weight,
@@ -164,7 +176,8 @@ def row_terms(
         reference=reference,
         position_weights=position_weights,
     )
-    _say_filter_is_exact(options)
+    if index is not None:
+        index.check(weight)
     flat = _autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
     if reference is not None and reference.dim() > 1:
         reference = reference.reshape(-1, reference.shape[-1])
@@ -177,9 +190,33 @@ def row_terms(
         if chosen is None:
             rows = _dense_terms(flat, weight, bias, constants, options)
         else:
-            settings = Settings(chosen, options, entropy)
+            settings = _settings(chosen, options, flat, weight, index, entropy)
             rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
     return _reshape(rows, labels.shape)
+
+
+def _settings(
+    backend: Backend,
+    options: LossOptions,
+    flat: Tensor,
+    weight: Tensor,
+    index: VocabularyIndex | None,
+    entropy: bool,
+) -> Settings:
+    resolved = select_filter(
+        options,
+        backend,
+        indexed=index is not None,
+        entropy=entropy,
+        dtype=flat.dtype,
+        device=flat.device,
+    )
+    grad = torch.is_grad_enabled()
+    tiles = None
+    if resolved.eps:
+        with torch.no_grad():
+            tiles = tiles_of(weight, index, trainable=grad and weight.requires_grad)
+    return Settings(backend, options, resolved, tiles, entropy, grad)
 
 
 def reduce_terms(
@@ -206,6 +243,7 @@ def reduce_terms(
         penalty.detach(),
         rows.lse.detach(),
         None if rows.safety_logits is None else rows.safety_logits.detach(),
+        rows.dead_mass.detach(),
         rows.correct.sum(),
         num_labels,
     )
@@ -229,6 +267,8 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         filter_eps: float | Literal["auto"] = "auto",
+        screen: Screen = "auto",
+        index: VocabularyIndex | None = None,
         backend: str | Backend = "auto",
         return_parts: bool = False,
     ) -> None:
@@ -243,11 +283,13 @@ class LinearCrossEntropyLoss(nn.Module):
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
             "filter_eps": filter_eps,
+            "screen": screen,
         }
         LossOptions(**settings)
         select_backend(backend, torch.device("cpu"))
         self._settings: dict[str, Any] = {
             **settings,
+            "index": index,
             "backend": backend,
             "return_parts": return_parts,
         }
@@ -302,7 +344,13 @@ def _dense_terms(
         position_weights=position_weights,
     )
     return RowTerms(
-        rows.cross_entropy, rows.penalty, rows.lse, rows.safety_logits, rows.correct, rows.entropy
+        rows.cross_entropy,
+        rows.penalty,
+        rows.lse,
+        rows.safety_logits,
+        rows.correct,
+        torch.zeros_like(rows.lse),
+        rows.entropy,
     )
 
 
@@ -310,28 +358,10 @@ def _reshape(rows: RowTerms, shape: torch.Size) -> RowTerms:
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(*shape, *values.shape[1:])
 
-    return RowTerms(
-        view(rows.cross_entropy),
-        view(rows.penalty),
-        view(rows.lse),
-        view(rows.safety_logits),
-        view(rows.correct),
-        view(rows.entropy),
-    )
+    return RowTerms(*map(view, rows))
 
 
 def _divide(total: Tensor, count: int | float | Tensor) -> Tensor:
     """``total / count``; nothing to average over is a zero that stays attached to the graph."""
     count = torch.as_tensor(count, device=total.device).reshape(())
     return torch.where(count == 0, total * 0.0, total / torch.where(count == 0, 1, count))
-
-
-def _say_filter_is_exact(options: LossOptions) -> None:
-    global _warned_filter
-    if options.filter_eps not in ("auto", 0.0) and not _warned_filter:
-        _warned_filter = True
-        warnings.warn(
-            f"filter_eps={options.filter_eps}: this version has no filtered backward; "
-            "the exact one runs instead.",
-            stacklevel=4,
-        )

@@ -7,6 +7,7 @@ N     positions (tokens) handed to the head, after flattening every leading dim
 V     rows of the head's weight, the vocabulary
 D     hidden size
 K     number of safety tokens, at most ``MAX_SAFETY_TOKENS``
+T     tiles of ``TILE`` vocabulary rows, the last one perhaps ragged
 n     the denominator of the loss: labelled positions, or ``num_items_in_batch``
 ====  =========================================================================
 """
@@ -20,8 +21,10 @@ from typing import Any, Literal, get_args
 
 ConstraintKind = Literal["mse", "floor", "logprob", "kl"]
 Reduction = Literal["mean", "sum", "none"]
+Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
+TILE = 128
 
 
 def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
@@ -152,6 +155,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     filter_eps: float | Literal["auto"] = "auto"
+    screen: Screen = "auto"
     safety: SafetyConstraint | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +174,12 @@ class LossOptions:
             and not 0 <= _finite("filter_eps", self.filter_eps, minimum=0) < 1
         ):
             raise ValueError(f"filter_eps={self.filter_eps!r}: must be 'auto' or lie in [0, 1).")
+        _choice("screen", self.screen, get_args(Screen))
+        if self.filter_eps == 0 and self.screen not in ("auto", "exact"):
+            raise ValueError(
+                f"screen={self.screen!r} with filter_eps=0.0: the exact path computes every logit "
+                "in full and screens none; leave screen='auto', or give a filter_eps above 0."
+            )
         if self.safety is not None and not isinstance(self.safety, SafetyConstraint):
             raise ValueError(
                 f"safety={self.safety!r}: must be a SafetyConstraint or None; "

@@ -2,24 +2,31 @@
 
 ::
 
-    Head, RowPlan ──statistics──▶ RowStatistics ──finish──▶ loss rows
-                                        │
-                   upstream gradient ──finish──▶ RowCoefficients ──gradients──▶ Gradients
+    Head, Tiles ──screen──▶ TileMasses ──route──▶ Worklist ──refine──▶ Refined ──finish──▶ Dense
+         └───────────────────────────── exact (every pair live) ──────────────────────────▶ Dense
 
-Two backends can so be compared stage by stage. Shapes use the symbols of ``options``.
+    Dense ──rows.py──▶ losses, row gradients [R, D], Coefficients ──weight_gradients──▶ Gradients
+
+A backend brings screen, route, refine, exact and weight_gradients; the rest is shared.
+
+Two backends can so be compared stage by stage. Everything here speaks of R rows, those of the N
+positions that need the whole vocabulary; shapes otherwise use the symbols of ``options``. A
+(row, tile) pair is *live* when the tile holds enough of the row's open probability, the part that
+lies outside the label's tile, to be computed exactly; the other pairs are *dead*.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from str_kernels.options import LossOptions
 
 
 class Head(NamedTuple):
-    """The operands of the logits: ``hidden_states [N, D]``, ``weight [V, D]``, ``bias [V]``.
+    """The operands of the logits: ``hidden_states [R, D]``, ``weight [V, D]``, ``bias [V]``.
 
     One dtype for all, as ``F.linear`` demands, except under autocast: there the hidden states come
     in autocast's dtype and a backend casts the weight block by block, never as a whole.
@@ -30,76 +37,194 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
-class RowPlan(NamedTuple):
-    """Which rows need what.
+class Tiles(NamedTuple):
+    """How the vocabulary is cut.
 
-    ``labels [N]`` int64; ``labelled [N]``: rows with a cross-entropy; ``dense [N]``: rows that need
-    the whole vocabulary; ``safety [N]``: rows that need the K safety columns.
+    ``order [V]`` int64 or None for token order, its ``inverse [V]``, and the tiles' ``mean_rows
+    [T, D]`` fp32. ``quantised [V, D]`` and ``row_scales [V]`` come in tile order (8-bit screens).
     """
 
-    labels: Tensor
-    labelled: Tensor
-    dense: Tensor
-    safety: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+    mean_rows: Tensor
+    quantised: Tensor | None = None
+    row_scales: Tensor | None = None
 
 
-class RowStatistics(NamedTuple):
-    """What the forward keeps of the logits, fp32 (fp64 for fp64 inputs).
+class Wanted(NamedTuple):
+    """What the caller will use, so that nothing else is computed.
 
-    ``lse [N]`` and ``label_logit [N]`` are NaN on rows outside ``plan.dense``, ``safety_logits
-    [N, K]`` on rows outside ``plan.safety``. ``correct [N]`` bool: the label's logit is the row's
-    maximum. ``logit_sum [N]`` only with label smoothing, ``entropy [N]`` (nats) only when asked.
+    ``hidden``: the rows' gradients by the hidden states; ``masses``: each pair's dead mass, for the
+    gradient of a trainable weight; ``entropy``: the entropy of each row.
+    """
+
+    hidden: bool
+    masses: bool
+    entropy: bool
+
+
+class TileMasses(NamedTuple):
+    """From the screen: ``log_mass [R, T]`` fp32, log Σ exp(z) over each tile.
+
+    ``slope [R, T]``, with a softcap only: the tile's softmax mean of ``1 - (z/softcap)²``.
+    """
+
+    log_mass: Tensor
+    slope: Tensor | None
+
+
+class Worklist(NamedTuple):
+    """From the router: the live pairs, tile by tile.
+
+    ``rows [L]`` int64: the live rows of tile 0, then those of tile 1, …; ``counts [T]`` int64: how
+    many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale for exponentials.
+    ``dead [R, T]``: the pair's share of ``exp(shift)``, 0 where it is live.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    shift: Tensor
+    dead: Tensor
+
+
+class Refined(NamedTuple):
+    """From the refinement, over live pairs and *without the label*, relative to ``exp(shift)``.
+
+    ``mass [R]``: Σ exp(z - shift); ``expected [R, D]`` or None: Σ exp(z - shift) · slope · w;
+    ``maximum [R]``: the largest logit. The label is left out because for a confident row the
+    expected embedding and the label's row nearly cancel.
+    """
+
+    mass: Tensor
+    expected: Tensor | None
+    maximum: Tensor
+
+
+class Dense(NamedTuple):
+    """What R rows know of the whole vocabulary, fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        lse: ``[R]`` log-sum-exp.
+        label_logit: ``[R]``, NaN on rows without a label.
+        correct: ``[R]`` bool, the label's logit is the largest.
+        dead_mass: ``[R]``, the probability that was screened but not refined.
+        logit_sum: ``[R]`` Σ_v z, with label smoothing only.
+        entropy: ``[R]`` nats, only when wanted.
+        open_gradient: ``[R, D]`` or None: ∂lse/∂h without the label's own term,
+            ``Σ_{v ≠ y} p_v · slope_v · w_v``.
+        open_mass: ``[R]``, ``1 - p_y`` summed without cancellation; 1 without a label.
+        smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
+        masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
+        slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
     """
 
     lse: Tensor
     label_logit: Tensor
-    safety_logits: Tensor | None
     correct: Tensor
+    dead_mass: Tensor
     logit_sum: Tensor | None
     entropy: Tensor | None
+    open_gradient: Tensor | None
+    open_mass: Tensor
+    smooth_gradient: Tensor | None
+    masses: Tensor | None
+    slope: Tensor | None
 
 
-class RowCoefficients(NamedTuple):
-    """``dz[n,v] = α[n]·p[n,v] + Σ_k β[n,k]·[v = id_k] - γ[n]·[v = y_n] - σ[n]``.
+class Coefficients(NamedTuple):
+    """``dz[n,v] = α[n]·p[n,v] + Σ_k β[n,k]·[v = id_k] - γ[n]·[v = y_n] - σ[n]``, before the slope.
 
-    ``alpha [N]``, ``beta [N, K]`` or None, ``gamma [N]``, ``sigma [N]`` or None (label smoothing).
-    All are zero, never NaN, on rows that do not carry the term, unless a NaN got there by itself.
+    ``alpha [R]``, ``gamma [R]``, ``sigma [R]`` or None (label smoothing). β belongs to the
+    constraint and is handled with its K columns alone.
     """
 
     alpha: Tensor
-    beta: Tensor | None
     gamma: Tensor
     sigma: Tensor | None
 
 
-class Gradients(NamedTuple):
-    """Gradients in the dtype of their tensor; None where none was asked for."""
+class Saved(NamedTuple):
+    """What a weight's gradient needs of the forward.
 
-    hidden_states: Tensor | None
+    ``lse [R]``, ``open_mass [R]``; after routing also ``tiles``, ``masses`` and ``slope``.
+    """
+
+    lse: Tensor
+    open_mass: Tensor
+    tiles: Tiles | None
+    masses: Tensor | None
+    slope: Tensor | None
+
+
+class SafetyTerm(NamedTuple):
+    """The constraint's part of a weight's gradient: ``ids [K]``, ``weight [K, D]``, ``bias [K]``.
+
+    Weight and bias rows in fp32 (fp64 for fp64 operands), to be added before the cast.
+    """
+
+    ids: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of weight ``[V, D]`` and bias ``[V]`` in their dtype; None where not asked for."""
+
     weight: Tensor | None
     bias: Tensor | None
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to compute the two expensive stages."""
+    """A way to compute the stages that see the vocabulary. Labels are -1 on rows without one."""
 
     name: str
 
-    def statistics(
-        self, head: Head, plan: RowPlan, options: LossOptions, *, entropy: bool = False
-    ) -> RowStatistics:
-        """Forward: one pass over the vocabulary, no logits kept."""
+    def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run this screen on operands of this dtype here; None if it can."""
         ...
 
-    def gradients(
+    def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The screen that ``"auto"`` means for operands of this dtype here."""
+        ...
+
+    def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
+        """How many of ``rows`` to hand over at once, from the byte budget alone."""
+        ...
+
+    def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
+        """Every pair live, in one pass."""
+        ...
+
+    def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
+        """Log-mass of every (row, tile) pair in the precision of ``screen``."""
+        ...
+
+    def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
+        """Live where the mass exceeds ``eps`` of the row's open mass; the label's tile always."""
+        ...
+
+    def refine(
         self,
         head: Head,
-        plan: RowPlan,
-        lse: Tensor,
-        coefficients: RowCoefficients,
+        labels: Tensor,
+        tiles: Tiles,
+        work: Worklist,
         options: LossOptions,
-        needs: tuple[bool, bool, bool],
+        wanted: Wanted,
+    ) -> Refined:
+        """Live pairs exactly, from the original operands, accumulated in fp32."""
+        ...
+
+    def weight_gradients(
+        self,
+        head: Head,
+        labels: Tensor,
+        saved: Saved,
+        coefficients: Coefficients,
+        safety: SafetyTerm | None,
+        options: LossOptions,
+        needs: tuple[bool, bool],
     ) -> Gradients:
-        """Backward: ``needs`` says whether hidden states, weight and bias want a gradient."""
+        """Gradients of weight and bias (``needs``), accumulated in fp32 and cast once."""
         ...

@@ -1,0 +1,64 @@
+"""The arithmetic of logits, in one place, so that forward and backward cannot drift apart.
+
+``z = softcap · tanh(logit_scale · (H Wᵀ + b) / softcap)``; whole blocks for the stages that see the
+vocabulary, and the few columns (labels, safety tokens) that every backend computes apart, exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Head
+from str_kernels.options import LossOptions
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: fp32, or fp64 for fp64 operands."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def finish_logits(products: Tensor, options: LossOptions) -> Tensor:
+    """Scale and softcap in place: ``H Wᵀ + b`` → z."""
+    if options.logit_scale != 1.0:
+        products.mul_(options.logit_scale)
+    if options.softcap is not None:
+        products.div_(options.softcap).tanh_().mul_(options.softcap)
+    return products
+
+
+def softcap_slope(logits: Tensor, options: LossOptions) -> Tensor:
+    """``1 - (z/softcap)²``, the softcap's derivative; a new tensor."""
+    return (logits / options.softcap).square_().neg_().add_(1.0)
+
+
+def logit_slope(logits: Tensor, options: LossOptions) -> Tensor:
+    """``∂z/∂(H Wᵀ + b)``: the scale times the softcap's derivative, shaped like ``logits``."""
+    if options.softcap is None:
+        return torch.full_like(logits, options.logit_scale)
+    return softcap_slope(logits, options).mul_(options.logit_scale)
+
+
+def block_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
+) -> Tensor:
+    """Logits ``[R, C]`` of a block of C head rows, all operands in the accumulator's dtype."""
+    products = torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+    return finish_logits(products, options)
+
+
+def safety_logits(head: Head, ids: Tensor, options: LossOptions) -> Tensor:
+    """Exact logits ``[R, K]`` of the tokens ``ids [K]``."""
+    dtype = accumulator(head.hidden_states.dtype)
+    bias = None if head.bias is None else head.bias[ids].to(dtype)
+    return block_logits(head.hidden_states.to(dtype), head.weight[ids].to(dtype), bias, options)
+
+
+def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
+    """Exact logit ``[R]`` of each row's label ``[R]``; NaN where the label is negative."""
+    dtype = accumulator(head.hidden_states.dtype)
+    target = labels.clamp(min=0)
+    products = (head.hidden_states.to(dtype) * head.weight[target].to(dtype)).sum(-1)
+    if head.bias is not None:
+        products = products + head.bias[target].to(dtype)
+    return finish_logits(products, options).masked_fill(labels < 0, float("nan"))

@@ -1,0 +1,139 @@
+"""The stages in order: blocks of rows in, everything the rows know of the vocabulary out.
+
+Stage: ``Head [N]``, ``RowPlan`` → ``Forward``. Only rows that need the vocabulary meet it, a block
+of them at a time, so that scratch memory does not grow with N.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
+from str_kernels.backends.finish import join_pairs
+from str_kernels.backends.logits import accumulator, safety_logits
+from str_kernels.backends.rows import RowPlan, cross_entropy, row_gradients
+from str_kernels.backends.selection import Filter
+from str_kernels.options import LossOptions
+from str_kernels.vocabulary import VocabularyIndex, tile_means
+
+
+class Forward(NamedTuple):
+    """What the forward knows of N rows, of which R (``rows [R]``) met the vocabulary.
+
+    ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
+    ``correct``, ``dead_mass``; ``safety_logits [N, K]``, NaN where not computed. ``[R]``-sized, for
+    the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in the dtype of the hidden
+    states, ``open_mass``, ``masses``, ``slope``.
+    """
+
+    rows: Tensor
+    cross_entropy: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+    dead_mass: Tensor
+    safety_logits: Tensor | None
+    ce_gradient: Tensor | None
+    lse_gradient: Tensor | None
+    open_mass: Tensor
+    masses: Tensor | None
+    slope: Tensor | None
+
+
+def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, trainable: bool) -> Tiles:
+    """The cut of the vocabulary; a trainable weight's mean rows are taken anew, they move."""
+    if index is None:
+        return Tiles(None, None, tile_means(weight, None))
+    means = tile_means(weight, index.order) if trainable else index.mean_rows
+    return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
+
+
+def run_forward(
+    backend: Backend,
+    head: Head,
+    plan: RowPlan,
+    options: LossOptions,
+    chosen: Filter,
+    tiles: Tiles | None,
+    wanted: Wanted,
+) -> Forward:
+    """Run every stage over blocks of rows; ``tiles`` is None on the exact path."""
+    rows = plan.dense.nonzero()[:, 0]
+    collected = _Collected(head, rows, plan, options)
+    size = backend.row_block(head, len(rows), routed=tiles is not None)
+    for part in rows.split(size):  # one empty part if no row needs the vocabulary
+        block = head._replace(hidden_states=head.hidden_states[part])
+        labels = plan.labels[part]
+        if tiles is None:
+            dense = backend.exact(block, labels, options, wanted)
+        else:
+            masses = backend.screen(block, tiles, options, chosen.screen)
+            work = backend.route(masses, labels, tiles, chosen.eps)
+            refined = backend.refine(block, labels, tiles, work, options, wanted)
+            dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
+        collected.add(block, labels, dense)
+    return collected.result()
+
+
+class _Collected:
+    """Blocks of ``Dense`` put together."""
+
+    def __init__(self, head: Head, rows: Tensor, plan: RowPlan, options: LossOptions) -> None:
+        self.head, self.rows, self.plan, self.options = head, rows, plan, options
+        self.blocks: list[Dense] = []
+        self.losses: list[Tensor] = []
+        self.ce_gradients: list[Tensor] = []
+        self.lse_gradients: list[Tensor] = []
+
+    def add(self, block: Head, labels: Tensor, dense: Dense) -> None:
+        self.losses.append(cross_entropy(dense, self.options, block.weight.shape[0]))
+        if dense.open_gradient is not None:
+            ce, lse = row_gradients(block, labels, dense, self.options)
+            self.ce_gradients.append(ce.to(block.hidden_states.dtype))
+            if lse is not None:
+                self.lse_gradients.append(lse.to(block.hidden_states.dtype))
+        # row gradients stand for these two from here on
+        self.blocks.append(dense._replace(open_gradient=None, smooth_gradient=None))
+
+    def result(self) -> Forward:
+        head, plan = self.head, self.plan
+        dtype = accumulator(head.hidden_states.dtype)
+        losses = self._spread(torch.cat(self.losses), 0.0)
+        entropy = self._field("entropy")
+        return Forward(
+            rows=self.rows,
+            cross_entropy=torch.where(plan.labelled, losses, 0.0),
+            lse=self._spread(self._field("lse"), float("nan")),
+            entropy=None if entropy is None else self._spread(entropy, float("nan")),
+            correct=self._spread(self._field("correct"), False),
+            dead_mass=self._spread(self._field("dead_mass"), 0.0),
+            safety_logits=self._safety_logits(dtype),
+            ce_gradient=torch.cat(self.ce_gradients) if self.ce_gradients else None,
+            lse_gradient=torch.cat(self.lse_gradients) if self.lse_gradients else None,
+            open_mass=self._field("open_mass"),
+            masses=self._field("masses"),
+            slope=self._field("slope"),
+        )
+
+    def _field(self, name: str) -> Tensor | None:
+        values = [getattr(block, name) for block in self.blocks]
+        return None if values[0] is None else torch.cat(values)
+
+    def _spread(self, values: Tensor, fill: float | bool) -> Tensor:
+        """Back to all N rows."""
+        return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
+
+    def _safety_logits(self, dtype: torch.dtype) -> Tensor | None:
+        if self.options.safety is None:
+            return None
+        head, rows = self.head, self.plan.safety.nonzero()[:, 0]
+        ids = torch.tensor(self.options.safety.token_ids, device=head.weight.device)
+        shape = (len(self.plan.labels), len(ids))
+        out = torch.full(shape, float("nan"), dtype=dtype, device=ids.device)
+        for part in rows.split(4096):
+            block = head._replace(hidden_states=head.hidden_states[part])
+            out[part] = safety_logits(block, ids, self.options)
+        return out

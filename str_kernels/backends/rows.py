@@ -1,0 +1,116 @@
+"""Row arithmetic around the expensive stages: rows in, rows out, nothing of the vocabulary's size.
+
+With ε = label smoothing, ζ = z-loss, λ = strength, w the position weights and s the slope of a
+logit (scale times the softcap's derivative)::
+
+    CE       = lse - (1 - ε) z_y - ε/V Σ_v z + ζ lse²             on labelled rows
+    penalty  = λ w C                                               on constrained rows
+    ∂CE/∂h   = (1 + 2ζ lse) ∂lse/∂h - (1 - ε) s_y w_y - ε/V ∂(Σ_v z)/∂h
+    ∂lse/∂h  = Σ_{v≠y} p_v s_v w_v + p_y s_y w_y
+
+The label's share of ``∂CE/∂h`` is written with ``1 - p_y`` summed over the others, so that nothing
+cancels on a row that is already right.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Coefficients, Dense, Head
+from str_kernels.backends.logits import logit_slope
+from str_kernels.constraint import ConstraintTerms, constraint_terms, needs_lse
+from str_kernels.options import LossOptions
+
+
+class RowPlan(NamedTuple):
+    """Which of N rows need what.
+
+    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
+    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]``: rows that need the K safety
+    columns; ``penalty_scale [N]`` or None: λ w.
+    """
+
+    labels: Tensor
+    labelled: Tensor
+    dense: Tensor
+    safety: Tensor
+    penalty_scale: Tensor | None
+
+
+def plan_rows(
+    labels: Tensor, position_weights: Tensor | None, options: LossOptions, dtype: torch.dtype
+) -> RowPlan:
+    """Decide what each of N rows needs; a prompt position never pays for the vocabulary."""
+    labelled = labels != options.ignore_index
+    labels = labels.masked_fill(~labelled, -1)
+    if options.safety is None:
+        return RowPlan(labels, labelled, labelled, torch.zeros_like(labelled), None)
+    weights = labelled if position_weights is None else position_weights
+    constrained = weights > 0
+    dense = labelled | constrained if needs_lse(options.safety) else labelled
+    scale = options.safety.strength * weights.to(dtype) if options.constrained else None
+    return RowPlan(labels, labelled, dense, labelled | constrained, scale)
+
+
+def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor:
+    """``[R]``; NaN on rows without a label."""
+    epsilon = options.label_smoothing
+    loss = dense.lse - (1.0 - epsilon) * dense.label_logit
+    if options.z_loss:
+        loss = loss + options.z_loss * dense.lse.square()
+    if epsilon:
+        loss = loss - epsilon / vocab_size * dense.logit_sum
+    return loss
+
+
+def row_gradients(
+    head: Head, labels: Tensor, dense: Dense, options: LossOptions
+) -> tuple[Tensor, Tensor | None]:
+    """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; fp32 or fp64.
+
+    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero.
+    """
+    labelled, epsilon = (labels >= 0)[:, None], options.label_smoothing
+    label_row = head.weight[labels.clamp(min=0)].to(dense.lse.dtype)
+    label_row.mul_(logit_slope(dense.label_logit, options)[:, None])
+    label_row = torch.where(labelled, label_row, 0.0)
+    alpha = (1.0 + 2.0 * options.z_loss * dense.lse)[:, None]
+    # α p_y - (1 - ε), with p_y = 1 - open mass
+    label_share = (alpha - (1.0 - epsilon)) - alpha * dense.open_mass[:, None]
+    gradient = alpha * dense.open_gradient + label_share * label_row
+    if epsilon:
+        gradient -= epsilon / head.weight.shape[0] * dense.smooth_gradient
+    gradient = torch.where(labelled, gradient, 0.0)
+    if options.safety is None or not needs_lse(options.safety):
+        return gradient, None
+    return gradient, dense.open_gradient + (1.0 - dense.open_mass[:, None]) * label_row
+
+
+def constraint_at(
+    safety_logits: Tensor, lse: Tensor, reference: Tensor | None, options: LossOptions
+) -> ConstraintTerms:
+    """Value and derivatives of the constraint; ``reference`` is ``[N, K]`` or ``[K]``."""
+    return constraint_terms(options.safety, safety_logits, reference, lse)
+
+
+def weight_coefficients(
+    plan: RowPlan,
+    lse: Tensor,
+    options: LossOptions,
+    vocab_size: int,
+    grad_cross_entropy: Tensor,
+    d_lse: Tensor | None,
+) -> Coefficients:
+    """Coefficients of ``dz`` of N rows from the upstream gradients, ``d_lse [N]`` the penalty's."""
+    upstream = torch.where(plan.labelled, grad_cross_entropy, 0.0)
+    alpha = upstream
+    if options.z_loss:
+        alpha = torch.where(plan.labelled, upstream * (1.0 + 2.0 * options.z_loss * lse), 0.0)
+    if d_lse is not None:
+        alpha = alpha + d_lse
+    epsilon = options.label_smoothing
+    sigma = upstream * (epsilon / vocab_size) if epsilon else None
+    return Coefficients(alpha, upstream * (1.0 - epsilon), sigma)

@@ -1,0 +1,58 @@
+"""Block sizes from a byte budget, and the blocks of a head in the order of its tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Head
+from str_kernels.options import TILE
+
+# Taller blocks of rows amortise a GEMM's packing of the weight; beyond this nothing was gained.
+MAX_ROWS = 2048
+# Wider blocks leave the cache before their exponentials are taken.
+_MAX_COLUMNS = 32 * TILE
+
+
+def row_block(byte_budget: int, head: Head, rows: int, *, routed: bool) -> int:
+    """Rows per block; routing keeps about three ``[R, T]`` fp32 arrays, and 1/4 of the budget."""
+    rows = min(MAX_ROWS, max(1, rows))
+    if routed:
+        tiles = -(-head.weight.shape[0] // TILE)
+        rows = min(rows, max(16, byte_budget // 4 // (4 * tiles)))
+    return rows
+
+
+def column_block(byte_budget: int, head: Head) -> int:
+    """Columns per block, whole tiles: two blocks of logits and two of weight rows fit."""
+    rows = min(MAX_ROWS, max(1, len(head.hidden_states)))
+    width = 8 if head.hidden_states.dtype == torch.float64 else 4
+    columns = byte_budget // (2 * width * (rows + head.weight.shape[1])) // TILE * TILE
+    return min(_MAX_COLUMNS, max(TILE, columns))
+
+
+def spans(total: int, size: int) -> list[slice]:
+    """``range(total)`` cut into slices of at most ``size``."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def head_rows(
+    head: Head, order: Tensor | None, columns: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Weight rows ``[C, D]`` and bias ``[C]`` of one block of the order, in ``dtype``."""
+    where = columns if order is None else order[columns]
+    bias = None if head.bias is None else head.bias[where].to(dtype)
+    return head.weight[where].to(dtype), bias
+
+
+def positions_of(labels: Tensor, inverse: Tensor | None) -> Tensor:
+    """Where each label stands in the order; -1 stays -1."""
+    if inverse is None:
+        return labels
+    return torch.where(labels < 0, labels, inverse[labels.clamp(min=0)])
+
+
+def in_block(positions: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which rows' labels lie in this block, and where in it: both ``[H]``."""
+    here = ((positions >= columns.start) & (positions < columns.stop)).nonzero()[:, 0]
+    return here, positions[here] - columns.start

@@ -1,0 +1,121 @@
+"""The exact pass: an online softmax over blocks of the vocabulary, every logit in full precision.
+
+Stage: ``Head`` → ``Dense``, two GEMMs with the gradient of the hidden states and one without. The
+running sums leave the label out (``Refined`` says why) and rescale when the maximum rises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Dense, Head, Wanted
+from str_kernels.backends.logits import (
+    accumulator,
+    block_logits,
+    label_logits,
+    softcap_slope,
+)
+from str_kernels.backends.torch_blocked.blocks import head_rows, in_block, spans
+from str_kernels.options import LossOptions
+
+
+def exact_pass(
+    head: Head, labels: Tensor, options: LossOptions, wanted: Wanted, columns: int
+) -> Dense:
+    """``Dense`` of R rows with labels ``[R]``, -1 where there is none."""
+    dtype = accumulator(head.hidden_states.dtype)
+    hidden = head.hidden_states.to(dtype)
+    totals = _RunningTotals(hidden, labels, options, wanted)
+    for block in spans(head.weight.shape[0], columns):
+        weight, bias = head_rows(head, None, block, dtype)
+        totals.add(block, block_logits(hidden, weight, bias, options), weight)
+    return totals.finish(label_logits(head, labels, options))
+
+
+class _RunningTotals:
+    """Sums over the vocabulary without the label, relative to ``exp(shift)``."""
+
+    def __init__(
+        self, hidden: Tensor, labels: Tensor, options: LossOptions, wanted: Wanted
+    ) -> None:
+        self.labels, self.options = labels, options
+        zeros = hidden.new_zeros(len(hidden))
+        self.maximum = torch.full_like(zeros, float("-inf"))
+        self.shift, self.mass = zeros, zeros.clone()
+        self.expected = torch.zeros_like(hidden) if wanted.hidden else None
+        self.weighted = zeros.clone() if wanted.entropy else None
+        self.logit_sum = self.smooth_gradient = None
+        if options.label_smoothing:
+            self.logit_sum = zeros.clone()
+            # without a softcap the gradient of Σ_v z is the same for every row
+            self.smooth_gradient = (
+                hidden.new_zeros(hidden.shape[1])
+                if options.softcap is None
+                else torch.zeros_like(hidden)
+            )
+
+    def add(self, block: slice, logits: Tensor, weight: Tensor) -> None:
+        """Take in the logits ``[R, C]`` of one block; they are used up."""
+        slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
+        if self.logit_sum is not None:
+            self._add_smooth(logits, slope, weight)
+        here, column = in_block(self.labels, block)
+        logits[here, column] = float("-inf")
+        rescale = self._raise_shift(logits)
+        finite = None
+        if self.weighted is not None:
+            finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        exponentials = logits.sub_(self.shift[:, None]).exp_()
+        self.mass.mul_(rescale).add_(exponentials.sum(-1))
+        if finite is not None:
+            self.weighted.mul_(rescale).add_(finite.mul_(exponentials).sum(-1))
+        if self.expected is not None:
+            if slope is not None:
+                exponentials.mul_(slope)
+            self.expected.mul_(rescale[:, None]).addmm_(exponentials, weight)
+
+    def _raise_shift(self, logits: Tensor) -> Tensor:
+        """Move to the new maximum; returns what older sums must be multiplied by."""
+        self.maximum = torch.maximum(self.maximum, logits.amax(-1))
+        # an infinite maximum would shift by inf - inf; unshifted, exp says inf or 0 by itself
+        shift = self.maximum.masked_fill(self.maximum.isinf(), 0.0)
+        rescale = torch.exp(self.shift - shift)
+        self.shift = shift
+        # nothing was summed yet: 0 · exp(large) must stay 0
+        return torch.where(self.mass == 0, 1.0, rescale)
+
+    def _add_smooth(self, logits: Tensor, slope: Tensor | None, weight: Tensor) -> None:
+        self.logit_sum += logits.sum(-1)
+        if slope is None:
+            self.smooth_gradient += weight.sum(0)
+        else:
+            self.smooth_gradient.addmm_(slope, weight)
+
+    def finish(self, label_logit: Tensor) -> Dense:
+        """Bring the label in and turn the sums into probabilities."""
+        labelled = self.labels >= 0
+        others = self.shift + self.mass.log()
+        lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
+        rescale = torch.exp(self.shift - lse)
+        if self.expected is not None:
+            self.expected.mul_((self.options.logit_scale * rescale)[:, None])
+        if self.smooth_gradient is not None:
+            self.smooth_gradient.mul_(self.options.logit_scale)
+        entropy = None
+        if self.weighted is not None:
+            of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
+            entropy = lse - self.weighted * rescale - of_label
+        return Dense(
+            lse=lse,
+            label_logit=label_logit,
+            correct=label_logit >= self.maximum,
+            dead_mass=torch.zeros_like(lse),
+            logit_sum=self.logit_sum,
+            entropy=entropy,
+            open_gradient=self.expected,
+            open_mass=self.mass * rescale,
+            smooth_gradient=self.smooth_gradient,
+            masses=None,
+            slope=None,
+        )

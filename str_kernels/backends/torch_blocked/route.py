@@ -1,0 +1,35 @@
+"""Route: which (row, tile) pairs are worth computing exactly.
+
+Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds more than ``eps`` of the
+row's open probability, what lies outside the label's tile. Relative to the row, because a confident
+row's gradient is small and would be lost at an absolute threshold; never relative to the batch, so
+that a row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import TileMasses, Tiles, Worklist
+from str_kernels.backends.torch_blocked.blocks import positions_of
+from str_kernels.options import TILE
+
+# A row whose label's tile holds all but this much is right already; less is rounding.
+LEAST_OPEN = 2.0**-20
+
+
+def route_pairs(masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
+    """``Worklist`` of R rows with labels ``[R]``, -1 where there is none."""
+    log_mass = masses.log_mass
+    shift = torch.logsumexp(log_mass, -1)
+    shift = torch.where(shift.isinf(), 0.0, shift)
+    dead = torch.exp(log_mass - shift[:, None])
+    labelled = (labels >= 0).nonzero()[:, 0]
+    label_tile = positions_of(labels, tiles.inverse)[labelled] // TILE
+    open_mass = dead.sum(-1)
+    open_mass[labelled] -= dead[labelled, label_tile]
+    live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]
+    live[labelled, label_tile] = True
+    dead.masked_fill_(live, 0.0)
+    return Worklist(live.T.nonzero()[:, 1], live.sum(0), shift, dead)

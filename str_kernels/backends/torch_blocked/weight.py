@@ -1,0 +1,147 @@
+"""The gradient of a trainable weight and bias, one block of the vocabulary after the other.
+
+Stage: ``Saved``, ``Coefficients`` → ``Gradients``. Exact: every logit is made again. Routed: only
+live pairs are, and a dead pair spreads ``α · mass · h`` evenly over the rows of its tile.
+Each block is summed in fp32 over all rows and cast once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
+from str_kernels.backends.logits import accumulator, block_logits, logit_slope
+from str_kernels.backends.torch_blocked.blocks import (
+    MAX_ROWS,
+    head_rows,
+    in_block,
+    positions_of,
+    spans,
+)
+from str_kernels.options import TILE, LossOptions
+
+
+def weight_gradients(
+    head: Head,
+    labels: Tensor,
+    saved: Saved,
+    coefficients: Coefficients,
+    safety: SafetyTerm | None,
+    options: LossOptions,
+    needs: tuple[bool, bool],
+    columns: int,
+) -> Gradients:
+    """Gradients of R rows with labels ``[R]``, -1 where there is none; see ``Backend``."""
+    rows = _Rows(head, labels, saved, coefficients, options)
+    weight = torch.empty_like(head.weight) if needs[0] else None
+    bias = torch.empty_like(head.bias) if needs[1] else None
+    spread = rows.dead_share() if rows.routed else None
+    for block in spans(head.weight.shape[0], TILE if rows.routed else columns):
+        part = _Part(block.stop - block.start, rows.hidden, needs)
+        if spread is not None:
+            part.spread(spread[0][block.start // TILE], spread[1][block.start // TILE])
+        for hidden, dz in rows.pieces(block):
+            part.add(hidden, dz)
+        if safety is not None:
+            here, offset = in_block(positions_of(safety.ids, rows.inverse), block)
+            part.scatter(offset, safety.weight[here], safety.bias[here])
+        where = block if rows.order is None else rows.order[block]
+        if weight is not None:
+            weight[where] = part.weight.to(weight.dtype)
+        if bias is not None:
+            bias[where] = part.bias.to(bias.dtype)
+    return Gradients(weight, bias)
+
+
+class _Rows:
+    """R rows, and how their logits' gradients are made again."""
+
+    def __init__(
+        self,
+        head: Head,
+        labels: Tensor,
+        saved: Saved,
+        coefficients: Coefficients,
+        options: LossOptions,
+    ) -> None:
+        self.head, self.saved, self.coefficients, self.options = head, saved, coefficients, options
+        self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
+        self.routed = saved.masses is not None
+        self.order, self.inverse = saved.tiles[:2] if self.routed else (None, None)
+        self.positions = positions_of(labels, self.inverse)
+        # a row without any upstream gradient adds nothing, even where its logits overflowed
+        self.silent = (coefficients.alpha == 0) & (coefficients.gamma == 0)
+
+    def pieces(self, block: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the rows that are live here."""
+        weight, bias = head_rows(self.head, self.order, block, self.hidden.dtype)
+        for rows in self._live(block):
+            hidden = self.hidden[rows]
+            logits = block_logits(hidden, weight, bias, self.options)
+            slope = logit_slope(logits, self.options)
+            yield hidden, self._by_logits(rows, logits, block).mul_(slope)
+
+    def _by_logits(self, rows: Tensor | slice, logits: Tensor, block: slice) -> Tensor:
+        """``dz`` without the slope, in the place of the logits."""
+        alpha, gamma = self.coefficients.alpha[rows], self.coefficients.gamma[rows]
+        dz = logits.sub_(self.saved.lse[rows, None]).exp_().mul_(alpha[:, None])
+        here, column = in_block(self.positions[rows], block)
+        # α p_y - γ with p_y = 1 - open mass: a confident row would cancel
+        dz[here, column] = (alpha - gamma - alpha * self.saved.open_mass[rows])[here]
+        if self.coefficients.sigma is not None:
+            dz.sub_(self.coefficients.sigma[rows, None])
+        return dz.masked_fill_(self.silent[rows, None], 0.0)
+
+    def _live(self, block: slice) -> list[Tensor | slice]:
+        if not self.routed:
+            return list(spans(len(self.hidden), MAX_ROWS))
+        live = (self.saved.masses[:, block.start // TILE] < 0).nonzero()[:, 0]
+        return list(live.split(MAX_ROWS)) if len(live) else []
+
+    def dead_share(self) -> tuple[Tensor, Tensor]:
+        """What each row of a tile gets from its dead pairs: ``[T, D]`` and, for a bias, ``[T]``."""
+        masses, scale = self.saved.masses, self.options.logit_scale
+        dz = masses.clamp(min=0.0).mul_((self.coefficients.alpha * scale)[:, None])
+        if self.saved.slope is not None:
+            dz.mul_(self.saved.slope)
+        sizes = torch.full((masses.shape[1],), TILE, dtype=dz.dtype, device=dz.device)
+        sizes[-1] = self.head.weight.shape[0] - TILE * (len(sizes) - 1)
+        dz.div_(sizes)
+        if self.coefficients.sigma is not None:
+            # label smoothing pulls every token alike; live pairs do so in _by_logits
+            pull = (self.coefficients.sigma * scale)[:, None]
+            dz.sub_(torch.where(masses < 0, 0.0, pull))
+        dz.masked_fill_(self.silent[:, None], 0.0)
+        return dz.T @ self.hidden, dz.sum(0)
+
+
+class _Part:
+    """The gradient of one block of the vocabulary, in the accumulator's dtype."""
+
+    def __init__(self, width: int, hidden: Tensor, needs: tuple[bool, bool]) -> None:
+        self.weight = hidden.new_zeros(width, hidden.shape[1]) if needs[0] else None
+        self.bias = hidden.new_zeros(width) if needs[1] else None
+
+    def spread(self, weight: Tensor, bias: Tensor) -> None:
+        """Add the same row ``[D]`` to every row."""
+        if self.weight is not None:
+            self.weight += weight
+        if self.bias is not None:
+            self.bias += bias
+
+    def add(self, hidden: Tensor, dz: Tensor) -> None:
+        """Add ``dzᵀ H``."""
+        if self.weight is not None:
+            self.weight.addmm_(dz.T, hidden)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
+
+    def scatter(self, offset: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Add to single rows."""
+        if self.weight is not None:
+            self.weight.index_add_(0, offset, weight)
+        if self.bias is not None:
+            self.bias.index_add_(0, offset, bias)

@@ -1,0 +1,263 @@
+"""`VocabularyIndex`: an order of the head's rows in which probable tokens share tiles.
+
+Stage: head ``weight [V, D]``, a few hundred ``hidden_states`` → a permutation of the vocabulary
+and, for every tile of ``TILE`` rows in that order, its mean row. Routing keeps few (row, tile)
+pairs live only if a row's probable tokens are neighbours; token order does not make them so, a
+clustering does.
+
+Any permutation gives right results: a stale index, or one made from other text, is only slower and
+a little less accurate.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from str_kernels.options import TILE
+from str_kernels.validation import validate_weight
+
+SCHEMA = "str_kernels.vocabulary_index/1"
+_DIRECTIONS = 32  # leading principal directions of the whitened rows that the splits look at
+_RIDGE = 1e-3  # share of the mean second moment added to its diagonal: few states, many dimensions
+_SAMPLES = 16
+_SAME_ROWS = (
+    0.02  # above the rounding of a cast to bf16 (2^-8), far below another weight's distance
+)
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyIndex:
+    """A clustered order of one head's vocabulary; make it with ``build``.
+
+    Attributes:
+        order: ``[V]`` int64, a permutation: tile t holds rows ``order[t * TILE : (t + 1) * TILE]``.
+        mean_rows: ``[T, D]`` fp32, each tile's mean row.
+        sample: ``[S, D]`` fp32, evenly spaced rows of the weight, to tell another weight by.
+        quantised: ``[V, D]`` int8 or float8_e4m3fn rows in tile order for an 8-bit screen, or None.
+        row_scales: ``[V]`` fp32, what a quantised row is multiplied by, or None.
+    """
+
+    order: Tensor
+    mean_rows: Tensor
+    sample: Tensor
+    quantised: Tensor | None = None
+    row_scales: Tensor | None = None
+    inverse: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Derive where each token stands in the order."""
+        positions = torch.arange(len(self.order), device=self.order.device)
+        object.__setattr__(self, "inverse", torch.empty_like(self.order))
+        self.inverse[self.order] = positions
+
+    @classmethod
+    def build(
+        cls,
+        weight: Tensor,
+        hidden_states: Tensor | None = None,
+        *,
+        screen: Literal["int8", "fp8"] | None = None,
+    ) -> VocabularyIndex:
+        """Cluster the rows of a head.
+
+        Rows are whitened with the second moment of the hidden states, ``X = W chol(HᵀH/n)``, so
+        that distance means difference of logits, and split recursively at the median along their
+        leading direction until a leaf is a tile.
+
+        Args:
+            weight: ``[V, D]``.
+            hidden_states: ``[..., D]``, a few hundred typical ones; None: not whitened.
+            screen: also keep rows quantised for this 8-bit screen.
+
+        Raises:
+            ValueError: a weight that is not whole, hidden states of another D or not finite, an
+                unknown screen.
+        """
+        validate_weight(weight)
+        if screen not in (None, "int8", "fp8"):
+            raise ValueError(f"screen={screen!r}: must be None, 'int8' or 'fp8'.")
+        weight = weight.detach()
+        order = _clustered_order(_whitened(weight, hidden_states))
+        quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
+        return cls(order, tile_means(weight, order), _sample(weight), quantised, scales)
+
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that this index was not built from.
+
+        Args:
+            weight: ``[V, D]``; its values are compared unless it is being trained, when only its
+                shape is, since an order stays right while the weight moves.
+
+        Raises:
+            ValueError: another shape, device, or other rows.
+        """
+        if tuple(weight.shape) != (len(self.order), self.mean_rows.shape[1]):
+            raise ValueError(
+                f"index: was built for a weight {[len(self.order), self.mean_rows.shape[1]]}, this "
+                f"one is {list(weight.shape)}; build it again with VocabularyIndex.build(weight)."
+            )
+        if weight.device != self.order.device:
+            raise ValueError(
+                f"index is on {self.order.device}, the weight on {weight.device}; use index.to()."
+            )
+        if weight.requires_grad or _seen(self, weight):
+            return
+        distance = (_sample(weight) - self.sample).norm()
+        if not distance <= _SAME_ROWS * self.sample.norm():
+            raise ValueError(
+                "index: was built from another weight of this shape (sampled rows differ by "
+                f"{(distance / self.sample.norm()).item():.0%}); build it again."
+            )
+        _remember(self, weight)
+
+    def to(self, device: torch.device | str) -> VocabularyIndex:
+        """The same index on another device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return replace(
+            self,
+            order=move(self.order),
+            mean_rows=move(self.mean_rows),
+            sample=move(self.sample),
+            quantised=move(self.quantised),
+            row_scales=move(self.row_scales),
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        save_file(
+            {name: x.contiguous() for name, x in self._tensors().items() if x is not None},
+            partial,
+            metadata={"schema": SCHEMA},
+        )
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> VocabularyIndex:
+        """Read what ``save`` wrote; the weight is compared when the index is used.
+
+        Raises:
+            ValueError: no such file, not an index, or an order that is no permutation.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"path={str(path)!r}: no such file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                schema = (file.metadata() or {}).get("schema")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path={str(path)!r}: not a safetensors file ({error}).") from None
+        if schema != SCHEMA:
+            raise ValueError(f"path={str(path)!r}: schema is {schema!r}, must be {SCHEMA!r}.")
+        order = tensors["order"]
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise ValueError(f"path={str(path)!r}: its order is not a permutation; build it again.")
+        return cls(**tensors)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        names = ("order", "mean_rows", "sample", "quantised", "row_scales")
+        return {name: getattr(self, name) for name in names}
+
+
+def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
+    """Mean row of every tile, ``[T, D]`` fp32 (fp64 for fp64), in ``order`` or token order."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    spans = range(0, len(weight), TILE)
+    means = torch.empty(len(spans), weight.shape[1], dtype=dtype, device=weight.device)
+    step = 32 * TILE  # a block that stays small; no second copy of the weight
+    for start in range(0, len(weight), step):
+        block = (
+            weight[start : start + step] if order is None else weight[order[start : start + step]]
+        )
+        whole = len(block) // TILE
+        first = start // TILE
+        tiles = block[: whole * TILE].to(dtype).view(whole, TILE, weight.shape[1])
+        means[first : first + whole] = tiles.mean(1)
+        if len(block) > whole * TILE:
+            means[first + whole] = block[whole * TILE :].to(dtype).mean(0)
+    return means
+
+
+def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
+    """Rows in the metric of the logits, projected on their leading directions: ``[V, 32]`` fp32."""
+    rows, dim = weight.float(), weight.shape[1]
+    if hidden_states is not None:
+        if hidden_states.shape[-1] != dim:
+            raise ValueError(
+                f"hidden_states {list(hidden_states.shape)}: last dimension must be the weight's "
+                f"D={dim}."
+            )
+        states = hidden_states.detach().reshape(-1, dim).float()
+        moment = states.T @ states / max(len(states), 1)
+        if not moment.isfinite().all():
+            raise ValueError("hidden_states hold NaN or inf: give finite ones, or None.")
+        ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        moment = moment + ridge * torch.eye(dim, device=moment.device)
+        rows = rows @ torch.linalg.cholesky(moment)
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -_DIRECTIONS:]
+    return rows @ directions
+
+
+def _clustered_order(rows: Tensor) -> Tensor:
+    """Median splits along the leading direction; only the last tile may be ragged."""
+    done, todo = [], [torch.arange(len(rows), device=rows.device)]
+    while todo:
+        ids = todo.pop()
+        if len(ids) <= TILE:
+            done.append(ids)
+            continue
+        part = rows[ids]
+        part = part - part.mean(0)
+        leading = torch.linalg.eigh(part.T @ part).eigenvectors[:, -1]
+        ids = ids[(part @ leading).argsort()]
+        middle = max(1, round(len(ids) / 2 / TILE)) * TILE
+        todo += [ids[middle:], ids[:middle]]
+    return torch.cat(done)
+
+
+def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tensor]:
+    """Rows in tile order, each scaled to the whole range of its 8 bits."""
+    dtype, top = (torch.int8, 127.0) if screen == "int8" else (torch.float8_e4m3fn, 448.0)
+    rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = torch.empty(len(weight), device=weight.device)
+    step = 32 * TILE
+    for start in range(0, len(weight), step):
+        block = weight[order[start : start + step]].float()
+        scale = block.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / top
+        block = block / scale[:, None]
+        rows[start : start + step] = (block.round() if screen == "int8" else block).to(dtype)
+        scales[start : start + step] = scale
+    return rows, scales
+
+
+def _sample(weight: Tensor) -> Tensor:
+    count = min(_SAMPLES, len(weight))
+    ids = torch.linspace(0, len(weight) - 1, count, device=weight.device).long()
+    return weight.detach()[ids].float()
+
+
+def _key(weight: Tensor) -> tuple[int, int]:
+    # inference tensors keep no version: they are compared every time
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+
+
+def _seen(index: VocabularyIndex, weight: Tensor) -> bool:
+    key = _key(weight)
+    return key[1] >= 0 and getattr(index, "_checked", None) == key
+
+
+def _remember(index: VocabularyIndex, weight: Tensor) -> None:
+    object.__setattr__(index, "_checked", _key(weight))

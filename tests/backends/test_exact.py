@@ -1,0 +1,161 @@
+"""The exact path of the torch backend against the fp64 truth, values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from str_kernels.backends.torch_blocked import TorchBlocked
+from tests.oracle import assert_close, make_case
+
+# Rounding of fp32 sums over a few hundred terms; for 16-bit operands the gradients are rounded once
+# to the operand's own precision (2^-9 and 2^-12 relative, rms below that).
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+OPTIONS = [
+    {},
+    {"bias": True, "logit_scale": 0.3},
+    {"softcap": 5.0},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"bias": True, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.7},
+    {"k": 1, "static": True},
+    {"k": 7, "kind": "mse", "weighted": True},
+    {"k": 7, "kind": "floor", "constraint": {"margin": 0.5}, "softcap": 5.0},
+    {"k": 7, "kind": "logprob", "weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
+    {"k": 7, "kind": "logprob", "softcap": 5.0, "bias": True},
+    {"k": 7, "kind": "kl", "constraint": {"temperature": 2.0}, "weighted": True},
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_equals_the_truth(options, dtype):
+    """Loss and gradients of hidden states, weight and bias, in each dtype and option."""
+    case = make_case(**options).to(dtype)
+    assert_close(case.run(), case.truth(), TOLERANCE[dtype])
+
+
+@given(
+    n=st.integers(1, 40),
+    vocab=st.integers(2, 300),
+    dim=st.integers(1, 20),
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    options=st.sampled_from(OPTIONS),
+    budget=st.sampled_from([1, 1 << 16, 64 << 20]),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_shape_and_budget(n, vocab, dim, seed, scale, options, budget):
+    """Ragged shapes, sharp and flat logits, blocks of every size: fp64 agrees to rounding."""
+    options = {**options, "k": min(options.get("k", 0), vocab)}
+    case = make_case(n, vocab, dim, seed=seed, scale=scale, **options)
+    got = case.run(backend=TorchBlocked(budget))
+    # gradients below 1e-6 of the weight's size are sums of cancelling terms, in the truth as well
+    for name, want in case.truth().items():
+        assert (got[name] - want).norm() <= 1e-9 * (want.norm() + 1e-3), name
+
+
+def test_each_row_has_its_own_upstream_gradient():
+    """`reduction="none"` honours a different upstream gradient on each row, twice over."""
+    case = make_case(k=5, weighted=True, reduction="none", kind="logprob")
+    g = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        upstream = torch.randn(37, generator=g, dtype=torch.float64)
+        assert_close(case.run(upstream), case.truth(upstream), 1e-11)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_reductions(reduction):
+    """Sum and mean share their terms with "none"; n is the number of labels."""
+    case = make_case(k=5)
+    rows = case.run(reduction="none")["loss"]
+    count = 1 if reduction == "sum" else (case.labels != -100).sum()
+    torch.testing.assert_close(case.run(reduction=reduction)["loss"], rows.sum() / count)
+
+
+def test_accumulation_has_one_denominator():
+    """One batch of 40 rows equals five of 8 with ``num_items_in_batch``, penalty included."""
+    case = make_case(40, k=5, weighted=True)
+    whole = case.run()
+    total = {name: torch.zeros_like(value) for name, value in whole.items()}
+    count = int((case.labels != -100).sum())
+    for start in range(0, 40, 8):
+        part = slice(start, start + 8)
+        piece = make_case(40, k=5, weighted=True)
+        piece.hidden_states, piece.labels = case.hidden_states[part], case.labels[part]
+        piece.reference = case.reference[part]
+        piece.position_weights = case.position_weights[part]
+        for name, value in piece.run(num_items_in_batch=count).items():
+            if name == "hidden_states":
+                total[name][part] = value
+            else:
+                total[name] += value
+    assert_close(total, whole, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [5, 40, 640])
+def test_confident_rows_keep_their_gradient(scale):
+    """Logits of 5 to 640: a row that is nearly right has the gradient of the truth, not zero.
+
+    The label's probability minus one would cancel; in fp32 the others' sum has the rounding of the
+    logits alone, about ``scale · 2^-22`` relative.
+    """
+    case = make_case(64, 200, 16, ignored=0.0)
+    case.hidden_states /= case.hidden_states.norm(dim=-1, keepdim=True)
+    case.weight *= scale / case.weight.norm(dim=-1).max()
+    case.labels = (case.hidden_states @ case.weight.T).argmax(-1)
+    case = case.to(torch.float32)
+    assert_close(case.run(), case.truth(), max(5e-6, scale * 2.0**-19))
+
+
+def test_frozen_parts_cost_nothing():
+    """What needs no gradient gets none, and a frozen head saves no logits-sized tensor."""
+    from str_kernels import linear_cross_entropy
+
+    case = make_case(64, 3000, 16).to(torch.float32)
+    saved = []
+    hidden = case.hidden_states.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        loss = linear_cross_entropy(hidden, case.weight, case.labels)
+    extra = [x for x in saved if x.data_ptr() != case.weight.data_ptr()]
+    assert sum(x.nbytes for x in extra) < 4 * 64 * 16 * 4
+    loss.backward()
+    assert case.weight.grad is None
+
+
+def test_backward_twice_and_double_backward():
+    """`retain_graph` repeats the same gradient; a second derivative is refused."""
+    from str_kernels import linear_cross_entropy
+
+    case = make_case()
+    hidden = case.hidden_states.requires_grad_()
+    loss = linear_cross_entropy(hidden, case.weight, case.labels)
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("what", ["bias", "label", "scale", "token"])
+def test_planted_faults_are_seen(what):
+    """A dropped bias, a shifted label, a missed scale or a wrong token exceeds every tolerance."""
+    import dataclasses
+
+    case = make_case(bias=True, k=5, logit_scale=0.5).to(torch.bfloat16)
+    truth, settings_ = case.truth(), case.settings
+    if what == "bias":
+        case.bias = torch.zeros_like(case.bias)
+    elif what == "label":
+        case.labels = case.labels.roll(1)
+    elif what == "scale":
+        case.settings = {**settings_, "logit_scale": 0.55}
+    else:
+        ids = settings_["safety"].token_ids
+        wrong = dataclasses.replace(settings_["safety"], token_ids=(*ids[:-1], (ids[-1] + 1) % 301))
+        case.settings = {**settings_, "safety": wrong}
+    with pytest.raises(AssertionError):
+        assert_close(case.run(), truth, TOLERANCE[torch.bfloat16])

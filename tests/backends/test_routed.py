@@ -1,0 +1,169 @@
+"""The filtered path: screen, route, refine, finish, with and without an index."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends.contract import Head, Tiles, Wanted
+from str_kernels.backends.finish import join_pairs
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.options import LossOptions
+from str_kernels.vocabulary import tile_means
+from tests.backends.test_exact import OPTIONS
+from tests.oracle import Case, assert_close, make_case, relative_error
+
+# below every tile's share: all pairs are live, and refined from the original operands
+ALL_LIVE = 1e-30
+
+
+def clustered_case(n: int = 96, vocab: int = 1100, dim: int = 24, **options) -> Case:
+    """Head rows in clusters, hidden states near their centres: few tiles matter to a row."""
+    case = make_case(n, vocab, dim, seed=3, **options)
+    g = torch.Generator().manual_seed(4)
+    centres = torch.randn(vocab // 64 + 1, dim, generator=g, dtype=torch.float64)
+    centres *= dim**0.5 / centres.norm(dim=-1, keepdim=True)
+    member = torch.randint(len(centres), (vocab,), generator=g)
+    case.weight = 0.9 * centres[member] + 0.35 * case.weight
+    mine = torch.randint(len(centres), (n,), generator=g)
+    case.hidden_states = centres[mine] + 0.5 * case.hidden_states
+    labels = (case.hidden_states @ case.weight.T).argmax(-1)
+    case.labels = torch.where(case.labels == -100, -100, labels)
+    return case
+
+
+def index_of(case: Case) -> VocabularyIndex:
+    """Clustered on the case's own states."""
+    return VocabularyIndex.build(case.weight, case.hidden_states)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_pair_live_is_exact(options, indexed):
+    """With every pair live the stages give the truth in fp64, whatever the order of the tiles."""
+    case = clustered_case(**options)
+    index = index_of(case) if indexed else None
+    got = case.run(filter_eps=ALL_LIVE, index=index, screen="exact")
+    assert_close(got, case.truth(), 1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_filtered_error_is_small(options):
+    """At the default ε the error is that of dead tiles: below 1 %, and not zero (it does filter).
+
+    A dead tile holds at most ε of the open mass and adds an error of at most that share times the
+    spread of its rows; a hundredth of them being live bounds the sum.
+    """
+    case = clustered_case(**options)
+    truth = case.truth()
+    got = case.run(filter_eps=DEFAULT_EPS, index=index_of(case), screen="exact")
+    assert_close(got, truth, 0.01)
+    softcapped_smoothing = "softcap" in options and "label_smoothing" in options
+    # that combination takes the exact path
+    assert (relative_error(got["hidden_states"], truth["hidden_states"]) < 1e-9) == (
+        softcapped_smoothing
+    )
+
+
+def test_bf16_screen_is_refined_away():
+    """Rounding the screen to bf16 costs nothing in the live mass: the loss stays within 1e-3."""
+    case = clustered_case().to(torch.float32)
+    got = case.run(screen="bf16", index=index_of(case))
+    truth = case.truth()
+    assert relative_error(got["loss"], truth["loss"]) < 1e-3
+    assert relative_error(got["hidden_states"], truth["hidden_states"]) < 0.01
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    """Rows alone and in a batch differ by rounding only: liveness is relative to the row."""
+    case = clustered_case(reduction="none")
+    index = index_of(case)
+    arguments = {"filter_eps": DEFAULT_EPS, "index": index, "reduction": "none", "screen": "exact"}
+    whole = linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
+    for part in (slice(0, 1), slice(5, 20)):
+        alone = linear_cross_entropy(
+            case.hidden_states[part], case.weight, case.labels[part], **arguments
+        )
+        torch.testing.assert_close(alone, whole[part], rtol=1e-12, atol=1e-12)
+
+
+def stages(case: Case, eps: float, labels: torch.Tensor | None = None):
+    """Run the stages one by one on the case's rows in token order."""
+    backend, options = TorchBlocked(), LossOptions()
+    head = Head(case.hidden_states, case.weight, None)
+    labels = case.labels.masked_fill(case.labels == -100, -1) if labels is None else labels
+    tiles = Tiles(None, None, tile_means(case.weight, None))
+    wanted = Wanted(hidden=True, masses=True, entropy=False)
+    masses = backend.screen(head, tiles, options, "exact")
+    work = backend.route(masses, labels, tiles, eps)
+    refined = backend.refine(head, labels, tiles, work, options, wanted)
+    return masses, work, join_pairs(head, labels, tiles, masses, work, refined, options, wanted)
+
+
+def test_masses_sum_to_one():
+    """Live, dead and label's mass of each row sum to 1 under the lse that the loss uses."""
+    case = clustered_case(ignored=0.0)
+    _, work, dense = stages(case, 2.0**-7)
+    assert 0 < len(work.rows) < work.dead.numel()
+    p_label = torch.exp(dense.label_logit - dense.lse)
+    torch.testing.assert_close(dense.open_mass + p_label, torch.ones_like(p_label))
+    assert (dense.dead_mass > 0).any()
+    live = dense.masses < 0
+    torch.testing.assert_close(dense.masses.masked_fill(live, 0).sum(-1), dense.dead_mass)
+
+
+@pytest.mark.parametrize("kind", ["one tile", "equal logits", "huge logit", "label far away"])
+def test_adversarial_routing(kind):
+    """All rows in one tile, no pair above ε, one huge logit, an improbable label: still right."""
+    case = clustered_case(ignored=0.0, vocab=1100)
+    if kind == "one tile":
+        case.hidden_states = case.weight[:1].expand(96, -1).contiguous() * 3
+    elif kind == "equal logits":
+        case.hidden_states = torch.zeros_like(case.hidden_states)
+    elif kind == "huge logit":
+        case.hidden_states[:, 0], case.weight[7, 0] = 30.0, 30.0
+    else:
+        case.labels = (case.hidden_states @ case.weight.T).argmin(-1)
+    truth = case.truth()
+    got = case.run(filter_eps=0.9 if kind == "equal logits" else DEFAULT_EPS, screen="exact")
+    for name in ("loss", "hidden_states"):
+        scale = truth[name].norm() + 1e-6
+        assert (got[name] - truth[name]).norm() <= 0.02 * scale, name
+
+
+def test_dead_mass_is_returned():
+    """`return_parts` tells each position's approximated probability; 0 on the exact path."""
+    case = clustered_case()
+    arguments = (case.hidden_states, case.weight, case.labels)
+    _, parts = linear_cross_entropy(*arguments, filter_eps=2.0**-7, return_parts=True)
+    assert parts.dead_mass.shape == case.labels.shape
+    assert parts.dead_mass.max() > 0
+    assert (parts.dead_mass[case.labels == -100] == 0).all()
+    assert linear_cross_entropy(*arguments, return_parts=True)[1].dead_mass.max() == 0
+
+
+def test_scratch_memory_does_not_follow_the_vocabulary():
+    """The largest tensor of a filtered step is a block's, far below the logits' size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.nbytes for x in [out] if isinstance(x, torch.Tensor))
+            return out
+
+    case = make_case(512, 20_000, 8).to(torch.float32)
+    hidden = case.hidden_states.requires_grad_()
+    for eps in (0.0, DEFAULT_EPS):
+        sizes.clear()
+        with Watch():
+            linear_cross_entropy(
+                hidden, case.weight, case.labels, filter_eps=eps, backend=TorchBlocked(1 << 20)
+            ).backward()
+        logits = 512 * 20_000 * 4
+        weight = case.weight.nbytes
+        assert max(sizes) <= max(2 * weight, logits / 16)

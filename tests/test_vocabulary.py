@@ -1,0 +1,124 @@
+"""The vocabulary index: a permutation, its tiles' means, and the refusal of another weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.options import TILE
+from str_kernels.vocabulary import tile_means
+from tests.backends.test_routed import clustered_case
+
+
+@pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 1000, 8 * TILE])
+def test_order_is_a_permutation_and_means_are_the_tiles(vocab):
+    """Any size, ragged last tile included."""
+    weight = torch.randn(vocab, 16, generator=torch.Generator().manual_seed(vocab))
+    index = VocabularyIndex.build(weight)
+    assert torch.equal(index.order.sort().values, torch.arange(vocab))
+    assert torch.equal(index.inverse[index.order], torch.arange(vocab))
+    for tile, mean in enumerate(index.mean_rows):
+        rows = weight[index.order[tile * TILE : (tile + 1) * TILE]]
+        torch.testing.assert_close(mean, rows.mean(0))
+
+
+def test_clusters_share_tiles():
+    """On a clustered head an index keeps fewer pairs live than token order: less dead mass is left
+    by the same ε, and the loss is closer to the truth.
+    """
+    case = clustered_case(vocab=4096, n=128)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    truth = case.truth()["hidden_states"]
+    errors = [
+        (case.run(filter_eps=2.0**-5, index=i, screen="exact")["hidden_states"] - truth).norm()
+        for i in (index, None)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("screen", [None, "int8", "fp8"])
+def test_save_and_load(tmp_path, screen):
+    """A file gives back the same index, quantised rows included."""
+    case = clustered_case()
+    index = VocabularyIndex.build(case.weight, case.hidden_states, screen=screen)
+    index.save(tmp_path / "index.safetensors")
+    loaded = VocabularyIndex.load(tmp_path / "index.safetensors")
+    for name, tensor in index._tensors().items():
+        other = getattr(loaded, name)
+        assert (tensor is None and other is None) or torch.equal(
+            tensor.view(torch.uint8), other.view(torch.uint8)
+        )
+
+
+@pytest.mark.parametrize(("screen", "bound"), [("int8", 0.01), ("fp8", 0.04)])
+def test_quantised_rows_approximate(screen, bound):
+    """int8 rounds to 1/254 of a row's largest value, e4m3 to 1/16 of each value (rms 2.7 %)."""
+    case = clustered_case()
+    index = VocabularyIndex.build(case.weight, screen=screen)
+    rows = index.quantised.float() * index.row_scales[:, None]
+    want = case.weight[index.order].float()
+    assert (rows - want).norm() / want.norm() < bound
+
+
+def test_another_weight_is_refused():
+    """Another shape, other values: named errors; the same weight in bf16, or trained: fine."""
+    case = clustered_case()
+    index = VocabularyIndex.build(case.weight)
+    index.check(case.weight.bfloat16())
+    index.check((case.weight * 2).requires_grad_())
+    with pytest.raises(ValueError, match="sampled rows differ by 100%"):
+        index.check(case.weight * 2)
+    with pytest.raises(ValueError, match=r"\[1100, 24\], this one is \[1099, 24\]"):
+        index.check(case.weight[:-1])
+
+
+def test_a_weight_changed_in_place_is_compared_again():
+    """The comparison is remembered for one version of the weight, not for the tensor."""
+    case = clustered_case()
+    index = VocabularyIndex.build(case.weight)
+    arguments = {"index": index, "filter_eps": 2.0**-11}
+    linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
+    case.weight.mul_(3)
+    with pytest.raises(ValueError, match="another weight"):
+        linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
+
+
+def test_broken_files_are_refused(tmp_path):
+    """Missing, not safetensors, another schema, no permutation: each named."""
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="no such file"):
+        VocabularyIndex.load(path)
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        VocabularyIndex.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="schema is None"):
+        VocabularyIndex.load(path)
+    tensors = {"order": torch.tensor([0, 0]), "mean_rows": torch.zeros(1, 2)}
+    save_file(
+        {**tensors, "sample": torch.zeros(2, 2)},
+        path,
+        metadata={"schema": "str_kernels.vocabulary_index/1"},
+    )
+    with pytest.raises(ValueError, match="not a permutation"):
+        VocabularyIndex.load(path)
+
+
+def test_bad_arguments():
+    """Hidden states of another size or with NaN, an unknown screen."""
+    weight = torch.randn(300, 8)
+    with pytest.raises(ValueError, match="D=8"):
+        VocabularyIndex.build(weight, torch.randn(4, 9))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        VocabularyIndex.build(weight, torch.full((4, 8), float("nan")))
+    with pytest.raises(ValueError, match="screen='bf16'"):
+        VocabularyIndex.build(weight, screen="bf16")
+
+
+def test_means_of_a_bf16_weight_are_fp32():
+    """Means are summed in fp32: a bf16 sum of 128 rows would lose 5 bits."""
+    weight = torch.randn(2 * TILE + 3, 8).bfloat16()
+    want = weight[: 2 * TILE].double().view(2, TILE, 8).mean(1)
+    torch.testing.assert_close(tile_means(weight, None)[:2].double(), want, rtol=1e-6, atol=1e-6)
