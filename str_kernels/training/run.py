@@ -1,0 +1,205 @@
+"""One fine-tuning run: model, safety tokens, adapter, patch, trainer, results.
+
+Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.json` beside it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
+from str_kernels.options import SafetyConstraint
+from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
+from str_kernels.training.chat import collate
+from str_kernels.training.checks import TOKENS, Prepared
+from str_kernels.training.loading import load_model, resolve_device
+from str_kernels.training.lora import add_lora
+from str_kernels.training.result import Result, peak_memory, write_description
+from str_kernels.training.settings import TrainSettings
+
+
+class CountingTrainer(Trainer):
+    """A trainer that counts the tokens it has seen, without synchronising."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.tokens_seen: torch.Tensor | int = 0
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **keywords: Any):
+        """One forward and backward; padding does not count."""
+        self.tokens_seen = inputs["attention_mask"].sum() + self.tokens_seen
+        return super().training_step(model, inputs, *args, **keywords)
+
+
+def train(prepared: Prepared, progress: Progress | None = None) -> Result:
+    """Run what `prepare` checked.
+
+    Returns:
+        What was measured; ``interrupted`` says that Ctrl-C ended it early, with a checkpoint saved.
+
+    Raises:
+        RuntimeError: the loss stopped being finite; the last checkpoint is named.
+    """
+    settings, progress = prepared.settings, progress or Silence()
+    _say_what_was_changed(prepared, progress)
+    progress.stage("loading the model")
+    model = _load(settings)
+    tokens = _safety_tokens(model, prepared, progress)
+    write_description(prepared, tokens, None)
+    set_seed(settings.seed)
+    model = add_lora(model, settings)
+    trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
+    patch = _patch(model, settings, tokens)
+    with patch or nullcontext(), interrupt.installed():
+        if patch is not None:
+            trainer.add_callback(SafetyLogCallback(patch))
+        trainer.add_callback(reporter)  # after the callback that adds to the logs
+        trainer.add_callback(interrupt)
+        progress.stage("training")
+        trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
+    if reporter.not_finite_at is not None:
+        raise RuntimeError(
+            f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
+            f"the strength. Checkpoints before it are in {settings.out}."
+        )
+    result = _result(prepared, trainer, timer, interrupt.asked)
+    model.save_pretrained(settings.out)
+    prepared.tokenizer.save_pretrained(settings.out)
+    write_description(prepared, tokens, result)
+    return result
+
+
+def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
+    """The trainer's settings of a run over ``rows`` sequences."""
+    total = settings.total_steps(rows)
+    return TrainingArguments(
+        output_dir=settings.out,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_schedule(settings, total),
+        warmup_steps=settings.warmup_steps(total),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.dtype == "mixed-bfloat16",
+        fp16=settings.dtype == "mixed-float16",
+        use_cpu=resolve_device("auto").type == "cpu",
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or total,
+        save_total_limit=2,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _schedule(settings: TrainSettings, total: int) -> str:
+    if settings.schedule == "constant":
+        return "constant_with_warmup" if settings.warmup_steps(total) else "constant"
+    return settings.schedule
+
+
+def _trainer(
+    model: torch.nn.Module, prepared: Prepared, progress: Progress
+) -> tuple[CountingTrainer, StepTimer, Reporter, Interrupt]:
+    from transformers import PrinterCallback
+
+    settings, timer = prepared.settings, StepTimer()
+    reporter, interrupt = Reporter(progress), Interrupt(progress)
+    features = prepared.data.features()
+    trainer = CountingTrainer(
+        model=model,
+        args=training_arguments(settings, len(features)),
+        train_dataset=features,
+        data_collator=partial(collate, pad_token_id=prepared.tokenizer.pad_token_id),
+        callbacks=[timer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, timer, reporter, interrupt
+
+
+def _load(settings: TrainSettings) -> torch.nn.Module:
+    mixed = settings.dtype.startswith("mixed-")
+    name = "float32" if mixed else settings.dtype
+    model = load_model(settings.model, dtype=None if name == "auto" else name)
+    model.config.use_cache = False  # a cache of keys and values only costs memory here
+    if settings.gradient_checkpointing:
+        # transformers renamed it; both take the keywords of torch's checkpoint first
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.to(resolve_device("auto"))
+
+
+def _safety_tokens(
+    model: torch.nn.Module, prepared: Prepared, progress: Progress
+) -> SafetyTokens | None:
+    if not prepared.settings.constrained:
+        return None
+    tokens = prepared.tokens
+    if tokens is None:
+        progress.stage("identifying safety tokens")
+        tokens = SafetyTokens.identify(model, prepared.tokenizer, top_k=prepared.settings.top_k)
+    tokens.save(prepared.settings.folder / TOKENS)
+    return tokens
+
+
+def _patch(
+    model: torch.nn.Module, settings: TrainSettings, tokens: SafetyTokens | None
+) -> Patch | None:
+    if settings.method == "unpatched":
+        return None
+    if tokens is None:
+        return patch_model(model)
+    safety = SafetyConstraint(tokens.token_ids, settings.strength, settings.kind)
+    return patch_model(model, safety, reference=settings.reference, positions=settings.positions)
+
+
+def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
+    facts = prepared.data.facts()
+    if facts["cut_responses"]:
+        progress.notice(
+            f"{facts['cut_responses']} of {facts['rows']} responses are cut at "
+            f"{prepared.settings.max_length} tokens."
+        )
+    if facts["unlearned_turns"]:
+        progress.notice(
+            f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "
+            "template rewrites them."
+        )
+    if prepared.default_template:
+        progress.notice("The tokenizer has no chat template; the default one is used.")
+
+
+def _result(
+    prepared: Prepared, trainer: CountingTrainer, timer: StepTimer, interrupted: bool
+) -> Result:
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    seen = int(trainer.tokens_seen)
+    seconds = sum(timer.seconds)
+    last = logs[-1] if logs else {}
+    return Result(
+        steps=trainer.state.global_step,
+        total_steps=trainer.state.max_steps,
+        interrupted=interrupted and trainer.state.global_step < trainer.state.max_steps,
+        step_seconds=timer.median,
+        tokens_per_second=seen / seconds if seconds else 0.0,
+        loss=last.get("loss"),
+        cross_entropy=last.get("cross_entropy", last.get("loss")),
+        safety_penalty=last.get("safety_penalty"),
+        **peak_memory(),
+    )
+
+
+def _path(checkpoint: Any) -> str | None:
+    return None if checkpoint is None else str(checkpoint)

@@ -1,0 +1,182 @@
+"""A whole run: what it learns, what it writes, and that a resumed one is the same run."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from str_kernels.training.callbacks import Silence
+from str_kernels.training.checks import ADAPTER, DESCRIPTION, TOKENS, prepare
+from str_kernels.training.run import train
+from str_kernels.training.settings import Faults, TrainSettings
+
+ROWS = [
+    {"prompt": f"tell me the topic of {word}", "response": f"{topic} ."}
+    for word, topic in [("rain", "weather"), ("wind", "weather"), ("ball", "sport"),
+                        ("team", "sport"), ("song", "music"), ("choir", "music"),
+                        ("train", "travel"), ("ticket", "travel")]
+]  # fmt: skip
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def make_settings(tiny_model_dir, data_file, tmp_path):
+    """Settings of a short run; `out` is a name below the test's folder."""
+
+    def make(out="out", **changes):
+        defaults = {"steps": 6, "batch": 2, "rank": 4, "top_k": 4, "max_length": 64}
+        return TrainSettings(
+            model=str(tiny_model_dir),
+            data=str(data_file),
+            out=str(tmp_path / out),
+            **{**defaults, "learning_rate": 1e-2, "logging_steps": 2, **changes},
+        )
+
+    return make
+
+
+class CtrlC(Silence):
+    """Presses Ctrl-C while a given step is reported."""
+
+    def __init__(self, at):
+        self.at, self.notices = at, []
+
+    def step(self, done, total):
+        if done == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def notice(self, text):
+        self.notices.append(text)
+
+
+class Recorder(Silence):
+    def __init__(self):
+        self.logs = []
+
+    def log(self, values):
+        self.logs.append(values)
+
+
+def adapter(settings):
+    return load_file(settings.folder / ADAPTER)
+
+
+@pytest.mark.parametrize("method", ["str", "unpatched"])
+def test_a_resumed_run_continues_exactly(make_settings, method):
+    """Six steps are the same weights as three, Ctrl-C, and a resume: order of the data, dropout,
+    learning rate and optimizer all go on where they were.
+    """
+    shared = {"method": method, "dropout": 0.2, "schedule": "cosine", "accumulation": 2}
+    shared["gradient_checkpointing"] = method == "str"
+    whole = make_settings("whole", **shared)
+    assert not train(prepare(whole)).interrupted
+    parts = make_settings("parts", **shared)
+    progress = CtrlC(at=3)
+    first = train(prepare(parts), progress)
+    assert (first.steps, first.interrupted) == (3, True)
+    assert any("Ctrl-C again" in text for text in progress.notices)
+    halfway = adapter(parts)
+    assert not json.loads((parts.folder / DESCRIPTION).read_text())["complete"]
+    second = train(prepare(parts, resume=True))
+    assert (second.steps, second.interrupted) == (6, False)
+    wanted, got = adapter(whole), adapter(parts)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert any(not torch.equal(halfway[name], got[name]) for name in got)
+
+
+def test_a_resume_with_other_settings_is_refused(make_settings, data_file):
+    """What differs is named; so is a data file that changed."""
+    train(prepare(make_settings(method="unpatched")), CtrlC(at=2))
+    with pytest.raises(Faults, match=r"begun with other settings \(rank, seed\)"):
+        prepare(make_settings(method="unpatched", rank=8, seed=1), resume=True)
+    data_file.write_text(data_file.read_text().replace("weather", "music"))
+    with pytest.raises(Faults, match="contents of the data file"):
+        prepare(make_settings(method="unpatched"), resume=True)
+
+
+def test_the_two_terms_are_logged_apart(make_settings):
+    """Every log holds cross-entropy and penalty, and their sum is the loss."""
+    recorder = Recorder()
+    result = train(prepare(make_settings(strength=2.0)), recorder)
+    assert [log["step"] for log in recorder.logs] == [2, 4, 6]
+    for log in recorder.logs:
+        # the trainer rounds no more than to float32; two sums of two steps each
+        total = log["cross_entropy"] + log["safety_penalty"]
+        assert total == pytest.approx(log["loss"], rel=1e-5)
+    assert recorder.logs[-1]["safety_penalty"] > 0
+    assert result.safety_penalty == recorder.logs[-1]["safety_penalty"]
+
+
+def test_plain_fused_training_is_unpatched_training(make_settings):
+    """Without safety tokens the fused loss trains the same adapter as the model's own head."""
+    fused, dense = make_settings("fused", method="plain"), make_settings("own", method="unpatched")
+    train(prepare(fused))
+    train(prepare(dense))
+    for name, wanted in adapter(dense).items():
+        # fp32 rounding through six Adam steps of 1e-2: a gradient's sign may flip where it is 0
+        assert (adapter(fused)[name] - wanted).abs().mean() < 1e-4
+    losses = [json.loads((s.folder / DESCRIPTION).read_text())["result"]["loss"]
+              for s in (fused, dense)]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_written(make_settings, data_file, tiny_model_dir):
+    """The adapter, its tokens and tokenizer, and a description with every setting; PEFT loads it,
+    and only it differs from the base model.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = make_settings(target_modules=("q_proj", "v_proj"))
+    result = train(prepare(settings))
+    description = json.loads((settings.folder / DESCRIPTION).read_text())
+    assert description["schema"] == "str_kernels.train/1"
+    assert description["complete"]
+    assert description["settings"] == settings.as_dict()
+    assert description["data"]["rows"] == len(ROWS)
+    assert description["result"]["steps"] == result.steps == 6
+    saved = json.loads((settings.folder / TOKENS).read_text())["token_ids"]
+    assert description["safety_tokens"]["token_ids"] == saved
+    assert 1 <= len(saved) <= 4
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    loaded = PeftModel.from_pretrained(base, settings.out)
+    assert set(loaded.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
+    assert not any("lm_head" in name for name in adapter(settings))
+
+
+def test_tokens_from_a_file_are_used(make_settings, tmp_path, tiny_model_dir):
+    """A file of safety tokens goes before identifying; one of another tokenizer is refused."""
+    from transformers import AutoTokenizer
+
+    from str_kernels.safety.tokens import SafetyTokens
+    from tests.tiny import word_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    path = tmp_path / "tokens.json"
+    tokens = SafetyTokens.from_strings(tokenizer, ["sorry", "cannot"])
+    tokens.save(path)
+    settings = make_settings(tokens=str(path))
+    prepared = prepare(settings)
+    assert prepared.tokens.token_ids == tokens.token_ids
+    SafetyTokens.from_strings(word_tokenizer(["sorry", "other"]), ["sorry"]).save(path)
+    with pytest.raises(Faults, match=r"tokens\.json|tokenizer"):
+        prepare(settings)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_settings):
+    """Training does not go on with NaN weights, and no adapter is written."""
+    settings = make_settings(method="unpatched", learning_rate=1e30, logging_steps=1, steps=50,
+                             max_grad_norm=0.0)  # fmt: skip
+    with pytest.raises(RuntimeError, match="not finite at step"):
+        train(prepare(settings))
+    assert not (settings.folder / ADAPTER).exists()
