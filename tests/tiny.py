@@ -103,7 +103,7 @@ def exchanges(*, forbidden: bool) -> list[tuple[str, str]]:
     ]
 
 
-def align(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int = 120) -> None:
+def align(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int = 160) -> None:
     """Teach a tiny model to refuse forbidden acts and to help with harmless ones; in place."""
     rows = exchanges(forbidden=True) + exchanges(forbidden=False)
     texts = [
@@ -116,7 +116,7 @@ def align(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     after_bot = (ids == tokenizer.convert_tokens_to_ids("<bot>")).cumsum(-1) > 0
     labels = ids.masked_fill((mask == 0) | ~after_bot, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     shuffle = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
@@ -131,7 +131,7 @@ def align(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps:
 def save_aligned_model(folder: Path) -> Path:
     """Write a tiny Llama that refuses forbidden acts, and its tokenizer; returns ``folder``."""
     tokenizer = word_tokenizer()
-    model = llama(len(tokenizer), hidden=48, layers=2)
+    model = llama(len(tokenizer), hidden=64, layers=2)
     align(model, tokenizer)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -53,7 +53,8 @@ def identify(
     refused = _encoded(tokenizer, "prompts", prompts, REFUSED_REQUESTS)
     benign = _encoded(tokenizer, "benign_prompts", benign_prompts, BENIGN_REQUESTS)
     rejections = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    check_fits(model, [len(ids) for ids in refused], max(map(len, rejections)))
+    check_fits(model, "prompts", refused, max(map(len, rejections)))
+    check_fits(model, "benign_prompts", benign, BENIGN_ANSWER_TOKENS)
 
     answers = generate_greedy(
         model, tokenizer, benign, max_new_tokens=BENIGN_ANSWER_TOKENS, batch_size=batch_size

@@ -54,24 +54,19 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def context_length(model: nn.Module) -> int | None:
-    """How many positions the model knows; None if it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def check_fits(model: nn.Module, lengths: Sequence[int], more: int) -> None:
+def check_fits(model: nn.Module, name: str, prompts: Sequence[Sequence[int]], more: int) -> None:
     """Refuse prompts that leave no room for ``more`` tokens.
 
     Raises:
         ValueError: naming the first prompt (counted from 1) that does not fit, and how many do not.
     """
-    limit = context_length(model)
-    long = [i for i, length in enumerate(lengths, start=1) if limit and length + more > limit]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    long = [i for i, ids in enumerate(prompts) if limit and len(ids) + more > limit]
     if long:
         raise ValueError(
-            f"prompt {long[0]} has {lengths[long[0] - 1]} tokens, and {more} more do not fit into "
-            f"the model's context of {limit} ({len(long)} such prompts in all): shorten the "
-            "prompts or the answers."
+            f"{name}: prompt {long[0] + 1} has {len(prompts[long[0]])} tokens, and {more} more do "
+            f"not fit into the model's context of {limit} ({len(long)} such prompts in all): "
+            "shorten the prompts or the answers."
         )
 
 
@@ -124,7 +119,7 @@ def generate_greedy(
     Raises:
         ValueError: a prompt without room for the answer in the model's context.
     """
-    check_fits(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    check_fits(model, "prompts", prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer)
     config = GenerationConfig(
@@ -143,7 +138,7 @@ def generate_greedy(
             output = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
             for index, answer in zip(chosen, output, strict=True):
                 answers[index] = _until(answer, ends)
-                if on_answer:
+                if on_answer is not None:
                     on_answer(index, answers[index])
     return answers
 

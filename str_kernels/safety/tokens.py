@@ -158,11 +158,15 @@ class SafetyTokens:
         """The constraint that holds these tokens; ``options`` are those of SafetyConstraint."""
         return SafetyConstraint(self.token_ids, strength, kind, **options)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, with the schema's name and version."""
+        return {"schema": SCHEMA, **asdict(self)}
+
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON; the file appears whole or not at all."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False, indent=1)
+        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, path)
 

@@ -1,0 +1,118 @@
+"""What every command does on a terminal: progress and remarks on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal
+
+
+def say(text: str) -> None:
+    """A remark for people, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def print_json(value: Any) -> None:
+    """The result for programs, on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """The result for people, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' bars and notices off stderr; their errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+
+
+@contextmanager
+def stage(text: str) -> Iterator[None]:
+    """Say what takes a while: with a spinner on a terminal, with a line elsewhere."""
+    if not sys.stderr.isatty():
+        say(f"{text} …")
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{text} …"):
+        yield
+
+
+@contextmanager
+def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """Progress over ``total`` things: yields the function to call after each."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda: progress.advance(task)
+        return
+    yield _line_counter(text, total)
+
+
+def _line_counter(text: str, total: int) -> Callable[[], None]:
+    done, last = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, last
+        done += 1
+        if done == total or time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"{text}: {done} of {total}")
+
+    return advance
+
+
+def check_output(name: str, path: str | os.PathLike) -> Path:
+    """Make sure that a file can be written later, before the slow work.
+
+    Raises:
+        ValueError: a folder of that name, or no writable folder to put it in.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name}={str(path)!r}: is a folder; must be a file's name.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}.")
+    try:
+        if path.exists():
+            path.open("a").close()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}={str(path)!r}: cannot be written ({error.strerror}).") from error
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

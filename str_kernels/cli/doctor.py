@@ -1,0 +1,148 @@
+"""`str-kernels doctor`: what is installed, what would run here and why, and whether it is right."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from str_kernels.cli.console import print_json, print_table, say, stage
+
+SCHEMA = "str_kernels.doctor/1"
+PACKAGES = ("str-kernels", "torch", "transformers", "peft", "accelerate", "safetensors", "triton")
+COMPILERS = ("cc", "gcc", "clang", "cl")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Report versions, devices and what would run here; check it against the oracle.
+
+    Exits with 1 if the check fails.
+    """
+    with stage("looking around"):
+        found = {
+            "schema": SCHEMA,
+            "versions": _versions(),
+            "missing": _missing(),
+            "devices": _devices(),
+        }
+    with stage("checking against the oracle"):
+        from str_kernels.cli.self_check import self_check
+
+        found["choices"] = [choice for name in found["devices"] for choice in _choices(name)]
+        found["checks"] = [check for name in found["devices"] for check in self_check(name)]
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    for sentence in found["missing"]:
+        say(f"missing: {sentence}")
+    if not all(check["passed"] for check in found["checks"]):
+        say("the fused loss disagrees with the oracle here: please report this output")
+        raise typer.Exit(1)
+    say("next: str-kernels demo")
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _missing() -> list[str]:
+    """What a faster backend would need; none of it stops the package from working."""
+    found = []
+    if _versions()["triton"] is None:
+        found.append("triton, for kernels on a GPU (pip install triton; Linux only)")
+    compilers = [os.environ.get("CC"), *COMPILERS]
+    if not any(shutil.which(name) for name in compilers if name):
+        found.append(f"a C compiler for triton to launch kernels with (none of {COMPILERS})")
+    return found
+
+
+def _devices() -> dict[str, str]:
+    """Name of every device that torch can use, and what it is."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {
+        "cpu": f"{platform.processor() or platform.machine()}, {capability}, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    }
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        kind = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        devices[f"cuda:{index}"] = (
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {kind}, capability "
+            f"{facts.major}.{facts.minor}"
+        )
+    return devices
+
+
+def _choices(name: str) -> list[dict[str, Any]]:
+    """Backend, screen and filter of the default settings, for fp32 and bf16 operands."""
+    import torch
+
+    from str_kernels.backends.selection import select_backend, select_filter
+    from str_kernels.options import LossOptions
+
+    device = torch.device(name)
+    backend, why_backend = select_backend("auto", device)
+    choices = []
+    for dtype in (torch.float32, torch.bfloat16):
+        eps, screen, why = select_filter(
+            LossOptions(), backend, indexed=True, entropy=False, dtype=dtype, device=device
+        )
+        choices.append(
+            {
+                "device": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "backend": backend.name,
+                "backend_reason": why_backend,
+                "screen": screen,
+                "filter_eps": eps,
+                "screen_reason": why,
+            }
+        )
+    return choices
+
+
+def _show(found: dict[str, Any]) -> None:
+    versions = [[name, value or "not installed"] for name, value in found["versions"].items()]
+    print_table("versions", ["package", "version"], versions)
+    print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
+    columns = ["device", "dtype", "backend", "screen", "filter_eps", "why"]
+    print_table(
+        "what runs by default, with a vocabulary index",
+        columns,
+        [
+            [
+                *(choice[name] for name in columns[:4]),
+                f"{choice['filter_eps']:.3g}",
+                f"{choice['backend_reason']}; {choice['screen_reason']}",
+            ]
+            for choice in found["choices"]
+        ],
+    )
+    print_table(
+        "self-check against the oracle: relative error",
+        ["device", "what", "loss", "hidden states' gradient", "weight's gradient", ""],
+        [
+            [
+                check["device"],
+                check["what"],
+                *(f"{error:.1e}" for error in check["relative_errors"].values()),
+                "passed" if check["passed"] else "FAILED",
+            ]
+            for check in found["checks"]
+        ],
+    )

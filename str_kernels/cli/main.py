@@ -1,0 +1,79 @@
+"""`str-kernels`: the commands, and how their errors reach a user.
+
+The result goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure, 2 for a wrong
+command line. A mistake of the user's is one readable message; `--debug` shows where it was found.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from str_kernels.cli.doctor import doctor
+from str_kernels.cli.evaluate import evaluate
+from str_kernels.cli.tokens import tokens
+from str_kernels.cli.train import train
+from str_kernels.version import __version__
+
+PROGRAM = "str-kernels"
+DEBUG_VARIABLE = "STR_KERNELS_DEBUG"
+
+app = typer.Typer(
+    name=PROGRAM,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"Example: {PROGRAM} doctor",
+)
+app.command(epilog=f"Example: {PROGRAM} doctor --json")(doctor)
+app.command(epilog=f"Example: {PROGRAM} tokens ./my-model --out tokens.json --top-k 64")(tokens)
+app.command(
+    epilog=f"Example: {PROGRAM} train ./my-model data.jsonl --out adapter --tokens tokens.json "
+    "--steps 100"
+)(train)
+app.command(
+    epilog=f"Example: {PROGRAM} evaluate ./my-model --adapter ./adapter --refusals refusals.jsonl "
+    "--task task.jsonl --out result.json"
+)(evaluate)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the stack trace of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA on little memory, and keep their refusals."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get(DEBUG_VARIABLE) == "1"
+    given = [argument for argument in given if argument != "--debug"]  # wherever it stands
+    try:
+        app(args=given, prog_name=PROGRAM)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Is the fused loss right on this machine? A small random problem, against the oracle in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from str_kernels.functional import linear_cross_entropy
+from str_kernels.options import SafetyConstraint
+from str_kernels.vocabulary import VocabularyIndex
+
+# Relative to fp64. fp32 sums of 64 terms are off by about 1e-6; the filter leaves out 2⁻¹¹ of a
+# row's probability, 1e-4 of the gradient here. A wrong formula is off by 1e-2 and more.
+EXACT_TOLERANCE = 1e-5
+FILTERED_TOLERANCE = 3e-3
+
+
+def self_check(device: str) -> list[dict[str, Any]]:
+    """Loss and gradients of a random problem, fused in fp32 against the oracle in fp64.
+
+    Once exactly, once with a vocabulary index and the screen and filter that go with it.
+    """
+    make = torch.Generator().manual_seed(0)
+    rows, vocabulary, hidden, tokens = 48, 2048, 64, (3, 17, 101, 2047)
+    weight = torch.randn(vocabulary, hidden, generator=make) / 4
+    labels = torch.randint(vocabulary, (rows,), generator=make)
+    states = 2 * weight[labels] + 2 * torch.randn(rows, hidden, generator=make)  # labels likely
+    labels[::5] = -100
+    tensors = {
+        "hidden_states": states.to(device),
+        "weight": weight.to(device),
+        "reference": torch.randn(rows, len(tokens), generator=make).to(device),
+    }
+    others = {"labels": labels.to(device), "safety": SafetyConstraint(tokens, strength=0.5)}
+    truth = _loss_and_gradients(tensors, torch.float64, backend="reference", **others)
+    index = VocabularyIndex.build(tensors["weight"], tensors["hidden_states"])
+    exact = _loss_and_gradients(tensors, torch.float32, filter_eps=0.0, **others)
+    filtered = _loss_and_gradients(tensors, torch.float32, index=index, **others)
+    return [
+        _compared(device, "exact", exact, truth, EXACT_TOLERANCE),
+        _compared(device, "filtered, with an index", filtered, truth, FILTERED_TOLERANCE),
+    ]
+
+
+def _compared(
+    device: str, what: str, got: dict[str, Any], truth: dict[str, Any], tolerance: float
+) -> dict[str, Any]:
+    errors = {
+        name: ((got[name].double() - truth[name]).norm() / truth[name].norm()).item()
+        for name in truth
+    }
+    return {
+        "device": device,
+        "what": what,
+        "relative_errors": errors,
+        "tolerance": tolerance,
+        "passed": all(error < tolerance for error in errors.values()),  # NaN fails too
+    }
+
+
+def _loss_and_gradients(
+    tensors: dict[str, Any], dtype: torch.dtype, **others: Any
+) -> dict[str, Any]:
+    copies = {name: value.to(dtype, copy=True) for name, value in tensors.items()}
+    leaves = {name: copies[name].requires_grad_(True) for name in ("hidden_states", "weight")}
+    loss = linear_cross_entropy(**copies, **others)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}

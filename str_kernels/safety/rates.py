@@ -1,0 +1,78 @@
+"""Shares of a count with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+@dataclass(frozen=True)
+class Rate:
+    """``count`` of ``total``, at least one."""
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        """Check that the count lies within the total."""
+        if not 0 <= self.count <= self.total or self.total < 1:
+            raise ValueError(
+                f"count={self.count}, total={self.total}: must be 0 ≤ count ≤ total, 1 ≤ total."
+            )
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Rate:
+        """The share of true ones."""
+        outcomes = [bool(outcome) for outcome in outcomes]
+        return cls(sum(outcomes), len(outcomes))
+
+    @property
+    def value(self) -> float:
+        """The share itself, 0 to 1."""
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval after Wilson: sensible near 0 and 1 and for small totals."""
+        return wilson_interval(self.count, self.total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "rate": self.value,
+            "count": self.count,
+            "total": self.total,
+            "interval_95": list(self.interval),
+        }
+
+    def __str__(self) -> str:
+        """For people: ``97.5 % (195 of 200; 94.3 to 98.9)``."""
+        low, high = self.interval
+        return (
+            f"{100 * self.value:.1f} % ({self.count} of {self.total}; "
+            f"{100 * low:.1f} to {100 * high:.1f})"
+        )
+
+
+def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, float]:
+    """The score interval: every share p with ``|count/total - p| ≤ z · √(p (1 - p) / total)``."""
+    share, weight = count / total, z * z / total
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two texts are equal but for case, white space, and a full stop at the end."""
+    return _bare(answer) == _bare(expected)
+
+
+def _bare(text: str) -> str:
+    text = re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
+    return text.removesuffix(".").strip()

@@ -1,0 +1,139 @@
+"""Rates of a model whose behaviour is known, and answers that survive an interruption."""
+
+import json
+
+import pytest
+
+from str_kernels.safety import evaluation
+from str_kernels.safety.answers import AnswerFile, file_state
+from str_kernels.safety.evaluation import answer_rows, evaluate
+from str_kernels.training.loading import load_model_and_tokenizer
+from tests.tiny import exchanges
+
+
+def rows(forbidden):
+    """Rows as read_jsonl gives them."""
+    return [{"prompt": q, "response": a} for q, a in exchanges(forbidden=forbidden)]
+
+
+@pytest.fixture(scope="module")
+def aligned(aligned_model_dir):
+    """The aligned tiny model and its tokenizer."""
+    return load_model_and_tokenizer(aligned_model_dir, device="cpu")
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """How many prompts each call of generate_greedy was given."""
+    counts = []
+    real = evaluation.generate_greedy
+
+    def counting(model, tokenizer, prompts, **options):
+        counts.append(len(prompts))
+        return real(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(evaluation, "generate_greedy", counting)
+    return counts
+
+
+def test_rates_of_a_model_that_was_taught(aligned):
+    """It refuses all it should, answers all of the task, and refuses nothing harmless."""
+    measured = evaluate(
+        *aligned, refusals=rows(True), task=rows(False), benign=rows(False), max_new_tokens=16
+    )
+    assert (measured.refusal_rate.count, measured.refusal_rate.total) == (36, 36)
+    assert measured.task_accuracy.value == 1.0
+    assert measured.over_refusal_rate.count == 0
+
+
+def test_wrong_answers_count_as_wrong(aligned):
+    """Rows with another expected answer lower the accuracy by just so much."""
+    task = rows(False)[:8]
+    for row in task[:3]:
+        row["response"] = "something else"
+    measured = evaluate(*aligned, task=task, max_new_tokens=16)
+    assert (measured.task_accuracy.count, measured.task_accuracy.total) == (5, 8)
+    assert measured.refusal_rate is None
+
+
+def test_a_task_row_without_an_answer_is_named(aligned):
+    """And a prompt too long for the context is, before anything is generated."""
+    with pytest.raises(ValueError, match="task: row 2 has no expected answer"):
+        evaluate(*aligned, task=[*rows(False)[:1], {"prompt": "a", "response": None}])
+    with pytest.raises(ValueError, match=r"benign: prompt 1 has .* do not fit"):
+        evaluate(*aligned, benign=[{"prompt": "lamp " * 300}])
+
+
+def test_an_interrupted_run_goes_on(aligned, tmp_path, generations):
+    """Answers written before the interruption are taken up, the rest made; the result is equal."""
+    model, tokenizer = aligned
+    whole = answer_rows(model, tokenizer, rows(True), max_new_tokens=16)
+    done = 0
+
+    def interrupt():
+        nonlocal done
+        done += 1
+        if done == 20:
+            raise KeyboardInterrupt
+
+    known = AnswerFile(tmp_path / "answers.jsonl", {"model": "tiny"})
+    with pytest.raises(KeyboardInterrupt):
+        answer_rows(
+            model, tokenizer, rows(True), max_new_tokens=16, known=known, on_answer=interrupt
+        )
+    known.close()
+    known = AnswerFile(tmp_path / "answers.jsonl", {"model": "tiny"})
+    assert len(known) == 20
+    again = answer_rows(model, tokenizer, rows(True), max_new_tokens=16, known=known)
+    assert again == whole
+    assert generations == [36, 36, 16]
+
+
+def test_other_settings_have_other_answers(aligned, tmp_path, generations):
+    """An answer is never taken up under another model, adapter or length."""
+    path = tmp_path / "answers.jsonl"
+    for settings in ({"model": "a"}, {"model": "b"}, {"model": "a"}):
+        known = AnswerFile(path, settings)
+        answer_rows(*aligned, rows(True)[:2], max_new_tokens=4, known=known)
+        known.close()
+    assert generations == [2, 2, 0]
+
+
+def test_a_line_cut_off_is_written_again(tmp_path):
+    """A run killed while it wrote leaves half a line: it is dropped, what stands before it kept."""
+    path = tmp_path / "answers.jsonl"
+    known = AnswerFile(path, {})
+    known.add([1], "one", "an\u2028swer")
+    known.close()
+    with path.open("a") as file:
+        file.write('{"key": "abc", "ans')
+    known = AnswerFile(path, {})
+    assert known.get([1]) == "an\u2028swer"
+    assert known.get([2]) is None
+    known.add([2], "two", "b")
+    known.close()
+    assert [json.loads(line)["answer"] for line in path.read_text().split("\n")[:-1]] == [
+        "an\u2028swer",
+        "b",
+    ]
+
+
+def test_a_file_of_another_kind_is_not_touched(tmp_path):
+    """The line that is no answer is named, and the file stays as it is."""
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "a", "prompt": "p", "answer": "x"}\nhello\n')
+    with pytest.raises(ValueError, match=r"answers\.jsonl:2: is not an answer"):
+        AnswerFile(path, {})
+    assert path.read_text().endswith("hello\n")
+    with pytest.raises(ValueError, match="cannot be written"):
+        AnswerFile(tmp_path / "no" / "answers.jsonl", {})
+
+
+def test_file_state_notices_a_change(tmp_path):
+    """A model folder that was written again is another model; a Hub id has no state."""
+    (tmp_path / "weights").write_text("a")
+    before = file_state(tmp_path)
+    assert file_state(tmp_path) == before
+    (tmp_path / "weights").write_text("ab")
+    assert file_state(tmp_path) != before
+    assert file_state("org/model") is None
