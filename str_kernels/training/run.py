@@ -44,7 +44,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         What was measured; ``interrupted`` says that Ctrl-C ended it early, with a checkpoint saved.
 
     Raises:
-        RuntimeError: the loss stopped being finite; the last checkpoint is named.
+        FloatingPointError: the loss stopped being finite; the last checkpoint is named.
     """
     settings, progress = prepared.settings, progress or Silence()
     _say_what_was_changed(prepared, progress)
@@ -64,7 +64,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         progress.stage("training")
         trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
     if reporter.not_finite_at is not None:
-        raise RuntimeError(
+        raise FloatingPointError(
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
             f"the strength. Checkpoints before it are in {settings.out}."
         )
@@ -196,7 +196,7 @@ def _result(
         tokens_per_second=seen / seconds if seconds else 0.0,
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
-        safety_penalty=last.get("safety_penalty"),
+        safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
         **peak_memory(),
     )
 

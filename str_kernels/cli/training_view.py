@@ -1,0 +1,117 @@
+"""How a fine-tuning run looks in a terminal: progress on stderr, its result on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from str_kernels.cli.console import print_json, print_table, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from str_kernels.training.result import Result
+    from str_kernels.training.settings import TrainSettings
+
+LOGGED = ("loss", "cross_entropy", "safety_penalty", "token_accuracy", "grad_norm")
+
+
+class Lines:
+    """Progress of a run as lines on stderr."""
+
+    def stage(self, text: str) -> None:
+        """Name what begins."""
+        say(f"{text} …")
+
+    def step(self, done: int, total: int) -> None:
+        """Nothing: the logs are enough."""
+
+    def log(self, values: dict[str, float]) -> None:
+        """One line of averages."""
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in LOGGED if name in values)
+        say(f"step {values['step']:>5}  {shown}")
+
+    def notice(self, text: str) -> None:
+        """A sentence of its own."""
+        say(f"note: {text}")
+
+
+class Bar(Lines):
+    """The same lines above a bar."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=None)
+
+    def stage(self, text: str) -> None:
+        """Name what begins, beside the bar."""
+        self._progress.update(self._task, description=text)
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def terminal_progress() -> Iterator[Lines]:
+    """A bar on a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress)
+
+
+def run_training(given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
+    """Check, train, and show what was measured.
+
+    Raises:
+        ValueError: everything that is wrong with the command, before its first slow step.
+        FloatingPointError: the loss stopped being finite.
+    """
+    with terminal_progress() as progress:
+        progress.stage("checking")
+        quiet_libraries()
+        from str_kernels.training.checks import prepare
+        from str_kernels.training.run import train
+        from str_kernels.training.settings import TrainSettings
+
+        settings = TrainSettings(**given)
+        result = train(prepare(settings, resume=resume), progress)
+    if as_json:
+        print_json({"schema": "str_kernels.train_result/1", **result.as_dict()})
+    else:
+        print_table(f"{settings.method}: {settings.model}", ["measured", ""], _rows(result))
+    _say_next(settings, result)
+
+
+def _rows(result: Result) -> list[list[str]]:
+    rows = [
+        ["steps", f"{result.steps} of {result.total_steps}"],
+        ["seconds a step (median)", f"{result.step_seconds:.3f}"],
+        ["tokens a second", f"{result.tokens_per_second:,.0f}"],
+        ["peak memory of the process", f"{result.peak_process_mib:,.0f} MiB"],
+    ]
+    if result.peak_device_mib is not None:
+        rows.append(["peak memory of the device", f"{result.peak_device_mib:,.0f} MiB"])
+    if result.cross_entropy is not None:
+        rows.append(["cross-entropy (last log)", f"{result.cross_entropy:.4f}"])
+    if result.safety_penalty is not None:
+        rows.append(["safety penalty (last log)", f"{result.safety_penalty:.4f}"])
+    return rows
+
+
+def _say_next(settings: TrainSettings, result: Result) -> None:
+    if result.interrupted:
+        say(f"stopped and saved in {settings.out}; the same command with --resume goes on")
+        return
+    say(f"saved {settings.out}")
+    say(
+        f"next: str-kernels evaluate {settings.model} --adapter {settings.out} "
+        "--refusals REFUSALS.jsonl --task TASK.jsonl"
+    )
