@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from str_kernels import SafetyConstraint, SafetyTokens
+from str_kernels import SafetyConstraint, SafetyTokens, patch_model
 from str_kernels.safety import identify as identification
 from str_kernels.safety.identify import mean_probabilities, select
 from str_kernels.training.loading import load_model_and_tokenizer
@@ -237,3 +237,16 @@ def test_identify_on_a_byte_level_model():
         model, tokenizer, prompts=FORBIDDEN[:4], benign_prompts=HARMLESS[:4]
     )
     assert all(any(letter.isalnum() for letter in text) for text in tokens.tokens)
+
+
+def test_identify_on_a_patched_model(aligned_model_dir, found):
+    """The fused loss on the model changes neither tokens nor scores, and stays on it."""
+    model, tokenizer = load_model_and_tokenizer(aligned_model_dir, device="cpu")
+    with patch_model(model, found.constraint(1.0), reference="adapter_off"):
+        model.train()
+        again = SafetyTokens.identify(
+            model, tokenizer, templates=TEMPLATES, prompts=FORBIDDEN, benign_prompts=HARMLESS,
+            top_k=10,
+        )  # fmt: skip
+    assert again.token_ids == found.token_ids
+    assert again.scores == pytest.approx(found.scores, abs=1e-6)
