@@ -31,5 +31,5 @@ def route_pairs(masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) ->
     open_mass[labelled] -= dead[labelled, label_tile]
     live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]
     live[labelled, label_tile] = True
-    dead.masked_fill_(live, 0.0)
+    dead.masked_fill_(live, -0.0)
     return Worklist(live.T.nonzero()[:, 1], live.sum(0), shift, dead)

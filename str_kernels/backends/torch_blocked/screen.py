@@ -1,7 +1,9 @@
 """Screen: the log-mass of every (row, tile) pair, in the cheapest precision that serves.
 
-Stage: ``Head`` → ``TileMasses``, one GEMM. A block of logits lives in one buffer and is reduced
-before the next is made; the weight is gathered and converted block by block.
+Stage: ``Head`` → ``TileMasses``, one GEMM. The weight is gathered and converted block by block, and
+a block's logits are reduced in pieces that stay in the cache. The reduction is ``log_softmax`` over
+a tile: torch's only single-pass kernel for it, as fast as a compiled one and there without a
+compiler.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from str_kernels.backends.contract import Head, TileMasses, Tiles
-from str_kernels.backends.logits import accumulator, block_logits, finish_logits, softcap_slope
+from str_kernels.backends.logits import accumulator, finish_logits, softcap_slope
 from str_kernels.backends.torch_blocked.blocks import head_rows, spans
 from str_kernels.options import TILE, LossOptions
+
+_PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache
 
 
 def screen_tiles(
@@ -29,9 +33,18 @@ def screen_tiles(
     hidden = head.hidden_states.to(dtype)
     for block in spans(head.weight.shape[0], columns):
         weight, bias = head_rows(head, tiles.order, block, dtype)
-        logits = _screened_logits(hidden, weight, bias, options, log_mass.dtype)
+        products = torch.mm(hidden, weight.T)
         where = slice(block.start // TILE, -(-block.stop // TILE))
-        _reduce(logits, options, log_mass[:, where], None if slope is None else slope[:, where])
+        for rows in spans(len(products), max(1, _PIECE // products.shape[1])):
+            logits = products[rows].to(log_mass.dtype)
+            if bias is not None:
+                logits = logits + bias.to(logits.dtype)
+            _reduce(
+                finish_logits(logits, options),
+                options,
+                log_mass[rows, where],
+                None if slope is None else slope[rows, where],
+            )
     return TileMasses(log_mass, slope)
 
 
@@ -42,31 +55,20 @@ def _product_dtype(dtype: torch.dtype, screen: str) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _screened_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions, dtype: torch.dtype
-) -> Tensor:
-    if hidden.dtype == dtype:
-        return block_logits(hidden, weight, bias, options)
-    products = torch.mm(hidden, weight.T).to(dtype)
-    if bias is not None:
-        products += bias.to(dtype)
-    return finish_logits(products, options)
-
-
 def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tensor | None) -> None:
-    """Logits ``[R, C]`` → the log-masses of their tiles; the logits are used up."""
+    """Logits ``[R, C]`` → the log-masses of their tiles, into ``log_mass [R, C / TILE]``."""
     ragged = -logits.shape[1] % TILE
     if ragged:
         logits = F.pad(logits, (0, ragged), value=float("-inf"))
     tiled = logits.view(len(logits), logits.shape[1] // TILE, TILE)
-    slopes = None
+    log_p = torch.log_softmax(tiled, -1)
+    # any column gives the log-mass, z - log p; the first is never padding
+    torch.sub(tiled[..., 0], log_p[..., 0], out=log_mass)
+    broken = log_mass.isnan()
+    if broken.any():  # a first column of -inf
+        log_mass[broken] = torch.logsumexp(tiled[broken], -1)
     if slope is not None:
         # a padded column has no mass; its slope must only be finite
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
-    # a tile of -inf alone has no maximum to shift by
-    maximum = tiled.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
-    exponentials = tiled.sub_(maximum[..., None]).exp_()
-    mass = exponentials.sum(-1)
-    if slope is not None:
-        torch.div(slopes.mul_(exponentials).sum(-1), mass.clamp(min=1e-30), out=slope)
-    torch.add(mass.log_(), maximum, out=log_mass)
+        torch.sum(log_p.exp_().mul_(slopes), -1, out=slope)
+        slope.nan_to_num_(nan=0.0)  # a tile of -inf alone
