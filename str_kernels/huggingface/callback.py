@@ -33,7 +33,7 @@ class SafetyLogCallback(TrainerCallback):
         """Put the averages into the logs and into the trainer's history."""
         if not logs or "loss" not in logs:
             return
-        totals = self._patch.take_totals()
+        totals = self._patch.meter.take()
         logs.update(totals)
         if totals and state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(totals)

@@ -18,8 +18,7 @@ The rules that keep it so:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,10 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from str_kernels.huggingface.moment import Freshness, Modes
 from str_kernels.huggingface.recording import Fold, extend, fold_linear
+from str_kernels.huggingface.rules import (
+    GRADIENT_WATCHERS,
+    LOSSES,
+    METADATA,
+    is_torch_hook,
+    loss_arguments,
+    name_of,
+    writes,
+)
 
 
 class LossOwner(Protocol):
@@ -59,7 +67,7 @@ class HeadCall:
 
     owner: LossOwner | None
     members: list[weakref.ref] = field(default_factory=list)
-    fresh: list[_Freshness] = field(default_factory=list)
+    fresh: list[Freshness] = field(default_factory=list)
     fused: bool = False
     watched: bool = False
     written: bool = False
@@ -72,38 +80,13 @@ class HeadCall:
                 member.materialise()
 
 
-@dataclass(frozen=True)
-class _Modes:
-    """Grad mode and autocast, as they were when a value was recorded."""
-
-    device: str
-    grad: bool
-    autocast: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device: str) -> _Modes:
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return cls(device, torch.is_grad_enabled(), enabled, dtype)
-
-    @contextmanager
-    def autocast_again(self) -> Iterator[None]:
-        with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
-            yield
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with torch.set_grad_enabled(self.grad), self.autocast_again():
-            yield
-
-
 class DeferredLogits(Tensor):
     """Logits of a head, computed when first read; see the module's docstring."""
 
     _fold: Fold
     _replay: Callable[[], Tensor]
     _call: HeadCall
-    _modes: _Modes
+    _modes: Modes
     _value: Tensor | None
 
     @property
@@ -146,12 +129,12 @@ class DeferredLogits(Tensor):
     ) -> Any:
         """Answer from the record where that is possible, else from the real logits."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         logits = _first_deferred(args, kwargs)
         if logits is not None and not logits._call.written:
-            if func in _LOSSES:
+            if func in LOSSES:
                 loss = _fused_loss(logits, func, args, kwargs)
                 if loss is not None:
                     return loss
@@ -177,7 +160,7 @@ def defer_linear(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
 ) -> DeferredLogits:
     """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
-    fresh = _Freshness(hidden_states, weight, bias)
+    fresh = Freshness(hidden_states, weight, bias)
     call.fresh.append(fresh)
 
     def replay() -> Tensor:
@@ -185,40 +168,6 @@ def defer_linear(
         return F.linear(hidden_states, weight, bias)
 
     return _record(fold_linear(hidden_states, weight, bias), replay, call)
-
-
-class _Freshness:
-    """Whether tensors still hold what they held, optimizer steps included."""
-
-    _steps = 0  # fused optimizers write weights without moving their version
-    _counting = False
-
-    def __init__(self, *tensors: Tensor | None) -> None:
-        self._count_steps()
-        self._tensors, self._seen = tensors, self._state(tensors)
-
-    def require(self) -> None:
-        """Raise if anything has changed."""
-        if self._state(self._tensors) != self._seen:
-            raise RuntimeError(
-                "These logits were never computed, and the head or its input has changed since the "
-                "forward (an optimizer step?): read outputs.logits before the step."
-            )
-
-    @staticmethod
-    def _state(tensors: tuple[Tensor | None, ...]) -> tuple:
-        versions = (None if x is None or x.is_inference() else x._version for x in tensors)
-        return _Freshness._steps, *versions
-
-    @classmethod
-    def _count_steps(cls) -> None:
-        if not cls._counting:
-            cls._counting = True
-            register_optimizer_step_pre_hook(cls._step)
-
-    @staticmethod
-    def _step(*_: Any) -> None:
-        _Freshness._steps += 1
 
 
 class _GraphNode(Function):
@@ -256,17 +205,19 @@ class _GraphNode(Function):
 
 
 def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> DeferredLogits:
+    modes = Modes.now(fold.device.type)
+
     def make() -> DeferredLogits:
         logits = Tensor._make_wrapper_subclass(
             DeferredLogits, fold.shape, dtype=fold.dtype, device=fold.device
         )
         logits._fold, logits._replay, logits._call = fold, replay, call
-        logits._modes, logits._value = _Modes.now(fold.device.type), None
+        logits._modes, logits._value = modes, None
         call.members.append(weakref.ref(logits))
         return logits
 
     differentiable = any(x is not None and x.requires_grad for x in fold.operands)
-    if torch.is_grad_enabled() and differentiable and not fold.words_second:
+    if modes.grad and differentiable and not fold.words_second:
         return _GraphNode.apply(*fold.operands, make)
     return make()
 
@@ -292,16 +243,10 @@ def _first_deferred(args: tuple, kwargs: dict) -> DeferredLogits | None:
     return next(found, None)
 
 
-_LOSS_ARGUMENTS = (
-    *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-    "label_smoothing",
-)
-
-
 def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """``F.cross_entropy`` or ``F.nll_loss`` without the logits, or None where it needs them."""
     fold, call = logits._fold, logits._call
-    given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
+    given = loss_arguments(args, kwargs)
     target = given.get("target")
     if call.owner is None or call.watched or given.get("input") is not logits:
         return None
@@ -331,61 +276,24 @@ def _with_real_logits(
     logits: DeferredLogits | None, func: Callable, args: tuple, kwargs: dict
 ) -> Any:
     """Run ``func`` on the values, after the rules of writes and gradients."""
-    name = _name_of(func)
+    name = name_of(func)
     if logits is None:  # inside a list, as torch.cat has them
         logits = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits))
     call = logits._call
-    if func is Tensor.register_hook and _is_torch_own(args[1]):
+    if is_torch_hook(func, args):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if func in _GRADIENT_WATCHERS:
+    if func in GRADIENT_WATCHERS:
         if call.fused:
             raise RuntimeError(
                 f"{name}: the fused loss of a patched model does not pass through its logits, so "
                 "they have no gradient; unpatch the model, or watch the hidden states."
             )
         call.watched = True
-    if _writes(name, kwargs):
+    if writes(func, kwargs):
         call.materialise_all()
         call.written = True
     if call.owner is not None and not logits.is_materialised:
         call.owner.logits_read(name)
     real_args, real_kwargs = _real(args, kwargs)
     return func(*real_args, **real_kwargs)
-
-
-def _is_torch_own(hook: Callable) -> bool:
-    """FSDP hooks every output to learn when backward begins; it does not read the gradient."""
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
-
-
-def _name_of(func: Callable) -> str:
-    name = getattr(func, "__name__", repr(func))
-    return f"{func.__self__.__name__}" if name == "__get__" else name
-
-
-def _writes(name: str, kwargs: dict) -> bool:
-    if name in ("__setitem__", "__set__") or kwargs.get("out") is not None:
-        return True
-    if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    return name.endswith("_")
-
-
-_LOSSES = {F.cross_entropy, F.nll_loss}
-_GRADIENT_WATCHERS = {
-    *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
-    torch.autograd.grad,
-}
-_ATTRIBUTES = (
-    *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn"),
-    *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
-    *("names", "output_nr", "_version", "_base", "_backward_hooks", "itemsize", "nbytes"),
-)
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
-    *(Tensor.get_device, Tensor.is_inference, Tensor.storage_offset, Tensor._is_view),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor),
-}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -88,16 +89,17 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner, inner = _deferring.get(), inner_forward(head)
     if owner is None:
         return inner(*args, **kwargs)
-    with _DeferLinear(vocabulary_size(head), owner):
+    states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    with _DeferLinear(vocabulary_size(head), states.shape[:-1], owner):
         return inner(*args, **kwargs)
 
 
 class _DeferLinear(TorchFunctionMode):
     """While the head runs, its product with the vocabulary becomes a deferred tensor."""
 
-    def __init__(self, words: int, owner: LossOwner) -> None:
+    def __init__(self, words: int, rows: torch.Size, owner: LossOwner) -> None:
         super().__init__()
-        self._words, self._call = words, HeadCall(owner)
+        self._words, self._rows, self._call = words, rows, HeadCall(owner)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -106,7 +108,9 @@ class _DeferLinear(TorchFunctionMode):
         if func is not F.linear:
             return func(*args, **kwargs)
         hidden_states, weight, bias = _linear_arguments(*args, **kwargs)
-        if weight.shape[0] != self._words or type(hidden_states) is not Tensor:
+        # a product of other rows is not the logits: DoRA multiplies its factors so
+        of_all_rows = weight.shape[0] == self._words and hidden_states.shape[:-1] == self._rows
+        if not of_all_rows or type(hidden_states) is not Tensor:
             return func(*args, **kwargs)
         validate_weight(weight, "the head's weight")
         _refuse_subclass(weight, "the head's weight")

@@ -6,7 +6,6 @@ every row → what ``F.cross_entropy`` would have returned, with the penalty in 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from str_kernels.functional import reduce_terms, row_terms
 from str_kernels.huggingface.positions import position_weights
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import safety_reference
+from str_kernels.safety.references import ReferenceCache
 
 if TYPE_CHECKING:
     from str_kernels.huggingface.patch import Patch
@@ -33,7 +33,7 @@ class LabelledForward:
 
     def __init__(self, patch: Patch, arguments: dict[str, Any], aligned: Fold | None) -> None:
         self._patch, self._arguments, self._aligned = patch, arguments, aligned
-        self._constrain, self._inside = patch.options.constrained, True
+        self._inside = True
         self.fused = False
 
     def leave(self, outputs: Any) -> None:
@@ -43,6 +43,7 @@ class LabelledForward:
             ValueError: the model computed a loss in a way that the patch cannot follow.
         """
         self._inside = False
+        self._arguments, self._aligned = {}, None  # the logits may outlive the step; these need not
         has_loss = getattr(outputs, "loss", None) is not None or isinstance(outputs, tuple)
         if has_loss and self._patch.options.constrained and not self.fused:
             raise ValueError(
@@ -53,7 +54,7 @@ class LabelledForward:
 
     def logits_read(self, by: str) -> None:
         """Say once for every function that the logits were built in full."""
-        self._patch.say_materialised(by)
+        self._patch.notices.say_materialised(by)
 
     def cross_entropy(
         self,
@@ -101,10 +102,10 @@ class LabelledForward:
 
     def _joins_constraint(self) -> bool:
         """Whether this cross-entropy is the model's own loss, of which there can be one."""
-        if not self._constrain:
+        if not self._patch.options.constrained:
             return False
         if not self._inside:
-            self._patch.say_unconstrained(
+            self._patch.notices.say_unconstrained(
                 "a cross-entropy of outputs.logits is that alone; the constraint is in outputs.loss"
             )
             return False
@@ -150,27 +151,24 @@ class LabelledForward:
         patch = self._patch
         if isinstance(patch.reference, Tensor):
             return patch.reference.to(fold.device)
-        if self._aligned is None:
-            return self._cached(fold)[rows]
+        if isinstance(patch.reference, ReferenceCache):
+            return self._cached(fold, patch.reference)[rows]
         if self._aligned.batch_shape != fold.batch_shape:
             raise ValueError(
                 f"reference='adapter_off': with labels the head is called with rows "
                 f"{list(fold.batch_shape)}, without them {list(self._aligned.batch_shape)}; use a "
                 "static reference or a cache file."
             )
-        options = replace(
-            patch.options, logit_scale=self._aligned.logit_scale, softcap=self._aligned.softcap
-        )
-        return safety_reference(self._aligned, constrained, options, patch.backend)[rows]
+        return safety_reference(self._aligned, constrained, patch.options, patch.backend)[rows]
 
-    def _cached(self, fold: Fold) -> Tensor:
+    def _cached(self, fold: Fold, cache: ReferenceCache) -> Tensor:
         ids = self._arguments.get("input_ids")
         if ids is None or ids.shape != self._batch_shape(fold):
             raise ValueError(
                 "input_ids: a reference cache is looked up by token ids [B, T], one for each row "
                 f"of the head, {list(fold.batch_shape)}."
             )
-        values = self._patch.cache.lookup(ids, self._arguments.get("attention_mask"))
+        values = cache.lookup(ids, self._arguments.get("attention_mask"))
         return values.reshape(-1, values.shape[-1]).to(fold.device)
 
 
@@ -189,10 +187,3 @@ def _require_whole(weight: Tensor) -> None:
             "the head's weight was freed between the head and the loss (a head in an FSDP group of "
             "its own?): keep the head in the root group, or set reshard_after_forward=False for it."
         )
-
-
-def warn_once(said: set[str], message: str) -> None:
-    """Warn unless the same was said before."""
-    if message not in said:
-        said.add(message)
-        warnings.warn(message, stacklevel=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,6 +117,21 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
+def trainable_base(model: nn.Module) -> list[str]:
+    """Names of parameters that are trained and stay when the adapters are switched off."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    own: set[int] = set()
+    for layer in adapter_layers(model):
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            kept = {id(p) for p in layer.original_module.parameters()}
+            own |= {id(p) for p in layer.parameters()} - kept
+        for name in layer.adapter_layer_names:
+            part = getattr(layer, name, None)
+            own |= {id(p) for p in part.parameters()} if hasattr(part, "parameters") else set()
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model as it was aligned, for this block.
@@ -159,10 +175,17 @@ def safety_reference(
     Args:
         fold: the aligned model's logits.
         constrained: ``[R]`` bool; every other row comes back as NaN and is never read.
-        options: of the training loss.
+        options: of the training loss: its constraint, filter and screen.
         backend: as in ``linear_cross_entropy``.
     """
-    rows, safety = fold.rows.reshape(-1), options.safety
+    rows, safety = fold.rows.reshape(-1), replace(options.safety, strength=1.0)
+    options = LossOptions(
+        safety=safety,
+        logit_scale=fold.logit_scale,
+        softcap=fold.softcap,
+        filter_eps=options.filter_eps,
+        screen=options.screen,
+    )
     states = fold.hidden_states.reshape(-1, fold.hidden_states.shape[-1])
     wanted = constrained[rows]
     with torch.no_grad():

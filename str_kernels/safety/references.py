@@ -72,6 +72,9 @@ class ReferenceCache:
         self._check(safety)
         self._keys = set(self._file.keys())
 
+    def __deepcopy__(self, memo: dict) -> ReferenceCache:
+        return self  # read only, and the open file cannot be copied
+
     def _check(self, safety: SafetyConstraint) -> None:
         metadata = self._file.metadata() or {}
         if metadata.get("schema") != SCHEMA:

@@ -57,7 +57,7 @@ def test_against_dense(name, kind, positions):
     if name == "mixtral":  # the router's loss is the model's own affair
         model.config.router_aux_loss_coef = model.base_model.model.router_aux_loss_coef = 0.0
     want = gradients(model, dense_loss(model, inputs, safety, positions) + auxiliary)
-    with patch_model(model, safety, positions=positions) as _:
+    with patch_model(model, safety, positions=positions):
         got = gradients(model, model(**inputs).loss)
     assert_same(got, want, 2e-5)  # the penalty squares a difference of logits that nearly cancel
 

@@ -137,3 +137,61 @@ def test_callback_logs_both_terms(tmp_path):
         assert 0 <= log["token_accuracy"] <= 1
     assert logs[-1]["safety_penalty"] > 0
     assert [log["loss"] for log in seen.logs if "loss" in log] == [log["loss"] for log in logs]
+
+
+def test_compute_metrics_sees_real_logits(tmp_path):
+    """Evaluation with metrics: the same numbers as unpatched."""
+
+    def metrics(prediction):
+        return {"mean": float(prediction.predictions.mean())}
+
+    model, seen = build(), []
+    for patched in (False, True):
+        patch = patch_model(model) if patched else None
+        trainer = trainer_for(model, tmp_path, per_device_eval_batch_size=2)
+        trainer.compute_metrics = metrics
+        seen.append(trainer.evaluate())
+        if patch is not None:
+            patch.unpatch()
+    assert seen[1]["eval_mean"] == seen[0]["eval_mean"]
+    assert seen[1]["eval_loss"] == pytest.approx(seen[0]["eval_loss"], rel=1e-6)
+
+
+def test_label_smoothing_of_the_trainer(tmp_path):
+    """The trainer keeps the labels to itself: real logits, the same training, said once."""
+    want = run(build(), tmp_path, label_smoothing_factor=0.1)
+    model = lora_model()
+    with (
+        patch_model(model, SAFETY),
+        pytest.warns(UserWarning, match="takes no part in a loss.*without labels"),
+    ):
+        run(model, tmp_path, label_smoothing_factor=0.1, max_steps=1)
+    model = build()
+    with patch_model(model):
+        assert_equal_runs(run(model, tmp_path, label_smoothing_factor=0.1), want)
+
+
+def test_accumulation_equals_one_batch(tmp_path):
+    """1 × 8 rows = 2 × 4 rows = 8 × 1 row, the constraint included."""
+    runs = []
+    for rows_, steps in ((8, 1), (4, 2), (1, 8)):
+        model = lora_model()
+        with patch_model(model, SAFETY):
+            settings = {"per_device_train_batch_size": rows_, "gradient_accumulation_steps": steps}
+            runs.append(run(model, tmp_path, max_steps=3, **settings))
+    assert_equal_runs(runs[1], runs[0])
+    assert_equal_runs(runs[2], runs[0])
+
+
+def test_peft_training_with_bfloat16_and_checkpointing(tmp_path):
+    """The usual set-up, all at once: a weightless constraint changes nothing, a real one counts."""
+    settings = {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    want = run(lora_model(), tmp_path, **settings)
+    for strength in (0.0, 2.0):
+        model = lora_model()
+        patch = patch_model(model, SafetyConstraint(SAFETY.token_ids, strength))
+        got = run(model, tmp_path, **settings)
+        assert (patch.last_parts.penalty > 0) == (strength > 0)
+        if not strength:
+            for a, b in zip(got, want, strict=True):
+                assert a["loss"] == pytest.approx(b["loss"], rel=2**-7)

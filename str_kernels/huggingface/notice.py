@@ -1,0 +1,38 @@
+"""What a patched model says to its user: each thing once."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class Notices:
+    """Warnings of one patch, none of them twice."""
+
+    def __init__(self) -> None:
+        """Nothing has been said."""
+        self._said: set[str] = set()
+
+    def say_materialised(self, by: str) -> None:
+        """The logits were built in full; once for every function that asked."""
+        self._say(
+            f"The logits of a patched model were built in full: {by} asked for them. The values "
+            "are right; the memory is spent."
+        )
+
+    def say_unconstrained(self, why: str) -> None:
+        """A loss is computed without the constraint."""
+        self._say(f"The safety constraint takes no part in a loss: {why}.")
+
+    def say_moving_base(self, names: list[str]) -> None:
+        """Parameters of the reference itself are trained."""
+        if names:
+            self._say(
+                f"reference='adapter_off': {len(names)} parameters outside the adapters are "
+                f"trained ({names[0]}, ...), so the reference moves with them; freeze them, or use "
+                "a cache file made before training."
+            )
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=4)

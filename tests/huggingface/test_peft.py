@@ -1,0 +1,144 @@
+"""PEFT in its variations: the fused loss is the model's own, and no adapter is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from str_kernels import SafetyConstraint
+from str_kernels.huggingface import DeferredLogits, patch_model
+from str_kernels.huggingface.reference_pass import adapters_off, trainable_base
+from tests.huggingface.dense import dense_loss
+from tests.huggingface.models import batch, build, loss_and_gradients
+from tests.huggingface.test_architectures import assert_same
+from tests.huggingface.test_constraint import gradients
+
+SAFETY = SafetyConstraint([3, 17, 40, 95], 0.5)
+BODY = ["q_proj", "v_proj", "down_proj"]
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora bias": {"lora_bias": True},
+    "dropout": {"lora_dropout": 0.3},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "lora on the head": {"target_modules": [*BODY, "lm_head"]},
+    "dora on the head": {"target_modules": [*BODY, "lm_head"], "use_dora": True},
+    "trainable tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+def wrap(model, **settings):
+    torch.manual_seed(2)
+    settings = {"target_modules": BODY, "init_lora_weights": False, **settings}
+    wrapped = get_peft_model(model, LoraConfig(r=4, **settings))
+    for name, parameter in wrapped.named_parameters():  # a whole head starts as the base's
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.1)
+    return wrapped
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("order", ["patch first", "peft first"])
+def test_loss_and_gradients(name, order):
+    """Without a constraint: every gradient of the unpatched model, whichever came first."""
+    inputs = batch()
+    unpatched = wrap(build(), **VARIANTS[name])
+    torch.manual_seed(4)
+    want = loss_and_gradients(unpatched, **inputs)
+    model = build()
+    if order == "patch first":
+        patch = patch_model(model)
+        model = wrap(model, **VARIANTS[name])
+    else:
+        model = wrap(model, **VARIANTS[name])
+        patch = patch_model(model)
+    torch.manual_seed(4)
+    assert_same(loss_and_gradients(model, **inputs), want)
+    assert patch.last_parts is not None
+    assert not model(**inputs).logits.is_materialised
+
+
+@pytest.mark.parametrize("name", ["whole head", "lora on the head", "dora", "dora on the head"])
+@pytest.mark.parametrize("kind", ["mse", "logprob"])
+def test_constraint(name, kind):
+    """The reference is the model without any of its adapters, those on the head included."""
+    model, inputs = wrap(build(), **VARIANTS[name]), batch()
+    safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind=kind)
+    want = gradients(model, dense_loss(model, inputs, safety, "all"))
+    with patch_model(model, safety):
+        assert_same(gradients(model, model(**inputs).loss), want, 2e-5)
+
+
+def test_reference_has_no_dropout_and_no_draws():
+    """The reference is evaluated, the training pass draws what it would have drawn unpatched."""
+    settings = {"lora_dropout": 0.5}
+    model, inputs = wrap(build(), **settings), batch()
+    torch.manual_seed(4)
+    plain = model(**inputs).loss
+    patch = patch_model(model, SAFETY)
+    torch.manual_seed(4)
+    model(**inputs)
+    assert patch.last_parts.cross_entropy.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_flags_are_put_back():
+    """Frozen adapters stay frozen, disabled ones disabled, after an error too."""
+    model = wrap(build())
+    frozen = next(p for n, p in model.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with patch_model(model, SAFETY):
+        loss_and_gradients(model, **batch())
+    assert [p.requires_grad for p in model.parameters()] == before
+    with pytest.raises(KeyError), adapters_off(model):
+        raise KeyError
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters is False
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Checkpointed layers: the same loss and gradients, the penalty in them."""
+    model, inputs = wrap(build()), batch()
+    want = gradients(model, dense_loss(model, inputs, SAFETY, "all"))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with patch_model(model, SAFETY):
+        assert_same(gradients(model, model(**inputs).loss), want, 2e-5)
+
+
+def test_autocast_does_not_lose_gradients():
+    """A reference pass under autocast leaves no graphless copy of a trained weight behind."""
+    model, inputs = wrap(build(), modules_to_save=["lm_head", "norm"]), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = gradients(model, dense_loss(model, inputs, SAFETY, "all"))
+    with patch_model(model, SAFETY), torch.autocast("cpu", torch.bfloat16):
+        got = gradients(model, model(**inputs).loss)
+    # the same bf16 body; the dense head rounds its logits and their gradient to bf16 as well
+    assert_same(got, want, 0.05)
+
+
+def test_a_trained_base_is_said():
+    """Parameters outside the adapters move the reference: warned of, once."""
+    model, inputs = wrap(build()), batch()
+    assert trainable_base(model) == []
+    assert trainable_base(wrap(build(), **VARIANTS["whole head"])) == []
+    model.base_model.model.model.norm.weight.requires_grad_()
+    with patch_model(model, SAFETY):
+        with pytest.warns(UserWarning, match=r"1 parameters .* \(model\.norm\.weight, \.\.\.\)"):
+            model(**inputs)
+        model(**inputs)
+
+
+def test_unloaded_and_merged():
+    """``merge_and_unload`` leaves a patched model without adapters: right, unconstrained only."""
+    model, inputs = wrap(build()), batch()
+    with patch_model(model):
+        merged = model.merge_and_unload()
+        merged.requires_grad_()
+        assert isinstance(merged(**inputs).logits, DeferredLogits)
+        got = loss_and_gradients(merged, **inputs)
+    assert_same(got, loss_and_gradients(merged, **inputs))
