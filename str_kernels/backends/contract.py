@@ -76,15 +76,21 @@ class TileMasses(NamedTuple):
 class Worklist(NamedTuple):
     """From the router: the live pairs, tile by tile.
 
-    ``rows [L]`` int64: the live rows of tile 0, then those of tile 1, …; ``counts [T]`` int64: how
-    many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale for exponentials.
-    ``dead [R, T]``: the pair's share of ``exp(shift)``, 0 where it is live.
+    ``rows``: the live rows of tile 0, then those of tile 1, …, ``[L]`` int64, or each tile's padded
+    to ``[T, R]`` where L stays on the device: only the backend's own refinement reads them.
+    ``counts [T]``: how many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale for
+    exponentials. ``dead [R, T]``: the pair's share of ``exp(shift)``; a live pair has -0.0, so that
+    sums pass over it and its sign tells it from a share that underflowed.
     """
 
     rows: Tensor
     counts: Tensor
     shift: Tensor
     dead: Tensor
+
+    def live(self) -> Tensor:
+        """``[R, T]`` bool."""
+        return self.dead.signbit() & (self.dead == 0)
 
 
 class Refined(NamedTuple):

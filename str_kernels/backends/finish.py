@@ -1,6 +1,6 @@
-"""Finish: join live and dead pairs into what a row knows of the vocabulary.
+"""Finish: what the stages summed becomes what a row knows of the vocabulary.
 
-Stage: ``TileMasses``, ``Worklist``, ``Refined`` → ``Dense``. A dead pair adds its screened mass to
+Stage: ``TileMasses``, ``Worklist``, ``Refined``, or the sums of an exact pass → ``Dense``. A dead pair adds its screened mass to
 the log-sum-exp and ``mass · mean row of its tile`` to the gradient: one ``[R, T] @ [T, D]``
 product.
 """
@@ -39,7 +39,7 @@ def join_pairs(
         gradient.mul_((options.logit_scale * rescale)[:, None])
     kept_masses = None
     if wanted.masses:
-        kept_masses = torch.where(_live_mask(work), -1.0, work.dead * rescale[:, None])
+        kept_masses = torch.where(work.live(), -1.0, work.dead * rescale[:, None])
     logit_sum, smooth_gradient = _whole_sums(head, tiles, options)
     return Dense(
         lse=lse,
@@ -56,14 +56,47 @@ def join_pairs(
     )
 
 
-def _live_mask(work: Worklist) -> Tensor:
-    """``[R, T]`` bool, from the tile-major list."""
-    live = torch.zeros(work.dead.shape, dtype=torch.bool, device=work.dead.device)
-    tile = torch.repeat_interleave(
-        torch.arange(len(work.counts), device=live.device), work.counts, output_size=len(work.rows)
+def join_sums(
+    labels: Tensor,
+    label_logit: Tensor,
+    options: LossOptions,
+    *,
+    shift: Tensor,
+    mass: Tensor,
+    maximum: Tensor,
+    expected: Tensor | None,
+    weighted: Tensor | None,
+    logit_sum: Tensor | None,
+    smooth_gradient: Tensor | None,
+) -> Dense:
+    """``Dense`` of an exact pass; its sums leave the label out and are relative to ``exp(shift)``.
+
+    ``mass [R]`` Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w (scaled here, in place),
+    ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` the largest logit. The last two are finished.
+    """
+    labelled = labels >= 0
+    others = shift + mass.log()
+    lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
+    rescale = torch.exp(shift - lse)
+    if expected is not None:
+        expected.mul_((options.logit_scale * rescale)[:, None])
+    entropy = None
+    if weighted is not None:
+        of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
+        entropy = lse - weighted * rescale - of_label
+    return Dense(
+        lse=lse,
+        label_logit=label_logit,
+        correct=label_logit >= maximum,
+        dead_mass=torch.zeros_like(lse),
+        logit_sum=logit_sum,
+        entropy=entropy,
+        open_gradient=expected,
+        open_mass=mass * rescale,
+        smooth_gradient=smooth_gradient,
+        masses=None,
+        slope=None,
     )
-    live[work.rows, tile] = True
-    return live
 
 
 def _whole_sums(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Dense, Head, Wanted
+from str_kernels.backends.finish import join_sums
 from str_kernels.backends.logits import (
     accumulator,
     block_logits,
@@ -94,28 +95,17 @@ class _RunningTotals:
 
     def finish(self, label_logit: Tensor) -> Dense:
         """Bring the label in and turn the sums into probabilities."""
-        labelled = self.labels >= 0
-        others = self.shift + self.mass.log()
-        lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
-        rescale = torch.exp(self.shift - lse)
-        if self.expected is not None:
-            self.expected.mul_((self.options.logit_scale * rescale)[:, None])
         if self.smooth_gradient is not None:
             self.smooth_gradient.mul_(self.options.logit_scale)
-        entropy = None
-        if self.weighted is not None:
-            of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
-            entropy = lse - self.weighted * rescale - of_label
-        return Dense(
-            lse=lse,
-            label_logit=label_logit,
-            correct=label_logit >= self.maximum,
-            dead_mass=torch.zeros_like(lse),
+        return join_sums(
+            self.labels,
+            label_logit,
+            self.options,
+            shift=self.shift,
+            mass=self.mass,
+            maximum=self.maximum,
+            expected=self.expected,
+            weighted=self.weighted,
             logit_sum=self.logit_sum,
-            entropy=entropy,
-            open_gradient=self.expected,
-            open_mass=self.mass * rescale,
             smooth_gradient=self.smooth_gradient,
-            masses=None,
-            slope=None,
         )
