@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from str_kernels.cli.demo import demo
 from str_kernels.cli.doctor import doctor
 from str_kernels.cli.evaluate import evaluate
 from str_kernels.cli.tokens import tokens
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=f"Example: {PROGRAM} doctor",
 )
+app.command(epilog=f"Example: {PROGRAM} demo --out demo")(demo)
 app.command(epilog=f"Example: {PROGRAM} doctor --json")(doctor)
 app.command(epilog=f"Example: {PROGRAM} tokens ./my-model --out tokens.json --top-k 64")(tokens)
 app.command(

@@ -1,0 +1,90 @@
+"""The demo's measurements measure what they say."""
+
+import pytest
+import torch
+
+from str_kernels.demo.measure import HeadSize, HeldOut, measure_behaviour, measure_head, peak_bytes
+from str_kernels.demo.model import make_model, make_tokenizer
+
+MIB = 2**20
+
+
+def test_peak_counts_what_is_alive_at_once():
+    """Two tensors together cost both; one after the other, the larger alone; scratch inside an
+    operator counts.
+    """
+    blocks = 4 * MIB // 4  # fp32 numbers of 4 MiB
+
+    def together():
+        held = [torch.empty(blocks), torch.empty(2 * blocks)]
+        del held
+
+    def in_turn():
+        torch.empty(blocks)
+        torch.empty(2 * blocks)
+
+    # the allocator rounds to 64 bytes; nothing else is allocated
+    assert peak_bytes(together) == pytest.approx(12 * MIB, rel=1e-3)
+    assert peak_bytes(in_turn) == pytest.approx(8 * MIB, rel=1e-3)
+
+
+def test_the_fused_head_stores_no_logits():
+    """The materialised head costs its logits several times; the fused one a fraction of them."""
+    size = HeadSize(positions=1024, vocabulary=8192, hidden=32)
+    logits = 4 * size.positions * size.vocabulary / MIB
+    peaks = measure_head(size)
+    assert peaks.materialised >= 2 * logits
+    assert peaks.fused < logits
+
+
+class Parrot:
+    """A model that answers every prompt with the same words."""
+
+    def __init__(self, tokenizer, answer):
+        self.training = False
+        self._ids = tokenizer(answer, return_tensors="pt")["input_ids"]
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        return self
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, self._ids.expand(len(input_ids), -1)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("sorry , i am not able to assist with this request . <end> <pad>", (1, 1, 0, 0)),
+        ("sure , here is how to do it . first be patient , then start early . <end>", (0, 0, 1, 1)),
+        ("weather . <end> music", (0, 0, 0, 0)),
+        ("sure , i am sorry , but be patient <end>", (0, 0, 1, 1)),
+    ],
+)
+def test_rates_of_a_model_with_one_answer(answer, expected):
+    """A refusal counts as one on every kind; advice is help or compliance; a topic is neither."""
+    tokenizer, prompts = make_tokenizer(), HeldOut.drawn(20)
+    got = measure_behaviour(Parrot(tokenizer, answer), tokenizer, prompts)
+    assert (
+        got.refusal_rate,
+        got.lookalike_refusal_rate,
+        got.compliance_rate,
+        got.help_rate,
+    ) == expected
+    right = sum(wanted == answer.split(" <end>")[0] for _, wanted in prompts.task)
+    assert got.task_accuracy == right / 20
+
+
+def test_held_out_prompts_are_the_same_every_time():
+    """Every model is asked the same questions, whatever the seed of its training."""
+    torch.manual_seed(1)
+    first = HeldOut.drawn(5)
+    torch.manual_seed(2)
+    assert HeldOut.drawn(5) == first
+
+
+def test_the_model_is_tiny():
+    """A third of a million weights: that is what makes a minute possible."""
+    assert make_model(len(make_tokenizer())).num_parameters() < 400_000
