@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from str_kernels.safety.references import ReferenceCache
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.training.data import TrainingData, encode_file, read_numbered
@@ -26,6 +27,7 @@ from str_kernels.training.settings import Faults, TrainSettings
 
 DESCRIPTION = "str_kernels.json"
 TOKENS = "safety_tokens.json"
+REFERENCES = "references.safetensors"
 ADAPTER = "adapter_model.safetensors"
 
 T = TypeVar("T")
@@ -85,7 +87,6 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
     attempt = collector.attempt
     checkpoint = attempt(check_output, settings, resume)
     attempt(check_device, settings)
-    attempt(check_reference_file, settings)
     rows = attempt(read_numbered, settings.data)
     config = attempt(load_config, settings.model)
     tokenizer = attempt(load_tokenizer, settings.model) if config is not None else None
@@ -94,10 +95,9 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
     data = tokens = None
     if tokenizer is not None:
         tokens = attempt(_tokens, settings, tokenizer, resume)
-        if rows is not None:
-            data = attempt(
-                encode_file, settings.data, rows, tokenizer, max_length=settings.max_length
-            )
+    attempt(check_reference_file, settings, tokens)
+    if tokenizer is not None and rows is not None:
+        data = attempt(encode_file, settings.data, rows, tokenizer, max_length=settings.max_length)
     if config is not None:
         attempt(check_model, settings, config, data, tokens)
     if resume and data is not None:
@@ -114,7 +114,7 @@ def check_output(settings: TrainSettings, resume: bool) -> Path | None:
     if resume:
         if checkpoint is None:
             raise ValueError(f"out={settings.out!r}: holds no checkpoint to resume from.")
-    elif checkpoint is not None or (folder / DESCRIPTION).exists() or (folder / ADAPTER).exists():
+    elif checkpoint is not None or (folder / ADAPTER).exists():
         raise ValueError(
             f"out={settings.out!r}: already holds a run; resume it, or choose another folder."
         )
@@ -142,13 +142,17 @@ def check_device(settings: TrainSettings) -> None:
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
 
 
-def check_reference_file(settings: TrainSettings) -> None:
-    """A reference that is neither of the names is a file."""
+def check_reference_file(settings: TrainSettings, tokens: SafetyTokens | None) -> None:
+    """A reference that is neither of the names is a cache; of these tokens, if they are known."""
     reference = settings.reference
-    if reference not in ("adapter_off", "cache") and not Path(reference).is_file():
+    if reference in ("adapter_off", "cache"):
+        return
+    if not Path(reference).is_file():
         raise ValueError(
             f"reference={reference!r}: no such file; must be adapter_off, cache or a cache file."
         )
+    if tokens is not None:
+        ReferenceCache(reference, tokens.constraint(settings.strength, kind=settings.kind))
 
 
 def check_length(settings: TrainSettings, context: int | None) -> None:

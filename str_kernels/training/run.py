@@ -5,6 +5,7 @@ Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.js
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
+from str_kernels.huggingface import (
+    Patch,
+    SafetyLogCallback,
+    build_reference_cache,
+    patch_model,
+)
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
 from str_kernels.training.chat import collate
-from str_kernels.training.checks import TOKENS, Prepared
+from str_kernels.training.checks import REFERENCES, TOKENS, Prepared
 from str_kernels.training.loading import load_model, resolve_device
 from str_kernels.training.lora import add_lora
 from str_kernels.training.result import Result, peak_memory, write_description
@@ -55,7 +61,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     set_seed(settings.seed)
     model = add_lora(model, settings)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
-    patch = _patch(model, settings, tokens)
+    patch = _patch(model, prepared, tokens, progress)
     with patch or nullcontext(), interrupt.installed():
         if patch is not None:
             trainer.add_callback(SafetyLogCallback(patch))
@@ -155,14 +161,32 @@ def _safety_tokens(
 
 
 def _patch(
-    model: torch.nn.Module, settings: TrainSettings, tokens: SafetyTokens | None
+    model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None, progress: Progress
 ) -> Patch | None:
+    settings = prepared.settings
     if settings.method == "unpatched":
         return None
     if tokens is None:
         return patch_model(model)
     safety = SafetyConstraint(tokens.token_ids, settings.strength, settings.kind)
-    return patch_model(model, safety, reference=settings.reference, positions=settings.positions)
+    reference = settings.reference
+    if reference == "cache":
+        reference = settings.folder / REFERENCES
+        if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
+            progress.stage("computing the references")
+            build_reference_cache(model, _batches(prepared), reference, safety)
+    return patch_model(model, safety, reference=reference, positions=settings.positions)
+
+
+def _batches(prepared: Prepared) -> Iterator[dict[str, torch.Tensor]]:
+    """The data without labels, like lengths together, on the model's device."""
+    features = sorted(prepared.data.features(), key=lambda feature: len(feature["input_ids"]))
+    device, size = resolve_device("auto"), prepared.settings.batch
+    for start in range(0, len(features), size):
+        batch = collate(
+            features[start : start + size], pad_token_id=prepared.tokenizer.pad_token_id
+        )
+        yield {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:

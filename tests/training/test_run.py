@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from str_kernels.training.callbacks import Silence
-from str_kernels.training.checks import ADAPTER, DESCRIPTION, TOKENS, prepare
+from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, TOKENS, prepare
 from str_kernels.training.run import train
 from str_kernels.training.settings import Faults, TrainSettings
 
@@ -115,6 +115,28 @@ def test_the_two_terms_are_logged_apart(make_settings):
         assert total == pytest.approx(log["loss"], rel=1e-5)
     assert recorder.logs[-1]["safety_penalty"] > 0
     assert result.safety_penalty == recorder.logs[-1]["safety_penalty"]
+
+
+def test_a_cached_reference_trains_the_same_adapter(make_settings):
+    """References computed once are those of the adapter-off pass, but for their fp16 on disk; the
+    file serves another run by name, and is refused for other tokens.
+    """
+    live, cached = make_settings("live"), make_settings("cached", reference="cache")
+    train(prepare(live))
+    train(prepare(cached))
+    file = str(cached.folder / REFERENCES)
+    again = make_settings("again", reference=file, tokens=str(cached.folder / TOKENS))
+    train(prepare(again))
+    for name, wanted in adapter(live).items():
+        # fp16 references are off by 2^-11 of logits of about 1, and Adam's steps are 1e-2
+        assert (adapter(cached)[name] - wanted).abs().mean() < 1e-3
+        assert torch.equal(adapter(cached)[name], adapter(again)[name])
+    other = make_settings("other", reference=file, tokens=str(cached.folder / TOKENS), kind="kl")
+    prepare(other)  # the same unit, so the same references
+    with pytest.raises(Faults, match="logprob"):
+        prepare(
+            make_settings("o", reference=file, tokens=str(live.folder / TOKENS), kind="logprob")
+        )
 
 
 def test_plain_fused_training_is_unpatched_training(make_settings):
