@@ -27,6 +27,8 @@ from str_kernels.validation import validate_weight
 SCHEMA = "str_kernels.vocabulary_index/1"
 _DIRECTIONS = 32  # leading principal directions of the whitened rows that the splits look at
 _RIDGE = 1e-3  # share of the mean second moment added to its diagonal: few states, many dimensions
+_PROJECTION_ROWS = 32768  # enough to find the leading directions
+_BLOCK = 32 * TILE  # rows converted at once; there is no second copy of the weight
 _SAMPLES = 16
 _SAME_ROWS = (
     0.02  # above the rounding of a cast to bf16 (2^-8), far below another weight's distance
@@ -87,7 +89,7 @@ class VocabularyIndex:
         weight = weight.detach()
         order = _clustered_order(_whitened(weight, hidden_states))
         quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
-        return cls(order, tile_means(weight, order), _sample(weight), quantised, scales)
+        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), quantised, scales)
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this index was not built from.
@@ -110,7 +112,7 @@ class VocabularyIndex:
             )
         if weight.requires_grad or _seen(self, weight):
             return
-        distance = (_sample(weight) - self.sample).norm()
+        distance = (_evenly(weight, _SAMPLES) - self.sample).norm()
         if not distance <= _SAME_ROWS * self.sample.norm():
             raise ValueError(
                 "index: was built from another weight of this shape (sampled rows differ by "
@@ -193,7 +195,8 @@ def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
 
 def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
     """Rows in the metric of the logits, projected on their leading directions: ``[V, 32]`` fp32."""
-    rows, dim = weight.float(), weight.shape[1]
+    dim = weight.shape[1]
+    metric = torch.eye(dim, device=weight.device)
     if hidden_states is not None:
         if hidden_states.shape[-1] != dim:
             raise ValueError(
@@ -205,10 +208,10 @@ def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
         if not moment.isfinite().all():
             raise ValueError("hidden_states hold NaN or inf: give finite ones, or None.")
         ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        moment = moment + ridge * torch.eye(dim, device=moment.device)
-        rows = rows @ torch.linalg.cholesky(moment)
-    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -_DIRECTIONS:]
-    return rows @ directions
+        metric = torch.linalg.cholesky(moment + ridge * metric)
+    some = _evenly(weight, _PROJECTION_ROWS) @ metric
+    projection = metric @ torch.linalg.eigh(some.T @ some).eigenvectors[:, -_DIRECTIONS:]
+    return torch.cat([block.float() @ projection for block in weight.split(_BLOCK)])
 
 
 def _clustered_order(rows: Tensor) -> Tensor:
@@ -233,20 +236,20 @@ def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tenso
     dtype, top = (torch.int8, 127.0) if screen == "int8" else (torch.float8_e4m3fn, 448.0)
     rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
-    step = 32 * TILE
-    for start in range(0, len(weight), step):
-        block = weight[order[start : start + step]].float()
+    for start in range(0, len(weight), _BLOCK):
+        where = slice(start, start + _BLOCK)
+        block = weight[order[where]].float()
         scale = block.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / top
         block = block / scale[:, None]
-        rows[start : start + step] = (block.round() if screen == "int8" else block).to(dtype)
-        scales[start : start + step] = scale
+        rows[where] = (block.round() if screen == "int8" else block).to(dtype)
+        scales[where] = scale
     return rows, scales
 
 
-def _sample(weight: Tensor) -> Tensor:
-    count = min(_SAMPLES, len(weight))
-    ids = torch.linspace(0, len(weight) - 1, count, device=weight.device).long()
-    return weight.detach()[ids].float()
+def _evenly(weight: Tensor, count: int) -> Tensor:
+    """At most ``count`` evenly spaced rows, fp32."""
+    ids = torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device)
+    return weight.detach()[ids.long()].float()
 
 
 def _key(weight: Tensor) -> tuple[int, int]:
