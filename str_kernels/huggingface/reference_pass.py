@@ -7,7 +7,6 @@ too for ``logprob``, and then on constrained rows alone). There is never a secon
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ from str_kernels.huggingface.head import deferring
 from str_kernels.huggingface.recording import Fold
 from str_kernels.options import LossOptions
 
-_NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch", "use_cache")
+_NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class _NoLoss:
@@ -60,8 +59,8 @@ def reference_fold(
             "cache twice; train without a cache, or use a static or cached reference."
         )
     kept = {name: x for name, x in arguments.items() if name not in _NOT_FOR_REFERENCE}
-    if _accepts(model, "use_cache"):
-        kept["use_cache"] = False
+    if model.training and _checkpoints(model):
+        kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
     if adapters:
         with adapters_off(model):
             outputs = _evaluate(model, forward, kept)
@@ -91,9 +90,8 @@ def _evaluate(model: nn.Module, forward: Callable[..., Any], arguments: dict[str
         return forward(**arguments)
 
 
-def _accepts(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(type(model).forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager

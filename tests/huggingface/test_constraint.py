@@ -73,6 +73,22 @@ def test_an_untouched_adapter_costs_nothing():
     assert patch.last_parts.penalty == 0
 
 
+@pytest.mark.parametrize("how", ["cache", "no cache", "checkpointed"])
+def test_the_reference_attends_as_the_model_does(how):
+    """Packed rows: whether transformers sees the packing or not, both passes see the same."""
+    model = get_peft_model(build(), LoraConfig(target_modules=["q_proj"]))
+    inputs = {k: x.reshape(1, -1) for k, x in batch().items() if k != "attention_mask"}
+    inputs["position_ids"] = torch.arange(11).repeat(3)[None]
+    if how == "checkpointed":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif how == "no cache":
+        inputs["use_cache"] = False
+    with patch_model(model, constraint()) as patch:
+        model(**inputs)
+        assert patch.last_parts.penalty == 0
+
+
 def test_one_denominator():
     """``num_items_in_batch`` divides both terms; 1 × 4 rows = 2 × 2 = 4 × 1, gradients too."""
     model, inputs, safety = lora(), batch(rows=4), constraint()

@@ -10,6 +10,9 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, Patch, patch_model, unpatch_model
@@ -229,3 +232,32 @@ def test_a_cross_entropy_outside_the_forward_is_only_that():
         loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), targets.flatten())
     assert relative(loss, patch.last_parts.cross_entropy) < FP32
     assert not outputs.logits.is_materialised
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def test_the_logits_are_never_stored():
+    """A training step with a constraint, forward, reference and backward, never holds [N, V]."""
+    words, inputs = 60_000, batch(rows=4, length=64)
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(init_lora_weights=False))
+    with patch_model(model, SAFETY, index=None), _Largest() as largest:
+        model(**inputs).loss.backward()
+    assert words * 16 <= largest.elements < inputs["input_ids"].numel() * words / 2
