@@ -29,6 +29,7 @@ from str_kernels.safety.vocabulary import is_word, special_ids, spellings, token
 
 ROUNDS = 2  # each template and each prompt is seen at least so often, in different company
 BENIGN_ANSWER_TOKENS = 24  # about the length of a rejection template
+RARE_SPELLING = 0.01  # of a word's best spelling: below, the model never uses it
 CANDIDATES_PER_TOKEN = 8  # words looked at for each of the K wanted
 
 Exchange = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
@@ -91,7 +92,9 @@ def select(
 ) -> tuple[list[int], list[float]]:
     """The tokens of the words with the highest sums of scores, spellings together.
 
-    ``scores`` is ``[V]``, one for each row of the head.
+    A spelling that refusing hardly raises beside the word's best one is left out: capitals and
+    spaces that nobody writes would take three quarters of the K places. ``scores`` is ``[V]``, one
+    for each row of the head.
     """
     vocabulary = tokenizer.get_vocab()
     left_out = special_ids(tokenizer)
@@ -108,7 +111,9 @@ def select(
         if score <= 0 or len(chosen) >= top_k:
             break
         best_first = sorted(usable, key=lambda token: -scores[token].item())
-        chosen += best_first[: top_k - len(chosen)]
+        least = RARE_SPELLING * scores[best_first[0]]
+        used = [token for token in best_first if scores[token] >= least]
+        chosen += used[: top_k - len(chosen)]
     if not chosen:
         raise ValueError("refusing raises no word of this vocabulary: pass other prompts.")
     chosen.sort(key=lambda token: -scores[token].item())

@@ -80,8 +80,9 @@ class SafetyTokens:
         The score of a token is its mean probability where the model reads a rejection template as
         the answer to a refused request, less its mean probability along the model's own answers to
         benign requests. Spellings of one word (leading space or not, capital or not) are judged
-        and taken together; special tokens and bare punctuation are left out. The model is left as
-        it was, patched or not; at most ``batch_size`` short answers' logits exist at a time.
+        and taken together, but for those that are hardly ever used; special tokens and bare
+        punctuation are left out. The model is left as it was, patched or not; at most
+        ``batch_size`` short answers' logits exist at a time.
 
         Args:
             model: the aligned model, as it stands before fine-tuning.
