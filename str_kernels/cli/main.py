@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from str_kernels.cli.bench import bench
 from str_kernels.cli.demo import demo
 from str_kernels.cli.doctor import doctor
 from str_kernels.cli.evaluate import evaluate
@@ -42,6 +43,7 @@ app.command(
     epilog=f"Example: {PROGRAM} evaluate ./my-model --adapter ./adapter --refusals refusals.jsonl "
     "--task task.jsonl --out result.json"
 )(evaluate)
+app.command(epilog=f"Example: {PROGRAM} bench --quick --out bench")(bench)
 
 
 def _show_version(value: bool) -> None:

@@ -1,0 +1,147 @@
+"""Every head that is measured, behind one interface: a name, why it cannot run here, and `run`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.bench import peers
+from str_kernels.bench.inputs import Case
+from str_kernels.functional import linear_cross_entropy
+
+CONSTRAINT_TOKENS = 64  # of "ours-str"
+
+
+class Outcome(NamedTuple):
+    """One forward and backward: gradients ``[N, D]`` and ``[V, D]``, and ``lse [N]`` if told."""
+
+    loss: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor | None
+    lse: Tensor | None
+
+
+Loss = Callable[[Case, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One head.
+
+    Attributes:
+        name: what the command line calls it.
+        about: a few words for a table.
+        loss: of a case with these leaves: the loss and, where it is told, the lse.
+        package: the distribution it comes from; None for ours.
+        compiled: whether it needs a C++ compiler on a CPU.
+    """
+
+    name: str
+    about: str
+    loss: Loss
+    package: str | None = None
+    compiled: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's."""
+        return self.package is None
+
+    def missing(self) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.package is not None:
+            try:
+                version(self.package)
+            except PackageNotFoundError:
+                return f"not installed (pip install {self.package})"
+        if self.name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has none yet: since 2.13"
+        if self.compiled and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            return "needs a C++ compiler"
+        return None
+
+    def run(self, case: Case, *, trainable: bool = False) -> Outcome:
+        """Forward and backward, of a frozen or a trainable head."""
+        hidden = case.hidden_states.detach().requires_grad_()
+        weight = case.weight.detach().requires_grad_(trainable)
+        loss, lse = self.loss(case, hidden, weight)
+        leaves = [hidden, weight] if trainable else [hidden]
+        d_hidden, *d_weight = torch.autograd.grad(loss, leaves)
+        return Outcome(loss.detach(), d_hidden, d_weight[0] if trainable else None, lse)
+
+
+def _ours(indexed: bool, *, constrained: bool = False, **settings: Any) -> Loss:
+    def loss(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = dict(settings, index=case.index if indexed else None)
+        if constrained:
+            chosen["safety"], chosen["reference"] = constraint_of(case)
+        total, parts = linear_cross_entropy(
+            hidden, weight, case.labels, return_parts=True, **chosen
+        )
+        return total, parts.lse
+
+    return loss
+
+
+def constraint_of(case: Case) -> tuple[Any, Tensor]:
+    """The case's constraint, made once as a cache would hold it."""
+    kept = case.__dict__
+    if "_constraint" not in kept:
+        kept["_constraint"] = case.constraint(min(CONSTRAINT_TOKENS, len(case.weight)))
+    return kept["_constraint"]
+
+
+def _theirs(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    return lambda case, hidden, weight: (loss(hidden, weight, case.labels), None)
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("ours", "default settings with an index", _ours(True)),
+        Contender("ours-str", "the same and 64 safety tokens", _ours(True, constrained=True)),
+        Contender("ours-filtered", "screened in full precision", _ours(True, screen="exact")),
+        Contender("ours-exact", "every logit exact", _ours(False, filter_eps=0.0)),
+        Contender("transformers", "materialised", _theirs(peers.transformers_loss), "transformers"),
+        Contender(
+            "transformers-compiled",
+            "materialised, torch.compile",
+            _theirs(peers.transformers_compiled),
+            "transformers",
+            compiled=True,
+        ),
+        Contender(
+            "torch", "F.linear_cross_entropy, chunked", _theirs(peers.torch_chunked), "torch"
+        ),
+        Contender(
+            "cce",
+            "cut-cross-entropy",
+            _theirs(peers.cut_cross_entropy),
+            "cut-cross-entropy",
+            compiled=True,
+        ),
+        Contender("trl", "the head of TRL's trainers", _theirs(peers.trl), "trl"),
+        Contender("liger", "Liger's fused head", _theirs(peers.liger), "liger-kernel"),
+    )
+}
+
+
+def chosen_contenders(names: str | None) -> list[Contender]:
+    """Those named, comma-separated; None: all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if names is None:
+        return list(CONTENDERS.values())
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in CONTENDERS:
+            raise ValueError(f"contenders={name!r}: must be of {', '.join(CONTENDERS)}.")
+    return [CONTENDERS[name] for name in wanted]

@@ -1,0 +1,99 @@
+"""The whole comparison of heads: every contender on every case, resumable, shown as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from str_kernels.bench import plots
+from str_kernels.bench.contenders import Contender
+from str_kernels.bench.inputs import Case
+from str_kernels.bench.measure import Row, live_share, measure
+from str_kernels.bench.report import LEGEND, Results, cells, markdown, unmeasured
+from str_kernels.bench.truth import truth_of
+
+KEYS = ("contender", "case", "dtype", "N", "V", "D", "trainable")
+
+
+def compare(
+    results: Results,
+    case: Case,
+    contenders: Iterable[Contender],
+    *,
+    trainable: bool = False,
+    repeats: int = 7,
+    budget_s: float = 30.0,
+    advance: Callable[[str], None] = lambda name: None,
+) -> list[Row]:
+    """Measure what ``results`` does not hold yet; the rows of this case, the inputs' own first."""
+    n, v, d = case.shape
+    where = {"case": case.name, "dtype": case.dtype, "N": n, "V": v, "D": d}
+    where["trainable"] = trainable
+    truth = None
+    for contender in contenders:
+        if results.has(contender=contender.name, **where):
+            advance(contender.name)
+            continue
+        if truth is None:
+            truth = truth_of(case)
+            inputs = {"contender": "inputs", **where, **truth.statistics(), **live_share(case)}
+            results.add(inputs)
+        results.add(
+            measure(
+                contender,
+                case,
+                truth=truth,
+                trainable=trainable,
+                repeats=repeats,
+                budget_s=budget_s,
+            )
+        )
+        advance(contender.name)
+    return [row for row in results.rows if all(row.get(k) == v for k, v in where.items())]
+
+
+def inputs_line(rows: list[Row]) -> str:
+    """One sentence on how certain the measured rows are, and what routing makes of them."""
+    facts = next(row for row in rows if row["contender"] == "inputs")
+    return (
+        f"entropy {facts['entropy']:.2f} nats (10 to 90 %: {facts['entropy_q10']:.2f} to "
+        f"{facts['entropy_q90']:.2f}), p(label) {facts['p_label_q10']:.3f} / "
+        f"{facts['p_label_q50']:.3f} / {facts['p_label_q90']:.3f} at 10 / 50 / 90 %, "
+        f"{facts['confident']:.0%} of the rows confident; live pairs {facts['live']:.1%} with an "
+        f"index, {facts['live_token_order']:.1%} without"
+    )
+
+
+def title_of(rows: list[Row]) -> str:
+    """What was measured."""
+    row = rows[0]
+    head = "trainable" if row["trainable"] else "frozen"
+    shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
+    return f"{row['case']}: {shape}, {row['dtype']}, {head} head"
+
+
+def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the contenders that ran."""
+    return cells([row for row in rows if "gemms" in row])
+
+
+def stem_of(rows: list[Row]) -> str:
+    """A file name for the plot."""
+    row = rows[0]
+    words = f"{row['case']} {row['dtype']} {'trainable' if row['trainable'] else ''}"
+    return "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
+
+
+def publish(groups: list[list[Row]], out: Path, name: str) -> list[Path]:
+    """A plot of each group and one Markdown file with all their tables."""
+    text, written = [], []
+    for rows in groups:
+        plot = out / f"{name}-{stem_of(rows)}.png"
+        plots.head_bars(rows, title_of(rows), plot)
+        table = markdown(*table_of(rows))
+        absent = "".join(f"- {line}\n" for line in unmeasured(rows))
+        text.append(f"### {title_of(rows)}\n\nRows: {inputs_line(rows)}.\n\n{table}\n{absent}")
+        written.append(plot)
+    path = out / f"{name}.md"
+    path.write_text("\n".join([*text, f"{LEGEND}.\n"]), encoding="utf-8")
+    return [path, *written]

@@ -1,0 +1,209 @@
+"""What is measured on: hidden states of a real model, or synthetic ones that imitate one.
+
+Plain random numbers flatter nobody: every head is measured on rows whose next token is as uncertain
+as a language model's, for a filter's work and error depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from str_kernels.options import SafetyConstraint
+from str_kernels.vocabulary import VocabularyIndex
+
+CALIBRATION_ROWS = 512  # states that the vocabulary index is made from; none of them is measured
+_ENTROPY = 2.5  # nats, the mean that synthetic rows are made to have
+_DISTINCT_ROWS = 4096  # synthetic rows beyond this repeat
+_SIBLINGS, _COUSINS = 64, 4096  # tokens in a fine and in a coarse cluster of the vocabulary
+
+Positions = Literal["responses", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One problem for every contender: each of its N rows has a label.
+
+    Attributes:
+        name: what to call it in a table.
+        hidden_states: ``[N, D]``.
+        weight: ``[V, D]``, same dtype.
+        labels: ``[N]`` int64.
+        calibration: ``[M, D]``, like the hidden states but other rows, for the vocabulary index.
+    """
+
+    name: str
+    hidden_states: Tensor
+    weight: Tensor
+    labels: Tensor
+    calibration: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """N, V, D."""
+        return (len(self.hidden_states), *self.weight.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of hidden states and weight."""
+        return str(self.hidden_states.dtype).removeprefix("torch.")
+
+    @cached_property
+    def index(self) -> VocabularyIndex:
+        """A vocabulary index from the calibration rows."""
+        return VocabularyIndex.build(self.weight, self.calibration)
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        """The same numbers, rounded to another dtype."""
+        names = ("hidden_states", "weight", "calibration")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same numbers on another device."""
+        names = ("hidden_states", "weight", "labels", "calibration")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def first(self, rows: int) -> Case:
+        """Its first rows alone."""
+        part = {"hidden_states": self.hidden_states[:rows], "labels": self.labels[:rows]}
+        return replace(self, **part)
+
+    def scaled(self, factor: float) -> Case:
+        """With every logit multiplied by ``factor``."""
+        return replace(self, hidden_states=self.hidden_states * factor)
+
+    def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
+        """K tokens spread over the vocabulary, and a reference ``[N, K]``: other logits, near by.
+
+        The reference is what an aligned model's cache would hold: this model's logits (or, for
+        ``logprob``, log-probabilities) half a nat away.
+        """
+        vocab = len(self.weight)
+        ids = [i * vocab // k for i in range(k)]
+        make = torch.Generator().manual_seed(k)
+        logits = self.hidden_states.float() @ self.weight[ids].float().T
+        noise = torch.randn(logits.shape, generator=make).to(logits.device)
+        reference = logits + 0.5 * noise
+        if kind == "logprob":
+            reference = reference - math.log(vocab)
+        return SafetyConstraint(ids, strength=0.1, kind=kind), reference
+
+
+def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
+    """A trained model's head and hidden states, imitated; fp32, on the CPU.
+
+    - Head rows: a token's own direction, near those of its fine cluster (64 tokens: other forms of
+      a word), which are near those of its coarse cluster; clusters are strewn over the ids. One
+      further direction carries the token's frequency, Zipf's law over the ids, as tokenizers number
+      them.
+    - Hidden states: along the frequency direction, so that without other evidence a row predicts
+      the unigram distribution, plus the mean of one likely token and three of lesser weight. How
+      strong the evidence is varies from row to row, log-normally; its overall strength is solved
+      for a mean entropy of 2.5 nats. So some rows are sure and some know next to nothing.
+    - Labels are drawn from the model's own softmax: it is calibrated, as trained models are.
+    """
+    make = torch.Generator().manual_seed(seed)
+    own, frequency, axis = _head(vocab, dim, make)
+    count = min(rows, _DISTINCT_ROWS) + CALIBRATION_ROWS
+    evidence = _evidence(own, frequency, count, make)
+    weight = own + frequency[:, None] * axis
+    strength = _solve_strength(evidence[:128], axis, weight)
+    states = strength * evidence + axis
+    labels = _drawn(states, weight, make)
+    calibration, states, labels = (
+        states[:CALIBRATION_ROWS],
+        states[CALIBRATION_ROWS:],
+        labels[CALIBRATION_ROWS:],
+    )
+    turn = torch.arange(rows) % len(states)
+    return Case("synthetic", states[turn], weight, labels[turn], calibration)
+
+
+def _head(vocab: int, dim: int, make: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[V, D]`` without frequency, log-frequencies ``[V]``, their direction ``[D]``."""
+
+    def directions(count: int) -> Tensor:
+        return torch.randn(count, dim, generator=make) / dim**0.5
+
+    coarse, fine = directions(vocab // _COUSINS + 1), directions(vocab // _SIBLINGS + 1)
+    family = torch.randint(len(fine), (vocab,), generator=make)
+    branch = torch.randint(len(coarse), (len(fine),), generator=make)
+    own = 0.7 * directions(vocab)
+    own += (0.5 * coarse[branch] + 0.5 * fine)[family]
+    own *= torch.exp(0.15 * torch.randn(vocab, 1, generator=make))
+    frequency = -torch.log(torch.arange(vocab) + 10.0)
+    return (
+        own,
+        frequency - frequency.mean(),
+        torch.nn.functional.one_hot(torch.tensor(0), dim).float(),
+    )
+
+
+def _evidence(own: Tensor, frequency: Tensor, count: int, make: torch.Generator) -> Tensor:
+    """``[count, D]``: mixtures of four tokens' rows, of a strength that varies by row."""
+    tokens = torch.multinomial(frequency.exp(), 4 * count, replacement=True, generator=make)
+    shares = torch.tensor([1.0, 0.4, 0.3, 0.2])
+    mixture = (own[tokens].view(count, 4, -1) * shares[:, None]).sum(1)
+    return mixture * torch.exp(0.45 * torch.randn(count, 1, generator=make))
+
+
+def _solve_strength(evidence: Tensor, axis: Tensor, weight: Tensor) -> float:
+    """Bisection for the mean entropy; more evidence, less entropy."""
+    low, high = 0.0, 200.0
+    products, base = evidence @ weight.T, weight @ axis
+    for _ in range(20):
+        middle = (low + high) / 2
+        logp = torch.log_softmax(middle * products + base, -1)
+        entropy = -(logp.exp() * logp).sum(-1).mean()
+        low, high = (middle, high) if entropy > _ENTROPY else (low, middle)
+    return middle
+
+
+def _drawn(states: Tensor, weight: Tensor, make: torch.Generator) -> Tensor:
+    """One token of each row's softmax: ``[N]``."""
+    labels = []
+    for block in states.split(128):
+        total = torch.softmax(block @ weight.T, -1).cumsum(-1)
+        at = torch.rand(len(block), 1, generator=make) * total[:, -1:]
+        labels.append(torch.searchsorted(total, at)[:, 0].clamp(max=len(weight) - 1))
+    return torch.cat(labels)
+
+
+def from_model(
+    model: str, data: str | Path | None, rows: int, *, positions: Positions = "responses"
+) -> Case:
+    """Hidden states of a causal language model before its head, where there is a next token; fp32.
+
+    Args:
+        model: a Hub id, a local folder, or a GGUF file; scale and softcap of its logits are left
+            out, for not every contender has them.
+        data: conversations as ``.jsonl``; anything else is read as prose, all of it; None: the
+            manual that comes with Python.
+        rows: how many positions to measure on; fewer if the data has no more.
+        positions: of conversations, ``"responses"`` or ``"all"`` (prompts too).
+
+    Raises:
+        ValueError: no such file or model, or data of fewer than two rows.
+    """
+    from str_kernels.bench.reading import read_states
+
+    states, labels, weight = read_states(model, data, rows + CALIBRATION_ROWS, positions)
+    spare = min(CALIBRATION_ROWS, len(states) // 2)
+    name = f"{Path(model).name}, {_text_name(data, positions)}"
+    # evenly spread, so that both halves are of every text
+    pick = torch.zeros(len(states), dtype=torch.bool)
+    pick[torch.linspace(0, len(states) - 1, spare).long()] = True
+    return Case(name, states[~pick][:rows], weight, labels[~pick][:rows], states[pick])
+
+
+def _text_name(data: str | Path | None, positions: Positions) -> str:
+    if data is None:
+        return "Python's manual"
+    data = Path(data)
+    return f"{data.stem}, {positions}" if data.suffix == ".jsonl" else data.stem

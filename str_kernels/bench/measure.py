@@ -1,0 +1,121 @@
+"""One contender on one case: time, memory and errors, or the one-line reason why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from str_kernels.bench.clock import bare_product, paired
+from str_kernels.bench.contenders import Contender, constraint_of
+from str_kernels.bench.inputs import Case
+from str_kernels.bench.memory import peak_bytes, within_free_memory
+from str_kernels.bench.routing import live_pairs
+from str_kernels.bench.truth import Truth, constraint_gradient, errors, relative_error
+from str_kernels.functional import linear_cross_entropy
+
+Row = dict[str, Any]
+
+
+def measure(
+    contender: Contender,
+    case: Case,
+    *,
+    truth: Truth | None = None,
+    trainable: bool = False,
+    repeats: int = 7,
+    budget_s: float = 30.0,
+) -> Row:
+    """A row of results; ``truth`` None leaves the errors out.
+
+    A peer that is not installed, does not fit into memory or fails is a row with its ``reason``.
+    Our own failures are raised.
+    """
+    n, v, d = case.shape
+    row: Row = {"contender": contender.name, "about": contender.about, "case": case.name}
+    row |= {"dtype": case.dtype, "N": n, "V": v, "D": d, "trainable": trainable}
+    reason = contender.missing()
+    if reason is None:
+        try:
+            with within_free_memory():
+                return row | _measured(contender, case, truth, trainable, repeats, budget_s)
+        except MemoryError:
+            reason = "does not fit into memory"
+        except Exception as error:  # whatever somebody else's code may raise: reported, not hidden
+            if contender.ours and not _no_memory(error):
+                raise
+            reason = "does not fit into memory" if _no_memory(error) else _one_line(error)
+    return row | {"reason": reason}
+
+
+def _measured(
+    contender: Contender,
+    case: Case,
+    truth: Truth | None,
+    trainable: bool,
+    repeats: int,
+    budget_s: float,
+) -> Row:
+    device = case.hidden_states.device
+    outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
+    found: Row = {}
+    if truth is not None and contender.name != "ours-str":  # whose loss is another
+        found |= errors(truth, *outcome)
+    del outcome
+    if truth is not None and contender.name == "ours-str":
+        found["constraint_error"] = _constraint_error(case, truth)
+    timing = paired(
+        lambda: contender.run(case, trainable=trainable),
+        bare_product(case.hidden_states, case.weight),
+        device=device,
+        repeats=repeats,
+        budget_s=budget_s,
+    )
+    peak = peak_bytes(lambda: contender.run(case, trainable=trainable), device)
+    found |= {
+        "gemms": timing.ratio,
+        "ratios": timing.ratios,
+        "seconds": timing.seconds,
+        "peak_bytes": peak.peak,
+        "kept_bytes": peak.kept,
+    }
+    return found
+
+
+def live_share(case: Case) -> Row:
+    """Of the default settings, with the case's index and in token order."""
+    indexed, plain = live_pairs(case), live_pairs(case, index=None)
+    return {
+        "live": indexed.share,
+        "dead_mass": indexed.dead_mass,
+        "live_token_order": plain.share,
+        "dead_mass_token_order": plain.dead_mass,
+    }
+
+
+def _constraint_error(case: Case, truth: Truth) -> float | None:
+    """Of the constraint's own gradient: the same rows without their labels."""
+    safety, reference = constraint_of(case)
+    hidden = case.hidden_states.detach().requires_grad_()
+    loss = linear_cross_entropy(
+        hidden,
+        case.weight,
+        torch.full_like(case.labels, -100),
+        safety=safety,
+        reference=reference,
+        position_weights=torch.ones_like(reference[:, 0]),
+        num_items_in_batch=len(hidden),
+        index=case.index,
+    )
+    got = torch.autograd.grad(loss, hidden)[0][truth.rows]
+    return relative_error(got, constraint_gradient(case, safety, reference, truth.rows))
+
+
+def _no_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return "allocate memory" in text or "out of memory" in text
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0]}"[:200]

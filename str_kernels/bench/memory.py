@@ -1,0 +1,96 @@
+"""Bytes, counted at the allocator: what a call has alive at its worst moment.
+
+On a CPU torch's profiler reports every allocation, inside kernels and compiled code too, so the
+count is the same on every machine (libraries' own scratch space excepted). A dispatch mode would
+not do: it makes compiled code run uncompiled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Peak(NamedTuple):
+    """``peak``: most bytes alive at once, of those allocated in the call; ``kept``: at its end."""
+
+    peak: int
+    kept: int
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> Peak:
+    """Run ``call`` once and count; what it returns is kept, gradients for one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = call()
+        after = torch.cuda.memory_allocated(device)
+        del kept
+        return Peak(torch.cuda.max_memory_allocated(device) - before, after - before)
+    live: dict[int, int] = {}
+    now = peak = 0
+    for address, size in _allocations(call):
+        if size > 0:
+            live[address] = size
+            now += size
+            peak = max(peak, now)
+        else:  # of something older: not ours
+            now -= live.pop(address, 0)
+    return Peak(peak, now)
+
+
+def _allocations(call: Callable[[], object]) -> list[tuple[int, int]]:
+    """Address and size of every allocation in order of time; a negative size frees."""
+    from torch._C._profiler import _EventType
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = call()
+    events, todo = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    del kept
+    return [(address, size) for _, address, size in sorted(events, key=lambda event: event[0])]
+
+
+@contextmanager
+def within_free_memory(share: float = 0.9) -> Iterator[None]:
+    """Let an allocation that the machine has no room for fail, instead of the process.
+
+    Where the system cannot limit a process (not Linux), nothing is limited.
+    """
+    free, used = _free_and_used()
+    if free is None:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(share * free), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _free_and_used() -> tuple[int | None, int]:
+    """Bytes the system could still give, and the size of this process's address space."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":") for line in file)
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+    except OSError:
+        return None, 0
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    return free, pages * os.sysconf("SC_PAGE_SIZE")

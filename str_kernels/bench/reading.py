@@ -1,0 +1,70 @@
+"""Texts → the hidden states that a model hands to its head, and the tokens that come next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from str_kernels.safety.inference import reading
+from str_kernels.training.chat import IGNORED
+from str_kernels.training.data import encode_file, read_numbered
+from str_kernels.training.loading import load_model_and_tokenizer
+
+_LENGTH = 512  # tokens of a sequence
+
+Sequence = tuple[list[int], list[int]]
+
+
+def read_states(
+    model: str, data: str | Path | None, rows: int, positions: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States ``[N, D]``, labels ``[N]`` and head ``[V, D]``, fp32; N is ``rows`` or what there is.
+
+    Raises:
+        ValueError: as ``from_model``.
+    """
+    if data is not None and not Path(data).is_file():
+        raise ValueError(f"data={str(data)!r}: no such file.")
+    loaded, tokenizer = load_model_and_tokenizer(model, dtype="float32", device="cpu")
+    states, labels, found = [], [], 0
+    with reading(loaded):
+        for ids, targets in _sequences(data, tokenizer):
+            outputs = loaded.base_model(input_ids=torch.tensor([ids]), use_cache=False)
+            following = torch.tensor((ids if positions == "all" else targets)[1:])
+            labelled = following != IGNORED
+            states.append(outputs.last_hidden_state[0, :-1][labelled])
+            labels.append(following[labelled])
+            found += len(labels[-1])
+            if found >= rows:
+                break
+    if found < 2:
+        raise ValueError(f"data={str(data)!r}: has {found} positions to predict; must have 2.")
+    weight = loaded.get_output_embeddings().weight.detach()
+    return torch.cat(states)[:rows], torch.cat(labels)[:rows], weight
+
+
+def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
+    """Token ids and labels, a sequence at a time."""
+    if data is not None and Path(data).suffix == ".jsonl":
+        for row in read_numbered(data):
+            encoded = encode_file(data, [row], tokenizer, max_length=_LENGTH).sequences[0]
+            yield encoded.input_ids, encoded.labels
+        return
+    for text in _prose(data):
+        ids = tokenizer(text)["input_ids"]
+        for start in range(0, len(ids), _LENGTH):
+            part = ids[start : start + _LENGTH]
+            yield part, part
+
+
+def _prose(data: str | Path | None) -> Iterator[str]:
+    if data is not None:
+        yield Path(data).read_text(encoding="utf-8")
+        return
+    from pydoc_data.topics import topics  # half a million characters of English, everywhere
+
+    yield from topics.values()

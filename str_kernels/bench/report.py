@@ -1,0 +1,172 @@
+"""Results that survive an interruption, and what is shown of them: JSON, a table, a plot."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from str_kernels.bench.measure import Row
+
+SCHEMA = "str_kernels.bench/1"
+_PACKAGES = ("str-kernels", "torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
+
+
+def percent(x: float) -> str:
+    """Two digits that count."""
+    return f"{100 * x:.2g} %"
+
+
+# what the table shows of a row: heading, key, form
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
+    ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.1f}"),
+    ("loss", "loss_error", lambda x: f"{x:.0e}"),
+    ("lse", "lse_error", lambda x: f"{x:.0e}"),
+    ("dH", "hidden_error", percent),
+    ("dH, sure", "confident_error", percent),
+    ("dW", "weight_error", percent),
+    ("dC", "constraint_error", percent),
+)
+LEGEND = (
+    "GEMMs: time of forward and backward, median of paired runs, 1 = the bare product; MiB: peak "
+    "extra memory; then errors against fp64: loss and log-sum-exp (rms) in nats, gradients of the "
+    "hidden states, of confident rows alone, of the weight, of the constraint"
+)
+
+
+class Results:
+    """Rows in a JSON file, found again by their keys; the file is whole at any time.
+
+    Args:
+        path: the file; what it holds already is kept.
+        keys: names of the entries that tell rows apart.
+    """
+
+    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
+        """Read what an earlier run has left.
+
+        Raises:
+            ValueError: a file of another kind, or measured on another machine or with other
+                versions.
+        """
+        self.path, self.keys, self.rows = path, keys, []
+        self.circumstances = circumstances()
+        if path.exists():
+            found = _read(path)
+            for name, here in self.circumstances.items():
+                there = found["circumstances"].get(name)
+                if there != here:
+                    raise ValueError(
+                        f"out={str(path)!r}: was measured with {name} {there}, here it is {here}; "
+                        "choose another folder, or move the file away to measure anew."
+                    )
+            self.rows = found["rows"]
+
+    def has(self, **wanted: Any) -> bool:
+        """Whether a row with these entries is there."""
+        return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Keep a row, in place of one with the same keys, and write the file."""
+        same = [all(row.get(k) == old.get(k) for k in self.keys) for old in self.rows]
+        self.rows = [old for old, equal in zip(self.rows, same, strict=True) if not equal]
+        self.rows.append(row | {"commit": _commit(), "command": _command()})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, machine and versions included."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"schema": SCHEMA, "circumstances": self.circumstances, "rows": self.rows}
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine and versions: rows that differ in these do not belong into one table."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[list[str]]]:
+    """Headings and a line of text for each row; a column nobody fills is left out."""
+    shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    lines = [
+        [str(row[label])]
+        + ["" if row.get(key) is None else form(row[key]) for _, key, form in shown]
+        for row in rows
+    ]
+    return [label, *(column[0] for column in shown)], lines
+
+
+def unmeasured(rows: list[Row]) -> list[str]:
+    """Who did not run, and why."""
+    return [f"{row['contender']}: {row['reason']}" for row in rows if "reason" in row]
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """A table for a README."""
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"out={str(path)!r}: is no result of a benchmark; move it away.")
+    return found
+
+
+def _command() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Of the checkout this file lies in; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,55 @@
+"""How much of the vocabulary the router keeps: counted from the backend's own stages."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from str_kernels.backends.contract import Head
+from str_kernels.backends.pipeline import tiles_of
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.bench.inputs import Case
+from str_kernels.options import LossOptions, Screen
+from str_kernels.vocabulary import VocabularyIndex
+
+
+class Live(NamedTuple):
+    """``pairs`` of ``of`` (row, tile) pairs are computed exactly.
+
+    ``dead_mass``: the others' probability as screened, mean over the rows.
+    """
+
+    pairs: int
+    of: int
+    dead_mass: float
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.pairs / self.of
+
+
+def live_pairs(
+    case: Case,
+    *,
+    eps: float = DEFAULT_EPS,
+    screen: Screen = "auto",
+    index: VocabularyIndex | Literal["own"] | None = "own",
+) -> Live:
+    """Screen and route every row, refine none; ``"own"`` is the case's own index."""
+    backend, options = TorchBlocked(), LossOptions()
+    head = Head(case.hidden_states, case.weight, None)
+    if screen == "auto":
+        screen = backend.auto_screen(head.hidden_states.dtype, head.hidden_states.device)
+    tiles = tiles_of(case.weight, case.index if index == "own" else index, trainable=False)
+    rows = torch.arange(len(case.labels), device=case.labels.device)
+    pairs, dead = 0, 0.0
+    for part in rows.split(backend.row_block(head, len(rows), routed=True)):
+        block = head._replace(hidden_states=head.hidden_states[part])
+        masses = backend.screen(block, tiles, options, screen)
+        work = backend.route(masses, case.labels[part], tiles, eps)
+        pairs += int(work.counts.sum())
+        dead += work.dead.sum().item()
+    return Live(pairs, len(rows) * len(tiles.mean_rows), dead / len(rows))

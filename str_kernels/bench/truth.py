@@ -1,0 +1,177 @@
+"""The right answer in fp64, blocked, and how far an outcome is from it.
+
+The truth is that of the very operands a contender was given, rounded to bf16 or not. Gradients are
+compared on a sample: rows of the hidden states, some of them confident (a filter's hardest: their
+own gradient is small), and rows of the weight, half of them labels' own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace as replaced
+
+import torch
+from torch import Tensor
+
+from str_kernels.bench.inputs import Case
+from str_kernels.functional import linear_cross_entropy
+from str_kernels.options import SafetyConstraint
+
+CONFIDENT = 0.99  # probability of the label from which on a row counts as confident
+_ROWS, _CONFIDENT_ROWS, _TOKENS = 256, 64, 256
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """fp64: ``loss``, ``lse [N]``, and of sampled rows and tokens the gradients.
+
+    ``rows [S]``: the sample, its first ``spread`` evenly spread, the rest confident ones;
+    ``d_hidden [S, D]``, ``entropy [S]``; ``tokens [M]``, ``d_weight [M, D]``; ``p_label [N]``.
+    """
+
+    loss: float
+    lse: Tensor
+    p_label: Tensor
+    rows: Tensor
+    spread: int
+    d_hidden: Tensor
+    entropy: Tensor
+    tokens: Tensor
+    d_weight: Tensor
+
+    @property
+    def confident(self) -> Tensor:
+        """``[S]`` bool."""
+        return self.p_label[self.rows] >= CONFIDENT
+
+    def statistics(self) -> dict[str, float]:
+        """How certain the rows are: to compare inputs by."""
+        quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+        entropy = self.entropy[: self.spread]
+        return {
+            "loss": self.loss,
+            "entropy": entropy.mean().item(),
+            **_named("entropy", entropy.quantile(quantiles), quantiles),
+            **_named("p_label", self.p_label.cpu().quantile(quantiles), quantiles),
+            "confident": (self.p_label >= CONFIDENT).double().mean().item(),
+        }
+
+
+def truth_of(case: Case) -> Truth:
+    """One fp64 product for the log-sum-exps and a small one for the gradients."""
+    hidden, count = case.hidden_states.double(), len(case.hidden_states)
+    lse = torch.cat([_log_sum_exp(part, case.weight) for part in hidden.split(_BLOCK // 2)])
+    target = case.weight[case.labels].double()
+    p_label = torch.exp((hidden * target).sum(-1) - lse)
+    rows, spread = _sampled_rows(p_label)
+    expected, entropy = _expected(hidden[rows], case.weight, lse[rows])
+    tokens = _sampled_tokens(case.labels, len(case.weight))
+    dz = torch.exp(hidden @ case.weight[tokens].double().T - lse[:, None])
+    dz -= (case.labels[:, None] == tokens).double()
+    return Truth(
+        loss=-p_label.log().mean().item(),
+        lse=lse,
+        p_label=p_label,
+        rows=rows,
+        spread=spread,
+        d_hidden=(expected - target[rows]) / count,
+        entropy=entropy,
+        tokens=tokens,
+        d_weight=dz.T @ hidden / count,
+    )
+
+
+def constraint_gradient(
+    case: Case, safety: SafetyConstraint, reference: Tensor, rows: Tensor
+) -> Tensor:
+    """``[S, D]``: the constraint's own share of the gradient of these rows, its mean over N.
+
+    Only the K columns enter, so the oracle gets a head of K rows; not for ``logprob``.
+    """
+    ids = list(safety.token_ids)
+    hidden = case.hidden_states[rows].double().requires_grad_()
+    loss = linear_cross_entropy(
+        hidden,
+        case.weight[ids].double(),
+        torch.full_like(rows, -100),
+        safety=replaced(safety, token_ids=range(len(ids))),
+        reference=reference[rows].double(),
+        position_weights=torch.ones_like(rows, dtype=torch.float64),
+        num_items_in_batch=len(case.hidden_states),
+        backend="reference",
+    )
+    return torch.autograd.grad(loss, hidden)[0]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float | None:
+    """``‖got - want‖ / ‖want‖``; None of nothing."""
+    if not len(want):
+        return None
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def errors(
+    truth: Truth,
+    loss: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> dict[str, float | None]:
+    """How far loss, gradients and log-sum-exp are off; None where there is nothing to compare."""
+    got, confident = d_hidden[truth.rows], truth.confident
+    spread = slice(truth.spread)
+    return {
+        "loss_error": abs(loss.double().item() - truth.loss),
+        "lse_error": None if lse is None else _rms(lse.double() - truth.lse),
+        "hidden_error": relative_error(got[spread], truth.d_hidden[spread]),
+        "confident_error": relative_error(got[confident], truth.d_hidden[confident]),
+        "weight_error": (
+            None if d_weight is None else relative_error(d_weight[truth.tokens], truth.d_weight)
+        ),
+    }
+
+
+def _log_sum_exp(hidden: Tensor, weight: Tensor) -> Tensor:
+    lse = hidden.new_full((len(hidden),), float("-inf"))
+    for block in weight.split(_BLOCK):
+        lse = torch.logaddexp(lse, torch.logsumexp(hidden @ block.double().T, -1))
+    return lse
+
+
+def _expected(hidden: Tensor, weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ p w`` and the entropy of every row."""
+    expected, entropy = torch.zeros_like(hidden), lse.clone()
+    for block in weight.split(_BLOCK):
+        block = block.double()
+        logits = hidden @ block.T
+        p = torch.exp(logits - lse[:, None])
+        expected += p @ block
+        entropy -= (p * logits).sum(-1)
+    return expected, entropy
+
+
+def _sampled_rows(p_label: Tensor) -> tuple[Tensor, int]:
+    """Evenly spread rows, then confident ones besides."""
+    count = len(p_label)
+    rows = torch.arange(0, count, max(1, count // _ROWS), device=p_label.device)[:_ROWS]
+    sure = p_label >= CONFIDENT
+    sure[rows] = False
+    return torch.cat([rows, sure.nonzero()[:_CONFIDENT_ROWS, 0]]), len(rows)
+
+
+def _sampled_tokens(labels: Tensor, vocab: int) -> Tensor:
+    """Labels' own rows, and as many evenly spread ones."""
+    spread = torch.linspace(0, vocab - 1, min(_TOKENS, vocab), device=labels.device).long()
+    return torch.cat([labels.unique()[:_TOKENS], spread]).unique()
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def _named(name: str, values: Tensor, quantiles: Tensor) -> dict[str, float]:
+    return {
+        f"{name}_q{round(100 * q)}": value
+        for q, value in zip(quantiles.tolist(), values.tolist(), strict=True)
+    }
