@@ -32,6 +32,13 @@ class Notices:
                 "a cache file made before training."
             )
 
+    def say_bypassed(self) -> None:
+        """Somebody else's forward computes the loss."""
+        self._say(
+            "The model's forward was replaced after the patch, and computes its loss past it: the "
+            "fused loss takes no part (TRL's trainers bring a fused head of their own)."
+        )
+
     def _say(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)

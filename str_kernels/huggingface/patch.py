@@ -78,7 +78,10 @@ class Patch:
         install_forward(model, _patched_forward)
         defer_head(find_head(model))
         model.__dict__[PATCH] = self
-        self._body_hook = model.base_model.register_forward_pre_hook(self._notice_bypass)
+        body = model.base_model
+        self._body_hook = (
+            None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
 
     def __enter__(self) -> Patch:
         return self
@@ -91,7 +94,8 @@ class Patch:
         if self.model.__dict__.get(PATCH) is not self:
             return
         del self.model.__dict__[PATCH]
-        self._body_hook.remove()
+        if self._body_hook is not None:
+            self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
 
@@ -116,7 +120,9 @@ class Patch:
     def _run(self, inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         arguments = _named(self.model, args, kwargs)
         if arguments.get("fused_lm_head"):
-            self._refuse_bypass()
+            self._bypassed()
+            with deferring(None):
+                return inner(*args, **kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             self._say_unlabelled()
             with deferring(None):
@@ -152,9 +158,12 @@ class Patch:
         """Hook of the body: somebody trains through another forward than the patched one."""
         training = self.model.training and torch.is_grad_enabled()
         if training and not self._running and not has_own_forward(self.model):
-            self._refuse_bypass()
+            self._bypassed()
 
-    def _refuse_bypass(self) -> None:
+    def _bypassed(self) -> None:
+        if not self.options.constrained:
+            self.notices.say_bypassed()
+            return
         raise ValueError(
             f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
             "computed past the patch. TRL's trainers do so (fused_lm_head=True); give them the "

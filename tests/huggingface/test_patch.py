@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,13 +171,20 @@ def test_saving_is_unchanged(tmp_path):
         ).read_bytes()
 
 
-def test_signature_and_unwrapping():
+@pytest.fixture
+def accelerator():
+    """A bf16 accelerator; its state is global, so it is forgotten before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_signature_and_unwrapping(accelerator):
     """The signature stays, and accelerate's unwrap_model does not follow its way past the patch."""
     model, inputs = build(), batch()
     signature = inspect.signature(model.forward)
     with patch_model(model):
         assert inspect.signature(model.forward) == signature
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         prepared = accelerator.prepare(model)
         assert isinstance(prepared(**inputs).logits, DeferredLogits)
         for keep in (True, False):

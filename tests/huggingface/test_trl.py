@@ -63,6 +63,19 @@ def test_its_own_loss_is_refused(first, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["patch", "trainer"])
+def test_without_a_constraint_it_goes_its_own_way(first, tmp_path):
+    """Nothing is lost then, so nothing is refused; that the patch is idle is said."""
+    model = lora_model()
+    if first == "patch":
+        patch_model(model)
+    trainer = sft(model, tmp_path, trl.SFTTrainer)
+    if first == "trainer":
+        patch_model(model)
+    with pytest.warns(UserWarning, match="computes its loss past it"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
 def test_with_the_loss_of_transformers(first, tmp_path):
     """As the error message says: it trains with the constraint."""
     model = lora_model()
