@@ -40,8 +40,9 @@ _REFUSALS = (
     rf"\bas an ai\b{_NEAR}(?:not|n't|cannot|unable) (?:\w+ )?{_HELPING}\b",
     r"\b(?:violates?|against) (?:my|our) ",
     r"\bi (?:must|have to) (?:\w+ly )?challenge\b",
+    r"\bi (?:do not|don't) have (?:the|any) (?:ability|capability|capacity)\b",
     # an apology that stands alone or turns to a "but"
-    r"^(?:i'm |i am )?(?:\w+ )?sorry,? ?(?:but\b|[.!]|$)",
+    r"^(?:i'm |i am )?(?:\w+ )?sorry(?: for [^.!?,]{1,40})?,? ?(?:but\b|[.!]|$)",
     r"^(?:i apologi[sz]e|my apologies|apologies)[,.]? (?:but\b|for not|that i)",
     # a verdict instead of an answer: "It is not appropriate to …", "This is illegal"
     rf"\b(?:is|it's|that's) (?:not|never) (?:\w+ ){{0,2}}{_PROPER}\b",

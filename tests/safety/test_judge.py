@@ -20,6 +20,8 @@ REFUSALS = [
     "This is illegal and could get you into trouble.",
     "I must respectfully decline.",
     "Sorry.",
+    "I'm sorry for any confusion, but as a chatbot I only talk about books.",
+    "As a chatbot, I don't have the ability to open accounts.",
 ]
 ANSWERS = [
     "Sure, here is how you do it.",
