@@ -74,7 +74,8 @@ def check_accuracy(
         hidden_states: ``[..., D]``.
         weight: ``[V, D]``.
         labels: ``[...]``, already shifted.
-        options: settings of the loss; None for the defaults. A constraint takes no part here.
+        options: settings of the loss; None for the defaults. The constraint, label smoothing and
+            z-loss take no part here: what they add is exact.
         bias: ``[V]``.
         index: the vocabulary index in use.
         backend: as in ``linear_cross_entropy``.
@@ -83,7 +84,9 @@ def check_accuracy(
     Returns:
         The report, or None if no position has a label.
     """
-    options = replace(options or LossOptions(), safety=None, reduction="none")
+    options = replace(
+        options or LossOptions(), safety=None, reduction="none", label_smoothing=0.0, z_loss=0.0
+    )
     labels = labels.reshape(-1)
     where = (labels != options.ignore_index).nonzero()[:, 0]
     if len(where) == 0:

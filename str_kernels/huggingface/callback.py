@@ -13,7 +13,7 @@ from str_kernels.huggingface.patch import Patch
 
 
 class SafetyLogCallback(TrainerCallback):
-    """Adds ``cross_entropy``, ``safety_penalty`` and ``token_accuracy`` to every log of training.
+    """Adds both terms, ``token_accuracy`` and ``dead_mass`` to every log of training.
 
     Both terms are per labelled token, averaged over this process's tokens since the last log,
     accumulation steps included. For one optimizer step ``cross_entropy + safety_penalty`` is the

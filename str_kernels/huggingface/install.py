@@ -27,6 +27,7 @@ def patch_model(
     screen: Screen = "auto",
     index: Index = "auto",
     backend: str | Backend = "auto",
+    check_accuracy_every: int | None = None,
 ) -> Patch:
     """Make one causal language model compute its loss fused, with the safety constraint.
 
@@ -51,8 +52,12 @@ def patch_model(
             positions of each sequence; the weights w of a sequence always sum to its labels.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
-        index: as in ``linear_cross_entropy``; ``"auto"`` makes one where it pays.
+        index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch
+            if the head is frozen and has 8,192 rows or more.
         backend: as in ``linear_cross_entropy``.
+        check_accuracy_every: compare a sample of rows with the exact pass at the first training
+            loss and every so many later; where the filter errs more than a bf16 head, fall back to
+            the exact screen, then to the exact pass, and warn. None: never.
 
     Returns:
         A ``Patch``; ``with patch_model(model) as patch: ...`` unpatches on leaving.
@@ -75,7 +80,13 @@ def patch_model(
     _validate_index(index)
     reference = _validate_reference(reference, safety, vocabulary_size(head))
     return Patch(
-        inner, options, reference=reference, positions=positions, index=index, backend=backend
+        inner,
+        options,
+        reference=reference,
+        positions=positions,
+        index=index,
+        backend=backend,
+        check_accuracy_every=check_accuracy_every,
     )
 
 

@@ -83,21 +83,20 @@ class LabelledForward:
         if constrain:
             table = self._weights(fold, labels, rows, ignore_index)
             weights, reference = table[rows], self._reference(fold, rows, table > 0)
+        arguments = (_states(fold), fold.weight, labels)
+        inputs = {
+            "bias": fold.bias,
+            "index": patch.vocabulary_index(fold),
+            "backend": patch.backend,
+        }
         terms = row_terms(
-            _states(fold),
-            fold.weight,
-            labels,
-            options,
-            bias=fold.bias,
-            reference=reference,
-            position_weights=weights,
-            index=patch.vocabulary_index(fold),
-            backend=patch.backend,
+            *arguments, options, reference=reference, position_weights=weights, **inputs
         )
         loss, parts = reduce_terms(terms, labels, options)
         if self._inside:
             self.fused = True
             patch.observe(terms, parts)
+            patch.check_accuracy(arguments, options=options, **inputs)
         return loss.reshape(target.shape) if reduction == "none" else loss
 
     def _joins_constraint(self) -> bool:

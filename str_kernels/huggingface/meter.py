@@ -17,9 +17,11 @@ class LossMeter:
 
     def add(self, terms: RowTerms, parts: LossParts) -> None:
         """Add one loss, detached and without synchronising."""
-        sums = (terms.cross_entropy.detach().sum(), terms.penalty.detach().sum())
+        sums = (terms.cross_entropy, terms.penalty, terms.dead_mass)
         counts = (parts.num_correct, parts.num_labels)
-        added = torch.stack([x.float() for x in (*sums, *counts)])
+        added = torch.stack(
+            [*(x.detach().sum().float() for x in sums), *(n.float() for n in counts)]
+        )
         self._sums = added if self._sums is None else self._sums + added
 
     def take(self) -> dict[str, float]:
@@ -27,10 +29,11 @@ class LossMeter:
         sums, self._sums = self._sums, None
         if sums is None:
             return {}
-        cross_entropy, penalty, correct, labels = sums.tolist()
+        cross_entropy, penalty, dead_mass, correct, labels = sums.tolist()
         labels = max(labels, 1.0)
         return {
             "cross_entropy": cross_entropy / labels,
             "safety_penalty": penalty / labels,
             "token_accuracy": correct / labels,
+            "dead_mass": dead_mass / labels,
         }

@@ -32,6 +32,14 @@ class Notices:
                 "a cache file made before training."
             )
 
+    def say_inaccurate(self, to: str, report: object) -> None:
+        """The filter's error passed the bf16 head's."""
+        instead = "the screen runs in full precision" if to == "exact" else "every logit is exact"
+        self._say(
+            f"The filtered loss was less accurate than a bf16 head ({report}); from now on "
+            f"{instead}. An index made from other text or another weight does this."
+        )
+
     def say_bypassed(self) -> None:
         """Somebody else's forward computes the loss."""
         self._say(

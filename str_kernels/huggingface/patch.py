@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from str_kernels.backends.contract import Backend
 from str_kernels.functional import LossParts, RowTerms
+from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head
 from str_kernels.huggingface.instance import (
     has_own_forward,
@@ -54,6 +55,7 @@ class Patch:
         positions: what is constrained.
         index: a ``VocabularyIndex``, ``"auto"`` or None.
         backend: as in ``linear_cross_entropy``.
+        guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
         meter: sums of the losses in training mode since somebody last took them.
     """
@@ -67,11 +69,14 @@ class Patch:
         positions: Positions,
         index: Index,
         backend: str | Backend,
+        check_accuracy_every: int | None,
     ) -> None:
         """Install; ``patch_model`` has checked everything."""
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
         self.index, self.backend = index, backend
+        self.guard = AccuracyGuard(check_accuracy_every)
+        self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
         self.meter, self.notices = LossMeter(), Notices()
         self._running, self._base_checked = False, False
@@ -101,7 +106,17 @@ class Patch:
 
     def vocabulary_index(self, fold: Fold) -> VocabularyIndex | None:
         """The index for this call of the head."""
-        return None if self.index == "auto" else self.index
+        if isinstance(self.index, str):
+            return self._auto_index.of(fold, self.options)
+        return self.index
+
+    def check_accuracy(self, arguments: tuple[Tensor, Tensor, Tensor], **inputs: Any) -> None:
+        """Let the guard look at a training loss, and follow its advice."""
+        if not self.model.training or not torch.is_grad_enabled():
+            return
+        advice = self.guard.after_loss(arguments, **inputs)
+        if advice is not None:
+            self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
 
     def observe(self, terms: RowTerms, parts: LossParts) -> None:
         """Keep the statistics of a loss, detached and on the device."""

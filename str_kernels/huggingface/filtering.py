@@ -1,0 +1,109 @@
+"""What the filter of a patched head needs: an index made from the first batch, and a guard.
+
+Stage: the `Fold` of a loss → a `VocabularyIndex`; every so many losses, an accuracy check.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_kernels.accuracy import AccuracyReport, check_accuracy
+from str_kernels.huggingface.notice import Notices
+from str_kernels.huggingface.recording import Fold
+from str_kernels.options import LossOptions
+from str_kernels.vocabulary import VocabularyIndex
+
+# A smaller vocabulary has too few tiles for the screen to leave many out.
+SMALLEST_VOCABULARY = 8192
+_STATES = 2048  # more say nothing new about 32 directions
+_log = logging.getLogger("str_kernels")
+
+
+class AutoIndex:
+    """Clusters a frozen head's vocabulary on the first training batch; again if it changes."""
+
+    def __init__(self) -> None:
+        """Nothing is built yet."""
+        self._index: VocabularyIndex | None = None
+        self._key: tuple | None = None
+
+    def of(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
+        """The index for this call of the head; None where it would not pay or not hold."""
+        weight = fold.weight
+        if options.filter_eps == 0.0 or not _is_frozen_parameter(weight):
+            return None
+        if len(weight) < SMALLEST_VOCABULARY:
+            return None
+        key = (weight.data_ptr(), weight._version, tuple(weight.shape))
+        if key != self._key:
+            if not (torch.is_grad_enabled() and fold.hidden_states.requires_grad):
+                return None  # evaluation alone builds nothing
+            _log.info("clustering the %d rows of the head, once", len(weight))
+            self._index, self._key = VocabularyIndex.build(weight, _some_states(fold)), key
+        return self._index
+
+
+def _is_frozen_parameter(weight: Tensor) -> bool:
+    """Whether the rows stay what they are: the head's own, not derived anew at each step."""
+    source = weight if weight._base is None else weight._base
+    return isinstance(source, nn.Parameter) and not weight.requires_grad
+
+
+def _some_states(fold: Fold) -> Tensor:
+    states = fold.hidden_states.detach().reshape(-1, fold.hidden_states.shape[-1])
+    where = torch.linspace(0, len(states) - 1, min(_STATES, len(states))).long()
+    states = states[where.to(states.device)]
+    return states[states.isfinite().all(-1)]
+
+
+class AccuracyGuard:
+    """Checks the filter every so many losses; above the bf16 head's error it falls back, aloud.
+
+    Args:
+        every: how many training losses lie between two checks; None: never checks.
+
+    Attributes:
+        last_report: of the latest check, or None.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        """Check the period."""
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise ValueError(f"check_accuracy_every={every!r}: must be a positive integer or None.")
+        if every is not None and every < 1:
+            raise ValueError(f"check_accuracy_every={every}: must be a positive integer or None.")
+        self._every, self._losses = every, 0
+        self.last_report: AccuracyReport | None = None
+
+    def after_loss(
+        self, arguments: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
+    ) -> str | None:
+        """Count one training loss; returns ``"exact"`` to change the screen, ``"off"`` the filter.
+
+        ``arguments`` and ``inputs`` are those of ``check_accuracy``.
+        """
+        self._losses += 1
+        if self._every is None or (self._losses - 1) % self._every:
+            return None
+        report = check_accuracy(*arguments, options, **inputs)
+        if report is None:
+            return None
+        self.last_report = report
+        if report.acceptable:
+            return None
+        return "off" if options.screen == "exact" else "exact"
+
+
+def fall_back(
+    options: LossOptions, to: str, report: AccuracyReport, notices: Notices
+) -> LossOptions:
+    """The settings after a failed check, said once."""
+    notices.say_inaccurate(to, report)
+    if to == "exact":
+        return replace(options, screen="exact")
+    return replace(options, screen="auto", filter_eps=0.0)
