@@ -78,7 +78,7 @@ class Worklist(NamedTuple):
 
     ``rows``: the live rows of tile 0, then those of tile 1, …, ``[L]`` int64, or each tile's padded
     to ``[T, R]`` where L stays on the device: only the backend's own refinement reads them.
-    ``counts [T]``: how many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale for
+    ``counts [T]``: how many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale of
     exponentials. ``dead [R, T]``: the pair's share of ``exp(shift)``; a live pair has -0.0, so that
     sums pass over it and its sign tells it from a share that underflowed.
     """

@@ -1,8 +1,8 @@
 """Finish: what the stages summed becomes what a row knows of the vocabulary.
 
-Stage: ``TileMasses``, ``Worklist``, ``Refined``, or the sums of an exact pass → ``Dense``. A dead pair adds its screened mass to
-the log-sum-exp and ``mass · mean row of its tile`` to the gradient: one ``[R, T] @ [T, D]``
-product.
+Stage: ``TileMasses``, ``Worklist``, ``Refined``, or the sums of an exact pass → ``Dense``. A
+dead pair adds its screened mass to the log-sum-exp and ``mass · mean row of its tile`` to the
+gradient: one ``[R, T] @ [T, D]`` product.
 """
 
 from __future__ import annotations

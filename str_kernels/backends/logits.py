@@ -18,6 +18,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weight_rows(head: Head, where: Tensor | slice, dtype: torch.dtype) -> Tensor:
+    """Rows of W as every product sees them: under autocast rounded to the dtype of H first."""
+    return head.weight[where].to(head.hidden_states.dtype).to(dtype)
+
+
 def finish_logits(products: Tensor, options: LossOptions) -> Tensor:
     """Scale and softcap in place: ``H Wᵀ + b`` → z."""
     if options.logit_scale != 1.0:
@@ -51,14 +56,14 @@ def safety_logits(head: Head, ids: Tensor, options: LossOptions) -> Tensor:
     """Exact logits ``[R, K]`` of the tokens ``ids [K]``."""
     dtype = accumulator(head.hidden_states.dtype)
     bias = None if head.bias is None else head.bias[ids].to(dtype)
-    return block_logits(head.hidden_states.to(dtype), head.weight[ids].to(dtype), bias, options)
+    return block_logits(head.hidden_states.to(dtype), weight_rows(head, ids, dtype), bias, options)
 
 
 def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
     """Exact logit ``[R]`` of each row's label ``[R]``; NaN where the label is negative."""
     dtype = accumulator(head.hidden_states.dtype)
     target = labels.clamp(min=0)
-    products = (head.hidden_states.to(dtype) * head.weight[target].to(dtype)).sum(-1)
+    products = (head.hidden_states.to(dtype) * weight_rows(head, target, dtype)).sum(-1)
     if head.bias is not None:
         products = products + head.bias[target].to(dtype)
     return finish_logits(products, options).masked_fill(labels < 0, float("nan"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Dense, Head
-from str_kernels.backends.logits import logit_slope
+from str_kernels.backends.logits import logit_slope, weight_rows
 from str_kernels.constraint import ConstraintTerms, constraint_terms, needs_lse
 from str_kernels.options import LossOptions
 
@@ -74,7 +74,7 @@ def row_gradients(
     Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero.
     """
     labelled, epsilon = (labels >= 0)[:, None], options.label_smoothing
-    label_row = head.weight[labels.clamp(min=0)].to(dense.lse.dtype)
+    label_row = weight_rows(head, labels.clamp(min=0), dense.lse.dtype)
     label_row.mul_(logit_slope(dense.label_logit, options)[:, None])
     label_row = torch.where(labelled, label_row, 0.0)
     alpha = (1.0 + 2.0 * options.z_loss * dense.lse)[:, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Head
+from str_kernels.backends.logits import weight_rows
 from str_kernels.options import TILE
 
 # Taller blocks of rows amortise a GEMM's packing of the weight; beyond this nothing was gained.
@@ -42,7 +43,7 @@ def head_rows(
     """Weight rows ``[C, D]`` and bias ``[C]`` of one block of the order, in ``dtype``."""
     where = columns if order is None else order[columns]
     bias = None if head.bias is None else head.bias[where].to(dtype)
-    return head.weight[where].to(dtype), bias
+    return weight_rows(head, where, dtype), bias
 
 
 def positions_of(labels: Tensor, inverse: Tensor | None) -> Tensor:

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Head, Refined, Tiles, Wanted, Worklist
-from str_kernels.backends.logits import accumulator, finish_logits, softcap_slope
+from str_kernels.backends.logits import (
+    accumulator,
+    finish_logits,
+    softcap_slope,
+    weight_rows,
+)
 from str_kernels.backends.torch_blocked.blocks import positions_of
 from str_kernels.options import TILE, LossOptions
 
@@ -131,7 +136,7 @@ class _Sums:
         # the last tile may be ragged: its missing columns repeat a row and are masked
         inside = columns.clamp(max=self.head.weight.shape[0] - 1)
         tokens = inside if self.order is None else self.order[inside]
-        weight = self.head.weight[tokens[:, 0]].to(self.hidden.dtype)
+        weight = weight_rows(self.head, tokens[:, 0], self.hidden.dtype)
         bias = None if self.head.bias is None else self.head.bias[tokens].to(weight.dtype)
         return weight, bias, columns
 

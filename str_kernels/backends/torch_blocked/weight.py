@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
+from str_kernels.backends.dead import dead_share, silent_rows
 from str_kernels.backends.logits import accumulator, block_logits, logit_slope
 from str_kernels.backends.torch_blocked.blocks import (
     MAX_ROWS,
@@ -38,7 +39,7 @@ def weight_gradients(
     rows = _Rows(head, labels, saved, coefficients, options)
     weight = torch.empty_like(head.weight) if needs[0] else None
     bias = torch.empty_like(head.bias) if needs[1] else None
-    spread = rows.dead_share() if rows.routed else None
+    spread = dead_share(head, saved, coefficients, options) if rows.routed else None
     for block in spans(head.weight.shape[0], TILE if rows.routed else columns):
         part = _Part(block.stop - block.start, rows.hidden, needs)
         if spread is not None:
@@ -72,8 +73,7 @@ class _Rows:
         self.routed = saved.masses is not None
         self.order, self.inverse = saved.tiles[:2] if self.routed else (None, None)
         self.positions = positions_of(labels, self.inverse)
-        # a row without any upstream gradient adds nothing, even where its logits overflowed
-        self.silent = (coefficients.alpha == 0) & (coefficients.gamma == 0)
+        self.silent = silent_rows(coefficients)
 
     def pieces(self, block: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the rows that are live here."""
@@ -100,22 +100,6 @@ class _Rows:
             return list(spans(len(self.hidden), MAX_ROWS))
         live = (self.saved.masses[:, block.start // TILE] < 0).nonzero()[:, 0]
         return list(live.split(MAX_ROWS)) if len(live) else []
-
-    def dead_share(self) -> tuple[Tensor, Tensor]:
-        """What each row of a tile gets from its dead pairs: ``[T, D]`` and, for a bias, ``[T]``."""
-        masses, scale = self.saved.masses, self.options.logit_scale
-        dz = masses.clamp(min=0.0).mul_((self.coefficients.alpha * scale)[:, None])
-        if self.saved.slope is not None:
-            dz.mul_(self.saved.slope)
-        sizes = torch.full((masses.shape[1],), TILE, dtype=dz.dtype, device=dz.device)
-        sizes[-1] = self.head.weight.shape[0] - TILE * (len(sizes) - 1)
-        dz.div_(sizes)
-        if self.coefficients.sigma is not None:
-            # label smoothing pulls every token alike; live pairs do so in _by_logits
-            pull = (self.coefficients.sigma * scale)[:, None]
-            dz.sub_(torch.where(masses < 0, 0.0, pull))
-        dz.masked_fill_(self.silent[:, None], 0.0)
-        return dz.T @ self.hidden, dz.sum(0)
 
 
 class _Part:

@@ -1,0 +1,47 @@
+"""What the dead pairs add to the gradient of a trainable weight: no logit is made for it.
+
+A dead pair is known by its mass alone, so ``α · mass · h`` is spread evenly over its tile's rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.contract import Coefficients, Head, Saved
+from str_kernels.backends.logits import accumulator
+from str_kernels.options import TILE, LossOptions
+
+_ROWS = 2048  # of the scratch
+
+
+def silent_rows(coefficients: Coefficients) -> Tensor:
+    """``[R]`` bool: no upstream gradient, so nothing to add, even where logits overflowed."""
+    return (coefficients.alpha == 0) & (coefficients.gamma == 0)
+
+
+def dead_share(
+    head: Head, saved: Saved, coefficients: Coefficients, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """What each row of a tile gets from its dead pairs: ``[T, D]`` and, for a bias, ``[T]``."""
+    tiles, dtype = saved.masses.shape[1], accumulator(head.hidden_states.dtype)
+    weight = saved.masses.new_zeros(tiles, head.weight.shape[1])
+    bias = saved.masses.new_zeros(tiles)
+    sizes = torch.full_like(bias, TILE)
+    sizes[-1] = head.weight.shape[0] - TILE * (tiles - 1)
+    silent = silent_rows(coefficients)
+    for start in range(0, len(silent), _ROWS):
+        rows = slice(start, start + _ROWS)
+        masses = saved.masses[rows]
+        dz = masses.clamp(min=0.0).mul_((coefficients.alpha[rows] * options.logit_scale)[:, None])
+        if saved.slope is not None:
+            dz.mul_(saved.slope[rows])
+        dz.div_(sizes)
+        if coefficients.sigma is not None:
+            # label smoothing pulls every token alike; live pairs do so with their own logits
+            pull = (coefficients.sigma[rows] * options.logit_scale)[:, None]
+            dz.sub_(torch.where(masses < 0, 0.0, pull))
+        dz.masked_fill_(silent[rows, None], 0.0)
+        weight.addmm_(dz.T, head.hidden_states[rows].to(dtype))
+        bias += dz.sum(0)
+    return weight, bias

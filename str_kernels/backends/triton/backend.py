@@ -1,0 +1,194 @@
+"""`TritonBackend`: the stages on a GPU, or on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from str_kernels.backends.contract import (
+    Coefficients,
+    Dense,
+    Gradients,
+    Head,
+    Refined,
+    SafetyTerm,
+    Saved,
+    TileMasses,
+    Tiles,
+    Wanted,
+    Worklist,
+)
+from str_kernels.backends.triton import exact, host, weight
+from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.options import TILE, LossOptions
+
+DEFAULT_BYTE_BUDGET = 96 << 20
+_MAX_ROWS = 16384
+_ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
+_EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_WITHOUT_FP8 = ("gfx90a", "gfx942")  # of AMD; gfx942 has another e4m3, emulated
+
+
+class TritonBackend:
+    """Logits in registers, 1 + 2 · live GEMMs; ``Backend`` documents every stage.
+
+    Args:
+        byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums);
+            gradients come on top. Blocks follow from it alone, never from free memory.
+        launches: sizes to use instead of the table's, by stage and kind of operand; see ``launch``.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        byte_budget: int = DEFAULT_BYTE_BUDGET,
+        launches: Mapping[tuple[Stage, Kind], Launch] | None = None,
+    ) -> None:
+        """Check the budget."""
+        if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
+            raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
+        self.byte_budget, self.launches = byte_budget, dict(launches or {})
+
+    def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
+        """See ``Backend.refuses``."""
+        if dtype == torch.float64:
+            return "the triton backend has no fp64 kernels; use backend='torch'"
+        if device.type == "cpu" and not interpreted():
+            return "the triton backend needs a GPU, or TRITON_INTERPRET=1 before triton is imported"
+        if screen == "fp8" and not _has_fp8(device):
+            return "this GPU has no fp8 (e4m3) instructions; use 'int8', 'exact' or 'auto'"
+        return None
+
+    def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The operands' own dtype: what 8 bits gain has not been measured on a GPU."""
+        return "exact"
+
+    def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
+        """Per row: two 4-byte entries a tile, and five fp32 rows of D while they are finished."""
+        vocab, dim = head.weight.shape
+        size = 20 * dim + (8 * -(-vocab // TILE) if routed else 0)
+        fitting = self.byte_budget // size // _ROWS_OF_A_BLOCK * _ROWS_OF_A_BLOCK
+        return max(1, min(rows, _MAX_ROWS, max(_ROWS_OF_A_BLOCK, fitting)))
+
+    def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
+        """See ``Backend.exact``."""
+        self._require(head, "exact")
+        launches = (self._launch(head, "softmax"), self._launch(head, "product"))
+        with _on(head):
+            return exact.exact_pass(head, labels, options, wanted, launches, self.byte_budget)
+
+    def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
+        """See ``Backend.screen``.
+
+        Raises:
+            ValueError: an 8-bit screen without rows quantised for it.
+        """
+        self._require(head, screen)
+        if screen == "bf16":
+            head = head._replace(hidden_states=head.hidden_states.bfloat16())
+        with _on(head):
+            given = host.operands(head, tiles.order)
+            if screen not in _EIGHT_BITS:
+                launch = self._launch(head, "screen")
+                return host.screen(given, options, launch)
+            dtype = _EIGHT_BITS[screen]
+            if tiles.quantised is None or tiles.quantised.dtype != dtype:
+                raise ValueError(
+                    f"screen={screen!r}: the index has no rows quantised for it; build it with "
+                    f"VocabularyIndex.build(..., screen={screen!r}), and not for a weight that is "
+                    "being trained, whose quantised rows would go stale."
+                )
+            launch = self._launch(head, "screen", dtype)
+            return host.screen_quantised(given, tiles, options, launch)
+
+    def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
+        """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""
+        with _on_device(masses.log_mass.device):
+            return host.route(masses, labels, tiles, math.log(eps) if eps else -math.inf)
+
+    def refine(
+        self,
+        head: Head,
+        labels: Tensor,
+        tiles: Tiles,
+        work: Worklist,
+        options: LossOptions,
+        wanted: Wanted,
+    ) -> Refined:
+        """See ``Backend.refine``."""
+        device = head.weight.device
+        launch, programs = self._launch(head, "refine"), _programs(device)
+        with _on(head):
+            given = host.operands(head, tiles.order)
+            arguments = (given, labels, tiles, work, options, wanted, launch, programs)
+            if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
+                return host.refine_in_order(*arguments, self.byte_budget)
+            return host.refine(*arguments)
+
+    def weight_gradients(
+        self,
+        head: Head,
+        labels: Tensor,
+        saved: Saved,
+        coefficients: Coefficients,
+        safety: SafetyTerm | None,
+        options: LossOptions,
+        needs: tuple[bool, bool],
+    ) -> Gradients:
+        """See ``Backend.weight_gradients``."""
+        launches = (self._launch(head, "softmax"), self._launch(head, "product"))
+        with _on(head):
+            return weight.weight_gradients(
+                head,
+                labels,
+                saved,
+                coefficients,
+                safety,
+                options,
+                needs,
+                launches,
+                self.byte_budget,
+            )
+
+    def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
+        dtype = head.hidden_states.dtype if dtype is None else dtype
+        table = launch_for(arch_of(head.weight.device), stage, dtype)
+        return self.launches.get((stage, kind_of(dtype)), table)
+
+    def _require(self, head: Head, screen: str) -> None:
+        refusal = self.refuses(screen, head.hidden_states.dtype, head.weight.device)
+        if refusal is not None:
+            raise ValueError(f"backend='triton': {refusal}.")
+
+
+def interpreted() -> bool:
+    """Whether the kernels were made for Triton's interpreter."""
+    return not isinstance(screen_kernel, JITFunction)
+
+
+def _has_fp8(device: torch.device) -> bool:
+    arch = arch_of(device)
+    return arch == 0 or (arch >= 89 if isinstance(arch, int) else arch not in _WITHOUT_FP8)
+
+
+def _programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: two for each multiprocessor; any number is right."""
+    if device.type != "cuda":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(head: Head) -> contextlib.AbstractContextManager:
+    return _on_device(head.weight.device)
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch where the tensors are, not on the process's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

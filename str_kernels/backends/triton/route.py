@@ -1,0 +1,96 @@
+"""Route: tile masses → each tile's list of live rows, on the device, without atomics.
+
+A pair is live if its log-mass exceeds the row's threshold, ``log ε`` above the row's open mass
+(what lies outside the label's tile), or if its tile holds the label.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from str_kernels.backends.torch_blocked.route import LEAST_OPEN
+from str_kernels.backends.triton.tiles import LOWEST, TILE
+
+LOG_LEAST_OPEN = tl.constexpr(math.log(LEAST_OPEN))
+
+
+@triton.jit
+def threshold_kernel(
+    log_mass_ptr,
+    label_ptr,
+    shift_ptr,
+    threshold_ptr,
+    rows,
+    tiles,
+    log_eps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program: BLOCK_R rows over all tiles. It alone writes its rows of both outputs.
+
+    In: ``log_mass [T, R]`` fp32, ``label [R]`` int32, a place in the order or -1. Out:
+    ``shift [R]`` fp32, the log-sum-exp over tiles, 0 where it is infinite; ``threshold [R]`` fp32,
+    the log-mass that a live pair must exceed.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < rows
+    label = tl.load(label_ptr + row, mask=inside, other=-1)
+    label_tile = tl.where(label >= 0, label // TILE, -1)
+    top = tl.full([BLOCK_R], LOWEST, tl.float32)
+    whole, opened = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mass = tl.load(
+            log_mass_ptr + tile.to(tl.int64)[:, None] * rows + row[None, :],
+            mask=(tile < tiles)[:, None] & inside[None, :],
+            other=float("-inf"),
+        )
+        higher = tl.maximum(top, tl.max(mass, 0))
+        rescale = tl.exp(top - higher)
+        p = tl.exp(mass - higher[None, :])
+        whole = whole * rescale + tl.sum(p, 0)
+        p = tl.where(tile[:, None] == label_tile[None, :], 0.0, p)
+        opened = opened * rescale + tl.sum(p, 0)
+        top = higher
+    lse = top + tl.log(whole)
+    least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
+    tl.store(threshold_ptr + row, least + log_eps, mask=inside)
+    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, lse), mask=inside)
+
+
+@triton.jit
+def route_kernel(
+    log_mass_ptr,
+    shift_ptr,
+    threshold_ptr,
+    label_ptr,
+    list_ptr,
+    count_ptr,
+    rows,
+    BLOCK: tl.constexpr,
+):
+    """One program: one tile over all rows. It alone reads and writes that tile's row of each.
+
+    In: ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out: ``log_mass [T, R]``
+    fp32, which becomes the dead share of ``exp(shift)``, -0.0 on live pairs. Out: ``list [T, R]``
+    int32, of which the first ``count [T]`` int32 entries are the tile's live rows, ascending.
+    """
+    tile, count = tl.program_id(0), 0
+    base = tile.to(tl.int64) * rows
+    for start in range(0, rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < rows
+        mass = tl.load(log_mass_ptr + base + row, mask=inside, other=float("-inf"))
+        threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
+        label = tl.load(label_ptr + row, mask=inside, other=-1)
+        live = inside & ((mass > threshold) | ((label >= 0) & (label // TILE == tile)))
+        chosen = live.to(tl.int32)
+        place = base + count + tl.cumsum(chosen, 0) - 1
+        tl.store(list_ptr + place, row, mask=live)
+        share = tl.exp(mass - tl.load(shift_ptr + row, mask=inside, other=0.0))
+        tl.store(log_mass_ptr + base + row, tl.where(live, -0.0, share), mask=inside)
+        count += tl.sum(chosen, 0)
+    tl.store(count_ptr + tile, count)

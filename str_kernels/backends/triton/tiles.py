@@ -1,0 +1,121 @@
+"""Device functions that every kernel shares, so that screen, refinement and gradients cannot drift.
+
+Glossary of the kernels, beside the symbols of ``options``::
+
+    R           rows of this block of positions (``rows``); T tiles, L live pairs
+    row         [BLOCK_R] int32, rows of the hidden states, clamped into range
+    position    [TILE] int32, places in the order of the vocabulary; a tile's are neighbours
+    weight_row  [TILE] int64, the rows of W at these places (V·D can pass 2³¹)
+    label       [BLOCK_R] int32, the place of each row's label, -1 where there is none
+    z           [BLOCK_R, TILE] fp32, logits; -inf past the end of the vocabulary
+    top         [BLOCK_R] fp32, a row's largest logit in a tile, at least ``LOWEST``
+
+``*_ptr`` is a tensor's first element (None: the option is off), block sizes are upper case, and
+``dim``, ``softcap``, ``precision`` are fixed when a kernel is compiled. H and W are contiguous.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from str_kernels.options import TILE as _TILE
+
+TILE = tl.constexpr(_TILE)
+# Stands in for the maximum of nothing: -inf minus it is -inf, where -inf minus -inf is NaN.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def grouped(rows, tiles, BLOCK_R: tl.constexpr, GROUP: tl.constexpr):
+    """Which block of rows and which tile this program has.
+
+    GROUP blocks of rows walk the tiles together, so that a tile of W is read from memory once for
+    all of them and their hidden states stay in L2.
+    """
+    program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_R)
+    group = program // (GROUP * tiles)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    inside = program % (GROUP * tiles)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def rows_at(order_ptr, position, vocab):
+    """Rows of W, int64, at these places; past the end the last again, so loads need no mask."""
+    clamped = tl.minimum(position, vocab - 1)
+    return clamped.to(tl.int64) if order_ptr is None else tl.load(order_ptr + clamped).to(tl.int64)
+
+
+@triton.jit
+def multiply(a, b, accumulator, precision: tl.constexpr):
+    """``accumulator + a @ b``; fp32 operands in ``precision`` ("ieee" or "tf32").
+
+    fp8 sums are promoted to fp32 once per call: Hopper's own accumulator is short, and promotion
+    more often would leave its fast instruction.
+    """
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, accumulator, input_precision=precision)
+    elif a.dtype == tl.float8e4nv:
+        return tl.dot(a, b, accumulator, max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, accumulator, out_dtype=accumulator.dtype)
+
+
+@triton.jit
+def products(
+    hidden_ptr,
+    row,
+    weight_ptr,
+    weight_row,
+    dim: tl.constexpr,
+    precision: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``H[row] @ W[weight_row]ᵀ`` [BLOCK_R, TILE], fp32 (int32 for int8); W in the dtype of H."""
+    along = tl.arange(0, BLOCK_D)
+    hidden = hidden_ptr + row.to(tl.int64)[:, None] * dim + along[None, :]
+    weight = weight_ptr + weight_row[None, :] * dim + along[:, None]
+    kind: tl.constexpr = tl.int32 if hidden_ptr.dtype.element_ty == tl.int8 else tl.float32
+    total = tl.zeros([row.shape[0], weight_row.shape[0]], kind)
+    for start in range(0, dim, BLOCK_D):
+        if dim % BLOCK_D == 0:
+            a, b = tl.load(hidden), tl.load(weight)
+        else:
+            a = tl.load(hidden, mask=(start + along < dim)[None, :], other=0.0)
+            b = tl.load(weight, mask=(start + along < dim)[:, None], other=0.0)
+        total = multiply(a, b.to(a.dtype), total, precision)
+        hidden += BLOCK_D
+        weight += BLOCK_D
+    return total
+
+
+@triton.jit
+def finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap: tl.constexpr):
+    """``softcap · tanh(scale · (H Wᵀ + b) / softcap)``, -inf past the end; bias in tile order."""
+    inside = position < vocab
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + position, mask=inside, other=0.0).to(tl.float32)[None, :]
+    z = total * logit_scale
+    if softcap is not None:
+        z = softcap - 2.0 * softcap / (tl.exp(z * (2.0 / softcap)) + 1.0)  # tanh, safe at both ends
+    return tl.where(inside[None, :], z, float("-inf"))
+
+
+@triton.jit
+def rounded(p, dtype: tl.constexpr):
+    """``p`` in the operands' dtype, and what each row must be multiplied by to keep its sum.
+
+    The rows of W that matter to a row of H are alike, and so is its label's, which is subtracted
+    from their mean: an error in the sum would be all that is left of it.
+    """
+    q = p.to(dtype)
+    kept = tl.sum(q.to(tl.float32), 1)
+    return q, tl.where(kept > 0.0, tl.sum(p, 1) / kept, 1.0)
+
+
+@triton.jit
+def softcap_slope(z, softcap: tl.constexpr):
+    """``1 - (z/softcap)²``; finite past the end of the vocabulary."""
+    share = tl.maximum(z, -softcap) * (1.0 / softcap)
+    return 1.0 - share * share

@@ -1,0 +1,176 @@
+"""Each stage of the Triton backend beside the torch backend's, from the same inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels.backends.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
+from str_kernels.backends.finish import join_pairs
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.options import TILE, LossOptions
+from tests.backends.test_routed import clustered_case, index_of
+from tests.oracle import relative_error
+
+ALL = Wanted(hidden=True, masses=True, entropy=False)
+TOLERANCE = 1e-5  # both in fp32, sums in another order
+
+
+@pytest.fixture(params=[{}, {"softcap": 5.0, "bias": True, "logit_scale": 0.7}], ids=str)
+def setting(request):
+    """Head, labels, tiles and options of a clustered case in fp32."""
+    options = dict(request.param)
+    case = clustered_case(70, 900, **options).to(torch.float32)
+    index = index_of(case)
+    tiles = Tiles(index.order, index.inverse, index.mean_rows)
+    options.pop("bias", None)
+    head = Head(case.hidden_states, case.weight, case.bias)
+    return head, case.labels.masked_fill(case.labels < 0, -1), tiles, LossOptions(**options)
+
+
+def test_screen(setting, backend):
+    """Log-masses, and with a softcap the tiles' mean slopes."""
+    head, _, tiles, options = setting
+    want = TorchBlocked().screen(head, tiles, options, "exact")
+    got = backend.screen(head, tiles, options, "exact")
+    torch.testing.assert_close(got.log_mass, want.log_mass, rtol=TOLERANCE, atol=TOLERANCE)
+    if want.slope is not None:
+        torch.testing.assert_close(got.slope, want.slope, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("eps", [1e-30, DEFAULT_EPS, 0.1])
+def test_route(setting, eps, backend):
+    """The same pairs live, listed tile by tile in ascending order; the same dead shares."""
+    head, labels, tiles, options = setting
+    masses = TorchBlocked().screen(head, tiles, options, "exact")
+    want = TorchBlocked().route(masses, labels, tiles, eps)
+    copy = masses._replace(log_mass=masses.log_mass.clone())
+    got = backend.route(copy, labels, tiles, eps)
+    assert torch.equal(got.live(), want.live())
+    assert torch.equal(got.counts.long(), want.counts)
+    lists = [row[:count] for row, count in zip(got.rows, got.counts.tolist(), strict=True)]
+    assert torch.equal(torch.cat(lists).long(), want.rows)
+    torch.testing.assert_close(got.shift, want.shift)
+    torch.testing.assert_close(got.dead, want.dead, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_refine(setting, deterministic):
+    """Masses, expected rows and largest logits of the live pairs, with and without atomics."""
+    head, labels, tiles, options = setting
+    reference, backend = TorchBlocked(), TritonBackend(1 << 16)
+    masses = reference.screen(head, tiles, options, "exact")
+    torch_work = reference.route(masses, labels, tiles, 0.01)
+    want = reference.refine(head, labels, tiles, torch_work, options, ALL)
+    work = backend.route(backend.screen(head, tiles, options, "exact"), labels, tiles, 0.01)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        got = backend.refine(head, labels, tiles, work, options, ALL)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("mass", "expected", "maximum"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name
+        )
+    without = backend.refine(head, labels, tiles, work, options, ALL._replace(hidden=False))
+    assert without.expected is None
+    torch.testing.assert_close(without.mass, want.mass, rtol=1e-4, atol=1e-6)
+
+
+def test_exact(setting, backend):
+    """Every field of ``Dense``."""
+    head, labels, _, options = setting
+    wanted = Wanted(hidden=True, masses=False, entropy=True)
+    want = TorchBlocked().exact(head, labels, options, wanted)
+    got = backend.exact(head, labels, options, wanted)
+    for name in ("lse", "entropy", "open_gradient", "open_mass", "dead_mass"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name
+        )
+    assert torch.equal(got.correct, want.correct)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("smoothed", [True, False])
+def test_weight_gradients(setting, routed, needs, smoothed):
+    """From the same saved state, α, γ, σ and safety term; rows without a gradient stay silent."""
+    head, labels, tiles, options = setting
+    if head.bias is None:
+        head = head._replace(bias=torch.zeros(head.weight.shape[0]))
+    reference, backend = TorchBlocked(), TritonBackend(1 << 18)
+    if routed:
+        masses = reference.screen(head, tiles, options, "exact")
+        work = reference.route(masses, labels, tiles, DEFAULT_EPS)
+        refined = reference.refine(head, labels, tiles, work, options, ALL)
+        dense = join_pairs(head, labels, tiles, masses, work, refined, options, ALL)
+    else:
+        dense = reference.exact(head, labels, options, ALL)
+    g = torch.Generator().manual_seed(0)
+    alpha = torch.randn(70, generator=g) * 1e-6  # a mean over a long batch
+    alpha[::5] = 0.0
+    sigma = alpha * 1e-3 if smoothed else None
+    coefficients = Coefficients(alpha, torch.where(labels < 0, 0.0, 0.9 * alpha), sigma)
+    head.hidden_states[0, 0] = float("inf")  # silent, so it must not show ...
+    head.hidden_states[0, 0] = 1e30  # ... but inf · 0 would, in any GEMM
+    ids = torch.tensor([5, 130, 877])
+    safety = SafetyTerm(ids, torch.randn(3, head.weight.shape[1], generator=g) * 1e-6, alpha[1:4])
+    saved = Saved(dense.lse, dense.open_mass, tiles, dense.masses, dense.slope)
+    arguments = (head, labels, saved, coefficients, safety, options, needs)
+    got, want = backend.weight_gradients(*arguments), reference.weight_gradients(*arguments)
+    for name in ("weight", "bias"):
+        if getattr(want, name) is None:
+            assert getattr(got, name) is None
+        else:
+            assert relative_error(getattr(got, name), getattr(want, name)) < 1e-4, name
+
+
+def test_plan_covers_every_live_row_once():
+    """Chunks of a tile's rows: none empty, none overlapping, none missing; their number."""
+    counts = torch.tensor([0, 3, 64, 65, 0, 200, 1], dtype=torch.int32)
+    plan = host.plan_chunks(counts, 200, 64)
+    number = int(plan[0, 0])
+    assert number == 0 + 1 + 1 + 2 + 0 + 4 + 1
+    covered = [set() for _ in counts]
+    for tile, first, stop in plan[1 : 1 + number].tolist():
+        chunk = set(range(first - tile * 200, stop - tile * 200))
+        assert 0 < len(chunk) <= 64
+        assert not chunk & covered[tile]
+        covered[tile] |= chunk
+    assert [len(rows) for rows in covered] == counts.tolist()
+
+
+def test_counted_work_of_a_frozen_head(backend, dot_flops):
+    """Forward and backward are one screen and twice the live share, padding included; exact two.
+
+    Counted inside ``tl.dot``: a chunk of live rows is padded to the launch's rows, so every tile
+    with a live row costs at most one chunk more than its rows.
+    """
+    from str_kernels import linear_cross_entropy
+
+    case = clustered_case(512, 2048, 128, ignored=0.0).to(torch.float16)
+    index = index_of(case)
+    gemm = 2 * 512 * 2048 * 128
+    head = Head(case.hidden_states, case.weight, None)
+    tiles = Tiles(index.order, index.inverse, index.mean_rows)
+    masses = backend.screen(head, tiles, LossOptions(), "exact")
+    counts = backend.route(masses, case.labels, tiles, DEFAULT_EPS).counts
+    chunk = backend._launch(head, "refine").block_r
+    padded = (-(-counts // chunk) * chunk).sum().item() * TILE / (512 * 2048)
+    live = counts.sum().item() * TILE / (512 * 2048)
+    assert live < padded < live + chunk * len(counts) * TILE / (512 * 2048)
+
+    def work(**arguments):
+        dot_flops["flops"] = 0
+        hidden = case.hidden_states.clone().requires_grad_()
+        linear_cross_entropy(
+            hidden, case.weight, case.labels, backend=backend, **arguments
+        ).backward()
+        return dot_flops["flops"] / gemm
+
+    routed = work(index=index, filter_eps=DEFAULT_EPS)
+    assert routed == pytest.approx(1.0 + 2.0 * padded)
+    assert routed < 1.75
+    assert work(filter_eps=0.0) == pytest.approx(2.0)
