@@ -16,7 +16,7 @@ from str_kernels import reference as oracle
 from str_kernels.autograd import FusedRows, RowInputs, Settings
 from str_kernels.backends.contract import Backend
 from str_kernels.backends.pipeline import tiles_of
-from str_kernels.backends.selection import select_backend, select_filter
+from str_kernels.backends.selection import check_backend, select_backend, select_filter
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.validation import validate_loss_inputs, validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
@@ -30,7 +30,8 @@ class LossParts:
     strength. ``lse [...]`` is NaN on positions that did not need the vocabulary, ``safety_logits
     [..., K]`` (None without a constraint) on those that needed nothing at all. ``num_correct``:
     labelled positions whose label has the largest logit, of ``num_labels``; both int64 scalars on
-    the device. ``dead_mass [...]`` is the probability that the filter did not compute exactly.
+    the device. ``dead_mass [...]`` is the probability that the filter did not compute exactly,
+    ``live_share [...]`` the share of the vocabulary's tiles that it did, NaN where it had no part.
     """
 
     cross_entropy: Tensor
@@ -38,6 +39,7 @@ class LossParts:
     lse: Tensor
     safety_logits: Tensor | None
     dead_mass: Tensor
+    live_share: Tensor
     num_correct: Tensor
     num_labels: Tensor
 
@@ -56,6 +58,7 @@ class RowTerms(NamedTuple):
     safety_logits: Tensor | None
     correct: Tensor
     dead_mass: Tensor
+    live_share: Tensor
     entropy: Tensor | None
 
 
@@ -113,7 +116,8 @@ def linear_cross_entropy(
         screen: precision of the pass that finds those tiles: ``"exact"`` (the inputs' own),
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
-        backend: ``"auto"``, ``"torch"``, ``"reference"`` (materialises) or a ``Backend``.
+        backend: ``"auto"`` (Triton on CUDA and ROCm, torch elsewhere), ``"triton"``, ``"torch"``,
+            ``"reference"`` (materialises) or a ``Backend``.
         return_parts: also return ``LossParts``.
 
     Returns:
@@ -184,7 +188,7 @@ def row_terms(
     if position_weights is not None:
         position_weights = position_weights.reshape(-1)
     constants = RowInputs(labels.reshape(-1).long(), reference, position_weights)
-    chosen = select_backend(backend, hidden_states.device).backend
+    chosen = select_backend(backend, flat.device, flat.dtype).backend
     # the casts are decided; inside, autocast would only round fp32 scratch blocks again
     with torch.autocast(hidden_states.device.type, enabled=False):
         if chosen is None:
@@ -244,6 +248,7 @@ def reduce_terms(
         rows.lse.detach(),
         None if rows.safety_logits is None else rows.safety_logits.detach(),
         rows.dead_mass.detach(),
+        rows.live_share.detach(),
         rows.correct.sum(),
         num_labels,
     )
@@ -286,7 +291,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "screen": screen,
         }
         LossOptions(**settings)
-        select_backend(backend, torch.device("cpu"))
+        check_backend(backend)
         self._settings: dict[str, Any] = {
             **settings,
             "index": index,
@@ -350,6 +355,7 @@ def _dense_terms(
         rows.safety_logits,
         rows.correct,
         torch.zeros_like(rows.lse),
+        torch.ones_like(rows.lse),
         rows.entropy,
     )
 

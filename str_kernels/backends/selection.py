@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+import re
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +18,8 @@ from str_kernels.options import LossOptions
 _log = logging.getLogger("str_kernels")
 _said: set[str] = set()
 
-BACKEND_NAMES = ("auto", "torch", "reference")
+BACKEND_NAMES = ("auto", "triton", "torch", "reference")
+OLDEST_TRITON = (3, 4)
 # The share of a row's open probability below which a tile is approximated by its mean row: on ten
 # real sets 0.05 to 0.33 % error in the gradient, a third of a bf16 head's at most.
 DEFAULT_EPS = 2.0**-11
@@ -36,18 +41,34 @@ class Filter(NamedTuple):
     reason: str
 
 
-def select_backend(backend: str | Backend, device: torch.device) -> Selection:
-    """Choose by name, or take the instance that was given.
+def check_backend(backend: str | Backend) -> None:
+    """Refuse an unknown backend before it is known where it will run.
 
     Raises:
-        ValueError: an unknown name, or one that this version does not have.
+        ValueError: neither one of ``BACKEND_NAMES`` nor a ``Backend``.
     """
-    if isinstance(backend, str):
-        choice = _by_name(backend, device)
-    elif isinstance(backend, Backend):
-        choice = Selection(backend, "given as an instance")
-    else:
+    if not isinstance(backend, str | Backend):
         raise ValueError(f"backend={backend!r}: must be a name or a Backend instance.")
+    if isinstance(backend, str) and backend not in BACKEND_NAMES:
+        allowed = ", ".join(map(repr, BACKEND_NAMES))
+        raise ValueError(f"backend={backend!r}: must be one of {allowed}, or a Backend instance.")
+
+
+def select_backend(
+    backend: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Selection:
+    """Choose by name, or take the instance that was given.
+
+    ``"auto"`` is Triton on a CUDA or ROCm device that it can use, and torch elsewhere.
+
+    Raises:
+        ValueError: an unknown name, or Triton by name where it cannot run.
+    """
+    check_backend(backend)
+    if isinstance(backend, str):
+        choice = _by_name(backend, device, dtype)
+    else:
+        choice = Selection(backend, "given as an instance")
     name = "reference" if choice.backend is None else choice.backend.name
     _say_once(f"str_kernels runs the {name} backend ({choice.reason})")
     return choice
@@ -94,22 +115,38 @@ def select_filter(
     return choice
 
 
-def _by_name(name: str, device: torch.device) -> Selection:
-    if name == "auto":
-        return Selection(
-            _TORCH,
-            f"'auto' on {device.type}: this version has no Triton kernels, torch runs anywhere",
-        )
+def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> Selection:
     if name == "torch":
         return Selection(_TORCH, "asked for by name")
     if name == "reference":
         return Selection(None, "asked for by name: materialises every logit")
+    if name == "auto" and device.type != "cuda":
+        return Selection(_TORCH, f"'auto' on {device.type}: Triton is for CUDA and ROCm")
+    refusal = _no_triton()
+    if refusal is None:
+        backend = _triton()
+        refusal = backend.refuses("exact", dtype, device)
+        if refusal is None:
+            why = "asked for by name" if name == "triton" else f"'auto' on {device.type}"
+            return Selection(backend, why)
     if name == "triton":
-        raise ValueError(
-            "backend='triton': this version has no Triton kernels yet; use 'auto' or 'torch'."
-        )
-    allowed = ", ".join(map(repr, BACKEND_NAMES))
-    raise ValueError(f"backend={name!r}: must be one of {allowed}, or a Backend instance.")
+        raise ValueError(f"backend='triton': {refusal}; use 'auto' or 'torch'.")
+    return Selection(_TORCH, f"'auto' on {device.type}: {refusal}")
+
+
+def _no_triton() -> str | None:
+    """Why the Triton backend cannot be imported; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
+
+@cache
+def _triton() -> Backend:
+    return importlib.import_module("str_kernels.backends.triton").TritonBackend()
 
 
 def _say_once(message: str) -> None:

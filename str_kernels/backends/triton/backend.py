@@ -59,9 +59,15 @@ class TritonBackend:
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
         """See ``Backend.refuses``."""
         if dtype == torch.float64:
-            return "the triton backend has no fp64 kernels; use backend='torch'"
-        if device.type == "cpu" and not interpreted():
-            return "the triton backend needs a GPU, or TRITON_INTERPRET=1 before triton is imported"
+            return "it has no fp64 kernels"
+        if not (interpreted() if device.type == "cpu" else device.type == "cuda"):
+            return (
+                f"tensors are on {device.type}: it needs CUDA or ROCm, or on a CPU its interpreter "
+                "(TRITON_INTERPRET=1 in the environment)"
+            )
+        arch = arch_of(device)
+        if isinstance(arch, int) and 0 < arch < 80:
+            return f"compute capability {arch / 10} lacks bf16 instructions"
         if screen == "fp8" and not _has_fp8(device):
             return "this GPU has no fp8 (e4m3) instructions; use 'int8', 'exact' or 'auto'"
         return None

@@ -1,0 +1,85 @@
+"""When the Triton backend is chosen, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from str_kernels import linear_cross_entropy
+from str_kernels.backends import selection
+from str_kernels.backends.selection import select_backend
+
+triton = pytest.importorskip("triton")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Pretends a CUDA device of this capability is here."""
+
+    def pretend(major, minor):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    return pretend
+
+
+def test_auto_is_triton_on_a_gpu(capability):
+    """``"auto"`` takes Triton on CUDA, torch for fp64, for old chips, and on a CPU."""
+    capability(9, 0)
+    assert select_backend("auto", CUDA).backend.name == "triton"
+    assert select_backend("auto", CUDA, torch.bfloat16).backend.name == "triton"
+    choice = select_backend("auto", CUDA, torch.float64)
+    assert choice.backend.name == "torch"
+    assert "fp64" in choice.reason
+    assert select_backend("auto", CPU).backend.name == "torch"
+    capability(7, 5)
+    choice = select_backend("auto", CUDA)
+    assert choice.backend.name == "torch"
+    assert "7.5" in choice.reason
+
+
+def test_fp8_needs_a_chip_that_has_it(capability):
+    """An fp8 screen is refused on Ampere, taken on Ada, Hopper and Blackwell."""
+    backend = selection._triton()
+    for major, minor, has in ((8, 0, False), (8, 6, False), (8, 9, True), (9, 0, True)):
+        capability(major, minor)
+        assert (backend.refuses("fp8", torch.bfloat16, CUDA) is None) == has
+        assert backend.refuses("int8", torch.bfloat16, CUDA) is None
+
+
+def test_without_a_usable_triton(monkeypatch):
+    """An absent or old Triton means torch with the reason, and an error when asked for by name."""
+    for fake, said in ((None, "not installed"), ("3.3.1", "older than 3.4")):
+        if fake is None:
+            monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+        else:
+            monkeypatch.undo()
+            old = types.SimpleNamespace(__version__=fake)
+            monkeypatch.setattr(selection.importlib, "import_module", lambda name, old=old: old)
+        choice = select_backend("auto", CUDA)
+        assert choice.backend.name == "torch"
+        assert said in choice.reason
+        with pytest.raises(ValueError, match=f"backend='triton'.*{said}"):
+            select_backend("triton", CUDA)
+
+
+def test_cpu_tensors_by_name():
+    """``"triton"`` on CPU tensors says that it needs a GPU or the interpreter."""
+    hidden, weight = torch.randn(4, 8), torch.randn(10, 8)
+    with pytest.raises(ValueError, match=r"backend='triton': tensors are on cpu.*TRITON_INTERPRET"):
+        linear_cross_entropy(hidden, weight, torch.zeros(4).long(), backend="triton")
+
+
+def test_importing_the_package_does_not_import_triton():
+    """Neither ``import str_kernels`` nor a loss on the CPU costs Triton's import."""
+    code = (
+        "import sys, torch, str_kernels as s\n"
+        "s.linear_cross_entropy(torch.randn(4, 8), torch.randn(10, 8), torch.zeros(4).long())\n"
+        "assert not any(name.startswith('str_kernels.backends.triton') for name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
