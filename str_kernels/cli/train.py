@@ -40,7 +40,7 @@ def train(
     target_modules: Annotated[
         str, typer.Option(help="Modules to adapt, comma-separated; all-linear leaves the head out.")
     ] = "all-linear",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 2e-4,
+    learning_rate: Annotated[float, typer.Option(help="The largest one.")] = 2e-4,
     schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "linear",
     warmup: Annotated[float, typer.Option(help="Steps, or a share of them below 1.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,

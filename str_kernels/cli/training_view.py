@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from str_kernels.cli.console import print_json, print_table, quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def _rows(result: Result) -> list[list[str]]:
 def _say_next(settings: TrainSettings, result: Result) -> None:
     if result.interrupted:
         say(f"stopped and saved in {settings.out}; the same command with --resume goes on")
-        return
+        raise typer.Exit(code=1)
     say(f"saved {settings.out}")
     say(
         f"next: str-kernels evaluate {settings.model} --adapter {settings.out} "

@@ -7,6 +7,7 @@ Stage: settings → files, tokenizer, configuration, tokenised data, a weightles
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -136,10 +137,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_device(settings: TrainSettings) -> None:
-    """Half precision needs an accelerator."""
+    """Half precision needs an accelerator; a run uses one of them."""
     half = settings.dtype in ("float16", "mixed-float16")
     if half and resolve_device("auto").type == "cpu":
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
+    visible = torch.cuda.device_count()
+    if visible > 1 and "WORLD_SIZE" not in os.environ:  # the trainer would copy the model to all
+        raise ValueError(
+            f"{visible} GPUs are visible and a run uses one: set CUDA_VISIBLE_DEVICES, or "
+            "start one process for each with torchrun."
+        )
 
 
 def check_reference_file(settings: TrainSettings, tokens: SafetyTokens | None) -> None:

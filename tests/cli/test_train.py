@@ -1,6 +1,8 @@
 """`str-kernels train` as a user calls it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -110,3 +112,20 @@ def test_an_existing_run_is_kept(run, tiny_model_dir, data_file, tmp_path):
     code, _, err = run(*given, "--resume")
     assert code == 1
     assert "holds no checkpoint" in err
+
+
+def test_ctrl_c_saves_and_resume_finishes(run, tiny_model_dir, data_file, tmp_path, monkeypatch):
+    """Stopped by Ctrl-C the command says how to go on and fails; that command then finishes."""
+    from str_kernels.cli.training_view import Lines
+
+    given = ("train", tiny_model_dir, data_file, "--out", tmp_path / "out", "--no-safety", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Lines, "step", lambda self, done, total: os.kill(os.getpid(), signal.SIGINT)
+        )
+        code, _, err = run(*given)
+    assert code == 1
+    assert "the same command with --resume goes on" in err
+    code, out, err = run(*given, "--resume")
+    assert code == 0, err
+    assert "3 of 3" in out

@@ -103,3 +103,12 @@ def test_half_precision_needs_a_gpu(run):
     with pytest.raises(Faults, match="dtype='mixed-float16': needs a GPU"):
         run(dtype="mixed-float16")
     run(dtype="mixed-bfloat16")
+
+
+def test_several_gpus_need_a_launcher(run, monkeypatch):
+    """A run would be copied to all of them unasked, its batch multiplied."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(Faults, match="2 GPUs are visible and a run uses one"):
+        run()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run()
