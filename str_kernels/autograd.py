@@ -80,7 +80,14 @@ class FusedRows(Function):
         penalty = _penalty(plan, done, rows.reference, options)
         if any(needs):
             _save(ctx, settings, needs, head, rows, done)
-        statistics = (done.lse, done.safety_logits, done.correct, done.dead_mass, done.entropy)
+        statistics = (
+            done.lse,
+            done.safety_logits,
+            done.correct,
+            done.dead_mass,
+            done.live_share,
+            done.entropy,
+        )
         ctx.mark_non_differentiable(*(output for output in statistics if output is not None))
         return (done.cross_entropy, penalty, *statistics)
 

@@ -114,6 +114,7 @@ class Dense(NamedTuple):
         label_logit: ``[R]``, NaN on rows without a label.
         correct: ``[R]`` bool, the label's logit is the largest.
         dead_mass: ``[R]``, the probability that was screened but not refined.
+        live_share: ``[R]``, the share of the tiles that was computed exactly.
         logit_sum: ``[R]`` Σ_v z, with label smoothing only.
         entropy: ``[R]`` nats, only when wanted.
         open_gradient: ``[R, D]`` or None: ∂lse/∂h without the label's own term,
@@ -128,6 +129,7 @@ class Dense(NamedTuple):
     label_logit: Tensor
     correct: Tensor
     dead_mass: Tensor
+    live_share: Tensor
     logit_sum: Tensor | None
     entropy: Tensor | None
     open_gradient: Tensor | None

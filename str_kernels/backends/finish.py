@@ -37,15 +37,16 @@ def join_pairs(
         share = work.dead if masses.slope is None else work.dead * masses.slope
         gradient = torch.addmm(refined.expected, share, tiles.mean_rows.to(share.dtype))
         gradient.mul_((options.logit_scale * rescale)[:, None])
-    kept_masses = None
+    kept_masses, live = None, work.live()
     if wanted.masses:
-        kept_masses = torch.where(work.live(), -1.0, work.dead * rescale[:, None])
+        kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
     logit_sum, smooth_gradient = _whole_sums(head, tiles, options)
     return Dense(
         lse=lse,
         label_logit=label_logit,
         correct=label_logit >= refined.maximum,
         dead_mass=dead * rescale,
+        live_share=live.mean(-1, dtype=lse.dtype),
         logit_sum=logit_sum,
         entropy=None,
         open_gradient=gradient,
@@ -89,6 +90,7 @@ def join_sums(
         label_logit=label_logit,
         correct=label_logit >= maximum,
         dead_mass=torch.zeros_like(lse),
+        live_share=torch.ones_like(lse),
         logit_sum=logit_sum,
         entropy=entropy,
         open_gradient=expected,

@@ -24,9 +24,9 @@ class Forward(NamedTuple):
     """What the forward knows of N rows, of which R (``rows [R]``) met the vocabulary.
 
     ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
-    ``correct``, ``dead_mass``; ``safety_logits [N, K]``, NaN where not computed. ``[R]``-sized, for
-    the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in the dtype of the hidden
-    states, ``open_mass``, ``masses``, ``slope``.
+    ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed.
+    ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in the dtype
+    of the hidden states, ``open_mass``, ``masses``, ``slope``.
     """
 
     rows: Tensor
@@ -35,6 +35,7 @@ class Forward(NamedTuple):
     entropy: Tensor | None
     correct: Tensor
     dead_mass: Tensor
+    live_share: Tensor
     safety_logits: Tensor | None
     ce_gradient: Tensor | None
     lse_gradient: Tensor | None
@@ -110,6 +111,7 @@ class _Collected:
             entropy=None if entropy is None else self._spread(entropy, float("nan")),
             correct=self._spread(self._field("correct"), False),
             dead_mass=self._spread(self._field("dead_mass"), 0.0),
+            live_share=self._spread(self._field("live_share"), float("nan")),
             safety_logits=self._safety_logits(dtype),
             ce_gradient=torch.cat(self.ce_gradients) if self.ce_gradients else None,
             lse_gradient=torch.cat(self.lse_gradients) if self.lse_gradients else None,

@@ -18,6 +18,8 @@ from str_kernels.huggingface.recording import Fold
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex
 
+# Above it the refinement costs more than the screen saves: a flat softmax, an untrained model.
+LARGEST_LIVE_SHARE = 0.4
 # A smaller vocabulary has too few tiles for the screen to leave many out.
 SMALLEST_VOCABULARY = 8192
 _STATES = 2048  # more say nothing new about 32 directions
@@ -31,6 +33,7 @@ class AutoIndex:
         """Nothing is built yet."""
         self._index: VocabularyIndex | None = None
         self._key: tuple | None = None
+        self._fresh = False
 
     def of(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay or not hold."""
@@ -45,7 +48,20 @@ class AutoIndex:
                 return None  # evaluation alone builds nothing
             _log.info("clustering the %d rows of the head, once", len(weight))
             self._index, self._key = VocabularyIndex.build(weight, _some_states(fold)), key
+            self._fresh = True
         return self._index
+
+    def judge(self, live_share: Tensor) -> None:
+        """Drop an index whose first loss, of this ``live_share [...]``, kept too much alive."""
+        if not self._fresh:
+            return
+        self._fresh = False
+        share = live_share.nanmean().item()  # the only synchronisation, once an index
+        if share > LARGEST_LIVE_SHARE:
+            self._index = None
+            _log.info(
+                "%.0f %% of the head's tiles matter: its loss is computed exactly", 100 * share
+            )
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:

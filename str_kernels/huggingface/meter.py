@@ -17,7 +17,7 @@ class LossMeter:
 
     def add(self, terms: RowTerms, parts: LossParts) -> None:
         """Add one loss, detached and without synchronising."""
-        sums = (terms.cross_entropy, terms.penalty, terms.dead_mass)
+        sums = (terms.cross_entropy, terms.penalty, terms.dead_mass, terms.live_share.nan_to_num())
         counts = (parts.num_correct, parts.num_labels)
         added = torch.stack(
             [*(x.detach().sum().float() for x in sums), *(n.float() for n in counts)]
@@ -29,11 +29,12 @@ class LossMeter:
         sums, self._sums = self._sums, None
         if sums is None:
             return {}
-        cross_entropy, penalty, dead_mass, correct, labels = sums.tolist()
+        cross_entropy, penalty, dead_mass, live_share, correct, labels = sums.tolist()
         labels = max(labels, 1.0)
         return {
             "cross_entropy": cross_entropy / labels,
             "safety_penalty": penalty / labels,
             "token_accuracy": correct / labels,
             "dead_mass": dead_mass / labels,
+            "live_share": live_share / labels,
         }

@@ -121,6 +121,7 @@ class Patch:
     def observe(self, terms: RowTerms, parts: LossParts) -> None:
         """Keep the statistics of a loss, detached and on the device."""
         self.last_parts = parts
+        self._auto_index.judge(parts.live_share)
         if self.model.training:
             self.meter.add(terms, parts)
 
