@@ -61,6 +61,17 @@ def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
             yield part, part
 
 
+def prose_ids(tokenizer: Any, count: int) -> list[int]:
+    """The first ``count`` tokens of Python's manual, again from its start where it ends."""
+    ids: list[int] = []
+    while len(ids) < count:
+        for text in _prose(None):
+            ids += tokenizer(text)["input_ids"]
+            if len(ids) >= count:
+                break
+    return ids[:count]
+
+
 def _prose(data: str | Path | None) -> Iterator[str]:
     if data is not None:
         yield Path(data).read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Measurements behind the project's tables and plots: one module each, `README.md` says how."""

@@ -1,0 +1,44 @@
+"""Every measurement, one after another; what is there already is not measured again.
+
+Example: python -m benchmarks --model ./gemma --data answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from str_kernels.cli.console import say
+
+
+def main() -> None:
+    """Stop at the first that fails."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made.add_argument("--model", help="local folder or Hub id; without one no end_to_end")
+    made.add_argument("--data", action="append", default=[], help=".jsonl or prose; repeatable")
+    made.add_argument("--quick", action="store_true", help="small problems, measured once")
+    args = made.parse_args()
+    model = ["--model", args.model] if args.model else []
+    real = model + [word for data in args.data for word in ("--data", data)]
+    other = ["--other", args.data[0]] if len(args.data) > 1 else []
+    runs = [
+        ["head", *real],
+        ["head", *real, "--dtype", "bfloat16"],
+        ["head", *real, "--trainable"],
+        ["head"],
+        ["accuracy", *real, *other],
+        ["str_overhead", *real],
+        ["scaling"],
+    ]
+    if args.model:
+        runs.append(["end_to_end", *model])
+    for name, *arguments in runs if args.model else [run for run in runs if run != ["head"]]:
+        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+        command += ["--quick"] * args.quick
+        say(" ".join(command[1:]))
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

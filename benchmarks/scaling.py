@@ -1,0 +1,89 @@
+"""Time and peak memory against N and V, log-log, with fitted exponents; synthetic states.
+
+Example: python -m benchmarks.scaling --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import finish, parse, parser, results
+from str_kernels.bench import plots
+from str_kernels.bench.contenders import chosen_contenders
+from str_kernels.bench.inputs import synthetic
+from str_kernels.bench.measure import measure
+from str_kernels.bench.report import cells, markdown, unmeasured
+from str_kernels.cli.console import say
+
+NS, VS = (512, 2048, 8192, 32768), (32768, 65536, 131072, 262144)
+QUICK_NS, QUICK_VS = (64, 128, 256), (2048, 4096, 8192)
+KEYS = ("axis", "contender", "dtype", "N", "V", "D")
+
+
+def main() -> None:
+    """Sweep N at the whole vocabulary, then V at ``--rows`` positions."""
+    made = parser(__doc__, rows=2048, dtype="bfloat16")
+    made.add_argument("--contenders", default="ours,ours-exact,transformers")
+    args = parse(made)
+    contenders = chosen_contenders(args.contenders)
+    found = results(args, "scaling", KEYS)
+    ns, vs = (QUICK_NS, QUICK_VS) if args.quick else (NS, VS)
+    points = [("N", n, args.vocab) for n in ns] + [("V", args.rows, v) for v in vs]
+    for axis, n, v in points:
+        where = {"axis": axis, "dtype": args.dtype, "N": n, "V": v, "D": args.dim}
+        todo = [c for c in contenders if not found.has(contender=c.name, **where)]
+        if not todo:
+            continue
+        say(f"N {n:,}, V {v:,}")
+        case = synthetic(n, v, args.dim).cast(getattr(torch, args.dtype)).to(args.device)
+        for contender in todo:
+            row = measure(contender, case, repeats=args.repeats, budget_s=args.budget)
+            found.add(row | {"axis": axis})
+    rows = [row for row in found.rows if row["dtype"] == args.dtype]
+    draw(rows, f"D {args.dim}, {args.dtype}", args.out / f"scaling-{args.dtype}.png")
+    table = [r | {"problem": f"N {r['N']:,}, V {r['V']:,}, {r['contender']}"} for r in found.rows]
+    absent = "".join(f"- {r['problem']}: {line}\n" for r in table for line in unmeasured([r]))
+    ran = [row for row in table if "gemms" in row]
+    finish(args.out, "scaling", f"{markdown(*cells(ran, 'problem'))}\n{absent}")
+
+
+def exponent(xs: list[float], ys: list[float]) -> float:
+    """Slope of the least-squares line through the logarithms."""
+    return statistics.linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Seconds and MiB against N and against V."""
+    figure, axes = plots.new_figure(4, width=4.0)
+    for pair, axis_name in ((axes[:2], "N"), (axes[2:], "V")):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
+            line = [
+                r
+                for r in rows
+                if r["axis"] == axis_name and r["contender"] == contender and "gemms" in r
+            ]
+            line.sort(key=lambda r: r[axis_name])
+            xs = [r[axis_name] for r in line]
+            seconds = [statistics.median(r["seconds"]) for r in line]
+            mebibytes = [r["peak_bytes"] / 2**20 for r in line]
+            for axis, ys, label in zip(
+                pair, (seconds, mebibytes), ("seconds", "peak extra memory, MiB"), strict=True
+            ):
+                name = contender
+                if len(xs) > 1:
+                    name += f": {axis_name}^{exponent(xs, ys):.2f}"
+                axis.plot(xs, ys, marker="o", label=name)
+                axis.set(xlabel=axis_name, ylabel=label)
+                axis.legend(fontsize=8, frameon=False)
+                plots.logarithmic(axis, "y")
+                plots.ticks_at(axis, [r[axis_name] for r in rows if r["axis"] == axis_name])
+    figure.suptitle(title, fontsize=11)
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the constraint adds to the fused head: K, kind and reference, in turns with none.
+
+Example: python -m benchmarks.str_overhead --model ./gemma --data answers.jsonl
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import cases, finish, parse, parser, results
+from str_kernels.bench import plots
+from str_kernels.bench.clock import paired
+from str_kernels.bench.inputs import Case
+from str_kernels.bench.report import markdown
+from str_kernels.cli.console import say
+from str_kernels.functional import linear_cross_entropy
+
+TOKENS = (16, 64, 256, 1024)
+KINDS = ("mse", "floor", "logprob", "kl")
+GOAL = 0.03  # at K = 64 with a cached reference
+KEYS = ("case", "dtype", "N", "V", "D", "K", "kind", "reference")
+
+
+def main() -> None:
+    """Every K and kind with a cached reference ``[N, K]``; ``mse`` with a static one too."""
+    args = parse(parser(__doc__, rows=2048))
+    found = results(args, "str_overhead", KEYS)
+    for case in cases(args):
+        n, v, d = case.shape
+        where = {"case": case.name, "dtype": case.dtype, "N": n, "V": v, "D": d}
+        settings = [(k, kind, "cached") for k in TOKENS for kind in KINDS]
+        settings += [(k, "mse", "static") for k in TOKENS]
+        for k, kind, reference in settings:
+            row = {**where, "K": k, "kind": kind, "reference": reference}
+            if k <= v and not found.has(**row):
+                say(f"K {k}, {kind}, {reference}")
+                found.add(row | overhead(case, k, kind, reference, args))
+    draw(found.rows, args.out / "str_overhead.png")
+    lines = [
+        [
+            r["case"],
+            r["dtype"],
+            f"{r['K']}",
+            r["kind"],
+            r["reference"],
+            f"{r['added']:+.1%}",
+            f"{r['spread']:.1%}",
+        ]
+        for r in found.rows
+    ]
+    headings = ["case", "dtype", "K", "kind", "reference", "added", "spread of the runs"]
+    finish(args.out, "str_overhead", markdown(headings, lines))
+
+
+def overhead(case: Case, k: int, kind: str, reference: str, args) -> dict[str, float | int]:
+    """The median of paired runs, as a share of the head without a constraint."""
+    safety, held = case.constraint(k, kind)
+    if reference == "static":
+        held = held.mean(0)
+
+    def step(**constraint) -> None:
+        hidden = case.hidden_states.detach().requires_grad_()
+        loss = linear_cross_entropy(
+            hidden, case.weight, case.labels, index=case.index, **constraint
+        )
+        torch.autograd.grad(loss, hidden)
+
+    timing = paired(
+        lambda: step(safety=safety, reference=held),
+        step,
+        device=case.hidden_states.device,
+        repeats=args.repeats,
+        budget_s=args.budget,
+    )
+    return {"added": timing.ratio - 1, "spread": timing.spread, "runs": len(timing.ratios)}
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Added share against K; a panel for each case."""
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plots.new_figure(len(names), width=5.0)
+    for axis, name in zip(axes, names, strict=True):
+        mine = [row for row in rows if row["case"] == name]
+        for kind, reference in dict.fromkeys((r["kind"], r["reference"]) for r in mine):
+            line = [r for r in mine if (r["kind"], r["reference"]) == (kind, reference)]
+            xs, ys = [r["K"] for r in line], [100 * r["added"] for r in line]
+            label = f"{kind}, {reference} reference"
+            axis.plot(xs, ys, marker="o", label=label, linestyle="-" if kind != "mse" else "--")
+        axis.axhline(100 * GOAL, color="black", linewidth=0.8, linestyle=":", label="goal at K 64")
+        plots.ticks_at(axis, [row["K"] for row in mine])
+        axis.set(xlabel="safety tokens, K", ylabel="added to forward + backward, %")
+        axis.set_title(name, fontsize=10)
+        axis.legend(fontsize=8, frameon=False)
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
