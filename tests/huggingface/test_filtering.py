@@ -131,7 +131,7 @@ def test_the_guard_falls_back_aloud():
     model = model_of()
     head = model.base_model.model.lm_head
     index = VocabularyIndex.build(head.weight)
-    broken = replace(index, mean_rows=index.mean_rows.flip(0) + 5.0)
+    broken = replace(index, mean_rows=index.mean_rows.flip(0) + 500.0)
     with patch_model(model, index=broken, check_accuracy_every=1) as patch:
         with pytest.warns(UserWarning, match="the screen runs in full precision"):
             model(**batch())
