@@ -1,0 +1,61 @@
+"""Data flows one way: a module imports only from its own layer and those before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "str_kernels"
+
+# In the order of the data. What stands on one line may import each other.
+LAYERS = [
+    {"version", "options"},
+    {"validation", "constraint", "reference"},
+    {"vocabulary"},
+    {"backends"},
+    {"autograd"},
+    {"functional"},
+    {"accuracy"},
+    {"safety", "huggingface"},
+    {"training"},
+    {"demo", "bench"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def part_of(path: Path) -> str:
+    """``str_kernels/a/b.py`` belongs to ``a``, ``str_kernels/a.py`` to ``a`` too."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """First names below ``str_kernels`` that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("str_kernels"):
+            rest = node.module.split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            found |= {n[1] for n in names if n[0] == "str_kernels" and len(n) > 1}
+    return {name for name in found if name in RANK}
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    """No file imports from a later layer."""
+    mine = part_of(path)
+    assert mine in RANK, f"{mine}: name its layer here"
+    later = {name for name in imported(path) if RANK[name] > RANK[mine]}
+    assert not later, f"{mine} imports {sorted(later)}, which come after it"
+
+
+def test_the_oracle_stands_alone():
+    """The reference restates every formula: of ours it imports nothing but the options."""
+    assert imported(PACKAGE / "reference.py") == {"options"}
