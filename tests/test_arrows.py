@@ -18,8 +18,7 @@ LAYERS = [
     {"autograd"},
     {"functional"},
     {"accuracy"},
-    {"safety", "huggingface"},
-    {"training"},
+    {"safety", "huggingface", "training"},
     {"demo", "bench"},
     {"cli"},
 ]
