@@ -35,7 +35,6 @@ from str_kernels.demo.measure import (
 )
 from str_kernels.demo.model import features, make_model, make_tokenizer
 from str_kernels.demo.text import (
-    REFUSALS,
     Pair,
     alignment_conversations,
     conversation,
@@ -154,17 +153,21 @@ def align(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> torch.n
 def identify_tokens(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings
 ) -> SafetyTokens:
-    """The words that refusing raises most in the aligned model."""
+    """The words that refusing raises most in the aligned model, in the refusals it really gives.
+
+    It prefers some of the taught ones; holding those words keeps more than holding all alike.
+    """
     draw = Random(settings.seed + 1)
 
     def requests(kind: str) -> list[str]:
-        return [conversation(draw, kind)[0] for _ in range(64)]
+        return [conversation(draw, kind)[0] for _ in range(128)]
 
+    forbidden = requests("forbidden")
     return SafetyTokens.identify(
         model,
         tokenizer,
-        templates=REFUSALS,
-        prompts=requests("forbidden"),
+        templates=[text for text in greedy_answers(model, tokenizer, forbidden) if text],
+        prompts=forbidden,
         benign_prompts=requests("benign"),
         top_k=settings.top_k,
         batch_size=64,
