@@ -18,6 +18,7 @@ def main() -> None:
     made.add_argument("--model", help="local folder or Hub id; without one no end_to_end")
     made.add_argument("--data", action="append", default=[], help=".jsonl or prose; repeatable")
     made.add_argument("--quick", action="store_true", help="small problems, measured once")
+    made.add_argument("--again", action="store_true", help="measure anew what is there")
     args = made.parse_args()
     model = ["--model", args.model] if args.model else []
     real = model + [word for data in args.data for word in ("--data", data)]
@@ -26,16 +27,15 @@ def main() -> None:
         ["head", *real],
         ["head", *real, "--dtype", "bfloat16"],
         ["head", *real, "--trainable"],
-        ["head"],
         ["accuracy", *real, *other],
         ["str_overhead", *real],
         ["scaling"],
     ]
     if args.model:
-        runs.append(["end_to_end", *model])
-    for name, *arguments in runs if args.model else [run for run in runs if run != ["head"]]:
+        runs += [["head"], ["head", "--dtype", "bfloat16"], ["end_to_end", *model]]
+    for name, *arguments in runs:
         command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-        command += ["--quick"] * args.quick
+        command += ["--quick"] * args.quick + ["--again"] * args.again
         say(" ".join(command[1:]))
         subprocess.run(command, check=True)
 

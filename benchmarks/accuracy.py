@@ -36,8 +36,7 @@ def main() -> None:
     text = []
     for case in cases(args):
         say(case.name)
-        rows = [row for row in found.rows if row["case"] == case.name]
-        if not any(row["what"] == "done" for row in rows):
+        if not found.has(case=case.name, dtype=case.dtype, what="done"):
             for row in _all(case, args):
                 found.add({"case": case.name, "dtype": case.dtype, **row})
             found.add({"case": case.name, "dtype": case.dtype, "what": "done"})

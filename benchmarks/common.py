@@ -31,6 +31,7 @@ def parser(doc: str, *, rows: int, dtype: str = "float32") -> argparse.ArgumentP
     made.add_argument("--repeats", type=int, default=5, help="paired runs at most")
     made.add_argument("--budget", type=float, default=20.0, help="seconds of them at most")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder; what it holds is kept")
+    made.add_argument("--again", action="store_true", help="measure anew what is there")
     made.add_argument("--quick", action="store_true", help="a small problem, measured once")
     return made
 
@@ -60,7 +61,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def results(args: argparse.Namespace, name: str, keys: tuple[str, ...]) -> Results:
     """The results that a run continues."""
-    return Results(args.out / f"{name}.json", keys)
+    return Results(args.out / f"{name}.json", keys, again=args.again)
 
 
 def finish(out: Path, name: str, markdown: str) -> None:

@@ -41,6 +41,7 @@ def main() -> None:
     made.add_argument("--limit-gib", type=float, default=LIMIT_GIB, help="of a process's memory")
     made.add_argument("--timeout", type=float, default=900.0, help="seconds for one process")
     made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--again", action="store_true", help="measure anew what is there")
     made.add_argument("--quick", action="store_true", help=f"context {QUICK_CONTEXT}, one step")
     made.add_argument("--worker", help=argparse.SUPPRESS)
     args = made.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
         return
     if args.quick:
         args.contexts, args.steps, args.out = str(QUICK_CONTEXT), 1, args.out / "quick"
-    found = Results(args.out / "end_to_end.json", KEYS)
+    found = Results(args.out / "end_to_end.json", KEYS, again=args.again)
     for context in map(int, args.contexts.split(",")):
         for method in args.methods.split(","):
             where = {"method": method, "context": context, "dtype": args.dtype}

@@ -108,10 +108,12 @@ CONTENDERS = {
         Contender("ours-str", "the same and 64 safety tokens", _ours(True, constrained=True)),
         Contender("ours-filtered", "screened in full precision", _ours(True, screen="exact")),
         Contender("ours-exact", "every logit exact", _ours(False, filter_eps=0.0)),
-        Contender("transformers", "materialised", _theirs(peers.transformers_loss), "transformers"),
         Contender(
-            "transformers-compiled",
-            "materialised, torch.compile",
+            "transformers", "materialised logits", _theirs(peers.transformers_loss), "transformers"
+        ),
+        Contender(
+            "compiled",
+            "transformers under torch.compile",
             _theirs(peers.transformers_compiled),
             "transformers",
             compiled=True,

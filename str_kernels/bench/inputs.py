@@ -198,10 +198,9 @@ def from_model(
     states, labels, weight = read_states(model, data, rows + CALIBRATION_ROWS, positions)
     spare = min(CALIBRATION_ROWS, len(states) // 2)
     name = f"{Path(model).name}, {_text_name(data, positions)}"
-    # evenly spread, so that both halves are of every text
-    pick = torch.zeros(len(states), dtype=torch.bool)
-    pick[torch.linspace(0, len(states) - 1, spare).long()] = True
-    return Case(name, states[~pick][:rows], weight, labels[~pick][:rows], states[pick])
+    # the first ones, as training makes its index from the first batch
+    calibration, states, labels = states[:spare], states[spare:], labels[spare:]
+    return Case(name, states[:rows], weight, labels[:rows], calibration)
 
 
 def _text_name(data: str | Path | None, positions: Positions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from str_kernels.training.chat import IGNORED
 from str_kernels.training.data import encode_file, read_numbered
 from str_kernels.training.loading import load_model_and_tokenizer
 
+_log = logging.getLogger("str_kernels")
 _LENGTH = 512  # tokens of a sequence
 
 Sequence = tuple[list[int], list[int]]
@@ -41,10 +43,19 @@ def read_states(
             found += len(labels[-1])
             if found >= rows:
                 break
+        _tell_of_other_arithmetic(loaded, ids[:8])
     if found < 2:
         raise ValueError(f"data={str(data)!r}: has {found} positions to predict; must have 2.")
     weight = loaded.get_output_embeddings().weight.detach()
     return torch.cat(states)[:rows], torch.cat(labels)[:rows], weight
+
+
+def _tell_of_other_arithmetic(model: torch.nn.Module, ids: list[int]) -> None:
+    """Warn if the model does more to its states than multiply them by the head's weight."""
+    outputs = model(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+    plain = outputs.hidden_states[-1] @ model.get_output_embeddings().weight.T
+    if not torch.allclose(plain, outputs.logits, rtol=1e-3, atol=1e-3):
+        _log.warning("the logits' scale, softcap or bias is left out: not every contender has one")
 
 
 def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:

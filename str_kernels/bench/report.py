@@ -16,22 +16,26 @@ from typing import Any
 from str_kernels.bench.measure import Row
 
 SCHEMA = "str_kernels.bench/1"
-_PACKAGES = ("str-kernels", "torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
+_PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
 
 
 def percent(x: float) -> str:
-    """Two digits that count."""
-    return f"{100 * x:.2g} %"
+    """Two digits that count; what nobody needs to know is just small."""
+    return f"{100 * x:.2g}%" if x >= 1e-5 else "<0.001%"
+
+
+def _mebibytes(x: int) -> str:
+    return f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"
 
 
 # what the table shows of a row: heading, key, form
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
-    ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.1f}"),
+    ("MiB", "peak_bytes", _mebibytes),
     ("loss", "loss_error", lambda x: f"{x:.0e}"),
     ("lse", "lse_error", lambda x: f"{x:.0e}"),
     ("dH", "hidden_error", percent),
-    ("dH, sure", "confident_error", percent),
+    ("dH sure", "confident_error", percent),
     ("dW", "weight_error", percent),
     ("dC", "constraint_error", percent),
 )
@@ -48,9 +52,10 @@ class Results:
     Args:
         path: the file; what it holds already is kept.
         keys: names of the entries that tell rows apart.
+        again: measure anew what an earlier run has left.
     """
 
-    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, keys: tuple[str, ...], *, again: bool = False) -> None:
         """Read what an earlier run has left.
 
         Raises:
@@ -58,6 +63,7 @@ class Results:
                 versions.
         """
         self.path, self.keys, self.rows = path, keys, []
+        self._stale: list[Row] = []
         self.circumstances = circumstances()
         if path.exists():
             found = _read(path)
@@ -69,10 +75,16 @@ class Results:
                         "choose another folder, or move the file away to measure anew."
                     )
             self.rows = found["rows"]
+        if again:
+            self._stale = list(self.rows)
 
     def has(self, **wanted: Any) -> bool:
-        """Whether a row with these entries is there."""
-        return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
+        """Whether a row with these entries is there and need not be measured again."""
+        return any(
+            all(row.get(k) == v for k, v in wanted.items())
+            for row in self.rows
+            if not any(row is old for old in self._stale)
+        )
 
     def add(self, row: Row) -> None:
         """Keep a row, in place of one with the same keys, and write the file."""
