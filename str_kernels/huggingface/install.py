@@ -12,6 +12,7 @@ from str_kernels.backends.selection import select_backend
 from str_kernels.huggingface.head import find_head, vocabulary_size
 from str_kernels.huggingface.patch import PATCH, Index, Patch, Reference
 from str_kernels.huggingface.positions import Positions, validate_positions
+from str_kernels.huggingface.verify import verify_patch
 from str_kernels.options import LossOptions, SafetyConstraint, Screen
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.vocabulary import VocabularyIndex
@@ -28,6 +29,7 @@ def patch_model(
     index: Index = "auto",
     backend: str | Backend = "auto",
     check_accuracy_every: int | None = None,
+    verify: bool = True,
 ) -> Patch:
     """Make one causal language model compute its loss fused, with the safety constraint.
 
@@ -58,6 +60,10 @@ def patch_model(
         check_accuracy_every: compare a sample of rows with the exact pass at the first training
             loss and every so many later; where the filter errs more than a bf16 head, fall back to
             the exact screen, then to the exact pass, and warn. None: never.
+        verify: try the patch on this very model first: 16 tokens forward without and with it, in
+            evaluation mode, loss, gradients at the head and logits compared; everything is left as
+            it was. A model that cannot run so (on the meta device, sharded, in want of other
+            inputs) is patched untried, which is said. ``patch.verification`` holds the finding.
 
     Returns:
         A ``Patch``; ``with patch_model(model) as patch: ...`` unpatches on leaving.
@@ -65,8 +71,8 @@ def patch_model(
     Raises:
         ValueError: patched already, no output head, a head that cannot be fused (quantised,
             sharded, on the meta device), an unknown reference, position, backend or screen, a token
-            id beyond the head. In a forward: no adapter to switch off, or a merged one; a model
-            whose loss the constraint cannot join.
+            id beyond the head, a model that computes something else once patched. In a forward: no
+            adapter to switch off, or a merged one; a model whose loss the constraint cannot join.
     """
     inner = causal_lm(model)
     if PATCH in inner.__dict__:
@@ -79,7 +85,8 @@ def patch_model(
     select_backend(backend, next(head.parameters()).device)
     _validate_index(index)
     reference = _validate_reference(reference, safety, vocabulary_size(head))
-    return Patch(
+    verification = verify_patch(inner, backend) if verify else None
+    patch = Patch(
         inner,
         options,
         reference=reference,
@@ -87,7 +94,11 @@ def patch_model(
         index=index,
         backend=backend,
         check_accuracy_every=check_accuracy_every,
+        verification=verification,
     )
+    if verification is not None and verification.skipped:
+        patch.notices.say_unverified(verification.skipped)
+    return patch
 
 
 def unpatch_model(model: nn.Module) -> None:

@@ -12,6 +12,10 @@ class Notices:
         """Nothing has been said."""
         self._said: set[str] = set()
 
+    def say_unverified(self, why: str) -> None:
+        """The trial of the patch could not be made."""
+        self._say(f"The patch was not tried on this model: {why}.")
+
     def say_materialised(self, by: str) -> None:
         """The logits were built in full; once for every function that asked."""
         self._say(

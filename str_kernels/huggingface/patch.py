@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from str_kernels.options import LossOptions
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.vocabulary import VocabularyIndex
 
+if TYPE_CHECKING:
+    from str_kernels.huggingface.verify import Verification
+
 PATCH = "_str_kernels_patch"
 
 Reference = Literal["adapter_off"] | Tensor | ReferenceCache
@@ -58,6 +61,7 @@ class Patch:
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
         meter: sums of the losses in training mode since somebody last took them.
+        verification: what the trial of the patch on this model found; None: there was none.
     """
 
     def __init__(
@@ -65,16 +69,18 @@ class Patch:
         model: nn.Module,
         options: LossOptions,
         *,
-        reference: Reference,
-        positions: Positions,
-        index: Index,
-        backend: str | Backend,
-        check_accuracy_every: int | None,
+        reference: Reference = "adapter_off",
+        positions: Positions = "all",
+        index: Index = "auto",
+        backend: str | Backend = "auto",
+        check_accuracy_every: int | None = None,
+        verification: Verification | None = None,
     ) -> None:
         """Install; ``patch_model`` has checked everything."""
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
         self.index, self.backend = index, backend
+        self.verification = verification
         self.guard = AccuracyGuard(check_accuracy_every)
         self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
