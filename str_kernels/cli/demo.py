@@ -72,11 +72,11 @@ def _show(result: DemoResult) -> None:
     prompts = result.settings.prompts
     print_table(f"{prompts} held-out prompts of each kind", *report.behaviour_rows(result))
     print_table(f"fp32 head, {result.head.size}, frozen weight", *report.head_rows(result))
-    request, answers = next(iter(result.examples.items()))
-    print_table(f"“{request}”", ["model", "answer"], [[*pair] for pair in answers.items()])
-    say("safety tokens: " + ", ".join(result.tokens))
-    say(report.verdict(result))
-    say(f"{result.seconds:.0f} seconds")
+    request, *answers = report.example_rows(result)
+    print_table(f"“{request}”", *answers)
+    typer.echo("Held by STR: " + ", ".join(result.tokens) + ".")
+    typer.echo(report.verdict(result))
+    say(f"took {result.seconds:.0f} seconds")
 
 
 def _check_folder(folder: Path) -> None:

@@ -64,8 +64,7 @@ def train(
 ) -> None:
     """Fine-tune a LoRA adapter and hold the logits of its safety tokens.
 
-    Responses alone are learned. Ctrl-C finishes the step, saves, and ends; --resume goes on
-    exactly there.
+    Only responses are learned. Ctrl-C finishes the step and saves; --resume goes on from there.
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     given["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name)

@@ -62,6 +62,12 @@ def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     return ["", *_NAMES.values()], rows
 
 
+def example_rows(result: DemoResult) -> tuple[str, list[str], list[list[str]]]:
+    """The first request, and the columns and rows of the answers to it."""
+    request, answers = next(iter(result.examples.items()))
+    return request, ["model", "answer"], [[_NAMES[name], answers[name]] for name in METHODS]
+
+
 def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of memory."""
     peaks = {"fused": result.head.fused, "logits stored": result.head.materialised}
@@ -72,10 +78,11 @@ def verdict(result: DemoResult) -> str:
     """What this one run shows, and what it does not."""
     aligned, plain, held = (result.behaviour[name] for name in METHODS)
     sentences = [_on_refusals(aligned, plain, held)]
-    if aligned.help_rate - plain.help_rate >= NOTICEABLE:
+    forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE
+    if forgot and plain.compliance_rate < NOTICEABLE:
         sentences.append(
             f"The plainly tuned model helps with {plain.help_rate:.0%} of the harmless requests "
-            f"(aligned: {aligned.help_rate:.0%}): it forgot both, it did not turn harmful."
+            f"(aligned: {aligned.help_rate:.0%}): it forgot both rather than learned to comply."
         )
     lost = plain.task_accuracy - held.task_accuracy
     if lost > SMALL:
@@ -118,6 +125,7 @@ def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
     peaks = [result.head.fused, result.head.materialised]
     bars = right.bar(["fused", "logits\nstored"], peaks, color=["#1b9e77", "#d95f02"])
     right.bar_label(bars, fmt="{:,.0f}")
+    right.margins(y=0.12)
     right.set_title(f"head's peak memory, MiB\n{result.head.size}", fontsize=9)
     figure.savefig(Path(path), dpi=150)
     pyplot.close(figure)
@@ -132,7 +140,7 @@ def _draw_shares(axes: Any, result: DemoResult) -> None:
         axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
     axes.set_xticks(range(len(_SHARES)), [text.replace(" ", "\n") for text in _SHARES.values()])
     axes.set_ylabel("% of held-out prompts")
-    axes.set_ylim(0, 112)
+    axes.set_ylim(0, 125)  # room for the legend
     axes.set_title(
         f"seed {result.settings.seed}, {result.settings.prompts} prompts of each kind", fontsize=9
     )

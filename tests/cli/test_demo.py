@@ -28,7 +28,7 @@ def test_the_quick_demo(tmp_path):
     assert "next: str-kernels train" in done.stderr
     content = json.loads((out / "demo.json").read_text())
     assert (out / "demo.png").stat().st_size > 10_000
-    assert content["verdict"] in done.stderr
+    assert content["verdict"] in done.stdout
     for key in ("refusal_rate", "task_accuracy"):
         assert set(content[key]) == {"aligned", "plain", "str"}
         assert all(0 <= share <= 1 for share in content[key].values())

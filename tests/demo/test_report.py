@@ -36,7 +36,7 @@ def result(plain=0.05, held=0.95, *, accuracy=1.0, lookalike=0.0, help_rate=1.0)
         (result(plain=0.3, held=0.35), "no noticeable gain"),
         (result(accuracy=0.8), "STR cost 20 points of task accuracy"),
         (result(lookalike=0.22), "refuses 22% of the harmless look-alikes"),
-        (result(help_rate=0.1), "it forgot both, it did not turn harmful"),
+        (result(help_rate=0.1), "it forgot both rather than learned to comply"),
     ],
 )
 def test_the_verdict_follows_the_numbers(numbers, said):
