@@ -152,6 +152,28 @@ def test_plain_fused_training_is_unpatched_training(make_settings):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16", "kind": "floor", "positions": 2, "schedule": "constant"},
+        {"dtype": "mixed-bfloat16", "kind": "kl", "positions": "labels", "warmup": 2},
+        {"dtype": "float32", "kind": "logprob", "epochs": 1.5, "steps": None, "batch": 3},
+    ],
+)
+def test_settings_reach_the_run(make_settings, changes):
+    """Precisions, kinds, positions and schedules in company: the loss falls, the penalty is there,
+    and the adapter's own weights are fp32 whatever the body's are.
+    """
+    recorder = Recorder()
+    settings = make_settings(logging_steps=1, **changes)
+    result = train(prepare(settings), recorder)
+    assert result.steps == (6 if settings.steps else 5)  # 8 rows, 3 a step, one and a half times
+    losses = [log["cross_entropy"] for log in recorder.logs]
+    assert min(losses[-2:]) < losses[0]
+    assert max(log["safety_penalty"] for log in recorder.logs) > 0
+    assert {weight.dtype for weight in adapter(settings).values()} == {torch.float32}
+
+
 def test_what_is_written(make_settings, data_file, tiny_model_dir):
     """The adapter, its tokens and tokenizer, and a description with every setting; PEFT loads it,
     and only it differs from the base model.
