@@ -26,7 +26,7 @@ def parser(doc: str, *, rows: int, dtype: str = "float32") -> argparse.ArgumentP
     made.add_argument("--rows", type=int, default=rows, help="positions, N")
     made.add_argument("--vocab", type=int, default=262144, help="V of synthetic states")
     made.add_argument("--dim", type=int, default=640, help="D of synthetic states")
-    made.add_argument("--dtype", default=dtype, help="float32, bfloat16 or float16")
+    made.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16", "float16"))
     made.add_argument("--device", default="cpu")
     made.add_argument("--repeats", type=int, default=5, help="paired runs at most")
     made.add_argument("--budget", type=float, default=20.0, help="seconds of them at most")

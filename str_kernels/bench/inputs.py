@@ -70,11 +70,6 @@ class Case:
         names = ("hidden_states", "weight", "labels", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def first(self, rows: int) -> Case:
-        """Its first rows alone."""
-        part = {"hidden_states": self.hidden_states[:rows], "labels": self.labels[:rows]}
-        return replace(self, **part)
-
     def scaled(self, factor: float) -> Case:
         """With every logit multiplied by ``factor``."""
         return replace(self, hidden_states=self.hidden_states * factor)
@@ -82,8 +77,8 @@ class Case:
     def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
         """K tokens spread over the vocabulary, and a reference ``[N, K]``: other logits, near by.
 
-        The reference is what an aligned model's cache would hold: this model's logits (or, for
-        ``logprob``, log-probabilities) half a nat away.
+        The reference is like what an aligned model's cache would hold: this model's logits, half a
+        nat off; for ``logprob`` less ``log V``, so that they are of a log-probability's size.
         """
         vocab = len(self.weight)
         ids = [i * vocab // k for i in range(k)]

@@ -37,7 +37,7 @@ def measure(
     reason = contender.missing()
     if reason is None:
         try:
-            with within_free_memory():
+            with within_free_memory(case.hidden_states.device):
                 return row | _measured(contender, case, truth, trainable, repeats, budget_s)
         except MemoryError:
             reason = "does not fit into memory"
