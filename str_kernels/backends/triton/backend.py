@@ -86,7 +86,7 @@ class TritonBackend:
     def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         self._require(head, "exact")
-        launches = (self._launch(head, "softmax"), self._launch(head, "product"))
+        launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
         with _on(head):
             return exact.exact_pass(head, labels, options, wanted, launches, self.byte_budget)
 
@@ -149,7 +149,7 @@ class TritonBackend:
         needs: tuple[bool, bool],
     ) -> Gradients:
         """See ``Backend.weight_gradients``."""
-        launches = (self._launch(head, "softmax"), self._launch(head, "product"))
+        launches = (self._launch(head, "softmax"), self._launch(head, "weight"))
         with _on(head):
             return weight.weight_gradients(
                 head,

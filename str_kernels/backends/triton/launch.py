@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Stage = Literal["screen", "softmax", "refine", "product"]
+Stage = Literal["screen", "softmax", "refine", "expected", "weight"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -33,11 +33,14 @@ DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     # fp32 without a matrix unit lives in registers: a smaller tile spills none
     ("screen", "single"): Launch(64, 32),
     ("softmax", "half"): Launch(128, 64),
-    ("softmax", "single"): Launch(64, 32),
+    ("softmax", "single"): Launch(32, 32, warps=4),
     ("refine", "half"): Launch(64, 64, 64),
-    ("refine", "single"): Launch(64, 32, 32),
-    ("product", "half"): Launch(128, 64, 128),
-    ("product", "single"): Launch(64, 32, 64),
+    ("refine", "single"): Launch(32, 32, 32),
+    # two sums in registers: half as wide as a plain product
+    ("expected", "half"): Launch(128, 0, 64),
+    ("expected", "single"): Launch(32, 0, 64),
+    ("weight", "half"): Launch(64, 0, 128),
+    ("weight", "single"): Launch(32, 0, 64),
 }
 
 _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
@@ -46,16 +49,34 @@ _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "half"): Launch(128, 64, stages=3),
 }
 
+# AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high: 32 rows for eight
+# warps would be computed eight times, and spill.
+_MATRIX_FP32: dict[tuple[Stage, Kind], Launch] = {
+    ("softmax", "single"): Launch(64, 32),
+    ("refine", "single"): Launch(64, 32, 32),
+    ("expected", "single"): Launch(64, 0, 64),
+}
+
 # 128 rows refined spill on sm_80 and sm_100; on sm_8x with 99 KiB a third stage does not fit.
 TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     "sm_80": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
     "sm_86": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=2)},
-    "sm_90": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
-    "sm_100": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
+    "sm_90": {
+        **_THREE_STAGES,
+        ("refine", "half"): Launch(64, 64, 128, stages=3),
+        ("expected", "half"): Launch(128, 0, 128),
+    },
+    "sm_100": {
+        **_THREE_STAGES,
+        # with a softcap and its buffers 128 rows spill
+        ("softmax", "half"): Launch(64, 64, stages=3),
+        ("refine", "half"): Launch(64, 64, 128, stages=3),
+        ("expected", "half"): Launch(128, 0, 128),
+    },
     "sm_120": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
-    "gfx942": {},
+    "gfx942": _MATRIX_FP32,
     # without atomics (they are compare-and-swap loops there) 128 rows fit
-    "gfx90a": {("refine", "half"): Launch(128, 64, 64)},
+    "gfx90a": {**_MATRIX_FP32, ("refine", "half"): Launch(128, 64, 64)},
 }
 
 _FAMILY = {80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100"}

@@ -306,7 +306,7 @@ class _Sums:
             first,
             given.dim,
             given.precision,
-            BLOCK_R=launch.block_d,
+            BLOCK_R=launch.block_r,
             BLOCK_E=launch.block_e,
             **host.tuning(launch),
         )

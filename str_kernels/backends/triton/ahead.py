@@ -1,0 +1,220 @@
+"""Compile the kernels for chips that are not here, and read what came out: no GPU is needed.
+
+``report(arch)`` compiles the launch table's choices and tells each kernel's registers, spilled
+bytes, shared memory and matrix instruction. NVIDIA by compute capability (90), AMD by name.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.launch import Launch, Stage, launch_for
+from str_kernels.backends.triton.refine import refine_kernel
+from str_kernels.backends.triton.route import route_kernel, threshold_kernel
+from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.weight import live_kernel, logit_gradient_kernel, weight_kernel
+
+ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
+# What one program may have, KiB.
+SHARED_LIMIT: dict[int | str, int] = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+    "gfx90a": 64,
+    "gfx942": 64,
+}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+# Pointers that are not of the operands' type (``hidden``, ``weight``, ``share``, ``slope``, …).
+_POINTERS = {
+    **dict.fromkeys(("order_ptr",), "i64"),
+    **dict.fromkeys(("list_ptr", "plan_ptr", "label_ptr", "count_ptr", "safety_slot_ptr"), "i32"),
+    **dict.fromkeys(
+        (
+            "hidden_scale_ptr",
+            "weight_scale_ptr",
+            "log_mass_ptr",
+            "shift_ptr",
+            "threshold_ptr",
+            "mass_ptr",
+            "masses_ptr",
+            "maximum_ptr",
+            "expected_ptr",
+            "sums_ptr",
+            "scale_ptr",
+            "rescale_ptr",
+            "coefficient_ptr",
+            "spread_ptr",
+            "safety_ptr",
+            "bias_grad_ptr",
+        ),
+        "fp32",
+    ),
+}
+_FLOATS = ("logit_scale", "log_eps")
+_MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
+
+
+class Case(NamedTuple):
+    """A kernel and how it is specialised; ``off`` names the options (pointers) that are None."""
+
+    name: str
+    kernel: JITFunction
+    dtype: torch.dtype
+    launch: Launch
+    constants: dict[str, Any]
+    off: tuple[str, ...] = ()
+
+
+class Compiled(NamedTuple):
+    """What a compiler made of a case: 32-bit registers a thread, bytes, matrix instructions."""
+
+    case: Case
+    arch: int | str
+    registers: int
+    spilled: int
+    shared: int
+    instructions: tuple[str, ...]
+    assembly: str
+
+    @property
+    def fits(self) -> bool:
+        """Nothing spilled, and shared memory within the chip's limit."""
+        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch] * 1024
+
+
+def cases(
+    arch: int | str, *, dim: int = 4096, precision: str = "ieee", full: bool = False
+) -> Iterator[Case]:
+    """Every kernel with the launch table's choice for a chip: bf16, fp32 and the 8-bit screens.
+
+    ``precision`` is that of fp32 operands; ``full`` adds bias, softcap and their outputs.
+    """
+    constants = {"dim": dim, "precision": precision, "softcap": 30.0 if full else None}
+    off = () if full else ("bias_ptr", "slope_ptr")
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from _stages(arch, dtype, constants, off)
+    eight = (torch.int8, torch.float8_e4m3fn) if arch in (89, 90, 100, 120) else (torch.int8,)
+    for dtype in eight:
+        yield _case("screen", arch, screen_kernel, dtype, constants, ("order_ptr", *off), GROUP=8)
+    alone = Launch(0, 0, warps=4)
+    for name, kernel, blocks in (
+        ("threshold", threshold_kernel, {"BLOCK_R": 32, "BLOCK_T": 32}),
+        ("route", route_kernel, {"BLOCK": 1024}),
+        ("live", live_kernel, {"BLOCK": 1024}),
+    ):
+        yield Case(name, kernel, torch.float32, alone, blocks)
+
+
+def _stages(
+    arch: int | str, dtype: torch.dtype, constants: dict[str, Any], off: tuple[str, ...]
+) -> Iterator[Case]:
+    scales = ("hidden_scale_ptr", "weight_scale_ptr")
+    yield _case("screen", arch, screen_kernel, dtype, constants, (*scales, *off), GROUP=8)
+    for atomic in (True, False):
+        if not atomic or arch != "gfx90a":  # which never takes the atomics
+            yield _case("refine", arch, refine_kernel, dtype, constants, off, ATOMIC=atomic)
+    yield _case("softmax", arch, softmax_kernel, dtype, constants, off, GROUP=8)
+    yield _case("softmax", arch, logit_gradient_kernel, dtype, constants, off, GROUP=8)
+    yield _case("expected", arch, expected_kernel, dtype, constants, ())
+    yield _case("weight", arch, weight_kernel, dtype, constants, ())
+
+
+def _case(
+    stage: Stage,
+    arch: int | str,
+    kernel: JITFunction,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    off: tuple[str, ...],
+    **more: Any,
+) -> Case:
+    launch = launch_for(arch, stage, dtype)
+    name = kernel.__name__.removesuffix("_kernel").replace("_", " ")
+    if more.get("ATOMIC") is False:
+        name += " in order"
+    return Case(name, kernel, dtype, launch, {**constants, **_blocks(launch), **more}, off)
+
+
+def _blocks(launch: Launch) -> dict[str, int]:
+    return {"BLOCK_R": launch.block_r, "BLOCK_D": launch.block_d, "BLOCK_E": launch.block_e}
+
+
+def compile_case(case: Case, arch: int | str) -> Compiled:
+    """Compile one case; every pointer and the row count are taken as multiples of 16."""
+    signature, constants = {}, {}
+    for name in case.kernel.arg_names:
+        if name in case.off:
+            signature[name], constants[name] = "constexpr", None
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + _POINTERS.get(name, _TYPES[case.dtype])
+        elif name in case.constants:
+            signature[name], constants[name] = "constexpr", case.constants[name]
+        else:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(case.kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    made = triton.compile(
+        ASTSource(case.kernel, signature, constants, aligned),
+        target=target,
+        options={"num_warps": case.launch.warps, "num_stages": case.launch.stages},
+    )
+    return _read(case, arch, made)
+
+
+def _read(case: Case, arch: int | str, made: Any) -> Compiled:
+    if isinstance(arch, int):
+        assembly = made.asm["ptx"]
+        registers, spilled = _resources(made.asm["cubin"])
+    else:
+        assembly = made.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    found = tuple(sorted(set(re.findall(_MATRIX, assembly))))
+    return Compiled(case, arch, registers, spilled, made.metadata.shared, found, assembly)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of a thread's stack and local memory, from Triton's own cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        )
+    stack, local = (_number(rf"{what}:(\d+)", done.stdout) for what in ("STACK", "LOCAL"))
+    return _number(r"REG:(\d+)", done.stdout), stack + local
+
+
+def _number(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)))
+
+
+def report(arch: int | str, **chosen: Any) -> list[Compiled]:
+    """Compile every case of a chip; arguments as ``cases``."""
+    return [compile_case(case, arch) for case in cases(arch, **chosen)]

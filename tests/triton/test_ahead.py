@@ -1,0 +1,86 @@
+"""What compilers make of the kernels for chips that are not here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from str_kernels.backends.triton import ahead
+from str_kernels.backends.triton.launch import TABLE, family
+
+# The instruction with which each chip multiplies 16-bit, 8-bit and (tf32, or AMD's) fp32 matrices.
+INSTRUCTION = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma",
+    100: "tcgen05.mma",
+    120: "mma.sync",
+    "gfx90a": "v_mfma",
+    "gfx942": "v_mfma",
+}
+SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
+WITHOUT_PRODUCTS = ("threshold", "route", "live")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Compiles anew and leaves nothing behind."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def check(arch, case):
+    """Nothing spilled, within shared memory, the chip's own instruction and 16-byte loads."""
+    made = ahead.compile_case(case, arch)
+    facts = (case.name, case.dtype, case.launch, made.registers, made.spilled, made.shared)
+    assert made.fits, facts
+    plain_fp32 = case.dtype == torch.float32 and isinstance(arch, int)
+    if case.name in WITHOUT_PRODUCTS or (plain_fp32 and case.constants["precision"] == "ieee"):
+        return
+    # products of fewer than 64 rows go to the older instruction of Hopper and Blackwell
+    short = plain_fp32 and case.launch.block_r < 64 and arch in (90, 100)
+    wanted = "mma" if short else INSTRUCTION[arch]
+    assert any(found.startswith(wanted) or short for found in made.instructions), facts
+    if case.name in ("screen", "refine"):
+        wide = SIXTEEN_BYTES["cuda" if isinstance(arch, int) else "hip"]
+        assert re.search(wide, made.assembly), facts
+
+
+@pytest.mark.parametrize("arch", [80, 90, "gfx942"])
+def test_sixteen_and_eight_bits_compile(arch):
+    """bf16 and 8-bit kernels with bias and softcap, on Ampere, Hopper and CDNA3, do not spill."""
+    for case in ahead.cases(arch, full=True):
+        if case.dtype != torch.float32 or case.name in WITHOUT_PRODUCTS:
+            check(arch, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ahead.ARCHS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("full", [False, True])
+def test_every_choice_compiles(arch, precision, full):
+    """Every entry of the launch table, every operand type of the chip, with and without options."""
+    for case in ahead.cases(arch, precision=precision, full=full):
+        if precision == "ieee" or case.dtype == torch.float32:
+            check(arch, case)
+
+
+def test_a_spill_is_seen():
+    """A tile that is too large for its warps is reported as spilling, so the check can fail."""
+    case = next(case for case in ahead.cases(80) if case.name == "refine")
+    blocks = {**case.constants, "BLOCK_R": 128}
+    made = ahead.compile_case(
+        case._replace(launch=case.launch._replace(warps=4), constants=blocks), 80
+    )
+    assert made.spilled > 0
+    assert not made.fits
+
+
+def test_every_chip_has_its_row():
+    """Every architecture that is compiled for has its own row in the launch table."""
+    assert {family(arch) for arch in ahead.ARCHS} == set(TABLE)
+    assert family(75) == family("gfx1100") == ""
