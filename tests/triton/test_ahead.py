@@ -69,6 +69,22 @@ def test_every_choice_compiles(arch, precision, full):
             check(arch, case)
 
 
+def test_sizes_of_one_compile():
+    """Triton fixes integers that are 1 when it compiles: one row, one token, one tile, one column.
+
+    The interpreter does not, so that only a compiler shows what breaks.
+    """
+    for case in ahead.cases(80, dim=1):
+        if case.dtype != torch.float32 or case.name in WITHOUT_PRODUCTS:
+            integers = {
+                name: 1
+                for name in case.kernel.arg_names
+                if not name.endswith("_ptr") and name not in ("logit_scale", "log_eps")
+            }
+            fixed = case._replace(constants={**integers, **case.constants})
+            assert ahead.compile_case(fixed, 80).registers > 0
+
+
 def test_a_spill_is_seen():
     """A tile that is too large for its warps is reported as spilling, so the check can fail."""
     case = next(case for case in ahead.cases(80) if case.name == "refine")

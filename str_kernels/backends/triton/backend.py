@@ -32,7 +32,7 @@ DEFAULT_BYTE_BUDGET = 96 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
 _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_WITHOUT_FP8 = ("gfx90a", "gfx942")  # of AMD; gfx942 has another e4m3, emulated
+_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
 
 
 class TritonBackend:
@@ -181,7 +181,7 @@ def interpreted() -> bool:
 
 def _has_fp8(device: torch.device) -> bool:
     arch = arch_of(device)
-    return arch == 0 or (arch >= 89 if isinstance(arch, int) else arch not in _WITHOUT_FP8)
+    return arch == 0 or (arch >= 89 if isinstance(arch, int) else arch in _AMD_WITH_FP8)
 
 
 def _programs(device: torch.device) -> int:

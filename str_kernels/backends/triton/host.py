@@ -77,9 +77,9 @@ def common(given: Operands, options: LossOptions) -> dict[str, Any]:
     """Arguments that every kernel with logits takes."""
     return {
         "vocab": given.vocab,
-        "logit_scale": options.logit_scale,
+        "logit_scale": float(options.logit_scale),
         "dim": given.dim,
-        "softcap": options.softcap,
+        "softcap": None if options.softcap is None else float(options.softcap),
         "precision": given.precision,
     }
 

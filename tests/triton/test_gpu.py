@@ -1,0 +1,180 @@
+"""On a real GPU: the same promises as in the interpreter, at sizes that only a GPU reaches.
+
+One command, wherever a GPU is: ``pytest -m gpu tests/triton/test_gpu.py -s``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends.selection import DEFAULT_EPS, select_backend
+from tests.backends.test_exact import OPTIONS
+from tests.backends.test_routed import ALL_LIVE, clustered_case
+from tests.oracle import Case, make_case, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+# As in tests/triton/interpreted: rounding of the operands; tf32 needs torch's own setting.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+OF_WEIGHT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**-9.5}
+
+
+def on_gpu(case: Case) -> Case:
+    """The same numbers on the device."""
+    names = ("hidden_states", "weight", "labels", "bias", "reference", "position_weights")
+    moved = [getattr(case, name) for name in names]
+    return Case(*(None if x is None else x.cuda() for x in moved), case.settings)
+
+
+def check(case: Case, **overrides) -> None:
+    """Loss and gradients within the tolerances of the case's dtype."""
+    dtype = case.hidden_states.dtype
+    got, truth = case.run(backend="triton", **overrides), case.truth()
+    for name, want in truth.items():
+        limit = OF_WEIGHT[dtype] if name in ("weight", "bias") else TOLERANCE[dtype]
+        assert relative_error(got[name], want) <= limit, (name, relative_error(got[name], want))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options, dtype):
+    """Exact path, every pair live, and filtered: all options and dtypes against fp64."""
+    case = on_gpu(clustered_case(257, 3001, 72, **options).to(dtype))
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    check(case, filter_eps=0.0)
+    check(case, filter_eps=ALL_LIVE, index=index)
+    if dtype != torch.float32:
+        check(case, filter_eps=DEFAULT_EPS, index=index)
+
+
+@pytest.mark.parametrize("screen", ["bf16", "int8", "fp8"])
+def test_screens(screen):
+    """Low-precision screens are refined away; a chip without fp8 refuses it by name."""
+    case = on_gpu(clustered_case(512, 4000, 128).to(torch.bfloat16))
+    named = None if screen == "bf16" else screen
+    index = VocabularyIndex.build(case.weight, case.hidden_states, screen=named)
+    hidden = case.hidden_states.clone().requires_grad_()
+
+    def run():
+        return linear_cross_entropy(hidden, case.weight, case.labels, screen=screen, index=index)
+
+    backend = select_backend("triton", hidden.device).backend
+    if backend.refuses(screen, hidden.dtype, hidden.device):
+        with pytest.raises(ValueError, match="screen='fp8'"):
+            run()
+        return
+    loss = run()
+    loss.backward()
+    truth = case.truth()
+    assert relative_error(loss, truth["loss"]) < 1e-3
+    assert relative_error(hidden.grad, truth["hidden_states"]) < 1e-2
+
+
+def test_offsets_beyond_31_bits():
+    """A head of more than 2³¹ elements: its last row is read and written at its own place."""
+    vocab, dim = 530_000, 4096
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GiB of free device memory")
+    weight = torch.zeros(vocab, dim, dtype=torch.bfloat16, device="cuda")
+    weight[-1] = weight[1] = 0.25
+    weight.requires_grad_()
+    hidden = torch.ones(64, dim, dtype=torch.bfloat16, device="cuda") / 64
+    labels = torch.full((64,), vocab - 1, device="cuda")
+    loss = linear_cross_entropy(hidden, weight, labels, filter_eps=DEFAULT_EPS)
+    loss.backward()
+    # logits: 16 for two tokens, 0 for the others
+    want = torch.log(2 + (vocab - 2) * torch.exp(torch.tensor(-16.0))).item()
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+    assert weight.grad[-1].sum() < 0 < weight.grad[1].sum()
+
+
+def test_deterministic_repeats_bitwise():
+    """In torch's deterministic mode two runs give the same bits; without, the same to rounding."""
+    case = on_gpu(clustered_case(1024, 4000, 128).to(torch.bfloat16))
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    arguments = {"backend": "triton", "filter_eps": DEFAULT_EPS, "index": index}
+    loose = case.run(**arguments)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [case.run(**arguments) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in loose:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+        assert relative_error(loose[name], runs[0][name]) < 2.0**-8, name
+
+
+def test_forward_does_not_wait_for_the_device():
+    """Screen, route and refine enqueue without a host synchronisation."""
+    from str_kernels.backends.contract import Head, Tiles, Wanted
+    from str_kernels.backends.triton import TritonBackend
+    from str_kernels.options import LossOptions
+    from str_kernels.vocabulary import tile_means
+
+    case = on_gpu(make_case(512, 4000, 128, ignored=0.0).to(torch.bfloat16))
+    backend, options = TritonBackend(), LossOptions()
+    head = Head(case.hidden_states, case.weight, None)
+    tiles = Tiles(None, None, tile_means(case.weight, None))
+
+    def stages():
+        masses = backend.screen(head, tiles, options, "exact")
+        work = backend.route(masses, case.labels, tiles, DEFAULT_EPS)
+        wanted = Wanted(hidden=True, masses=False, entropy=False)
+        return backend.refine(head, case.labels, tiles, work, options, wanted)
+
+    stages()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stages()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_first_figures(capsys):
+    """Prints time, TFLOP/s and peak memory beside the bare GEMM; asserts nothing of them."""
+    n, vocab, dim = 8192, 131_072, 4096
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free device memory")
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(vocab, dim, generator=g, device="cuda", dtype=torch.bfloat16) / 64
+    labels = torch.randint(vocab, (n,), generator=g, device="cuda")
+    noise = torch.randn(n, dim, generator=g, device="cuda", dtype=torch.bfloat16)
+    hidden = (8 * weight[labels] + noise).requires_grad_()
+
+    def timed(run):
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(3):
+            run()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 3, torch.cuda.max_memory_allocated() - before
+
+    def gemm():
+        for part in hidden.detach().split(1024):
+            part @ weight.T
+
+    lines = [torch.cuda.get_device_name()]
+    base, _ = timed(gemm)
+    lines.append(f"GEMM {base:.1f} ms, {2 * n * vocab * dim / base / 1e9:.0f} TFLOP/s")
+    for name, eps in (("exact", 0.0), ("filtered, token order", DEFAULT_EPS)):
+        for what, grad in (("forward", False), ("forward + backward", True)):
+
+            def run(eps=eps, grad=grad):
+                with torch.set_grad_enabled(grad):
+                    loss = linear_cross_entropy(hidden, weight, labels, filter_eps=eps)
+                if grad:
+                    torch.autograd.grad(loss, hidden)
+
+            time, peak = timed(run)
+            lines.append(f"{name}, {what}: {time / base:.2f} GEMMs, {peak >> 20} MiB")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))  # noqa: T201
