@@ -40,10 +40,11 @@ def main() -> None:
             for row in _all(case, args):
                 found.add({"case": case.name, "dtype": case.dtype, **row})
             found.add({"case": case.name, "dtype": case.dtype, "what": "done"})
-        rows = [row for row in found.rows if row["case"] == case.name and "hidden_error" in row]
+        mine = [row for row in found.rows if (row["case"], row["dtype"]) == (case.name, case.dtype)]
+        rows = [row for row in mine if "hidden_error" in row]
         name = "-".join(case.name.replace(",", "").replace("'", "").split()).lower()
-        draw(rows, case.name, args.out / f"accuracy-{name}.png")
-        text.append(f"### {case.name}\n\n{markdown(*table(rows))}")
+        draw(rows, case.name, args.out / f"accuracy-{name}-{case.dtype}.png")
+        text.append(f"### {case.name}, {case.dtype}\n\n{markdown(*table(rows))}")
     finish(args.out, "accuracy", "\n".join(text))
 
 

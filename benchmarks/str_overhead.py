@@ -37,11 +37,12 @@ def main() -> None:
             if k <= v and not found.has(**row):
                 say(f"K {k}, {kind}, {reference}")
                 found.add(row | overhead(case, k, kind, reference, args))
+    for row in found.rows:
+        row["problem"] = f"{row['case']}: N {row['N']:,}, V {row['V']:,}, {row['dtype']}"
     draw(found.rows, args.out / "str_overhead.png")
     lines = [
         [
-            r["case"],
-            r["dtype"],
+            r["problem"],
             f"{r['K']}",
             r["kind"],
             r["reference"],
@@ -50,7 +51,7 @@ def main() -> None:
         ]
         for r in found.rows
     ]
-    headings = ["case", "dtype", "K", "kind", "reference", "added", "spread of the runs"]
+    headings = ["problem", "K", "kind", "reference", "added", "spread of the runs"]
     finish(args.out, "str_overhead", markdown(headings, lines))
 
 
@@ -79,10 +80,10 @@ def overhead(case: Case, k: int, kind: str, reference: str, args) -> dict[str, f
 
 def draw(rows: list[dict], path: Path) -> None:
     """Added share against K; a panel for each case."""
-    names = list(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["problem"] for row in rows))
     figure, axes = plots.new_figure(len(names), width=5.0)
     for axis, name in zip(axes, names, strict=True):
-        mine = [row for row in rows if row["case"] == name]
+        mine = [row for row in rows if row["problem"] == name]
         for kind, reference in dict.fromkeys((r["kind"], r["reference"]) for r in mine):
             line = [r for r in mine if (r["kind"], r["reference"]) == (kind, reference)]
             xs, ys = [r["K"] for r in line], [100 * r["added"] for r in line]
