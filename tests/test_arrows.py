@@ -18,7 +18,9 @@ LAYERS = [
     {"autograd"},
     {"functional"},
     {"accuracy"},
-    {"safety", "huggingface", "training"},
+    {"inputs"},
+    {"safety", "huggingface"},
+    {"training"},
     {"demo", "bench"},
     {"cli"},
 ]

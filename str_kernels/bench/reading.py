@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from str_kernels.inputs.chat import IGNORED
+from str_kernels.inputs.data import encode_file, read_numbered
+from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety.inference import reading
-from str_kernels.training.chat import IGNORED
-from str_kernels.training.data import encode_file, read_numbered
-from str_kernels.training.loading import load_model_and_tokenizer
 
 _log = logging.getLogger("str_kernels")
 _LENGTH = 512  # tokens of a sequence

@@ -75,7 +75,7 @@ def evaluate(
 
 
 def _rows(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
-    from str_kernels.training.data import read_jsonl
+    from str_kernels.inputs.data import read_jsonl
 
     return read_jsonl(path, response_required=name == "task")[:limit]
 
@@ -87,9 +87,9 @@ def _measure(
     settings: dict[str, Any],
     out: Path | None,
 ) -> Evaluation:
+    from str_kernels.inputs.loading import load_model_and_tokenizer
     from str_kernels.safety.answers import AnswerFile, file_state
     from str_kernels.safety.evaluation import evaluate as measure
-    from str_kernels.training.loading import load_model_and_tokenizer
 
     deciding = {
         "model": [model, file_state(model)],

@@ -48,8 +48,8 @@ def tokens(
     check_output("out", out)
     with stage("reading"):
         quiet_libraries()
+        from str_kernels.inputs.loading import load_model_and_tokenizer
         from str_kernels.safety.tokens import SafetyTokens
-        from str_kernels.training.loading import load_model_and_tokenizer
 
         texts = {
             "templates": _answers(templates),
@@ -83,7 +83,7 @@ def _show(model: str, found: SafetyTokens) -> None:
 
 
 def _answers(path: Path | None) -> list[str] | None:
-    from str_kernels.training.data import read_jsonl, response_of
+    from str_kernels.inputs.data import read_jsonl, response_of
 
     if path is None or path.suffix != ".jsonl":
         return _lines(path)
@@ -91,7 +91,7 @@ def _answers(path: Path | None) -> list[str] | None:
 
 
 def _requests(path: Path | None) -> list[Any] | None:
-    from str_kernels.training.data import prompt_messages, read_jsonl
+    from str_kernels.inputs.data import prompt_messages, read_jsonl
 
     if path is None or path.suffix != ".jsonl":
         return _lines(path)

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from str_kernels.demo.text import Pair, all_words
-from str_kernels.training.chat import IGNORED
+from str_kernels.inputs.chat import IGNORED
 
 PAD, USER, BOT, END, UNKNOWN = SPECIAL = ("<pad>", "<user>", "<bot>", "<end>", "<unk>")
 CONTEXT = 128

@@ -41,10 +41,10 @@ from str_kernels.demo.text import (
     task_conversations,
 )
 from str_kernels.huggingface import patch_model
+from str_kernels.inputs.chat import collate
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import StepTimer
-from str_kernels.training.chat import collate
 
 METHODS = ("aligned", "plain", "str")
 

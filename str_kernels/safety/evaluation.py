@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from str_kernels.inputs.data import Row, prompt_messages, response_of
 from str_kernels.safety.answers import AnswerFile
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
 from str_kernels.safety.judge import is_refusal
 from str_kernels.safety.rates import Rate, exact_match
-from str_kernels.training.data import Row, prompt_messages, response_of
 
 SCHEMA = "str_kernels.evaluation/1"
 

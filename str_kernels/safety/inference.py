@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from str_kernels.training.chat import DEFAULT_CHAT_TEMPLATE
+from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 
 Prompt = str | list[dict[str, str]]
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
+from str_kernels.inputs.data import TrainingData, encode_file, read_numbered
+from str_kernels.inputs.loading import load_config, load_tokenizer, resolve_device
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.safety.tokens import SafetyTokens
-from str_kernels.training.chat import DEFAULT_CHAT_TEMPLATE
-from str_kernels.training.data import TrainingData, encode_file, read_numbered
-from str_kernels.training.loading import load_config, load_tokenizer, resolve_device
 from str_kernels.training.lora import add_lora
 from str_kernels.training.settings import Faults, TrainSettings
 

@@ -19,12 +19,12 @@ from str_kernels.huggingface import (
     build_reference_cache,
     patch_model,
 )
+from str_kernels.inputs.chat import collate
+from str_kernels.inputs.loading import load_model, resolve_device
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
-from str_kernels.training.chat import collate
 from str_kernels.training.checks import REFERENCES, TOKENS, Prepared
-from str_kernels.training.loading import load_model, resolve_device
 from str_kernels.training.lora import add_lora
 from str_kernels.training.result import Result, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings

@@ -89,7 +89,7 @@ def test_an_adapter_is_put_on(capsys, aligned_model_dir, files, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from str_kernels.training.loading import load_model_and_tokenizer
+    from str_kernels.inputs.loading import load_model_and_tokenizer
 
     model, _ = load_model_and_tokenizer(aligned_model_dir, device="cpu")
     torch.manual_seed(0)

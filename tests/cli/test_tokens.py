@@ -5,8 +5,8 @@ import json
 import pytest
 
 from str_kernels import SafetyTokens
+from str_kernels.inputs.loading import load_tokenizer
 from str_kernels.safety import tokens as tokens_module
-from str_kernels.training.loading import load_tokenizer
 from tests.cli.calling import call
 from tests.tiny import exchanges
 

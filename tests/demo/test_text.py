@@ -15,7 +15,7 @@ from str_kernels.demo.text import (
     is_refusal,
     task_conversations,
 )
-from str_kernels.training.chat import encode_conversation
+from str_kernels.inputs.chat import encode_conversation
 
 KINDS = ("forbidden", "benign", "lookalike", "task")
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety import evaluation
 from str_kernels.safety.answers import AnswerFile, file_state
 from str_kernels.safety.evaluation import answer_rows, evaluate
-from str_kernels.training.loading import load_model_and_tokenizer
 from tests.tiny import exchanges
 
 

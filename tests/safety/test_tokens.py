@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from str_kernels import SafetyConstraint, SafetyTokens, patch_model
+from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety import identify as identification
 from str_kernels.safety.identify import mean_probabilities, select
-from str_kernels.training.loading import load_model_and_tokenizer
 from tests.tiny import WORDS, byte_tokenizer, exchanges, llama, word_tokenizer
 
 FORBIDDEN = [question for question, _ in exchanges(forbidden=True)][:12]

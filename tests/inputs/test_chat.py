@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from str_kernels.training.chat import (
+from str_kernels.inputs.chat import (
     DEFAULT_CHAT_TEMPLATE,
     IGNORED,
     collate,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from str_kernels.training.loading import load_model_and_tokenizer
+from str_kernels.inputs.loading import load_model_and_tokenizer
 
 
 def test_a_saved_folder_loads(tiny_model_dir):

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from str_kernels.training.chat import ensure_chat_template
+from str_kernels.inputs.chat import ensure_chat_template
 
 DTYPES = {
     "float32": torch.float32,

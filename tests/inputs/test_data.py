@@ -2,7 +2,7 @@
 
 import pytest
 
-from str_kernels.training.data import prompt_messages, read_jsonl, response_of
+from str_kernels.inputs.data import prompt_messages, read_jsonl, response_of
 
 GOOD = '{"prompt": "hi", "response": "hello"}\n'
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

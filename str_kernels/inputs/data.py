@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.training.chat import Encoded, Messages, encode_conversation
+from str_kernels.inputs.chat import Encoded, Messages, encode_conversation
 
 MAX_FAULTS_SHOWN = 5
 

@@ -1,0 +1,1 @@
+"""What comes in: conversations from files, chat templates, models and tokenizers by name."""
