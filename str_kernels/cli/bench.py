@@ -48,6 +48,9 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Folder for JSON, Markdown and PNG; what it holds is kept.")
     ] = Path("bench"),
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what the folder holds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="A small problem, measured once: does it run?")
@@ -72,7 +75,7 @@ def bench(
         from str_kernels.bench.report import LEGEND, Results, unmeasured
 
         chosen = chosen_contenders(contenders)
-        results = Results(out / "bench.json", KEYS)
+        results = Results(out / "bench.json", KEYS, again=again)
         case = _case(model, data, sizes, min(rows, 256) if quick else rows, dtype, device)
     with counting("measuring", len(chosen)) as advance:
         found = compare(
