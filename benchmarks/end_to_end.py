@@ -58,7 +58,9 @@ def main() -> None:
             if not found.has(**where):
                 say(f"{method}, context {context:,}")
                 found.add(where | isolated(args, method, context))
-    draw(found.rows, args.out / "end_to_end.png")
+    name = Path(args.model).name
+    rows = [row for row in found.rows if (row["model"], row["dtype"]) == (name, args.dtype)]
+    draw(rows, args.out / f"end_to_end-{name}-{args.dtype}.png")
     finish(args.out, "end_to_end", table(found.rows))
 
 
@@ -95,7 +97,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     from str_kernels import SafetyConstraint, patch_model
     from str_kernels.bench.reading import prose_ids
-    from str_kernels.training.loading import load_model_and_tokenizer
+    from str_kernels.inputs.loading import load_model_and_tokenizer
     from str_kernels.training.lora import add_lora
     from str_kernels.training.settings import TrainSettings
 
@@ -149,13 +151,13 @@ def draw(rows: list[dict], path: Path) -> None:
         xs = [r["context"] for r in line]
         axes[0].plot(xs, [r["tokens_per_s"] for r in line], marker="o", label=method)
         axes[1].plot(xs, [r["peak_bytes"] / 2**30 for r in line], marker="o", label=method)
-    for axis, label in zip(
-        axes, ("tokens a second", "peak memory of the process, GiB"), strict=True
-    ):
-        axis.set_xscale("log", base=2)
+    labels = ("tokens a second", "peak memory of the process, GiB")
+    for axis, label in zip(axes, labels, strict=True):
+        plots.ticks_at(axis, [row["context"] for row in rows])
         axis.set_ylim(bottom=0)
         axis.set(xlabel="context, tokens", ylabel=label)
         axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}: LoRA steps", fontsize=11)
     plots.save(figure, path)
 
 

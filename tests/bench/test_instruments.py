@@ -145,13 +145,13 @@ def test_synthetic_rows_are_like_a_language_model_s():
 def test_states_of_a_model(tiny_model_dir, tmp_path, positions):
     """States times head are the model's logits, labels the tokens that come next."""
     from str_kernels.bench.reading import read_states
-    from str_kernels.training.loading import load_model_and_tokenizer
+    from str_kernels.inputs.loading import load_model_and_tokenizer
 
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "how to clean a lamp ?", "response": "a ball ."}) + "\n")
     states, labels, weight = read_states(str(tiny_model_dir), data, 100, positions)
     model, tokenizer = load_model_and_tokenizer(tiny_model_dir, device="cpu")
-    from str_kernels.training.data import encode_file, read_numbered
+    from str_kernels.inputs.data import encode_file, read_numbered
 
     whole = encode_file(data, read_numbered(data), tokenizer, max_length=512).sequences[0]
     targets = whole.labels if positions == "responses" else whole.input_ids
