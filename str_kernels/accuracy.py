@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Backend
-from str_kernels.functional import row_terms
 from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
 from str_kernels.vocabulary import VocabularyIndex
 
 _BLOCK = 8192  # vocabulary rows of the bf16 head at a time

@@ -7,18 +7,16 @@ to the fused operation; the patch of Hugging Face models comes through it too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from str_kernels import reference as oracle
-from str_kernels.autograd import FusedRows, RowInputs, Settings
 from str_kernels.backends.contract import Backend
-from str_kernels.backends.pipeline import tiles_of
-from str_kernels.backends.selection import check_backend, select_backend, select_filter
+from str_kernels.backends.selection import check_backend
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
-from str_kernels.validation import validate_loss_inputs, validate_num_items
+from str_kernels.terms import RowTerms, row_terms
+from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
 
 
@@ -47,19 +45,6 @@ class LossParts:
     def token_accuracy(self) -> Tensor:
         """Share of labelled positions predicted right; 0 where there is none."""
         return self.num_correct / self.num_labels.clamp(min=1)
-
-
-class RowTerms(NamedTuple):
-    """Both loss terms of every position, differentiable, and their statistics; shapes ``[...]``."""
-
-    cross_entropy: Tensor
-    penalty: Tensor
-    lse: Tensor
-    safety_logits: Tensor | None
-    correct: Tensor
-    dead_mass: Tensor
-    live_share: Tensor
-    entropy: Tensor | None
 
 
 def linear_cross_entropy(
@@ -152,75 +137,6 @@ def linear_cross_entropy(
     )
     loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
-
-
-def row_terms(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    bias: Tensor | None = None,
-    reference: Tensor | None = None,
-    position_weights: Tensor | None = None,
-    index: VocabularyIndex | None = None,
-    backend: str | Backend = "auto",
-    entropy: bool = False,
-) -> RowTerms:
-    """Both terms of every position before any reduction; arguments as ``linear_cross_entropy``.
-
-    With ``entropy`` also that of each labelled position's prediction, in nats.
-    """
-    validate_loss_inputs(
-        hidden_states,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-    )
-    if index is not None:
-        index.check(weight)
-    flat = _autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
-    if reference is not None and reference.dim() > 1:
-        reference = reference.reshape(-1, reference.shape[-1])
-    if position_weights is not None:
-        position_weights = position_weights.reshape(-1)
-    constants = RowInputs(labels.reshape(-1).long(), reference, position_weights)
-    chosen = select_backend(backend, flat.device, flat.dtype).backend
-    # the casts are decided; inside, autocast would only round fp32 scratch blocks again
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if chosen is None:
-            rows = _dense_terms(flat, weight, bias, constants, options)
-        else:
-            settings = _settings(chosen, options, flat, weight, index, entropy)
-            rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
-    return _reshape(rows, labels.shape)
-
-
-def _settings(
-    backend: Backend,
-    options: LossOptions,
-    flat: Tensor,
-    weight: Tensor,
-    index: VocabularyIndex | None,
-    entropy: bool,
-) -> Settings:
-    resolved = select_filter(
-        options,
-        backend,
-        indexed=index is not None,
-        entropy=entropy,
-        dtype=flat.dtype,
-        device=flat.device,
-    )
-    grad = torch.is_grad_enabled()
-    tiles = None
-    if resolved.eps:
-        with torch.no_grad():
-            tiles = tiles_of(weight, index, trainable=grad and weight.requires_grad)
-    return Settings(backend, options, resolved, tiles, entropy, grad)
 
 
 def reduce_terms(
@@ -325,46 +241,6 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings."""
         return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
-
-
-def _autocast(hidden_states: Tensor) -> Tensor:
-    """Cast as ``F.linear`` would; fp64 stays, as autocast leaves it."""
-    device = hidden_states.device.type
-    if not torch.is_autocast_enabled(device) or hidden_states.dtype == torch.float64:
-        return hidden_states
-    return hidden_states.to(torch.get_autocast_dtype(device))
-
-
-def _dense_terms(
-    flat: Tensor, weight: Tensor, bias: Tensor | None, constants: RowInputs, options: LossOptions
-) -> RowTerms:
-    labels, reference, position_weights = constants
-    rows = oracle.dense_rows(
-        flat,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-    )
-    return RowTerms(
-        rows.cross_entropy,
-        rows.penalty,
-        rows.lse,
-        rows.safety_logits,
-        rows.correct,
-        torch.zeros_like(rows.lse),
-        torch.ones_like(rows.lse),
-        rows.entropy,
-    )
-
-
-def _reshape(rows: RowTerms, shape: torch.Size) -> RowTerms:
-    def view(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.reshape(*shape, *values.shape[1:])
-
-    return RowTerms(*map(view, rows))
 
 
 def _divide(total: Tensor, count: int | float | Tensor) -> Tensor:

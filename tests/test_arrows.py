@@ -16,6 +16,7 @@ LAYERS = [
     {"vocabulary"},
     {"backends"},
     {"autograd"},
+    {"terms"},
     {"functional"},
     {"accuracy"},
     {"inputs"},

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from str_kernels.functional import reduce_terms, row_terms
+from str_kernels.functional import reduce_terms
 from str_kernels.huggingface.positions import position_weights
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import safety_reference
 from str_kernels.safety.references import ReferenceCache
+from str_kernels.terms import row_terms
 
 if TYPE_CHECKING:
     from str_kernels.huggingface.patch import Patch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.functional import LossParts, RowTerms
+from str_kernels.functional import LossParts
+from str_kernels.terms import RowTerms
 
 
 class LossMeter:

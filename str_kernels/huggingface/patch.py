@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.contract import Backend
-from str_kernels.functional import LossParts, RowTerms
+from str_kernels.functional import LossParts
 from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head
 from str_kernels.huggingface.instance import (
@@ -37,6 +37,7 @@ from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import reference_fold, trainable_base
 from str_kernels.options import LossOptions
 from str_kernels.safety.references import ReferenceCache
+from str_kernels.terms import RowTerms
 from str_kernels.vocabulary import VocabularyIndex
 
 if TYPE_CHECKING:

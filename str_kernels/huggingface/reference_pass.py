@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.contract import Backend
-from str_kernels.functional import row_terms
 from str_kernels.huggingface.deferred import DeferredLogits
 from str_kernels.huggingface.head import deferring
 from str_kernels.huggingface.recording import Fold
 from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
 
 _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 

@@ -8,8 +8,8 @@ import torch
 from str_kernels import VocabularyIndex
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton import TritonBackend, host
-from str_kernels.functional import row_terms
 from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
 from tests.backends.test_exact import OPTIONS
 from tests.backends.test_routed import ALL_LIVE, clustered_case, index_of
 from tests.oracle import Case, assert_close, make_case, relative_error
