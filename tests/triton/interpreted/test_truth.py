@@ -275,3 +275,22 @@ def test_autocast_casts_the_weight_in_registers(backend):
     loss.backward()
     assert relative_error(loss, case.to(torch.bfloat16).truth()["loss"]) < 1e-5
     assert relative_error(hidden.grad, case.truth()["hidden_states"]) < 0.02
+
+
+def test_a_compiled_model_runs_the_kernels_as_they_are(backend):
+    """``torch.compile`` around a head and its loss gives the same loss and gradients."""
+    from str_kernels import linear_cross_entropy
+
+    case = clustered_case(24, 300).to(torch.float32)
+    layer = torch.nn.Linear(24, 24)
+
+    def loss(hidden):
+        mixed = layer(hidden) + hidden
+        return linear_cross_entropy(
+            mixed, case.weight, case.labels, backend=backend, filter_eps=DEFAULT_EPS
+        )
+
+    want = torch.autograd.grad(loss(case.hidden_states), layer.weight)[0]
+    compiled = torch.compile(loss, backend="eager")
+    got = torch.autograd.grad(compiled(case.hidden_states), layer.weight)[0]
+    torch.testing.assert_close(got, want)
