@@ -133,6 +133,22 @@ def test_adversarial_routing(kind):
         assert (got[name] - truth[name]).norm() <= 0.02 * scale, name
 
 
+@pytest.mark.parametrize("masked", [-1e9, torch.finfo(torch.float32).min, -float("inf")])
+def test_a_masked_first_token_hides_no_tile(masked):
+    """A masked token that opens a tile leaves the others' mass as it is, in fp32 too.
+
+    The mass of what is left is near 1: its error is fp32 rounding and the filter's (5e-4 at most).
+    """
+    case = clustered_case(bias=True)
+    case.bias[::128] = masked
+    case.labels[case.labels % 128 == 0] = -100
+    case = case.to(torch.float32)
+    truth = case.truth()
+    got = case.run(filter_eps=DEFAULT_EPS, screen="exact")
+    assert relative_error(got["loss"], truth["loss"]) < 1e-6
+    assert relative_error(got["hidden_states"], truth["hidden_states"]) < 1e-3
+
+
 def test_dead_mass_is_returned():
     """`return_parts` tells each position's approximated probability; 0 on the exact path."""
     case = clustered_case()

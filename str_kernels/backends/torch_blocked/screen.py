@@ -18,6 +18,7 @@ from str_kernels.backends.torch_blocked.blocks import head_rows, spans
 from str_kernels.options import TILE, LossOptions
 
 _PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache
+_LEAST_LOG_P = -1024.0  # fp32 keeps 4 decimals here, and fewer below
 
 
 def screen_tiles(
@@ -62,11 +63,12 @@ def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tenso
         logits = F.pad(logits, (0, ragged), value=float("-inf"))
     tiled = logits.view(len(logits), logits.shape[1] // TILE, TILE)
     log_p = torch.log_softmax(tiled, -1)
-    # any column gives the log-mass, z - log p; the first is never padding
+    # any column gives the log-mass, z - log p, as exactly as it holds its log p; the first is never
+    # padding, but a masked token's logit may be -1e9 or -inf
     torch.sub(tiled[..., 0], log_p[..., 0], out=log_mass)
-    broken = log_mass.isnan()
-    if broken.any():  # a first column of -inf
-        log_mass[broken] = torch.logsumexp(tiled[broken], -1)
+    coarse = ~(log_p[..., 0] > _LEAST_LOG_P)
+    if coarse.any():
+        log_mass[coarse] = torch.logsumexp(tiled[coarse], -1)
     if slope is not None:
         # a padded column has no mass; its slope must only be finite
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
