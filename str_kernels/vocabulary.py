@@ -12,7 +12,7 @@ a little less accurate.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,14 +25,14 @@ from str_kernels.options import TILE
 from str_kernels.validation import validate_weight
 
 SCHEMA = "str_kernels.vocabulary_index/1"
+_REQUIRED, _OPTIONAL = {"order", "mean_rows", "sample"}, {"quantised", "row_scales"}
 _DIRECTIONS = 32  # leading principal directions of the whitened rows that the splits look at
 _RIDGE = 1e-3  # share of the mean second moment added to its diagonal: few states, many dimensions
 _PROJECTION_ROWS = 32768  # enough to find the leading directions
 _BLOCK = 32 * TILE  # rows converted at once; there is no second copy of the weight
 _SAMPLES = 16
-_SAME_ROWS = (
-    0.02  # above the rounding of a cast to bf16 (2^-8), far below another weight's distance
-)
+# Above the rounding of a cast to bf16 (2^-8), far below another weight's distance.
+_SAME_ROWS = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class VocabularyIndex:
 
     Attributes:
         order: ``[V]`` int64, a permutation: tile t holds rows ``order[t * TILE : (t + 1) * TILE]``.
-        mean_rows: ``[T, D]`` fp32, each tile's mean row.
+        mean_rows: ``[T, D]`` fp32 (fp64 for fp64 weights), each tile's mean row.
         sample: ``[S, D]`` fp32, evenly spaced rows of the weight, to tell another weight by.
         quantised: ``[V, D]`` int8 or float8_e4m3fn rows in tile order for an 8-bit screen, or None.
         row_scales: ``[V]`` fp32, what a quantised row is multiplied by, or None.
@@ -80,8 +80,8 @@ class VocabularyIndex:
             screen: also keep rows quantised for this 8-bit screen.
 
         Raises:
-            ValueError: a weight that is not whole, hidden states of another D or not finite, an
-                unknown screen.
+            ValueError: a weight that is not whole or not finite, hidden states of another D or not
+                finite, an unknown screen.
         """
         validate_weight(weight)
         if screen not in (None, "int8", "fp8"):
@@ -110,7 +110,7 @@ class VocabularyIndex:
             raise ValueError(
                 f"index is on {self.order.device}, the weight on {weight.device}; use index.to()."
             )
-        if weight.requires_grad or _seen(self, weight):
+        if weight.requires_grad:
             return
         distance = (_evenly(weight, _SAMPLES) - self.sample).norm()
         if not distance <= _SAME_ROWS * self.sample.norm():
@@ -118,22 +118,11 @@ class VocabularyIndex:
                 "index: was built from another weight of this shape (sampled rows differ by "
                 f"{(distance / self.sample.norm()).item():.0%}); build it again."
             )
-        _remember(self, weight)
 
     def to(self, device: torch.device | str) -> VocabularyIndex:
         """The same index on another device."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
-
-        return replace(
-            self,
-            order=move(self.order),
-            mean_rows=move(self.mean_rows),
-            sample=move(self.sample),
-            quantised=move(self.quantised),
-            row_scales=move(self.row_scales),
-        )
+        tensors = self._tensors().items()
+        return VocabularyIndex(**{name: x if x is None else x.to(device) for name, x in tensors})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -164,14 +153,18 @@ class VocabularyIndex:
             raise ValueError(f"path={str(path)!r}: not a safetensors file ({error}).") from None
         if schema != SCHEMA:
             raise ValueError(f"path={str(path)!r}: schema is {schema!r}, must be {SCHEMA!r}.")
+        if not _REQUIRED <= tensors.keys() <= _REQUIRED | _OPTIONAL:
+            raise ValueError(
+                f"path={str(path)!r}: holds {', '.join(sorted(tensors))}, must hold "
+                f"{', '.join(sorted(_REQUIRED))}; build it again."
+            )
         order = tensors["order"]
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise ValueError(f"path={str(path)!r}: its order is not a permutation; build it again.")
         return cls(**tensors)
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        names = ("order", "mean_rows", "sample", "quantised", "row_scales")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in sorted(_REQUIRED | _OPTIONAL)}
 
 
 def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
@@ -210,6 +203,8 @@ def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
         ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         metric = torch.linalg.cholesky(moment + ridge * metric)
     some = _evenly(weight, _PROJECTION_ROWS) @ metric
+    if not some.isfinite().all():
+        raise ValueError("weight holds NaN or inf: its rows have no clusters.")
     projection = metric @ torch.linalg.eigh(some.T @ some).eigenvectors[:, -_DIRECTIONS:]
     return torch.cat([block.float() @ projection for block in weight.split(_BLOCK)])
 
@@ -250,17 +245,3 @@ def _evenly(weight: Tensor, count: int) -> Tensor:
     """At most ``count`` evenly spaced rows, fp32."""
     ids = torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device)
     return weight.detach()[ids.long()].float()
-
-
-def _key(weight: Tensor) -> tuple[int, int]:
-    # inference tensors keep no version: they are compared every time
-    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
-
-
-def _seen(index: VocabularyIndex, weight: Tensor) -> bool:
-    key = _key(weight)
-    return key[1] >= 0 and getattr(index, "_checked", None) == key
-
-
-def _remember(index: VocabularyIndex, weight: Tensor) -> None:
-    object.__setattr__(index, "_checked", _key(weight))

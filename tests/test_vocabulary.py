@@ -85,8 +85,25 @@ def test_a_weight_changed_in_place_is_compared_again():
         linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
 
 
+def test_another_weight_at_the_same_address_is_compared():
+    """Memory is used again: a new weight where the old one lay is no less another weight."""
+    memory = torch.randn(300, 8)
+    index = VocabularyIndex.build(memory)
+    index.check(torch.from_numpy(memory.numpy()))
+    memory.numpy()[:] = torch.randn(300, 8).numpy()  # as a new tensor would be: version 0 again
+    with pytest.raises(ValueError, match="another weight"):
+        index.check(torch.from_numpy(memory.numpy()))
+
+
+def test_moved_index_is_the_same():
+    """`to` keeps every tensor."""
+    index = VocabularyIndex.build(torch.randn(300, 8), screen="int8")
+    moved = index.to("cpu")
+    assert all(torch.equal(moved._tensors()[name], x) for name, x in index._tensors().items())
+
+
 def test_broken_files_are_refused(tmp_path):
-    """Missing, not safetensors, another schema, no permutation: each named."""
+    """Missing, not safetensors, another schema, a tensor missing, no permutation: each named."""
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="no such file"):
         VocabularyIndex.load(path)
@@ -96,19 +113,21 @@ def test_broken_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="schema is None"):
         VocabularyIndex.load(path)
+    schema = {"schema": "str_kernels.vocabulary_index/1"}
+    save_file({"order": torch.arange(3)}, path, metadata=schema)
+    with pytest.raises(ValueError, match="holds order, must hold mean_rows, order, sample"):
+        VocabularyIndex.load(path)
     tensors = {"order": torch.tensor([0, 0]), "mean_rows": torch.zeros(1, 2)}
-    save_file(
-        {**tensors, "sample": torch.zeros(2, 2)},
-        path,
-        metadata={"schema": "str_kernels.vocabulary_index/1"},
-    )
+    save_file({**tensors, "sample": torch.zeros(2, 2)}, path, metadata=schema)
     with pytest.raises(ValueError, match="not a permutation"):
         VocabularyIndex.load(path)
 
 
 def test_bad_arguments():
-    """Hidden states of another size or with NaN, an unknown screen."""
+    """Hidden states of another size or with NaN, a weight with NaN, an unknown screen."""
     weight = torch.randn(300, 8)
+    with pytest.raises(ValueError, match="weight holds NaN or inf"):
+        VocabularyIndex.build(torch.full((300, 8), float("nan")))
     with pytest.raises(ValueError, match="D=8"):
         VocabularyIndex.build(weight, torch.randn(4, 9))
     with pytest.raises(ValueError, match="NaN or inf"):
