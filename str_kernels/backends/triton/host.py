@@ -66,7 +66,9 @@ def operands(head: Head, order: Tensor | None) -> Operands:
 
 
 def _tf32_allowed() -> bool:
-    """Whether the user lets torch's own fp32 products use tf32."""
+    """Whether the user lets torch's own fp32 products use tf32; AMD has fp32 matrix units."""
+    if torch.version.hip:
+        return False
     settings = torch.backends.cuda.matmul
     if hasattr(settings, "fp32_precision"):  # since torch 2.9; the older name would mix with it
         return settings.fp32_precision == "tf32"

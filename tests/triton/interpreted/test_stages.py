@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch_blocked import TorchBlocked
 from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.backends.triton.launch import launch_for
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import relative_error
@@ -142,35 +144,39 @@ def test_plan_covers_every_live_row_once():
     assert [len(rows) for rows in covered] == counts.tolist()
 
 
-def test_counted_work_of_a_frozen_head(backend, dot_flops):
-    """Forward and backward are one screen and twice the live share, padding included; exact two.
+@pytest.mark.parametrize(("screen", "cost"), [("exact", 1.0), ("int8", 0.5)])
+def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
+    """Forward and backward are one screen and twice the live share, padding included.
 
-    Counted inside ``tl.dot``: a chunk of live rows is padded to the launch's rows, so every tile
-    with a live row costs at most one chunk more than its rows.
+    Counted inside ``tl.dot``, 8-bit operations at half. A chunk of live rows is padded to the
+    launch's rows, so that a tile with a live row costs at most one chunk more than its rows.
     """
-    from str_kernels import linear_cross_entropy
-
-    case = clustered_case(256, 2048, 64, ignored=0.0).to(torch.float16)
-    index = index_of(case)
-    gemm = 2 * 256 * 2048 * 64
+    case = clustered_case(256, 2048, 128, ignored=0.0).to(torch.float16)
+    index = VocabularyIndex.build(
+        case.weight, case.hidden_states, screen=None if screen == "exact" else screen
+    )
     head = Head(case.hidden_states, case.weight, None)
-    tiles = Tiles(index.order, index.inverse, index.mean_rows)
-    masses = backend.screen(head, tiles, LossOptions(), "exact")
+    tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
+    masses = backend.screen(head, tiles, LossOptions(), screen)
     counts = backend.route(masses, case.labels, tiles, DEFAULT_EPS).counts
-    chunk = backend._launch(head, "refine").block_r
+    chunk = launch_for(0, "refine", torch.float16).block_r
     padded = (-(-counts // chunk) * chunk).sum().item() * TILE / (256 * 2048)
     live = counts.sum().item() * TILE / (256 * 2048)
-    assert live < padded < live + chunk * len(counts) * TILE / (256 * 2048)
+    assert live < padded <= live + chunk * len(counts) * TILE / (256 * 2048)
+    arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
+    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(cost + 2.0 * padded)
 
-    def work(**arguments):
-        dot_flops["flops"] = 0
-        hidden = case.hidden_states.clone().requires_grad_()
-        linear_cross_entropy(
-            hidden, case.weight, case.labels, backend=backend, **arguments
-        ).backward()
-        return dot_flops["flops"] / gemm
 
-    routed = work(index=index, filter_eps=DEFAULT_EPS)
-    assert routed == pytest.approx(1.0 + 2.0 * padded)
-    assert routed < 1.75
-    assert work(filter_eps=0.0) == pytest.approx(2.0)
+def test_counted_work_of_the_exact_path(backend, dot_flops):
+    """Two GEMMs forward and backward with a frozen head: logits once, expected rows once."""
+    case = clustered_case(128, 512, 64, ignored=0.0).to(torch.float16)
+    assert _work(case, backend, dot_flops, filter_eps=0.0) == pytest.approx(2.0)
+
+
+def _work(case, backend, dot_flops, **arguments):
+    """GEMMs of one forward and backward by the hidden states."""
+    dot_flops["flops"] = 0
+    hidden = case.hidden_states.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, case.weight, case.labels, backend=backend, **arguments)
+    loss.backward()
+    return dot_flops["flops"] / (2 * len(hidden) * case.weight.numel())
