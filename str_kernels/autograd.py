@@ -64,22 +64,14 @@ class FusedRows(Function):
         settings: Settings,
     ) -> tuple[Tensor | None, ...]:
         """Return cross-entropy ``[N]`` and penalty ``[N]``, then the statistics."""
-        options = settings.options
-        dtype = accumulator(hidden_states.dtype)
-        plan = plan_rows(rows.labels, rows.position_weights, options, dtype)
         needs = tuple(settings.grad and need for need in ctx.needs_input_grad[:3])
-        wanted = Wanted(
-            hidden=needs[0],
-            masses=(needs[1] or needs[2]) and settings.tiles is not None,
-            entropy=settings.entropy,
-        )
         head = Head(hidden_states, weight, bias)
-        done = run_forward(
-            settings.backend, head, plan, options, settings.filter, settings.tiles, wanted
-        )
-        penalty = _penalty(plan, done, rows.reference, options)
+        done, penalty = forward_rows(head, rows, settings, needs)
         if any(needs):
-            _save(ctx, settings, needs, head, rows, done)
+            ctx.settings, ctx.needs = settings, needs
+            kept = kept_for_backward(head, rows, done, needs)
+            ctx.names = tuple(kept)
+            ctx.save_for_backward(*kept.values())
         statistics = (
             done.lse,
             done.safety_logits,
@@ -100,12 +92,45 @@ class FusedRows(Function):
                 "derivative; use backend='reference' for one."
             )
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        # backward() may be called under the user's autocast, which would round the fp32 scratch
-        with torch.autocast(grad_cross_entropy.device.type, enabled=False):
-            upstream = _Upstream(ctx.settings, saved, grad_cross_entropy, grad_penalty)
-            hidden = upstream.hidden_gradient(ctx.dtype) if ctx.needs[0] else None
-            others = upstream.weight_gradients(ctx.needs[1:]) if any(ctx.needs[1:]) else [None] * 2
-        return hidden, *others, None, None
+        gradients = backward_rows(ctx.settings, ctx.needs, saved, grad_cross_entropy, grad_penalty)
+        return *gradients, None, None
+
+
+def forward_rows(
+    head: Head, rows: RowInputs, settings: Settings, needs: tuple[bool, ...]
+) -> tuple[Forward, Tensor]:
+    """What N rows know of the vocabulary, and their penalty ``[N]``.
+
+    ``needs`` says whether hidden states, weight and bias will be asked for a gradient.
+    """
+    options = settings.options
+    dtype = accumulator(head.hidden_states.dtype)
+    plan = plan_rows(rows.labels, rows.position_weights, options, dtype)
+    wanted = Wanted(
+        hidden=needs[0],
+        masses=(needs[1] or needs[2]) and settings.tiles is not None,
+        entropy=settings.entropy,
+    )
+    done = run_forward(
+        settings.backend, head, plan, options, settings.filter, settings.tiles, wanted
+    )
+    return done, _penalty(plan, done, rows.reference, options)
+
+
+def backward_rows(
+    settings: Settings,
+    needs: tuple[bool, ...],
+    saved: dict[str, Tensor | None],
+    grad_cross_entropy: Tensor,
+    grad_penalty: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias; ``saved`` is of ``kept_for_backward``."""
+    # backward() may be called under the user's autocast, which would round the fp32 scratch
+    with torch.autocast(grad_cross_entropy.device.type, enabled=False):
+        upstream = _Upstream(settings, saved, grad_cross_entropy, grad_penalty)
+        hidden = upstream.hidden_gradient() if needs[0] else None
+        weight, bias = upstream.weight_gradients(needs[1:]) if any(needs[1:]) else (None, None)
+    return hidden, weight, bias
 
 
 def _penalty(
@@ -118,15 +143,10 @@ def _penalty(
     return torch.where(plan.penalty_scale > 0, plan.penalty_scale * value, 0.0)
 
 
-def _save(
-    ctx: Any,
-    settings: Settings,
-    needs: tuple[bool, ...],
-    head: Head,
-    rows: RowInputs,
-    done: Forward,
-) -> None:
-    ctx.settings, ctx.needs, ctx.dtype = settings, needs, head.hidden_states.dtype
+def kept_for_backward(
+    head: Head, rows: RowInputs, done: Forward, needs: tuple[bool, ...]
+) -> dict[str, Tensor | None]:
+    """The tensors that a backward needs, by name; nothing of the vocabulary's size but the head."""
     kept = {
         **rows._asdict(),
         "rows": done.rows,
@@ -145,8 +165,7 @@ def _save(
             "masses": done.masses,
             "slope": done.slope,
         }
-    ctx.names = tuple(kept)
-    ctx.save_for_backward(*kept.values())
+    return kept
 
 
 class _Upstream:
@@ -180,9 +199,10 @@ class _Upstream:
         ids = self.options.safety.token_ids
         self.ids = torch.tensor(ids, device=safety_logits.device)
 
-    def hidden_gradient(self, dtype: torch.dtype) -> Tensor:
+    def hidden_gradient(self) -> Tensor:
         """``[N, D]``: scaled row gradients plus the constraint's K columns."""
         weight, dense = self.saved["weight"], self.saved["rows"]
+        dtype = self.saved["ce_gradient"].dtype  # that of the hidden states
         out = torch.zeros(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
         for start in range(0, len(dense), _ROWS):
             block = slice(start, min(start + _ROWS, len(dense)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from str_kernels.backends.contract import Backend
 from str_kernels.backends.selection import check_backend
+from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.terms import RowTerms, row_terms
 from str_kernels.validation import validate_num_items
@@ -112,46 +113,54 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, by name.
     """
-    options = LossOptions(
+    settings = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "filter_eps": filter_eps,
+        "screen": screen,
+    }
+    tensors = {
+        "bias": bias,
+        "reference": reference,
+        "position_weights": position_weights,
+        "index": index,
+        "backend": backend,
+    }
+    validate_num_items(num_items_in_batch, reduction)
+    if torch.compiler.is_compiling() and backend != "reference":
+        rows = traced_terms(hidden_states, weight, labels, safety, settings, **tensors)
+    else:
+        options = LossOptions(safety=safety, **settings)
+        rows = row_terms(hidden_states, weight, labels, options, **tensors)
+    loss, parts = reduce_terms(
+        rows,
+        labels,
         ignore_index=ignore_index,
         reduction=reduction,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        filter_eps=filter_eps,
-        screen=screen,
-        safety=safety,
+        num_items_in_batch=num_items_in_batch,
     )
-    validate_num_items(num_items_in_batch, options)
-    rows = row_terms(
-        hidden_states,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-        index=index,
-        backend=backend,
-    )
-    loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
 
 
 def reduce_terms(
     rows: RowTerms,
     labels: Tensor,
-    options: LossOptions,
+    *,
+    ignore_index: int,
+    reduction: Reduction,
     num_items_in_batch: int | float | Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
-    num_labels = (labels != options.ignore_index).sum()
+    num_labels = (labels != ignore_index).sum()
 
     def reduce(terms: Tensor) -> Tensor:
-        if options.reduction == "none":
+        if reduction == "none":
             return terms
-        if options.reduction == "sum":
+        if reduction == "sum":
             return terms.sum()
         return _divide(
             terms.sum(), num_labels if num_items_in_batch is None else num_items_in_batch

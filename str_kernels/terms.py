@@ -50,6 +50,32 @@ def row_terms(
 
     With ``entropy`` also that of each labelled position's prediction, in nats.
     """
+    check_inputs(hidden_states, weight, labels, options, bias, reference, position_weights, index)
+    flat, constants = flatten(hidden_states, labels, reference, position_weights)
+    chosen = select_backend(backend, flat.device, flat.dtype).backend
+    # the casts are decided; inside, autocast would only round fp32 scratch blocks again
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if chosen is None:
+            rows = _dense_terms(flat, weight, bias, constants, options)
+        else:
+            settings = resolve(
+                chosen, options, flat, weight, index, entropy=entropy, grad=torch.is_grad_enabled()
+            )
+            rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
+    return unflatten(rows, labels.shape)
+
+
+def check_inputs(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    bias: Tensor | None,
+    reference: Tensor | None,
+    position_weights: Tensor | None,
+    index: VocabularyIndex | None,
+) -> None:
+    """Everything that the boundary refuses; see ``linear_cross_entropy``."""
     validate_loss_inputs(
         hidden_states,
         weight,
@@ -61,31 +87,34 @@ def row_terms(
     )
     if index is not None:
         index.check(weight)
+
+
+def flatten(
+    hidden_states: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    position_weights: Tensor | None,
+) -> tuple[Tensor, RowInputs]:
+    """``[..., D]`` → ``[N, D]``, cast as autocast demands, and the rows' constants."""
     flat = _autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
     if reference is not None and reference.dim() > 1:
         reference = reference.reshape(-1, reference.shape[-1])
     if position_weights is not None:
         position_weights = position_weights.reshape(-1)
-    constants = RowInputs(labels.reshape(-1).long(), reference, position_weights)
-    chosen = select_backend(backend, flat.device, flat.dtype).backend
-    # the casts are decided; inside, autocast would only round fp32 scratch blocks again
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if chosen is None:
-            rows = _dense_terms(flat, weight, bias, constants, options)
-        else:
-            settings = _settings(chosen, options, flat, weight, index, entropy)
-            rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
-    return _reshape(rows, labels.shape)
+    return flat, RowInputs(labels.reshape(-1).long(), reference, position_weights)
 
 
-def _settings(
+def resolve(
     backend: Backend,
     options: LossOptions,
     flat: Tensor,
     weight: Tensor,
     index: VocabularyIndex | None,
+    *,
     entropy: bool,
+    grad: bool,
 ) -> Settings:
+    """Choose filter and tiles; ``grad`` says whether anybody can ask for a gradient later."""
     resolved = select_filter(
         options,
         backend,
@@ -94,7 +123,6 @@ def _settings(
         dtype=flat.dtype,
         device=flat.device,
     )
-    grad = torch.is_grad_enabled()
     tiles = None
     if resolved.eps:
         with torch.no_grad():
@@ -135,7 +163,9 @@ def _dense_terms(
     )
 
 
-def _reshape(rows: RowTerms, shape: torch.Size) -> RowTerms:
+def unflatten(rows: RowTerms, shape: torch.Size) -> RowTerms:
+    """``[N, ...]`` → ``[..., ...]``."""
+
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(*shape, *values.shape[1:])
 

@@ -183,7 +183,7 @@ def _validate_position_weights(
         )
 
 
-def validate_num_items(num_items_in_batch: object, options: LossOptions) -> None:
+def validate_num_items(num_items_in_batch: object, reduction: str) -> None:
     """``num_items_in_batch`` replaces n, so it belongs to the mean alone.
 
     Raises:
@@ -191,9 +191,9 @@ def validate_num_items(num_items_in_batch: object, options: LossOptions) -> None
     """
     if num_items_in_batch is None:
         return
-    if options.reduction != "mean":
+    if reduction != "mean":
         raise ValueError(
-            f"num_items_in_batch={num_items_in_batch} with reduction={options.reduction!r}: it is "
+            f"num_items_in_batch={num_items_in_batch} with reduction={reduction!r}: it is "
             "the denominator of reduction='mean' and of nothing else."
         )
     if isinstance(num_items_in_batch, Tensor):

@@ -17,6 +17,7 @@ LAYERS = [
     {"backends"},
     {"autograd"},
     {"terms"},
+    {"operator"},
     {"functional"},
     {"accuracy"},
     {"inputs"},

@@ -93,7 +93,7 @@ class LabelledForward:
         terms = row_terms(
             *arguments, options, reference=reference, position_weights=weights, **inputs
         )
-        loss, parts = reduce_terms(terms, labels, options)
+        loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if self._inside:
             self.fused = True
             patch.observe(terms, parts)

@@ -1,0 +1,117 @@
+"""The loss inside compiled code: one operator, the same values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import (
+    SafetyConstraint,
+    VocabularyIndex,
+    linear_cross_entropy,
+    operator,  # noqa: F401  registers the operator
+)
+from tests.backends.test_routed import clustered_case
+from tests.oracle import assert_close, make_case
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def compiled(case, frozen=(), **overrides):
+    """Loss and gradients of a compiled function, traced whole; ``frozen`` need no gradient."""
+    leaves = {
+        name: getattr(case, name).detach().clone().requires_grad_(name not in frozen)
+        for name in ("hidden_states", "weight", "bias")
+        if getattr(case, name) is not None
+    }
+    settings = {**case.settings, **overrides}
+
+    def loss(hidden_states, weight, labels, bias, reference, position_weights):
+        # an operation before and one after, so that there is a graph around the operator
+        return 2.0 * linear_cross_entropy(
+            hidden_states * 1.5,
+            weight,
+            labels,
+            bias=bias,
+            reference=reference,
+            position_weights=position_weights,
+            **settings,
+        )
+
+    arguments = (
+        leaves["hidden_states"],
+        leaves["weight"],
+        case.labels,
+        leaves.get("bias"),
+        case.reference,
+        case.position_weights,
+    )
+    results = []
+    for function in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
+        value = function(*arguments)
+        wanted = [x for x in leaves.values() if x.requires_grad]
+        gradients = torch.autograd.grad(value.sum(), wanted)
+        names = [name for name, x in leaves.items() if x.requires_grad]
+        results.append({"loss": value.detach(), **dict(zip(names, gradients, strict=True))})
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "softcap": 5.0, "logit_scale": 1.3, "label_smoothing": 0.1},
+        {"k": 4, "kind": "logprob", "weighted": True, "z_loss": 0.01},
+        {"k": 4, "kind": "kl", "constraint": {"temperature": 2.0, "token_weights": [1, 2, 0, 1]}},
+        {"k": 4, "static": True, "reduction": "none"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden_states",)], ids=str)
+def test_compiled_equals_eager(options, frozen):
+    """``fullgraph=True``: every gradient that is asked for, to rounding."""
+    assert_close(*compiled(make_case(**options), frozen), 1e-12)
+
+
+def test_filtered_with_an_index():
+    """A frozen head's filter is traced with its index."""
+    case = clustered_case(k=3)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    assert_close(*compiled(case, ("weight",), index=index, screen="exact"), 1e-12)
+
+
+def test_num_items_as_a_tensor():
+    """A trainer's denominator is a tensor."""
+    assert_close(*compiled(make_case(), num_items_in_batch=torch.tensor(7)), 1e-12)
+
+
+def test_errors_keep_their_names():
+    """What the boundary refuses is refused with the same words when the compiled code runs."""
+    case = make_case()
+    case.labels[2] = 1000
+    with pytest.raises(ValueError, match=r"labels\[2\]=1000"):
+        compiled(case)
+
+
+def test_opcheck():
+    """Schema, fake kernels and autograd registration hold, by torch's own check."""
+    # every row labelled: opcheck does not take the NaN of a row without lse for equal
+    case = make_case(9, 50, 6, k=3, kind="logprob", bias=True, ignored=0.0)
+    safety: SafetyConstraint = case.settings["safety"]
+    for needs in ([True, True, True], [True, False, False]):
+        tensors = [
+            x.clone().requires_grad_(need)
+            for x, need in zip((case.hidden_states, case.weight, case.bias), needs, strict=True)
+        ]
+        torch.library.opcheck(
+            torch.ops.str_kernels.fused_terms.default,
+            (
+                *(tensors[0], tensors[1], case.labels, tensors[2], case.reference),
+                *(None, None, None, None, None, None),
+                *(-100, 1.0, None, 0.0, 0.0, -1.0, "auto", list(safety.token_ids)),
+                *(safety.strength, safety.kind, None, 0.0, 1.0, "torch", needs),
+            ),
+        )
