@@ -290,10 +290,10 @@ def _with_real_logits(
                 "they have no gradient; unpatch the model, or watch the hidden states."
             )
         call.watched = True
+    if call.owner is not None and not logits.is_materialised:
+        call.owner.logits_read(name)
     if writes(func, kwargs):
         call.materialise_all()
         call.written = True
-    if call.owner is not None and not logits.is_materialised:
-        call.owner.logits_read(name)
     real_args, real_kwargs = _real(args, kwargs)
     return func(*real_args, **real_kwargs)

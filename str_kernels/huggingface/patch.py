@@ -189,9 +189,10 @@ class Patch:
             return
         raise ValueError(
             f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
-            "computed past the patch. TRL's trainers do so (fused_lm_head=True); give them the "
-            "loss of transformers: class MyTrainer(SFTTrainer): compute_loss = "
-            "transformers.Trainer.compute_loss"
+            "computed past the patch, as TRL's trainers do (fused_lm_head=True). For SFTTrainer: "
+            "class MyTrainer(str_kernels.huggingface.PatchedLossMixin, SFTTrainer): pass. DPO, "
+            "GRPO, KTO and the like have no cross-entropy that the constraint could join; for them "
+            "patch with safety=None or not at all."
         )
 
 
