@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from str_kernels import SafetyConstraint, linear_cross_entropy
+from str_kernels.options import TILE, LossOptions
+from str_kernels.reference import dense_logits, dense_penalty
 
 
 @dataclass
@@ -100,6 +102,49 @@ def make_case(
     return Case(
         hidden_states, weight, labels, normal(vocab) if bias else None, reference, weights, settings
     )
+
+
+def filtered_truth(case: Case, upstream: Tensor, eps: float, order: Tensor) -> dict[str, Tensor]:
+    """What filtering promises, in fp64 and materialised; names as ``Case.run``'s.
+
+    The loss is the truth's. In the gradient, ``∂lse/∂(HWᵀ + b)`` of a dead tile is replaced by its
+    mean over the tile; a tile is dead if it holds at most ``eps`` of the row's open mass.
+    """
+    case, options = case.to(torch.float64), LossOptions(**case.settings)
+    names = [n for n in ("hidden_states", "weight", "bias") if getattr(case, n) is not None]
+    leaves = [getattr(case, n).detach().clone().requires_grad_() for n in names]
+    products = leaves[0] @ leaves[1].T + (leaves[2] if case.bias is not None else 0.0)
+    # an identity head: the oracle applies scale and softcap to the products as they are
+    identity = torch.eye(products.shape[1], dtype=products.dtype)
+    logits = dense_logits(products, identity, None, options)
+    exact_lse = logits.logsumexp(-1)
+    slope = torch.autograd.grad(exact_lse.sum(), products, retain_graph=True)[0]
+    tile = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)) // TILE)
+    member = torch.nn.functional.one_hot(tile).to(slope.dtype)
+    mass = logits.softmax(-1).detach() @ member
+    labelled = case.labels != -100
+    target = case.labels.clamp(min=0)
+    of_label = member[target].bool() & labelled[:, None]
+    open_mass = mass.masked_fill(of_label, 0.0).sum(-1, keepdim=True)
+    live = (mass > eps * open_mass.clamp(min=2.0**-20)) | of_label
+    assert live.any()
+    assert not live.all(), "the case has no dead tile"
+    spread = slope @ (member / member.sum(0)) @ member.T
+    slope = torch.where(live[:, tile], slope, spread)
+    moved = (products * slope).sum(-1)
+    lse = exact_lse.detach() + moved - moved.detach()
+    smoothing = options.label_smoothing
+    label_logit = logits.gather(-1, target[:, None])[:, 0]
+    loss = lse - (1 - smoothing) * label_logit - smoothing * logits.mean(-1)
+    loss = torch.where(labelled, loss + options.z_loss * lse**2, 0.0)
+    if options.safety is not None:
+        safety, z = options.safety, logits
+        if safety.kind == "logprob":  # `mse` of z - lse
+            safety, z = replace(safety, kind="mse"), logits - lse[:, None]
+        weights = (labelled if case.position_weights is None else case.position_weights).double()
+        loss = loss + safety.strength * weights * dense_penalty(safety, z, case.reference)
+    grads = torch.autograd.grad((loss * upstream).sum(), leaves)
+    return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -13,8 +13,10 @@ from str_kernels.backends.torch_blocked import TorchBlocked
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_exact import OPTIONS
-from tests.oracle import Case, assert_close, make_case, relative_error
+from tests.oracle import Case, assert_close, filtered_truth, make_case, relative_error
 
+# a softcap with label smoothing takes the exact path
+ROUTED = [x for x in OPTIONS if not {"softcap", "label_smoothing"} <= x.keys()]
 # below every tile's share: all pairs are live, and refined from the original operands
 ALL_LIVE = 1e-30
 
@@ -65,6 +67,25 @@ def test_filtered_error_is_small(options):
     assert (relative_error(got["hidden_states"], truth["hidden_states"]) < 1e-9) == (
         softcapped_smoothing
     )
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 20.0], ids=["open", "confident"])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("options", ROUTED, ids=str)
+def test_filtered_is_what_it_promises(options, indexed, sharpness):
+    """Live pairs are exact and dead ones their tile's mean, to rounding, in every gradient.
+
+    The confident case has rows whose open mass is below 2^-20, where the share is of that instead.
+    """
+    case = clustered_case(**options)
+    case.weight *= sharpness
+    case.labels[::3] = 1099  # in the ragged last tile, and improbable
+    index = index_of(case) if indexed else None
+    order = index.order if indexed else torch.arange(len(case.weight))
+    upstream = torch.linspace(-1.0, 2.0, len(case.labels), dtype=torch.float64)
+    eps = 2.0**-3  # of 9 tiles, even when the softcap makes all of them alike
+    got = case.run(upstream, filter_eps=eps, index=index, screen="exact", reduction="none")
+    assert_close(got, filtered_truth(case, upstream, eps, order), 1e-9)
 
 
 def test_bf16_screen_is_refined_away():
