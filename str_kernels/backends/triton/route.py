@@ -14,6 +14,8 @@ import triton.language as tl
 from str_kernels.backends.torch_blocked.route import LEAST_OPEN
 from str_kernels.backends.triton.tiles import LOWEST, TILE
 
+# The bits of -0.0, whose sign a literal loses in Triton 3.4.
+NEGATIVE_ZERO = tl.constexpr(-(1 << 31))
 LOG_LEAST_OPEN = tl.constexpr(math.log(LEAST_OPEN))
 
 
@@ -91,6 +93,7 @@ def route_kernel(
         place = base + count + tl.cumsum(chosen, 0) - 1
         tl.store(list_ptr + place, row, mask=live)
         share = tl.exp(mass - tl.load(shift_ptr + row, mask=inside, other=0.0))
-        tl.store(log_mass_ptr + base + row, tl.where(live, -0.0, share), mask=inside)
+        bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
+        tl.store(log_mass_ptr + base + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + tile, count)
