@@ -41,7 +41,10 @@ class RowInputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How to run; ``grad`` says whether anybody can ask for a gradient later."""
+    """How to run; ``grad`` says whether anybody can ask for a gradient later.
+
+    ``dtype`` is that of the hidden states, and of their gradient.
+    """
 
     backend: Backend
     options: LossOptions
@@ -49,6 +52,7 @@ class Settings(NamedTuple):
     tiles: Tiles | None
     entropy: bool
     grad: bool
+    dtype: torch.dtype
 
 
 class FusedRows(Function):
@@ -202,7 +206,7 @@ class _Upstream:
     def hidden_gradient(self) -> Tensor:
         """``[N, D]``: scaled row gradients plus the constraint's K columns."""
         weight, dense = self.saved["weight"], self.saved["rows"]
-        dtype = self.saved["ce_gradient"].dtype  # that of the hidden states
+        dtype = self.settings.dtype
         out = torch.zeros(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
         for start in range(0, len(dense), _ROWS):
             block = slice(start, min(start + _ROWS, len(dense)))

@@ -19,7 +19,7 @@ from str_kernels.autograd import (
     forward_rows,
 )
 from str_kernels.backends.contract import Backend, Head
-from str_kernels.backends.logits import accumulator
+from str_kernels.backends.logits import accumulator, kept_dtype
 from str_kernels.backends.rows import plan_rows
 from str_kernels.backends.selection import select_backend
 from str_kernels.options import LossOptions, SafetyConstraint
@@ -173,7 +173,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     def spread(values: Tensor | None) -> Tensor:
         """``[R, ...]`` → ``[N, ...]``: a tracer does not know how many rows meet the vocabulary."""
         if values is None:
-            return head.hidden_states.new_empty(0)
+            return head.hidden_states.new_empty(0, dtype=kept_dtype(head.hidden_states.dtype))
         return values.new_zeros(count, *values.shape[1:]).index_copy_(0, done.rows, values)
 
     return (
@@ -199,6 +199,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         return hidden.new_empty(shape, dtype=of)
 
     states = (count, hidden.shape[1])
+    kept = kept_dtype(hidden.dtype)
     return (
         row(count),
         row(count),
@@ -207,10 +208,10 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         row(count, of=torch.bool),
         row(count),
         row(count),
-        row(*states if needs[0] else (0,), of=hidden.dtype),
+        row(*states if needs[0] else (0,), of=kept),
         row(
             *states if needs[0] and token_ids is not None and kind == "logprob" else (0,),
-            of=hidden.dtype,
+            of=kept,
         ),
         row(count),
     )

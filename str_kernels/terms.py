@@ -127,7 +127,7 @@ def resolve(
     if resolved.eps:
         with torch.no_grad():
             tiles = tiles_of(weight, index, trainable=grad and weight.requires_grad)
-    return Settings(backend, options, resolved, tiles, entropy, grad)
+    return Settings(backend, options, resolved, tiles, entropy, grad, flat.dtype)
 
 
 def _autocast(hidden_states: Tensor) -> Tensor:

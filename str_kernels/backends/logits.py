@@ -18,6 +18,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What row gradients wait in from forward to backward, by the dtype of the hidden states.
+
+    The upstream gradient (loss scale, 1/n) comes last; fp16 has not the exponents for what it is
+    still to scale.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def weight_rows(head: Head, where: Tensor | slice, dtype: torch.dtype) -> Tensor:
     """Rows of W as every product sees them: under autocast rounded to the dtype of H first."""
     return head.weight[where].to(head.hidden_states.dtype).to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
-from str_kernels.backends.logits import accumulator, safety_logits
+from str_kernels.backends.logits import accumulator, kept_dtype, safety_logits
 from str_kernels.backends.rows import RowPlan, cross_entropy, row_gradients
 from str_kernels.backends.selection import Filter
 from str_kernels.options import LossOptions
@@ -25,8 +25,8 @@ class Forward(NamedTuple):
 
     ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
     ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed.
-    ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in the dtype
-    of the hidden states, ``open_mass``, ``masses``, ``slope``.
+    ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in
+    ``kept_dtype``, ``open_mass``, ``masses``, ``slope``.
     """
 
     rows: Tensor
@@ -93,9 +93,10 @@ class _Collected:
         self.losses.append(cross_entropy(dense, self.options, block.weight.shape[0]))
         if dense.open_gradient is not None:
             ce, lse = row_gradients(block, labels, dense, self.options)
-            self.ce_gradients.append(ce.to(block.hidden_states.dtype))
+            kept = kept_dtype(block.hidden_states.dtype)
+            self.ce_gradients.append(ce.to(kept))
             if lse is not None:
-                self.lse_gradients.append(lse.to(block.hidden_states.dtype))
+                self.lse_gradients.append(lse.to(kept))
         # row gradients stand for these two from here on
         self.blocks.append(dense._replace(open_gradient=None, smooth_gradient=None))
 

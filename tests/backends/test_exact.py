@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from str_kernels.backends.torch_blocked import TorchBlocked
-from tests.oracle import assert_close, make_case
+from tests.oracle import Case, assert_close, make_case, relative_error
 
 # Rounding of fp32 sums over a few hundred terms; for 16-bit operands the gradients are rounded once
 # to the operand's own precision (2^-9 and 2^-12 relative, rms below that).
@@ -109,6 +109,21 @@ def test_confident_rows_keep_their_gradient(scale):
     case.labels = (case.hidden_states @ case.weight.T).argmax(-1)
     case = case.to(torch.float32)
     assert_close(case.run(), case.truth(), max(5e-6, scale * 2.0**-19))
+
+
+def test_fp16_gradients_wait_for_the_loss_scale():
+    """In fp16 a gradient that the upstream one makes representable is there in the end.
+
+    One rounding of the result: 2^-11.
+    """
+    hidden, weight = torch.ones(1, 1).half(), torch.tensor([[8.0], [-8.0]]).half()
+    case = Case(hidden, weight, torch.zeros(1).long())  # a gradient of 1.8e-6; fp16 knows 6e-8
+    for factor, settings_ in ((2.0**12, {}), (1e-4, {"logit_scale": 1e4})):
+        case.settings = {**settings_, "reduction": "none"}
+        case.labels[:] = int("logit_scale" in settings_)  # the wrong one: a gradient of -1.6e5
+        upstream = torch.tensor([factor])
+        got, truth = case.run(upstream), case.truth(upstream)
+        assert relative_error(got["hidden_states"], truth["hidden_states"]) < 2.0**-11
 
 
 def test_frozen_parts_cost_nothing():
