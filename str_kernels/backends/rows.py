@@ -108,7 +108,8 @@ def weight_coefficients(
     upstream = torch.where(plan.labelled, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
-        alpha = torch.where(plan.labelled, upstream * (1.0 + 2.0 * options.z_loss * lse), 0.0)
+        # no upstream gradient, no part: 0 · inf of a row that overflowed would be NaN
+        alpha = torch.where(upstream == 0, 0.0, upstream * (1.0 + 2.0 * options.z_loss * lse))
     if d_lse is not None:
         alpha = alpha + d_lse
     epsilon = options.label_smoothing

@@ -88,6 +88,25 @@ def test_filtered_is_what_it_promises(options, indexed, sharpness):
     assert_close(got, filtered_truth(case, upstream, eps, order), 1e-9)
 
 
+@pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_row_without_upstream_gradient_adds_nothing(options, eps):
+    """A row whose logits overflow to inf is absent once its upstream gradient is zero."""
+    case = clustered_case(n=40, vocab=300, **options).to(torch.float32)
+    case.labels[4] = 5
+    if case.position_weights is not None:
+        case.position_weights[4] = 1.0
+    upstream = torch.ones(40, dtype=torch.float64)
+    upstream[4] = 0.0
+    truth = case.truth(upstream, reduction="none")
+    case.hidden_states[4] = 1e38 * case.weight[7].sign()
+    got = case.run(upstream, filter_eps=eps, screen="exact", reduction="none")
+    assert not got["loss"][4].isfinite() or "softcap" in options
+    del got["loss"], truth["loss"]
+    assert (truth["hidden_states"][4] == 0).all()
+    assert_close(got, truth, 5e-6 if eps == 0.0 else 0.01)
+
+
 def test_bf16_screen_is_refined_away():
     """Rounding the screen to bf16 costs nothing in the live mass: the loss stays within 1e-3."""
     case = clustered_case().to(torch.float32)
