@@ -56,8 +56,8 @@ class LossOwner(Protocol):
         """The fused loss in place of ``F.cross_entropy``."""
         ...
 
-    def logits_read(self, by: str) -> None:
-        """Real logits were needed; ``by`` names the function that asked."""
+    def logits_read(self, by: str, size: int) -> None:
+        """Real logits of ``size`` bytes were needed; ``by`` names the function that asked."""
         ...
 
 
@@ -291,7 +291,7 @@ def _with_real_logits(
             )
         call.watched = True
     if call.owner is not None and not logits.is_materialised:
-        call.owner.logits_read(name)
+        call.owner.logits_read(name, logits.numel() * logits.dtype.itemsize)
     if writes(func, kwargs):
         call.materialise_all()
         call.written = True

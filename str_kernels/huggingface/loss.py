@@ -53,9 +53,9 @@ class LabelledForward:
                 "it; it can be patched with safety=None only."
             )
 
-    def logits_read(self, by: str) -> None:
+    def logits_read(self, by: str, size: int) -> None:
         """Say once for every function that the logits were built in full."""
-        self._patch.notices.say_materialised(by)
+        self._patch.notices.say_materialised(by, size)
 
     def cross_entropy(
         self,

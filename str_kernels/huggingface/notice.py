@@ -16,11 +16,12 @@ class Notices:
         """The trial of the patch could not be made."""
         self._say(f"The patch was not tried on this model: {why}.")
 
-    def say_materialised(self, by: str) -> None:
+    def say_materialised(self, by: str, size: int) -> None:
         """The logits were built in full; once for every function that asked."""
         self._say(
             f"The logits of a patched model were built in full: {by} asked for them. The values "
-            "are right; the memory is spent."
+            f"are right; the memory is spent, here {size / 2**20:.1f} MiB.",
+            once_for=by,
         )
 
     def say_unconstrained(self, why: str) -> None:
@@ -51,7 +52,8 @@ class Notices:
             "fused loss takes no part (TRL's trainers bring a fused head of their own)."
         )
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _say(self, message: str, once_for: str | None = None) -> None:
+        key = once_for or message
+        if key not in self._said:
+            self._said.add(key)
             warnings.warn(message, stacklevel=4)

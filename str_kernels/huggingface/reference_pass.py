@@ -31,7 +31,7 @@ class _NoLoss:
     def cross_entropy(self, *_: Any, **__: Any) -> Tensor:
         raise ValueError("the model computes a loss without labels, so it has no reference pass.")
 
-    def logits_read(self, by: str) -> None:
+    def logits_read(self, by: str, size: int) -> None:
         raise ValueError(
             f"reference='adapter_off': the model's own {by} needs its real logits, which the "
             "reference pass does not make; use a static reference or a cache file."

@@ -174,9 +174,9 @@ def watched() -> Iterator[dict[str, Any]]:
         seen["scaled"] |= fold.logit_scale != 1.0 or fold.softcap is not None
         return loss(self, fold, *args, **kwargs)
 
-    def logits_read(self: LabelledForward, by: str) -> None:
+    def logits_read(self: LabelledForward, by: str, size: int) -> None:
         seen["built"].append(by)
-        read(self, by)
+        read(self, by, size)
 
     with (
         mock.patch.object(LabelledForward, "cross_entropy", cross_entropy),

@@ -40,7 +40,7 @@ class Owner:
             **settings,
         )
 
-    def logits_read(self, by):
+    def logits_read(self, by, size):
         self.read.append(by)
 
 
@@ -246,13 +246,77 @@ def test_one_warning_for_each_function():
     """Who asked for the logits is said, once each."""
     model, inputs = build(), batch()
     with patch_model(model):
-        with pytest.warns(UserWarning, match="in full: argmax asked"):
+        with pytest.warns(UserWarning, match="in full: argmax asked .* here 0.0 MiB"):
             model(**inputs).logits.argmax(-1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(**inputs).logits.argmax(-1)
         with pytest.warns(UserWarning, match="in full: softmax asked"):
             model(**inputs).logits.softmax(-1)
+
+
+READS = {
+    "comparison": lambda z: z > 0,
+    "equality": lambda z: z == z.materialise(),
+    "cpu": lambda z: z.cpu(),
+    "detached numpy": lambda z: torch.from_numpy(z.detach().numpy()),
+    "element": lambda z: torch.tensor(z[0, 1, 2].item()),
+    "one token": lambda z: z[:, -1, :],
+    "some words": lambda z: z[..., [1, 2]],
+    "topk": lambda z: z.topk(3).indices,
+    "stack": lambda z: torch.stack([z, z]),
+    "loop": lambda z: torch.stack(list(z)),
+    "clone in place": lambda z: z.clone().fill_(1),
+    "no grad": lambda z: torch.no_grad()(lambda: z.softmax(-1))(),
+    "formatted": lambda z: torch.tensor(float(f"{z.sum():.3f}")),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads(name):
+    """What users do with logits gives what it gives with a tensor."""
+    made = operands()
+    got, want = READS[name](deferred(made)), real(made)
+    want.materialise = lambda: want
+    want = READS[name](want)
+    got = got.materialise() if isinstance(got, DeferredLogits) else got
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
+def test_saved_with_torch(tmp_path):
+    """``torch.save`` writes a plain tensor."""
+    made = operands()
+    torch.save({"logits": deferred(made)}, tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt")["logits"], real(made).detach())
+
+
+def test_hooks_see_real_logits():
+    """A forward hook of the head may read, and replace, its output."""
+    seen = {}
+    for patched in (False, True):
+        model, inputs, read = build(), batch(), []
+        model.lm_head.register_forward_hook(
+            lambda m, a, z, read=read: read.append(z.sum()) or 2 * z
+        )
+        if patched:
+            patch_model(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seen[patched] = torch.stack([model(**inputs).loss, read[-1]])
+    assert relative(seen[True], seen[False]) < 1e-6
+
+
+def test_logits_to_keep():
+    """With labels and ``logits_to_keep`` the logits are those of the last positions."""
+    model, inputs = build(), batch()
+    inputs = {**inputs, "labels": inputs["labels"][:, -4:]}
+    want = model(**inputs, logits_to_keep=4)
+    with patch_model(model):
+        got = model(**inputs, logits_to_keep=4)
+        assert got.logits.shape == want.logits.shape
+        assert torch.equal(got.logits.materialise(), want.logits)
+    assert relative(got.loss, want.loss) < 1e-6
 
 
 def test_fp32_values_under_autocast():
