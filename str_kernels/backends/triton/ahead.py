@@ -19,12 +19,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.launch import Launch, Stage, launch_for
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
-from str_kernels.backends.triton.weight import live_kernel, logit_gradient_kernel, weight_kernel
+from str_kernels.backends.triton.weight_kernels import (
+    live_kernel,
+    logit_gradient_kernel,
+    weight_kernel,
+)
 
 ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
 # What one program may have, KiB.

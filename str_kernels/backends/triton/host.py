@@ -18,7 +18,7 @@ from str_kernels.backends.triton.route import route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
 
-_GROUP = 8  # blocks of rows that share a tile of W in L2
+GROUP = 8  # blocks of rows that share a tile of W in L2
 
 
 class Operands(NamedTuple):
@@ -136,7 +136,7 @@ def _screen(
         **common(given, options),
         BLOCK_R=launch.block_r,
         BLOCK_D=launch.block_d,
-        GROUP=_GROUP,
+        GROUP=GROUP,
         **tuning(launch),
     )
     return TileMasses(log_mass.T, None if slope is None else slope.T)
