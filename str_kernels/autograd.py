@@ -152,7 +152,7 @@ def kept_for_backward(
 ) -> dict[str, Tensor | None]:
     """The tensors that a backward needs, by name; nothing of the vocabulary's size but the head."""
     kept = {
-        **rows._asdict(),
+        **{name: _savable(x) for name, x in rows._asdict().items()},
         "rows": done.rows,
         "weight": head.weight,
         # outputs are handed out as they are: saved here too, autograd notices an in-place change
@@ -170,6 +170,11 @@ def kept_for_backward(
             "slope": done.slope,
         }
     return kept
+
+
+def _savable(constant: Tensor | None) -> Tensor | None:
+    """References and labels may be made under ``inference_mode``, whose tensors cannot be saved."""
+    return constant.clone() if constant is not None and constant.is_inference() else constant
 
 
 class _Upstream:

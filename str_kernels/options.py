@@ -29,7 +29,9 @@ TILE = 128
 
 def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
     """Return ``value`` as a float, or say why it is not one of the allowed numbers."""
-    rule = f"a finite number {'above' if strict else 'of at least'} {minimum:g}"
+    rule = "a finite number"
+    if minimum > -math.inf:
+        rule += f" {'above' if strict else 'of at least'} {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: must be {rule}.")
     if value < minimum or (strict and value == minimum):
@@ -169,11 +171,11 @@ class LossOptions:
         if _finite("label_smoothing", self.label_smoothing, minimum=0.0) > 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing!r}: must lie in [0, 1].")
         _finite("z_loss", self.z_loss, minimum=0.0)
-        if (
-            self.filter_eps != "auto"
-            and not 0 <= _finite("filter_eps", self.filter_eps, minimum=0) < 1
-        ):
-            raise ValueError(f"filter_eps={self.filter_eps!r}: must be 'auto' or lie in [0, 1).")
+        if self.filter_eps != "auto":
+            if isinstance(self.filter_eps, str):
+                raise ValueError(f"filter_eps={self.filter_eps!r}: must be 'auto' or a number.")
+            if _finite("filter_eps", self.filter_eps, minimum=0.0) >= 1.0:
+                raise ValueError(f"filter_eps={self.filter_eps!r}: must lie in [0, 1).")
         _choice("screen", self.screen, get_args(Screen))
         if self.filter_eps == 0 and self.screen not in ("auto", "exact"):
             raise ValueError(

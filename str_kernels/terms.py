@@ -56,6 +56,11 @@ def row_terms(
     # the casts are decided; inside, autocast would only round fp32 scratch blocks again
     with torch.autocast(hidden_states.device.type, enabled=False):
         if chosen is None:
+            if options.screen not in ("auto", "exact"):
+                raise ValueError(
+                    f"screen={options.screen!r}: backend='reference' computes every logit in full "
+                    "and screens none; leave screen='auto'."
+                )
             rows = _dense_terms(flat, weight, bias, constants, options)
         else:
             settings = resolve(
@@ -85,8 +90,11 @@ def check_inputs(
         reference=reference,
         position_weights=position_weights,
     )
-    if index is not None:
-        index.check(weight)
+    if index is None:
+        return
+    if not isinstance(index, VocabularyIndex):
+        raise ValueError(f"index={index!r}: must be a VocabularyIndex or None.")
+    index.check(weight)
 
 
 def flatten(
@@ -126,7 +134,9 @@ def resolve(
     tiles = None
     if resolved.eps:
         with torch.no_grad():
-            tiles = tiles_of(weight, index, trainable=grad and weight.requires_grad)
+            # label smoothing reads Σ_v z off the mean rows: they must be this very weight's
+            fresh = options.label_smoothing > 0 or (grad and weight.requires_grad)
+            tiles = tiles_of(weight, index, fresh=fresh)
     return Settings(backend, options, resolved, tiles, entropy, grad, flat.dtype)
 
 
@@ -167,6 +177,6 @@ def unflatten(rows: RowTerms, shape: torch.Size) -> RowTerms:
     """``[N, ...]`` → ``[..., ...]``."""
 
     def view(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.reshape(*shape, *values.shape[1:])
+        return None if values is None else values.reshape(shape + values.shape[1:])
 
     return RowTerms(*map(view, rows))

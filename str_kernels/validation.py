@@ -187,7 +187,7 @@ def validate_num_items(num_items_in_batch: object, reduction: str) -> None:
     """``num_items_in_batch`` replaces n, so it belongs to the mean alone.
 
     Raises:
-        ValueError: not a positive number or a one-element tensor, or another reduction.
+        ValueError: neither a number, 0 or more, nor a one-element tensor; another reduction.
     """
     if num_items_in_batch is None:
         return
@@ -205,5 +205,5 @@ def validate_num_items(num_items_in_batch: object, reduction: str) -> None:
         raise ValueError(
             f"num_items_in_batch={num_items_in_batch!r}: must be a number or a tensor."
         )
-    elif not num_items_in_batch >= 0:
-        raise ValueError(f"num_items_in_batch={num_items_in_batch!r}: must be 0 or more.")
+    elif not 0 <= num_items_in_batch < math.inf:
+        raise ValueError(f"num_items_in_batch={num_items_in_batch!r}: must be finite, 0 or more.")

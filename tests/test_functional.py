@@ -10,6 +10,7 @@ import torch
 
 import str_kernels
 from str_kernels import LinearCrossEntropyLoss, SafetyConstraint, linear_cross_entropy
+from str_kernels.backends import TorchBlocked
 from tests.oracle import assert_close, make_case
 
 SAFETY = SafetyConstraint([1, 2], 0.5)
@@ -64,13 +65,19 @@ def call(**changes):
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"z_loss": -1.0}, "z_loss=-1.0"),
         ({"reduction": "avg"}, "reduction='avg'"),
+        ({"logit_scale": float("inf")}, r"logit_scale=inf: must be a finite number\.$"),
         ({"filter_eps": 1.0}, "filter_eps=1.0"),
+        ({"filter_eps": "Auto"}, "filter_eps='Auto': must be 'auto' or a number"),
         ({"num_items_in_batch": -1}, "num_items_in_batch=-1"),
+        ({"num_items_in_batch": float("inf")}, "num_items_in_batch=inf"),
         ({"num_items_in_batch": 4, "reduction": "sum"}, "denominator of reduction='mean'"),
         ({"backend": "cuda"}, "backend='cuda': must be one of"),
+        ({"backend": TorchBlocked}, "must be a name or a Backend instance"),
+        ({"index": "index.safetensors"}, "index='index.safetensors': must be a VocabularyIndex"),
         ({"screen": "fp4"}, "screen='fp4'"),
         ({"screen": "int8"}, "screen='int8': the torch backend has no int8 screen"),
         ({"screen": "fp8"}, "screen='fp8': the torch backend has no fp8 screen"),
+        ({"screen": "bf16", "backend": "reference"}, "screen='bf16': backend='reference'"),
         ({"screen": "bf16", "filter_eps": 0.0}, "screen='bf16' with filter_eps=0.0"),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, str) else "",
@@ -238,6 +245,26 @@ def test_no_grad_and_inference_mode():
             )
         torch.testing.assert_close(loss, want)
         assert not loss.requires_grad
+
+
+def test_constants_of_inference_mode():
+    """Labels and a reference made under `inference_mode` take part in training as any others."""
+    case = make_case(k=4)
+    want = case.run()
+    with torch.inference_mode():
+        case.labels, case.reference = case.labels.clone(), case.reference.clone()
+    assert_close(case.run(), want, 0.0)
+
+
+def test_one_position_without_leading_dimensions():
+    """A single hidden state ``[D]`` and a scalar label give a scalar, in every reduction."""
+    case = make_case(1, 50, 8, ignored=0.0)
+    want = case.run()["loss"]
+    hidden = case.hidden_states[0].requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        loss = linear_cross_entropy(hidden, case.weight, case.labels[0], reduction=reduction)
+        torch.testing.assert_close(loss.detach(), want)
+        assert torch.autograd.grad(loss, hidden)[0].shape == (8,)
 
 
 def test_module_is_the_function():

@@ -44,11 +44,11 @@ class Forward(NamedTuple):
     slope: Tensor | None
 
 
-def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, trainable: bool) -> Tiles:
-    """The cut of the vocabulary; a trainable weight's mean rows are taken anew, they move."""
+def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
+    """The cut of the vocabulary; ``fresh`` takes the mean rows anew, for a weight that moves."""
     if index is None:
         return Tiles(None, None, tile_means(weight, None))
-    means = tile_means(weight, index.order) if trainable else index.mean_rows
+    means = tile_means(weight, index.order) if fresh else index.mean_rows
     return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
 
 

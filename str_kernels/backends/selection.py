@@ -47,7 +47,7 @@ def check_backend(backend: str | Backend) -> None:
     Raises:
         ValueError: neither one of ``BACKEND_NAMES`` nor a ``Backend``.
     """
-    if not isinstance(backend, str | Backend):
+    if isinstance(backend, type) or not isinstance(backend, str | Backend):
         raise ValueError(f"backend={backend!r}: must be a name or a Backend instance.")
     if isinstance(backend, str) and backend not in BACKEND_NAMES:
         allowed = ", ".join(map(repr, BACKEND_NAMES))

@@ -43,7 +43,7 @@ def live_pairs(
     head = Head(case.hidden_states, case.weight, None)
     if screen == "auto":
         screen = backend.auto_screen(head.hidden_states.dtype, head.hidden_states.device)
-    tiles = tiles_of(case.weight, case.index if index == "own" else index, trainable=False)
+    tiles = tiles_of(case.weight, case.index if index == "own" else index, fresh=False)
     rows = torch.arange(len(case.labels), device=case.labels.device)
     pairs, dead = 0, 0.0
     for part in rows.split(backend.row_block(head, len(rows), routed=True)):

@@ -107,6 +107,24 @@ def test_a_row_without_upstream_gradient_adds_nothing(options, eps):
     assert_close(got, truth, 5e-6 if eps == 0.0 else 0.01)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_smoothing_of_a_weight_that_moved(trainable):
+    """Evaluation: the sum of all logits is that of the weight as it is, not as it was indexed."""
+    case = clustered_case(label_smoothing=0.1)
+    index = index_of(case)
+    index.mean_rows.add_(1.0)
+    with torch.no_grad():
+        loss = linear_cross_entropy(
+            case.hidden_states,
+            case.weight.requires_grad_(trainable),
+            case.labels,
+            index=index,
+            label_smoothing=0.1,
+            screen="exact",
+        )
+    torch.testing.assert_close(loss, case.truth()["loss"], rtol=1e-9, atol=0)
+
+
 def test_bf16_screen_is_refined_away():
     """Rounding the screen to bf16 costs nothing in the live mass: the loss stays within 1e-3."""
     case = clustered_case().to(torch.float32)
