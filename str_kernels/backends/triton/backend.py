@@ -31,8 +31,6 @@ from str_kernels.options import TILE, LossOptions
 DEFAULT_BYTE_BUDGET = 96 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
-# a compiled caller runs the stages as they are: there is nothing in them for it to fuse
-_eager = torch.compiler.disable
 _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
 
@@ -85,7 +83,6 @@ class TritonBackend:
         fitting = self.byte_budget // size // _ROWS_OF_A_BLOCK * _ROWS_OF_A_BLOCK
         return max(1, min(rows, _MAX_ROWS, max(_ROWS_OF_A_BLOCK, fitting)))
 
-    @_eager
     def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         self._require(head, "exact")
@@ -93,7 +90,6 @@ class TritonBackend:
         with _on(head):
             return exact.exact_pass(head, labels, options, wanted, launches, self.byte_budget)
 
-    @_eager
     def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
         """See ``Backend.screen``.
 
@@ -118,13 +114,11 @@ class TritonBackend:
             launch = self._launch(head, "screen", dtype)
             return host.screen_quantised(given, tiles, options, launch)
 
-    @_eager
     def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
         """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""
         with _on_device(masses.log_mass.device):
             return host.route(masses, labels, tiles, math.log(eps) if eps else -math.inf)
 
-    @_eager
     def refine(
         self,
         head: Head,
@@ -144,7 +138,6 @@ class TritonBackend:
                 return host.refine_in_order(*arguments, self.byte_budget)
             return host.refine(*arguments)
 
-    @_eager
     def weight_gradients(
         self,
         head: Head,
