@@ -77,6 +77,7 @@ def make_case(
     bias: bool = False,
     k: int = 0,
     static: bool = False,
+    uneven: bool = False,
     weighted: bool = False,
     **settings: Any,
 ) -> Case:
@@ -94,6 +95,8 @@ def make_case(
     if k:
         ids = torch.randperm(vocab, generator=g)[:k].tolist()
         chosen = {"kind": settings.pop("kind", "mse"), **settings.pop("constraint", {})}
+        if uneven:
+            chosen["token_weights"] = [(1 + i) % 3 for i in range(k)]  # zeros among them
         settings["safety"] = SafetyConstraint(ids, settings.pop("strength", 0.7), **chosen)
         reference = normal(k) if static else normal(n, k)
     if weighted:

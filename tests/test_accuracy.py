@@ -42,10 +42,11 @@ def test_nothing_to_compare():
 
 
 def test_the_exact_path_has_no_error():
-    """Under a softcap and without a filter both passes are one."""
-    case = clustered_case(n=16).to(torch.float32)
+    """Under a softcap, with a bias and without a filter both passes are one."""
+    case = clustered_case(n=16, bias=True).to(torch.float32)
     options = LossOptions(filter_eps=0.0, softcap=20.0)
-    report = check_accuracy(case.hidden_states, case.weight, case.labels, options)
+    arguments = (case.hidden_states, case.weight, case.labels, options)
+    report = check_accuracy(*arguments, bias=3 * case.bias)
     assert report.gradient_error == 0
     assert report.lse_error == 0
     assert 0 < report.bf16_gradient_error < 0.1

@@ -38,6 +38,23 @@ def test_clusters_share_tiles():
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_distance_means_difference_of_logits():
+    """Directions that no hidden state has part in do not decide who shares a tile."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 64, generator=g)
+    weight[:, 2:] *= 10
+    states = torch.zeros(200, 64)
+    states[:, :2] = torch.randn(200, 2, generator=g)
+
+    def spread(index: VocabularyIndex) -> float:
+        """Share of the logits' variance that is left within tiles."""
+        logits = weight[:, :2][index.order].view(-1, TILE, 2)
+        return (logits.var(1).sum(-1).mean() / weight[:, :2].var(0).sum()).item()
+
+    assert spread(VocabularyIndex.build(weight, states)) < 0.3
+    assert spread(VocabularyIndex.build(weight)) > 0.8
+
+
 @pytest.mark.parametrize("screen", [None, "int8", "fp8"])
 def test_save_and_load(tmp_path, screen):
     """A file gives back the same index, quantised rows included."""

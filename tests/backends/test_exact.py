@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from str_kernels import linear_cross_entropy
 from str_kernels.backends.torch_blocked import TorchBlocked
 from tests.oracle import Case, assert_close, make_case, relative_error
 
@@ -19,14 +20,16 @@ OPTIONS = [
     {"bias": True, "logit_scale": 0.3},
     {"softcap": 5.0},
     {"label_smoothing": 0.1},
+    {"label_smoothing": 0.1, "bias": True, "logit_scale": 0.3},
     {"z_loss": 0.01},
     {"bias": True, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.7},
     {"k": 1, "static": True},
-    {"k": 7, "kind": "mse", "weighted": True},
+    {"k": 7, "kind": "mse", "weighted": True, "uneven": True},
     {"k": 7, "kind": "floor", "constraint": {"margin": 0.5}, "softcap": 5.0},
     {"k": 7, "kind": "logprob", "weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
     {"k": 7, "kind": "logprob", "softcap": 5.0, "bias": True},
     {"k": 7, "kind": "kl", "constraint": {"temperature": 2.0}, "weighted": True},
+    {"k": 7, "kind": "kl", "uneven": True, "static": True},
 ]
 
 
@@ -101,14 +104,45 @@ def test_confident_rows_keep_their_gradient(scale):
     """Logits of 5 to 640: a row that is nearly right has the gradient of the truth, not zero.
 
     The label's probability minus one would cancel; in fp32 the others' sum has the rounding of the
-    logits alone, about ``scale · 2^-22`` relative.
+    logits alone, ``scale · 2^-24`` each. Every row is weighed by one over its open mass, so that
+    the least open one counts as much as any; below 1e-8 the truth itself cancels, in fp64.
     """
-    case = make_case(64, 200, 16, ignored=0.0)
+    case = make_case(64, 200, 16, ignored=0.0, reduction="none")
     case.hidden_states /= case.hidden_states.norm(dim=-1, keepdim=True)
     case.weight *= scale / case.weight.norm(dim=-1).max()
-    case.labels = (case.hidden_states @ case.weight.T).argmax(-1)
+    logits = case.hidden_states @ case.weight.T
+    case.labels = logits.argmax(-1)
+    open_mass = logits.softmax(-1).scatter(1, case.labels[:, None], 0.0).sum(-1)
     case = case.to(torch.float32)
-    assert_close(case.run(), case.truth(), max(5e-6, scale * 2.0**-19))
+    upstream = torch.where(open_mass > 1e-8, 1 / open_mass, 0.0)
+    assert upstream.max() > 1e3 or scale == 5
+    got, truth = case.run(upstream), case.truth(upstream)
+    del got["loss"], truth["loss"]
+    assert_close(got, truth, max(5e-6, scale * 2.0**-22))
+
+
+def test_logits_far_below_zero():
+    """Logits of -2000: what was not summed yet is not scaled up, exp(2000) · 0 is no NaN."""
+    case = make_case(bias=True, vocab=600).to(torch.float32)
+    case.bias -= 2000
+    # adding 2000 rounds the logits to 2^-13
+    assert_close(case.run(backend=TorchBlocked(1)), case.truth(), 2.0**-12)
+
+
+@pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])
+def test_prompt_rows_meet_the_vocabulary_only_for_logprob(kind):
+    """Without a label a constrained position costs K columns, unless its kind reads the lse."""
+    case = make_case(k=5, kind=kind)
+    case.position_weights = torch.ones(37)
+    rows = []
+
+    class Counting(TorchBlocked):
+        def exact(self, head, labels, options, wanted):
+            rows.append(len(labels))
+            return super().exact(head, labels, options, wanted)
+
+    case.run(backend=Counting())
+    assert sum(rows) == (37 if kind == "logprob" else (case.labels != -100).sum())
 
 
 def test_fp16_gradients_wait_for_the_loss_scale():
@@ -128,8 +162,6 @@ def test_fp16_gradients_wait_for_the_loss_scale():
 
 def test_frozen_parts_cost_nothing():
     """What needs no gradient gets none, and a frozen head saves no logits-sized tensor."""
-    from str_kernels import linear_cross_entropy
-
     case = make_case(64, 3000, 16).to(torch.float32)
     saved = []
     hidden = case.hidden_states.clone().requires_grad_()
@@ -141,10 +173,39 @@ def test_frozen_parts_cost_nothing():
     assert case.weight.grad is None
 
 
+@pytest.mark.parametrize("eps", [0.0, 2.0**-11])
+@pytest.mark.parametrize("name", ["hidden_states", "weight", "bias"])
+def test_only_what_is_asked_for_is_computed(name, eps):
+    """Each stage is told of the one gradient that can be asked for, and of none in evaluation."""
+    asked = []
+
+    class Spy(TorchBlocked):
+        def exact(self, head, labels, options, wanted):
+            asked.append(wanted.hidden)
+            return super().exact(head, labels, options, wanted)
+
+        def refine(self, head, labels, tiles, work, options, wanted):
+            asked.append(wanted.hidden)
+            return super().refine(head, labels, tiles, work, options, wanted)
+
+        def weight_gradients(self, *arguments):
+            asked.append(arguments[-1])
+            return super().weight_gradients(*arguments)
+
+    case = make_case(bias=True)
+    getattr(case, name).requires_grad_()
+    arguments = {"bias": case.bias, "filter_eps": eps, "backend": Spy()}
+    loss = linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
+    loss.backward()
+    needs = (name == "weight", name == "bias")
+    assert asked == [name == "hidden_states", *([needs] if any(needs) else [])]
+    with torch.no_grad():
+        linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
+    assert asked[-1] is False
+
+
 def test_backward_twice_and_double_backward():
     """`retain_graph` repeats the same gradient; a second derivative is refused."""
-    from str_kernels import linear_cross_entropy
-
     case = make_case()
     hidden = case.hidden_states.requires_grad_()
     loss = linear_cross_entropy(hidden, case.weight, case.labels)

@@ -11,6 +11,7 @@ from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch_blocked import TorchBlocked
 from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_exact import OPTIONS
 from tests.oracle import Case, assert_close, filtered_truth, make_case, relative_error
@@ -78,9 +79,9 @@ def test_filtered_is_what_it_promises(options, indexed, sharpness):
     The confident case has rows whose open mass is below 2^-20, where the share is of that instead.
     """
     case = clustered_case(**options)
-    case.weight *= sharpness
-    case.labels[::3] = 1099  # in the ragged last tile, and improbable
     index = index_of(case) if indexed else None
+    case.weight *= sharpness  # trained on, after the index was built
+    case.labels[::3] = 1099  # in the ragged last tile, and improbable
     order = index.order if indexed else torch.arange(len(case.weight))
     upstream = torch.linspace(-1.0, 2.0, len(case.labels), dtype=torch.float64)
     eps = 2.0**-3  # of 9 tiles, even when the softcap makes all of them alike
@@ -105,6 +106,23 @@ def test_a_row_without_upstream_gradient_adds_nothing(options, eps):
     del got["loss"], truth["loss"]
     assert (truth["hidden_states"][4] == 0).all()
     assert_close(got, truth, 5e-6 if eps == 0.0 else 0.01)
+
+
+@pytest.mark.parametrize("n", [20, 60, 200])
+def test_token_accuracy_and_entropy(n):
+    """Labels are compared with the largest logit of cold, warm and hot tiles; entropy is exact."""
+    case = clustered_case(n)
+    case.labels[::2] = 7  # mostly wrong
+    logits = case.hidden_states @ case.weight.T
+    options = LossOptions(filter_eps=DEFAULT_EPS, screen="exact")
+    rows = row_terms(case.hidden_states, case.weight, case.labels, options)
+    assert torch.equal(rows.correct, logits.argmax(-1) == case.labels)
+    assert 0 < rows.correct.sum() < n
+    assert (rows.dead_mass > 0).any()
+    rows = row_terms(case.hidden_states, case.weight, case.labels, options, entropy=True)
+    labelled = case.labels != -100
+    truth = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(rows.entropy[labelled], truth[labelled])
 
 
 @pytest.mark.parametrize("trainable", [False, True])

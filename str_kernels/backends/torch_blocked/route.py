@@ -23,7 +23,6 @@ def route_pairs(masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) ->
     """``Worklist`` of R rows with labels ``[R]``, -1 where there is none."""
     log_mass = masses.log_mass
     shift = torch.logsumexp(log_mass, -1)
-    shift = torch.where(shift.isinf(), 0.0, shift)
     dead = torch.exp(log_mass - shift[:, None])
     labelled = (labels >= 0).nonzero()[:, 0]
     label_tile = positions_of(labels, tiles.inverse)[labelled] // TILE

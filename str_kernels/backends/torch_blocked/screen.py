@@ -73,4 +73,3 @@ def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tenso
         # a padded column has no mass; its slope must only be finite
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
         torch.sum(log_p.exp_().mul_(slopes), -1, out=slope)
-        slope.nan_to_num_(nan=0.0)  # a tile of -inf alone
