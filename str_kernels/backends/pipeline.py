@@ -71,12 +71,25 @@ def run_forward(
         if tiles is None:
             dense = backend.exact(block, labels, options, wanted)
         else:
-            masses = backend.screen(block, tiles, options, chosen.screen)
-            work = backend.route(masses, labels, tiles, chosen.eps)
-            refined = backend.refine(block, labels, tiles, work, options, wanted)
-            dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
+            dense = _routed(backend, block, labels, options, chosen, tiles, wanted)
         collected.add(block, labels, dense)
     return collected.result()
+
+
+def _routed(
+    backend: Backend,
+    block: Head,
+    labels: Tensor,
+    options: LossOptions,
+    chosen: Filter,
+    tiles: Tiles,
+    wanted: Wanted,
+) -> Dense:
+    """The stages of one block of rows; what they hand on is gone before the next block."""
+    masses = backend.screen(block, tiles, options, chosen.screen)
+    work = backend.route(masses, labels, tiles, chosen.eps)
+    refined = backend.refine(block, labels, tiles, work, options, wanted)
+    return join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
 
 
 class _Collected:

@@ -10,6 +10,7 @@ from str_kernels.backends.contract import Head, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.bench.memory import peak_bytes
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from str_kernels.vocabulary import tile_means
@@ -236,26 +237,27 @@ def test_dead_mass_is_returned():
     assert linear_cross_entropy(*arguments, return_parts=True)[1].dead_mass.max() == 0
 
 
-def test_scratch_memory_does_not_follow_the_vocabulary():
-    """The largest tensor of a filtered step is a block's, far below the logits' size."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("live", ["exact", "few", "all"])
+def test_memory_follows_the_budget(live, trainable):
+    """A step's peak is two and a half budgets and what it hands on, whatever share is live.
 
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.nbytes for x in [out] if isinstance(x, torch.Tensor))
-            return out
-
-    case = make_case(512, 20_000, 8).to(torch.float32)
+    Handed on: row gradients; for a trainable weight its gradient and the dead masses. The logits
+    would take 114 MiB.
+    """
+    budget = 1 << 20
+    case = make_case(1500, 20_000, 16).to(torch.float32)
     hidden = case.hidden_states.requires_grad_()
-    for eps in (0.0, DEFAULT_EPS):
-        sizes.clear()
-        with Watch():
-            linear_cross_entropy(
-                hidden, case.weight, case.labels, filter_eps=eps, backend=TorchBlocked(1 << 20)
-            ).backward()
-        logits = 512 * 20_000 * 4
-        weight = case.weight.nbytes
-        assert max(sizes) <= max(2 * weight, logits / 16)
+    flat = 0.0 if live == "all" else 1.0
+    weight = (flat * case.weight).requires_grad_(trainable)
+    settings = {"filter_eps": {"exact": 0.0, "few": 0.05, "all": DEFAULT_EPS}[live]}
+
+    def step():
+        linear_cross_entropy(
+            hidden, weight, case.labels, screen="exact", backend=TorchBlocked(budget), **settings
+        ).backward()
+
+    handed_on = 2 * hidden.nbytes
+    if trainable:
+        handed_on += weight.nbytes + 4 * 1500 * len(tile_means(case.weight, None))
+    assert peak_bytes(step, hidden.device).peak <= 2.5 * budget + handed_on

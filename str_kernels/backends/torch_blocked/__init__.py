@@ -85,7 +85,7 @@ class TorchBlocked:
         wanted: Wanted,
     ) -> Refined:
         """See ``Backend.refine``."""
-        return refine_pairs(head, labels, tiles, work, options, wanted)
+        return refine_pairs(head, labels, tiles, work, options, wanted, self.byte_budget // 8)
 
     def weight_gradients(
         self,

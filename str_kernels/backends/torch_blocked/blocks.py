@@ -16,7 +16,7 @@ _MAX_COLUMNS = 32 * TILE
 
 
 def row_block(byte_budget: int, head: Head, rows: int, *, routed: bool) -> int:
-    """Rows per block; routing keeps about three ``[R, T]`` fp32 arrays, and 1/4 of the budget."""
+    """Rows per block; of the ``[R, T]`` fp32 arrays that routing keeps, four fit."""
     rows = min(MAX_ROWS, max(1, rows))
     if routed:
         tiles = -(-head.weight.shape[0] // TILE)

@@ -27,7 +27,6 @@ from str_kernels.options import TILE, LossOptions
 _HOT_SHARE = 0.5  # of the rows: gathering the others would cost what it saves
 _HOT_TILES = 4  # at a time
 _COLD_ROWS = 32  # at most; one small product is mostly overhead
-_COLD_BYTES = 8 << 20  # of gathered weight rows in one batch
 
 
 class _Group(NamedTuple):
@@ -45,8 +44,12 @@ def refine_pairs(
     work: Worklist,
     options: LossOptions,
     wanted: Wanted,
+    cold_bytes: int,
 ) -> Refined:
-    """``Refined`` of R rows with labels ``[R]``, -1 where there is none."""
+    """``Refined`` of R rows with labels ``[R]``, -1 where there is none.
+
+    ``cold_bytes``: of the weight rows of one batch of cold tiles.
+    """
     sums = _Sums(head, labels, tiles, work, options, wanted)
     counts = work.counts.tolist()
     lists = work.rows.split(counts)
@@ -58,16 +61,16 @@ def refine_pairs(
         if _COLD_ROWS < count < hot_from:
             sums.add(_Group(work.rows.new_tensor([tile]), lists[tile][None], None))
     cold = [tile for tile, count in enumerate(counts) if 0 < count <= _COLD_ROWS]
-    for group in _cold_groups(sorted(cold, key=counts.__getitem__), counts, lists, sums.tile_bytes):
+    cold.sort(key=counts.__getitem__)
+    for group in _cold_groups(cold, counts, lists, max(1, cold_bytes // sums.tile_bytes)):
         sums.add(group)
     return Refined(sums.mass, sums.expected, sums.maximum)
 
 
 def _cold_groups(
-    cold: list[int], counts: list[int], lists: tuple[Tensor, ...], tile_bytes: int
+    cold: list[int], counts: list[int], lists: tuple[Tensor, ...], size: int
 ) -> Iterator[_Group]:
-    """Tiles of similar counts together, so that little is padded."""
-    size = max(1, _COLD_BYTES // tile_bytes)
+    """Tiles of similar counts together, ``size`` at a time, so that little is padded."""
     for start in range(0, len(cold), size):
         batch = cold[start : start + size]
         rows = torch.nn.utils.rnn.pad_sequence([lists[tile] for tile in batch], batch_first=True)

@@ -31,4 +31,6 @@ def route_pairs(masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) ->
     live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]
     live[labelled, label_tile] = True
     dead.masked_fill_(live, -0.0)
-    return Worklist(live.T.nonzero()[:, 1], live.sum(0), shift, dead)
+    # in one dimension: half the memory of pairs of coordinates
+    rows = live.T.flatten().nonzero()[:, 0].remainder_(len(live))
+    return Worklist(rows, live.sum(0), shift, dead)
