@@ -29,7 +29,7 @@ from str_kernels.backends.rows import RowPlan, constraint_at, plan_rows, weight_
 from str_kernels.backends.selection import Filter
 from str_kernels.options import LossOptions
 
-_ROWS = 2048  # of the fp32 scratch of the backward
+_SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the backward
 
 
 class RowInputs(NamedTuple):
@@ -213,8 +213,9 @@ class _Upstream:
         weight, dense = self.saved["weight"], self.saved["rows"]
         dtype = self.settings.dtype
         out = torch.zeros(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
-        for start in range(0, len(dense), _ROWS):
-            block = slice(start, min(start + _ROWS, len(dense)))
+        size = max(1, _SCRATCH // weight.shape[1])
+        for start in range(0, len(dense), size):
+            block = slice(start, min(start + size, len(dense)))
             rows = dense[block]
             gradient = self._scaled(self.grad_cross_entropy[rows], "ce_gradient", block)
             if self.d_lse is not None:
@@ -223,14 +224,14 @@ class _Upstream:
                 gradient += self._safety_part(rows)
             out[rows] = gradient.to(dtype)
         if self.beta is not None:
-            for rows in (self.plan.safety & ~self.plan.dense).nonzero()[:, 0].split(_ROWS):
+            for rows in (self.plan.safety & ~self.plan.dense).nonzero()[:, 0].split(size):
                 out[rows] = self._safety_part(rows).to(dtype)
         return out
 
     def _scaled(self, upstream: Tensor, name: str, block: slice) -> Tensor:
+        gradient = self.saved[name][block] * upstream[:, None]  # in the dtype of upstream
         # a row without any upstream gradient adds nothing, even where its logits overflowed
-        gradient = self.saved[name][block].to(self.dtype)
-        return torch.where((upstream == 0)[:, None], 0.0, upstream[:, None] * gradient)
+        return gradient.masked_fill_((upstream == 0)[:, None], 0.0)
 
     def _safety_part(self, rows: Tensor) -> Tensor:
         return self.beta[rows] @ self.saved["weight"][self.ids].to(self.dtype)

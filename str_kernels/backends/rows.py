@@ -71,22 +71,22 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; fp32 or fp64.
 
-    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero.
+    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``open_gradient`` is used
+    up: ``[R, D]`` is large.
     """
-    labelled, epsilon = (labels >= 0)[:, None], options.label_smoothing
+    unlabelled, epsilon = (labels < 0)[:, None], options.label_smoothing
     label_row = weight_rows(head, labels.clamp(min=0), dense.lse.dtype)
-    label_row.mul_(logit_slope(dense.label_logit, options)[:, None])
-    label_row = torch.where(labelled, label_row, 0.0)
+    label_row.mul_(logit_slope(dense.label_logit, options)[:, None]).masked_fill_(unlabelled, 0.0)
+    by_lse = None
+    if options.safety is not None and needs_lse(options.safety):
+        by_lse = torch.addcmul(dense.open_gradient, 1.0 - dense.open_mass[:, None], label_row)
     alpha = (1.0 + 2.0 * options.z_loss * dense.lse)[:, None]
     # α p_y - (1 - ε), with p_y = 1 - open mass
     label_share = (alpha - (1.0 - epsilon)) - alpha * dense.open_mass[:, None]
-    gradient = alpha * dense.open_gradient + label_share * label_row
+    gradient = dense.open_gradient.mul_(alpha).addcmul_(label_share, label_row)
     if epsilon:
-        gradient -= epsilon / head.weight.shape[0] * dense.smooth_gradient
-    gradient = torch.where(labelled, gradient, 0.0)
-    if options.safety is None or not needs_lse(options.safety):
-        return gradient, None
-    return gradient, dense.open_gradient + (1.0 - dense.open_mass[:, None]) * label_row
+        gradient.sub_(dense.smooth_gradient, alpha=epsilon / head.weight.shape[0])
+    return gradient.masked_fill_(unlabelled, 0.0), by_lse
 
 
 def constraint_at(

@@ -261,3 +261,31 @@ def test_memory_follows_the_budget(live, trainable):
     if trainable:
         handed_on += weight.nbytes + 4 * 1500 * len(tile_means(case.weight, None))
     assert peak_bytes(step, hidden.device).peak <= 2.5 * budget + handed_on
+
+
+@pytest.mark.parametrize("kind", [None, "logprob"])
+@pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])
+def test_memory_of_wide_hidden_states(eps, kind):
+    """Blocks of ``[R, D]`` count as well: the forward's peak is two budgets and what it hands on.
+
+    Handed on: the row gradients of each term, twice while blocks are put together.
+    """
+    budget = 4 << 20
+    case = make_case(1500, 1000, 1024, **({"k": 4, "kind": kind} if kind else {})).to(torch.float32)
+    hidden = case.hidden_states.requires_grad_()
+    labelled = int((case.labels != -100).sum())
+    handed_on = 2 * 4 * 1024 * labelled * (2 if kind else 1)
+
+    def forward():
+        return linear_cross_entropy(
+            hidden,
+            case.weight,
+            case.labels,
+            reference=case.reference,
+            filter_eps=eps,
+            screen="exact",
+            backend=TorchBlocked(budget),
+            safety=case.settings.get("safety"),
+        )
+
+    assert peak_bytes(forward, hidden.device).peak <= 2 * budget + handed_on

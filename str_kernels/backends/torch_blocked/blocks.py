@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Head
-from str_kernels.backends.logits import weight_rows
+from str_kernels.backends.logits import accumulator, weight_rows
 from str_kernels.options import TILE
 
 # Taller blocks of rows amortise a GEMM's packing of the weight; beyond this nothing was gained.
@@ -16,20 +16,24 @@ _MAX_COLUMNS = 32 * TILE
 
 
 def row_block(byte_budget: int, head: Head, rows: int, *, routed: bool) -> int:
-    """Rows per block; of the ``[R, T]`` fp32 arrays that routing keeps, four fit."""
-    rows = min(MAX_ROWS, max(1, rows))
+    """Rows per block: of the ``[R, D]`` and ``[R, T]`` arrays that a block keeps, four each fit."""
+    vocab_size, widest = head.weight.shape
     if routed:
-        tiles = -(-head.weight.shape[0] // TILE)
-        rows = min(rows, max(16, byte_budget // 4 // (4 * tiles)))
-    return rows
+        widest = max(widest, -(-vocab_size // TILE))
+    fit = byte_budget // (4 * _width(head) * widest)
+    return min(MAX_ROWS, max(1, rows), max(16, fit))
 
 
 def column_block(byte_budget: int, head: Head) -> int:
     """Columns per block, whole tiles: two blocks of logits and two of weight rows fit."""
     rows = min(MAX_ROWS, max(1, len(head.hidden_states)))
-    width = 8 if head.hidden_states.dtype == torch.float64 else 4
-    columns = byte_budget // (2 * width * (rows + head.weight.shape[1])) // TILE * TILE
+    columns = byte_budget // (2 * _width(head) * (rows + head.weight.shape[1])) // TILE * TILE
     return min(_MAX_COLUMNS, max(TILE, columns))
+
+
+def _width(head: Head) -> int:
+    """Bytes of an accumulated number."""
+    return accumulator(head.hidden_states.dtype).itemsize
 
 
 def spans(total: int, size: int) -> list[slice]:
