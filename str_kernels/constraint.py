@@ -50,8 +50,7 @@ def constraint_terms(
     if safety.kind == "mse":
         distance = logits - reference
     elif safety.kind == "floor":
-        # clamp would turn the NaN of a broken position into a gradient of zero; minimum keeps it
-        distance = torch.minimum(logits - (reference - safety.margin), logits.new_zeros(()))
+        distance = (logits - (reference - safety.margin)).clamp(max=0.0)
     else:
         distance = logits - lse[:, None] - reference
     value = (weights * distance.square()).sum(-1)
