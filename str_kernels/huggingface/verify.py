@@ -58,6 +58,7 @@ class _Run:
     loss: Tensor
     logits: Tensor | None
     gradients: dict[str, Tensor]
+    step: float  # relative rounding of the operands that the head multiplied
 
 
 def verify_patch(model: nn.Module, backend: str | Backend) -> Verification:
@@ -147,7 +148,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], states: list[Tensor]) -> _Run
     head = find_head(model)
     hook = head.register_forward_pre_hook(_meet(states), with_kwargs=True)
     try:
-        with same_draws(model), _ProductsInFloat32(vocabulary_size(head)):
+        with same_draws(model), _ProductsInFloat32(vocabulary_size(head)) as products:
             outputs = model(**inputs)
             loss, logits = _loss_and_logits(outputs)
             gradients = _gradients(loss, head, states)
@@ -155,7 +156,8 @@ def _run(model: nn.Module, inputs: dict[str, Any], states: list[Tensor]) -> _Run
                 logits = logits.materialise()
     finally:
         hook.remove()
-    return _Run(loss.detach(), None if logits is None else logits.detach(), gradients)
+    logits = None if logits is None else logits.detach()
+    return _Run(loss.detach(), logits, gradients, products.step)
 
 
 def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:
@@ -215,7 +217,10 @@ def _compare(dense: _Run, patched: _Run) -> tuple[dict[str, float], list[str]]:
         pairs["logits"] = dense.logits, patched.logits
     for name, (want, got) in pairs.items():
         errors[name] = _relative_error(want, got)
-        if not errors[name] <= allowed + _ROUNDINGS * torch.finfo(want.dtype).eps:
+        step = torch.finfo(want.dtype).eps
+        if name != "logits":  # a gradient is rounded as the operands were
+            step = max(step, dense.step)
+        if not errors[name] <= allowed + _ROUNDINGS * step:
             faults.append(f"{name} off by {errors[name]:.2g} of its norm")
     return errors, faults
 
@@ -244,7 +249,7 @@ class _ProductsInFloat32(TorchFunctionMode):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self._words = words
+        self._words, self.step = words, 0.0
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -255,9 +260,16 @@ class _ProductsInFloat32(TorchFunctionMode):
         return self._linear(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        short = {x.dtype for x in (input, weight) if x.dtype in (torch.float16, torch.bfloat16)}
-        if not short or weight.shape[0] != self._words:
+        if weight.shape[0] != self._words:
             return F.linear(input, weight, bias)
+        device = input.device.type
+        if torch.is_autocast_enabled(device):  # its casts, without its product
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if not {input.dtype, weight.dtype} & {torch.float16, torch.bfloat16}:
+            return F.linear(input, weight, bias)
+        self.step = max(torch.finfo(x.dtype).eps for x in (input, weight))
         rows = range(0, self._words, _ROWS_AT_ONCE)
         parts = [slice(start, start + _ROWS_AT_ONCE) for start in rows]
         settings = {"use_reentrant": False, "preserve_rng_state": False}
@@ -270,4 +282,5 @@ class _ProductsInFloat32(TorchFunctionMode):
 
 
 def _linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    with torch.autocast(input.device.type, enabled=False):
+        return F.linear(input.float(), weight.float(), None if bias is None else bias.float())

@@ -216,3 +216,13 @@ def test_the_first_training_step_is_the_same():
         with patch_model(model, verify=verify):
             losses.append(model(**batch()).loss)
     assert losses[0] == losses[1]
+
+
+def test_a_model_prepared_for_mixed_precision():
+    """A forward that accelerate wrapped in bf16 autocast: held to its casts, no false alarm."""
+    from accelerate import Accelerator
+
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(build())
+    with patch_model(model) as patch:
+        assert patch.verification.skipped is None
+        assert patch.verification.fused
