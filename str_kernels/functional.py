@@ -98,7 +98,7 @@ def linear_cross_entropy(
         z_loss: ζ in ``+ ζ · lse²``; 0 or more.
         filter_eps: a tile of 128 tokens is approximated (its screened mass, its mean row) if it
             holds at most this share of what lies outside the label's tile. 0.0 is exact; ``"auto"``
-            is 2⁻¹¹ with an index or a screen by name, and exact otherwise.
+            is 2⁻¹¹ with an index or a cheaper screen by name, and exact otherwise.
         screen: precision of the pass that finds those tiles: ``"exact"`` (the inputs' own),
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 ConstraintKind = Literal["mse", "floor", "logprob", "kl"]
@@ -32,7 +33,7 @@ def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> f
     rule = "a finite number"
     if minimum > -math.inf:
         rule += f" {'above' if strict else 'of at least'} {minimum:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: must be {rule}.")
     if value < minimum or (strict and value == minimum):
         raise ValueError(f"{name}={value!r}: must be {rule}.")
@@ -114,7 +115,7 @@ class SafetyConstraint:
                 "pass safety=None for no constraint."
             )
         for position, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
                 raise ValueError(f"token_ids[{position}]={token!r}: must be an integer, 0 or more.")
         if len(set(ids)) != len(ids):
             twice = next(token for token in ids if ids.count(token) > 1)
@@ -122,7 +123,7 @@ class SafetyConstraint:
                 f"token_ids holds {twice} {ids.count(twice)} times: every id may stand once; "
                 "use token_weights to weigh a token more."
             )
-        return tuple(ids)
+        return tuple(map(int, ids))
 
     def _checked_weights(self) -> tuple[float, ...] | None:
         if self.token_weights is None:

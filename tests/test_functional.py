@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,14 @@ def test_bad_constraints_are_named(arguments, message):
     """A constraint checks itself when it is built."""
     with pytest.raises(ValueError, match=message):
         SafetyConstraint(*arguments)
+
+
+@pytest.mark.parametrize("ids", [np.array([3, 5]), list(np.array([3, 5])), torch.tensor([3, 5])])
+def test_numbers_of_other_libraries(ids):
+    """Ids and strengths out of numpy and torch are the integers and numbers that they look like."""
+    safety = SafetyConstraint(ids, np.float32(0.5), token_weights=np.ones(2, dtype=np.float32))
+    assert safety == SafetyConstraint((3, 5), 0.5, token_weights=(1.0, 1.0))
+    assert all(type(token) is int for token in safety.token_ids)
 
 
 @pytest.mark.parametrize("eps", [0.0, 2.0**-11])

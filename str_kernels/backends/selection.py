@@ -85,8 +85,8 @@ def select_filter(
 ) -> Filter:
     """Resolve ``filter_eps`` and ``screen``.
 
-    ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a screen asked for by name,
-    and exact otherwise: in token order the filter's error can pass that of a bf16 head.
+    ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen asked for
+    by name, and exact otherwise: in token order the filter's error can pass that of a bf16 head.
 
     Raises:
         ValueError: a screen that the backend cannot run here.

@@ -55,15 +55,14 @@ def test_every_pair_live_is_exact(options, indexed):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_filtered_error_is_small(options):
-    """At the default ε the error is that of dead tiles: below 1 %, and not zero (it does filter).
+    """At the default ε the error is that of dead tiles: not zero (it does filter), but small.
 
-    A dead tile holds at most ε of the open mass and adds an error of at most that share times the
-    spread of its rows; a hundredth of them being live bounds the sum.
+    On ten sets of real states it was 0.05 to 0.33 %; clusters are easier, so that is the bound.
     """
     case = clustered_case(**options)
     truth = case.truth()
     got = case.run(filter_eps=DEFAULT_EPS, index=index_of(case), screen="exact")
-    assert_close(got, truth, 0.01)
+    assert_close(got, truth, 0.0033)
     softcapped_smoothing = "softcap" in options and "label_smoothing" in options
     # that combination takes the exact path
     assert (relative_error(got["hidden_states"], truth["hidden_states"]) < 1e-9) == (
