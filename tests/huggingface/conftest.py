@@ -6,9 +6,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_accelerator_state():
-    """Accelerate keeps its mixed precision in a singleton; older transformers do not reset it."""
+def _own_accelerator_state(monkeypatch):
+    """Accelerate keeps its mixed precision in a singleton, older transformers in the environment."""
     from accelerate.state import AcceleratorState
 
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
