@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _own_accelerator_state(monkeypatch):
-    """Accelerate keeps its mixed precision in a singleton, older transformers in the environment."""
+    """Mixed precision outlives a trainer, in a singleton or in the environment."""
     from accelerate.state import AcceleratorState
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
