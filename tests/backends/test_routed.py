@@ -143,6 +143,15 @@ def test_smoothing_of_a_weight_that_moved(trainable):
     torch.testing.assert_close(loss, case.truth()["loss"], rtol=1e-9, atol=0)
 
 
+def test_auto_screen_without_mkldnn(monkeypatch):
+    """Where torch has no mkldnn (macOS) the filter screens in the operands' own precision."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    case = clustered_case(n=8).to(torch.float32)
+    got = case.run(index=index_of(case), filter_eps=ALL_LIVE)
+    assert_close(got, case.truth(), 5e-6)
+
+
 def test_bf16_screen_is_refined_away():
     """Rounding the screen to bf16 costs nothing in the live mass: the loss stays within 1e-3."""
     case = clustered_case().to(torch.float32)
@@ -153,16 +162,25 @@ def test_bf16_screen_is_refined_away():
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    """Rows alone and in a batch differ by rounding only: liveness is relative to the row."""
-    case = clustered_case(reduction="none")
-    index = index_of(case)
-    arguments = {"filter_eps": DEFAULT_EPS, "index": index, "reduction": "none", "screen": "exact"}
-    whole = linear_cross_entropy(case.hidden_states, case.weight, case.labels, **arguments)
-    for part in (slice(0, 1), slice(5, 20)):
-        alone = linear_cross_entropy(
-            case.hidden_states[part], case.weight, case.labels[part], **arguments
+    """Rows alone and in a batch differ by rounding only: liveness is relative to the row.
+
+    The parts take tiles cold, warm and hot, as the whole does.
+    """
+    case = clustered_case(200)
+    settings = {"filter_eps": DEFAULT_EPS, "index": index_of(case), "screen": "exact"}
+
+    def rows(part: slice) -> tuple[torch.Tensor, ...]:
+        hidden = case.hidden_states[part].requires_grad_()
+        loss, parts = linear_cross_entropy(
+            hidden, case.weight, case.labels[part], reduction="none", return_parts=True, **settings
         )
-        torch.testing.assert_close(alone, whole[part], rtol=1e-12, atol=1e-12)
+        return loss, torch.autograd.grad(loss.sum(), hidden)[0], parts.live_share, parts.dead_mass
+
+    whole = rows(slice(None))
+    assert 0 < whole[2].nanmean() < 1
+    for part in (slice(0, 1), slice(5, 20), slice(20, 53), slice(60, 130)):
+        for alone, among in zip(rows(part), whole, strict=True):
+            torch.testing.assert_close(alone, among[part], rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
 def stages(case: Case, eps: float, labels: torch.Tensor | None = None):

@@ -54,8 +54,11 @@ class TorchBlocked:
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
         """bf16 in place of fp32 on a CPU with bf16 instructions, else the operands' own dtype."""
-        cpu = device.type == "cpu" and dtype == torch.float32
-        return "bf16" if cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "exact"
+        if device.type != "cpu" or dtype != torch.float32:
+            return "exact"
+        # torch for macOS is built without mkldnn, and then without that operator
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if fast else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """See ``Backend.row_block``."""
