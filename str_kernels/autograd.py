@@ -25,8 +25,9 @@ from str_kernels.backends.contract import (
 )
 from str_kernels.backends.logits import accumulator, logit_slope
 from str_kernels.backends.pipeline import Forward, run_forward
-from str_kernels.backends.rows import RowPlan, constraint_at, plan_rows, weight_coefficients
+from str_kernels.backends.rows import RowPlan, plan_rows, weight_coefficients
 from str_kernels.backends.selection import Filter
+from str_kernels.constraint import constraint_terms
 from str_kernels.options import LossOptions
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the backward
@@ -143,7 +144,7 @@ def _penalty(
     """λ w C ``[N]``; zero where a row has none."""
     if plan.penalty_scale is None:
         return torch.zeros_like(done.cross_entropy)
-    value = constraint_at(done.safety_logits, done.lse, reference, options).value
+    value = constraint_terms(options.safety, done.safety_logits, reference, done.lse).value
     return torch.where(plan.penalty_scale > 0, plan.penalty_scale * value, 0.0)
 
 
@@ -198,8 +199,8 @@ class _Upstream:
     def _differentiate_penalty(self, scale: Tensor) -> None:
         """β ``[N, K]`` with the slope of the safety logits, and the penalty's part of α ``[N]``."""
         safety_logits, on = self.saved["safety_logits"], scale != 0
-        terms = constraint_at(
-            safety_logits, self.saved["lse"], self.saved["reference"], self.options
+        terms = constraint_terms(
+            self.options.safety, safety_logits, self.saved["reference"], self.saved["lse"]
         )
         beta = scale[:, None] * terms.d_logits * logit_slope(safety_logits, self.options)
         self.beta = torch.where(on[:, None], beta, 0.0)

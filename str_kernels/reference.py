@@ -21,7 +21,6 @@ class DenseRows(NamedTuple):
     cross_entropy: Tensor
     penalty: Tensor
     lse: Tensor
-    label_logit: Tensor
     safety_logits: Tensor | None
     correct: Tensor
     entropy: Tensor
@@ -59,15 +58,18 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
     return safety.temperature**2 * (torch.xlogy(q, q) - q * log_p).sum(-1)
 
 
-def rows_from_logits(
-    logits: Tensor,
+def dense_rows(
+    hidden_states: Tensor,
+    weight: Tensor,
     labels: Tensor,
     options: LossOptions,
     *,
+    bias: Tensor | None = None,
     reference: Tensor | None = None,
     position_weights: Tensor | None = None,
 ) -> DenseRows:
-    """Loss terms of N positions from their logits ``[N, V]``; labels ``[N]``, already shifted."""
+    """Loss terms of N positions from ``[N, D]`` and ``[V, D]``; labels ``[N]``, already shifted."""
+    logits = dense_logits(hidden_states, weight, bias, options)
     labelled = labels != options.ignore_index
     target = torch.where(labelled, labels, 0)
     lse = torch.logsumexp(logits, dim=-1)
@@ -89,25 +91,7 @@ def rows_from_logits(
         cross_entropy,
         penalty,
         lse.detach(),
-        label_logit.detach(),
         None if safety_logits is None else safety_logits.detach(),
         labelled & (label_logit >= logits.amax(-1)),
         torch.special.entr(p).sum(-1).detach(),
-    )
-
-
-def dense_rows(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    bias: Tensor | None = None,
-    reference: Tensor | None = None,
-    position_weights: Tensor | None = None,
-) -> DenseRows:
-    """Loss terms of N positions straight from hidden states ``[N, D]`` and weight ``[V, D]``."""
-    logits = dense_logits(hidden_states, weight, bias, options)
-    return rows_from_logits(
-        logits, labels, options, reference=reference, position_weights=position_weights
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Dense, Head
 from str_kernels.backends.logits import logit_slope, weight_rows
-from str_kernels.constraint import ConstraintTerms, constraint_terms, needs_lse
+from str_kernels.constraint import needs_lse
 from str_kernels.options import LossOptions
 
 
@@ -87,13 +87,6 @@ def row_gradients(
     if epsilon:
         gradient.sub_(dense.smooth_gradient, alpha=epsilon / head.weight.shape[0])
     return gradient.masked_fill_(unlabelled, 0.0), by_lse
-
-
-def constraint_at(
-    safety_logits: Tensor, lse: Tensor, reference: Tensor | None, options: LossOptions
-) -> ConstraintTerms:
-    """Value and derivatives of the constraint; ``reference`` is ``[N, K]`` or ``[K]``."""
-    return constraint_terms(options.safety, safety_logits, reference, lse)
 
 
 def weight_coefficients(
