@@ -27,9 +27,16 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def take_rows(table: Tensor, where: Tensor | slice) -> Tensor:
+    """``table[where]``; ``index_select`` copies whole rows two to three times as fast."""
+    if isinstance(where, slice):
+        return table[where]
+    return table.index_select(0, where.reshape(-1)).view(*where.shape, *table.shape[1:])
+
+
 def weight_rows(head: Head, where: Tensor | slice, dtype: torch.dtype) -> Tensor:
     """Rows of W as every product sees them: under autocast rounded to the dtype of H first."""
-    return head.weight[where].to(head.hidden_states.dtype).to(dtype)
+    return take_rows(head.weight, where).to(head.hidden_states.dtype).to(dtype)
 
 
 def finish_logits(products: Tensor, options: LossOptions) -> Tensor:

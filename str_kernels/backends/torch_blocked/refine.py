@@ -19,6 +19,7 @@ from str_kernels.backends.logits import (
     accumulator,
     finish_logits,
     softcap_slope,
+    take_rows,
     weight_rows,
 )
 from str_kernels.backends.torch_blocked.blocks import positions_of
@@ -102,7 +103,7 @@ class _Sums:
     def add(self, group: _Group) -> None:
         """Gathered rows of G tiles, ``[G, P, TILE]`` logits."""
         weight, bias, columns = self._weight(group.tiles)
-        logits = torch.bmm(self.hidden[group.rows], weight.transpose(1, 2))
+        logits = torch.bmm(take_rows(self.hidden, group.rows), weight.transpose(1, 2))
         masses, maxima, spread = self._exponentials(
             logits, bias, columns, self.positions[group.rows], self.shift[group.rows], group.live
         )
