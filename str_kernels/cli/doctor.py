@@ -19,11 +19,24 @@ COMPILERS = ("cc", "gcc", "clang", "cl")
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile the GPU kernels instead; needs no GPU.")
+    ] = False,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="With --kernels: 90 or gfx942, say; repeatable. Default: the GPU here."),
+    ] = None,
 ) -> None:
     """Report versions, devices and what would run here; check it against the oracle.
 
+    With --kernels: registers, shared memory, spills and matrix instruction of every GPU kernel.
     Exits with 1 if the check fails.
     """
+    if arch and not kernels:
+        raise typer.BadParameter("needs --kernels", param_hint="--arch")
+    if kernels:
+        _kernels(arch or [], as_json)
+        return
     with stage("looking around"):
         found = {
             "schema": SCHEMA,
@@ -46,6 +59,21 @@ def doctor(
         say("the fused loss disagrees with the oracle here: please report this output")
         raise typer.Exit(1)
     say("next: str-kernels demo")
+
+
+def _kernels(archs: list[str], as_json: bool) -> None:
+    from str_kernels.cli.kernels import COLUMNS, compile_table, tables
+
+    found = compile_table(archs)
+    if as_json:
+        print_json(found)
+    else:
+        for chip, lines in tables(found):
+            print_table(f"{chip}: w warps, s stages, spilled bytes", COLUMNS, lines)
+    if not all(row["fits"] for row in found["rows"]):
+        say("a kernel spills registers or exceeds the chip's shared memory: please report this")
+        raise typer.Exit(1)
+    say("next: str-kernels doctor")
 
 
 def _versions() -> dict[str, str | None]:

@@ -33,7 +33,7 @@ app = typer.Typer(
     epilog=f"Example: {PROGRAM} doctor",
 )
 app.command(epilog=f"Example: {PROGRAM} demo --out demo")(demo)
-app.command(epilog=f"Example: {PROGRAM} doctor --json")(doctor)
+app.command(epilog=f"Example: {PROGRAM} doctor --kernels --arch 90")(doctor)
 app.command(epilog=f"Example: {PROGRAM} tokens ./my-model --out tokens.json --top-k 64")(tokens)
 app.command(
     epilog=f"Example: {PROGRAM} train ./my-model data.jsonl --out adapter --tokens tokens.json "
