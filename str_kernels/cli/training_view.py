@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from str_kernels.training.result import Result
     from str_kernels.training.settings import TrainSettings
 
-LOGGED = ("loss", "cross_entropy", "safety_penalty", "token_accuracy", "grad_norm")
+LOGGED = ("loss", "cross_entropy", "safety_penalty", "safety_drift", "token_accuracy", "grad_norm")
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""Logs the two terms of the loss apart, without synchronising a step.
+"""Logs the two terms of the loss and the safety logits' drift, without synchronising a step.
 
 The patch adds up detached device scalars; they are read once, when the trainer logs anyway.
 """
@@ -13,11 +13,16 @@ from str_kernels.huggingface.patch import Patch
 
 
 class SafetyLogCallback(TrainerCallback):
-    """Adds both terms, ``token_accuracy`` and ``dead_mass`` to every log of training.
+    """Adds both terms, accuracy, the filter's part and the drift to every log of training.
 
-    Both terms are per labelled token, averaged over this process's tokens since the last log,
-    accumulation steps included. For one optimizer step ``cross_entropy + safety_penalty`` is the
+    ``cross_entropy``, ``safety_penalty``, ``token_accuracy``, ``dead_mass`` and ``live_share`` are
+    per labelled token, averaged over this process's tokens since the last log, accumulation steps
+    included. For one optimizer step ``cross_entropy + safety_penalty`` is the
     loss (without a router's); over several the trainer weighs steps alike, these weigh tokens.
+
+    With a constraint also ``safety_drift``, ``Σ w (1/K) Σ (z - r)² / Σ w`` over the same span: how
+    far the safety logits (``logprob``: log-probabilities) are from their reference, whatever the
+    constraint's kind, strength and token weights.
 
     Args:
         patch: what ``patch_model`` returned.

@@ -48,8 +48,8 @@ def patch_model(
         safety: the constraint, or None for the fused cross-entropy alone.
         reference: ``"adapter_off"`` (the same model with its adapters disabled, one no-grad pass a
             step), a static tensor ``[K]`` (also as ``("static", tensor)``), or the path of a cache
-            that ``build_reference_cache`` wrote. That there is an adapter to switch off is checked
-            at the first forward with labels, for PEFT may come after the patch.
+            that ``build_reference_cache`` wrote. That there is an adapter to switch off, and that
+            nothing else is trained, is checked in the forwards, for PEFT may come after the patch.
         positions: ``"all"`` (prompt too, padding not), ``"labels"``, or k, the first k labelled
             positions of each sequence; the weights w of a sequence always sum to its labels.
         filter_eps: as in ``linear_cross_entropy``.
@@ -72,7 +72,8 @@ def patch_model(
         ValueError: patched already, no output head, a head that cannot be fused (quantised,
             sharded, on the meta device), an unknown reference, position, backend or screen, a token
             id beyond the head, a model that computes something else once patched. In a forward: no
-            adapter to switch off, or a merged one; a model whose loss the constraint cannot join.
+            adapter to switch off, a merged one, or trained parameters outside the adapters; a model
+            whose loss the constraint cannot join.
     """
     inner = causal_lm(model)
     if PATCH in inner.__dict__:

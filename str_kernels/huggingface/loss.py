@@ -96,7 +96,7 @@ class LabelledForward:
         loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if self._inside:
             self.fused = True
-            patch.observe(terms, parts)
+            patch.observe(terms, parts, (reference, weights) if constrain else None)
             patch.check_accuracy(arguments, options=options, **inputs)
         return loss.reshape(target.shape) if reduction == "none" else loss
 

@@ -28,15 +28,6 @@ class Notices:
         """A loss is computed without the constraint."""
         self._say(f"The safety constraint takes no part in a loss: {why}.")
 
-    def say_moving_base(self, names: list[str]) -> None:
-        """Parameters of the reference itself are trained."""
-        if names:
-            self._say(
-                f"reference='adapter_off': {len(names)} parameters outside the adapters are "
-                f"trained ({names[0]}, ...), so the reference moves with them; freeze them, or use "
-                "a cache file made before training."
-            )
-
     def say_inaccurate(self, to: str, report: object) -> None:
         """The filter's error passed the bf16 head's."""
         instead = "the screen runs in full precision" if to == "exact" else "every logit is exact"

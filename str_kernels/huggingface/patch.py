@@ -34,7 +34,7 @@ from str_kernels.huggingface.meter import LossMeter
 from str_kernels.huggingface.notice import Notices
 from str_kernels.huggingface.positions import Positions
 from str_kernels.huggingface.recording import Fold
-from str_kernels.huggingface.reference_pass import reference_fold, trainable_base
+from str_kernels.huggingface.reference_pass import reference_fold, require_fixed_base
 from str_kernels.options import LossOptions
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.terms import RowTerms
@@ -86,7 +86,7 @@ class Patch:
         self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
         self.meter, self.notices = LossMeter(), Notices()
-        self._running, self._base_checked = False, False
+        self._running = False
         install_forward(model, _patched_forward)
         defer_head(find_head(model))
         model.__dict__[PATCH] = self
@@ -125,12 +125,22 @@ class Patch:
         if advice is not None:
             self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
 
-    def observe(self, terms: RowTerms, parts: LossParts) -> None:
-        """Keep the statistics of a loss, detached and on the device."""
+    def observe(
+        self, terms: RowTerms, parts: LossParts, held: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Keep the statistics of a loss, detached and on the device.
+
+        Args:
+            terms: of every row.
+            parts: of the loss.
+            held: reference and position weights of the rows, if the constraint took part.
+        """
         self.last_parts = parts
         self._auto_index.judge(parts.live_share)
         if self.model.training:
             self.meter.add(terms, parts)
+            if held is not None:
+                self.meter.add_drift(terms, self.options.safety, *held)
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The model's own forward; its head defers if there are labels."""
@@ -162,7 +172,7 @@ class Patch:
         if not self.options.constrained or not isinstance(self.reference, str):
             return None
         aligned = reference_fold(self.model, inner, arguments, adapters=True)
-        self._say_moving_base()
+        require_fixed_base(self.model)
         return aligned
 
     def _say_unlabelled(self) -> None:
@@ -171,11 +181,6 @@ class Patch:
                 "the model was called in training mode without labels, so the loss is computed "
                 "elsewhere (label smoothing or compute_loss_func of the trainer?)"
             )
-
-    def _say_moving_base(self) -> None:
-        if not self._base_checked:
-            self._base_checked = True
-            self.notices.say_moving_base(trainable_base(self.model))
 
     def _notice_bypass(self, body: nn.Module, args: tuple) -> None:
         """Hook of the body: somebody trains through another forward than the patched one."""

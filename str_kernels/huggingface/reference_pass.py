@@ -23,6 +23,7 @@ from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 
 _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
+_SHOWN = 3  # names in an error
 
 
 class _NoLoss:
@@ -128,6 +129,25 @@ def trainable_base(model: nn.Module) -> list[str]:
             part = getattr(layer, name, None)
             own |= {id(p) for p in part.parameters()} if hasattr(part, "parameters") else set()
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+
+
+def require_fixed_base(model: nn.Module) -> None:
+    """What is left with the adapters off must not be trained.
+
+    What PEFT trains in place of a frozen original (``modules_to_save``, trainable tokens) may be.
+
+    Raises:
+        ValueError: parameters outside the adapters that are trained; the first of them are named.
+    """
+    moving = trainable_base(model)
+    if moving:
+        more = f", and {len(moving) - _SHOWN} more" if len(moving) > _SHOWN else ""
+        raise ValueError(
+            f"reference='adapter_off': parameters outside the adapters are trained "
+            f"({', '.join(moving[:_SHOWN])}{more}), and the reference would move with them; freeze "
+            "them, train copies of them (modules_to_save of peft), or pass reference=<tensor [K]> "
+            "or a cache file made before training."
+        )
 
 
 @contextmanager

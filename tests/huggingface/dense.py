@@ -22,12 +22,12 @@ def dense_loss(
     arguments = {"input_ids": inputs["input_ids"], "attention_mask": mask}
     logits = model(**arguments).logits.float()
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    values = _values(logits, safety)
+    values = safety_values(logits, safety)
     if reference is None:
         training = model.training
         model.eval()
         with torch.no_grad(), model.disable_adapter():
-            reference = _values(model(**arguments).logits.float(), safety)
+            reference = safety_values(model(**arguments).logits.float(), safety)
         model.train(training)
     cross_entropy = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), shifted.flatten(), reduction="sum"
@@ -48,7 +48,8 @@ def weights(shifted: Tensor, mask: Tensor, positions: str | int) -> Tensor:
     return table
 
 
-def _values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
+def safety_values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
+    """Safety logits, or their log-probabilities for ``logprob``."""
     values = logits[..., list(safety.token_ids)]
     return values - logits.logsumexp(-1, keepdim=True) if safety.kind == "logprob" else values
 

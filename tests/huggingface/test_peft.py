@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, patch_model
-from str_kernels.huggingface.reference_pass import adapters_off, trainable_base
+from str_kernels.huggingface.instance import inner_forward
+from str_kernels.huggingface.reference_pass import (
+    adapters_off,
+    reference_fold,
+    safety_reference,
+    trainable_base,
+)
+from str_kernels.options import LossOptions
 from tests.huggingface.dense import dense_loss
 from tests.huggingface.models import batch, build, loss_and_gradients
 from tests.huggingface.test_architectures import assert_same
@@ -121,16 +130,69 @@ def test_autocast_does_not_lose_gradients():
     assert_same(got, want, 0.05)
 
 
-def test_a_trained_base_is_said():
-    """Parameters outside the adapters move the reference: warned of, once."""
+@pytest.mark.parametrize("part", ["norm", "embed_tokens", "all"])
+def test_a_trained_base_is_refused(part):
+    """Parameters outside the adapters would move the reference: named, whenever they are thawed;
+    frozen again, or held to a reference that does not move, they train.
+    """
     model, inputs = wrap(build()), batch()
-    assert trainable_base(model) == []
-    assert trainable_base(wrap(build(), **VARIANTS["whole head"])) == []
-    model.base_model.model.model.norm.weight.requires_grad_()
+    body = model.base_model.model.model
+    thawed = model if part == "all" else getattr(body, part)
     with patch_model(model, SAFETY):
-        with pytest.warns(UserWarning, match=r"1 parameters .* \(model\.norm\.weight, \.\.\.\)"):
-            model(**inputs)
         model(**inputs)
+        thawed.requires_grad_()
+        name = r"and \d+ more" if part == "all" else rf"trained \(model\.{part}\.weight\)"
+        with pytest.raises(ValueError, match=rf"{name}.*freeze them.*cache file"):
+            model(**inputs)
+        thawed.requires_grad_(False)
+        model(**inputs)
+    thawed.requires_grad_()
+    with patch_model(model, SAFETY, reference=torch.zeros(len(SAFETY.token_ids))):
+        model(**inputs).loss.backward()
+    with patch_model(model):
+        model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # whose head is tied
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5, 17]},
+        {"target_modules": [*BODY, "embed_tokens", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_the_reference_of_trained_copies_is_the_untouched_model(settings, name):
+    """Copies that PEFT trains leave their originals alone: after steps that move every one of
+    them, the reference is bit for bit that of the model before PEFT touched it.
+    """
+    untouched, inputs = build(name), batch()
+    model = wrap(copy.deepcopy(untouched), **settings)
+    assert trainable_base(model) == []
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    options = LossOptions(safety=SAFETY)
+    everywhere = inputs["attention_mask"].reshape(-1) == 1
+    with patch_model(model, SAFETY) as patch, patch_model(untouched) as base:
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = dict(model.named_parameters())
+        assert all((after[n] - old).abs().max() > 0.05 for n, old in before.items())
+        got, want = (
+            safety_reference(
+                reference_fold(p.model, inner_forward(p.model), inputs, adapters=adapters),
+                everywhere,
+                options,
+            )
+            for p, adapters in ((patch, True), (base, False))
+        )
+    assert torch.equal(got[everywhere], want[everywhere])
 
 
 def test_unloaded_and_merged():

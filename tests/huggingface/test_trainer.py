@@ -135,6 +135,9 @@ def test_callback_logs_both_terms(tmp_path):
     for log in logs:
         assert log["cross_entropy"] + log["safety_penalty"] == pytest.approx(log["loss"], rel=1e-3)
         assert 0 <= log["token_accuracy"] <= 1
+        # the weights sum to the labels, and mse without token weights is the drift
+        drift = log["safety_penalty"] / SAFETY.strength
+        assert log["safety_drift"] == pytest.approx(drift, rel=1e-4)
     assert logs[-1]["safety_penalty"] > 0
     assert [log["loss"] for log in seen.logs if "loss" in log] == [log["loss"] for log in logs]
 
