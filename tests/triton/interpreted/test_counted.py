@@ -1,0 +1,110 @@
+"""The formulas of `bench.work` against what the kernels issue in the interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends.contract import Head
+from str_kernels.backends.pipeline import tiles_of
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
+from str_kernels.backends.triton.launch import launch_for
+from str_kernels.bench import work
+from str_kernels.options import LossOptions
+from tests.backends.test_routed import clustered_case
+
+DTYPE = torch.float16
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes of the lanes that are not masked, by what is done with them."""
+    counted = {"loaded": 0, "stored": 0, "added": 0}
+    builder = interpreter.InterpreterBuilder
+
+    def watch(name, kind, size, mask):
+        real = getattr(builder, name)
+
+        def counting(self, *given, **more):
+            counted[kind] += int(np.count_nonzero(mask(given).data)) * size(given)
+            return real(self, *given, **more)
+
+        monkeypatch.setattr(builder, name, counting)
+
+    def pointed(given):
+        return given[0].dtype.scalar.element_ty.primitive_bitwidth // 8
+
+    watch("create_masked_load", "loaded", pointed, lambda given: given[1])
+    watch("create_masked_store", "stored", pointed, lambda given: given[2])
+    watch(
+        "create_atomic_rmw", "added", lambda given: given[2].data.itemsize, lambda given: given[3]
+    )
+    return counted
+
+
+def _case():
+    return clustered_case(200, 2000, 96, ignored=0.0).to(DTYPE)
+
+
+def _launches(screen=DTYPE):
+    stages = ("softmax", "refine", "expected", "weight")
+    chosen = {stage: launch_for(0, stage, DTYPE) for stage in stages}
+    return chosen | {"screen": launch_for(0, "screen", screen)}
+
+
+def _run(case, backend, dot_flops, trainable, **arguments):
+    dot_flops["flops"] = 0
+    hidden = case.hidden_states.clone().requires_grad_()
+    weight = case.weight.clone().requires_grad_(trainable)
+    linear_cross_entropy(hidden, weight, case.labels, backend=backend, **arguments).backward()
+    return dot_flops["flops"]
+
+
+def _check(stages, shape, operations, traffic):
+    """Operations exactly; products and quantisation that torch does are not the kernels'."""
+    kernels = [stage for stage in stages if stage.stage != "quantise" and "dead" not in stage.stage]
+    assert work.gemms(kernels, shape) * shape.gemm == pytest.approx(operations, rel=1e-12)
+    for kind, bytes_ in traffic.items():
+        assert sum(getattr(stage, kind) for stage in kernels) == pytest.approx(
+            bytes_, rel=2e-3
+        )  # but scalars
+
+
+@pytest.mark.parametrize(
+    ("screen", "trainable"), [("exact", False), ("int8", False), ("exact", True)]
+)
+def test_routed_work(screen, trainable, backend, dot_flops, traffic):
+    """A frozen head with both screens and a trainable one: operations, and bytes of each kind."""
+    case, eight_bits = _case(), screen == "int8"
+    index = VocabularyIndex.build(
+        case.weight, case.hidden_states, screen=screen if eight_bits else None
+    )
+    tiles = tiles_of(case.weight, index, fresh=False)
+    masses = backend.screen(
+        Head(case.hidden_states, case.weight, None), tiles, LossOptions(), screen
+    )
+    counts = backend.route(masses, case.labels, tiles, DEFAULT_EPS).counts
+    traffic.update(dict.fromkeys(traffic, 0))
+    arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
+    operations = _run(case, backend, dot_flops, trainable, **arguments)
+    shape = work.Shape(200, 2000, 96, 2)
+    launches = _launches(torch.int8 if eight_bits else DTYPE)
+    stages = work.routed(shape, counts, launches, eight_bits=eight_bits)
+    if trainable:
+        stages += work.routed_weight(shape, counts, launches)
+    _check(stages, shape, operations, traffic)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_exact_work(trainable, backend, dot_flops, traffic):
+    """Every logit: two products with a frozen head, four with a trainable one, and their bytes."""
+    case, shape = _case(), work.Shape(200, 2000, 96, 2)
+    operations = _run(case, backend, dot_flops, trainable, filter_eps=0.0)
+    stages = work.exact(shape, _launches(), DEFAULT_BYTE_BUDGET)
+    if trainable:
+        stages += work.exact_weight(shape, _launches())
+    _check(stages, shape, operations, traffic)
