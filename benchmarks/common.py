@@ -68,4 +68,4 @@ def finish(out: Path, name: str, markdown: str) -> None:
     """Write the table and say where everything is."""
     (out / f"{name}.md").write_text(markdown, encoding="utf-8")
     say(markdown)
-    say(f"saved {out / name}.json, .md and .png")
+    say(f"saved {out / name}.*")

@@ -1,0 +1,209 @@
+"""Counted work of the Triton kernels: operations and bytes of a forward and backward, on no GPU.
+
+The router decides on the whole vocabulary here, by the torch backend's own stages, and the live
+pairs' formulas (`str_kernels.bench.work`) are what the kernels issue: `tests/triton/interpreted/
+test_counted.py` counts the same in Triton's interpreter. Peers are formulas, not counts.
+
+Example: python -m benchmarks.counted --model ./gemma --data answers.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import cases, finish, parse, parser, results
+from str_kernels.backends.contract import Head
+from str_kernels.backends.pipeline import tiles_of
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.bench import work
+from str_kernels.bench.inputs import Case
+from str_kernels.bench.report import markdown
+from str_kernels.cli.console import say
+from str_kernels.options import TILE, LossOptions
+
+KEYS = ("case", "dtype", "rows", "chip", "head", "screen")
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# GEMMs of frozen and trainable heads by what each peer must multiply.
+PEERS = {
+    "materialised, chunked or Liger": ("2", "3", "logits, dH, dW"),
+    "cut-cross-entropy": (
+        "2.2 to 2.4",
+        "2.4 to 2.8",
+        "logits twice, then 0.2 to 0.4 of dH and of dW that its filter leaves",
+    ),
+}
+
+
+def main() -> None:
+    """Count every screen on every case, frozen and trainable."""
+    made = parser(__doc__, rows=2048, dtype="bfloat16")
+    made.add_argument("--chip", default="90", help="whose launch table: 90, gfx942, …")
+    args = parse(made)
+    found = results(args, "counted", KEYS)
+    for case in cases(args):
+        say(case.name)
+        common = {"case": case.name, "dtype": case.dtype, "rows": len(case.labels)}
+        common["chip"] = args.chip
+        if not found.has(**common, head="trainable", screen="none"):
+            for row in counted(case, args.chip):
+                found.add(common | row)
+    finish(args.out, "counted", text(found.rows))
+
+
+def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
+    """A row for each screen with a frozen head, the trainable head, and the exact path of both."""
+    launches = launches_for(chip, case.hidden_states.dtype)
+    for screen in ("exact", *EIGHT_BITS):
+        chosen = launches_for(chip, case.hidden_states.dtype, EIGHT_BITS.get(screen))
+        counts = live_counts(case, screen)
+        blocks = zip(counts, _shapes(case), strict=True)
+        stages = [
+            stage
+            for block, shape in blocks
+            for stage in work.routed(shape, block, chosen, eight_bits=screen in EIGHT_BITS)
+        ]
+        whole, every = _shape(case, len(case.labels)), torch.stack(counts).sum(0)
+        live = every.sum().item() / whole.pairs
+        yield _row("frozen", screen, stages, whole, live)
+        if screen == "exact":  # quantised rows of a weight that moves would go stale
+            stages += work.routed_weight(whole, every, launches)
+            yield _row("trainable", screen, stages, whole, live)
+    stages = [stage for shape in _exact_shapes(case) for stage in exact_stages(shape, launches)]
+    yield _row("frozen", "none", stages, whole, 1.0)
+    stages += work.exact_weight(whole, launches)
+    yield _row("trainable", "none", stages, whole, 1.0)
+
+
+def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = None) -> dict:
+    """The launch table's sizes by stage; ``screen`` is its dtype where it has 8 bits."""
+    from str_kernels.backends.triton.launch import launch_for
+
+    arch = int(chip) if chip.isdecimal() else chip
+    stages = ("softmax", "refine", "expected", "weight")
+    chosen = {stage: launch_for(arch, stage, dtype) for stage in stages}
+    return chosen | {"screen": launch_for(arch, "screen", screen or dtype)}
+
+
+def live_counts(case: Case, screen: str) -> list[Tensor]:
+    """Live rows of each tile ``[T]``, for each block of rows that the Triton backend would take.
+
+    Operands are rounded as the screen rounds them and then multiplied in fp32, as the kernels'
+    accumulators do; torch's own half-precision product would round the logits too.
+    """
+    backend, index = TorchBlocked(), case.index
+    hidden, weight = case.hidden_states.float(), case.weight.float()
+    if screen in EIGHT_BITS:
+        hidden, weight = (_rounded(x, EIGHT_BITS[screen]) for x in (hidden, weight))
+    tiles, found = tiles_of(case.weight, index, fresh=False), []
+    for rows in _blocks(case):
+        counts = torch.zeros(len(tiles.mean_rows), dtype=torch.int64)
+        for part in rows.split(1024):
+            head = Head(hidden[part], weight, None)
+            masses = backend.screen(head, tiles, LossOptions(), "exact")
+            counts += backend.route(masses, case.labels[part], tiles, DEFAULT_EPS).counts.cpu()
+        found.append(counts)
+    return found
+
+
+def exact_stages(shape: work.Shape, launches: dict) -> list[work.Work]:
+    """The exact path with the backend's own budget."""
+    from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
+
+    return work.exact(shape, launches, DEFAULT_BYTE_BUDGET)
+
+
+def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    from str_kernels.backends.triton.host import quantise_rows
+
+    parts = (quantise_rows(part, dtype) for part in rows.split(4096))
+    return torch.cat([quantised.float() * scale[:, None] for quantised, scale in parts])
+
+
+def _blocks(case: Case, *, routed: bool = True) -> tuple[Tensor, ...]:
+    from str_kernels.backends.triton import TritonBackend
+
+    head = Head(case.hidden_states, case.weight, None)
+    size = TritonBackend().row_block(head, len(case.labels), routed=routed)
+    return torch.arange(len(case.labels)).split(size)
+
+
+def _shape(case: Case, rows: int) -> work.Shape:
+    return work.Shape(rows, *case.weight.shape, case.weight.element_size())
+
+
+def _shapes(case: Case) -> list[work.Shape]:
+    return [_shape(case, len(rows)) for rows in _blocks(case)]
+
+
+def _exact_shapes(case: Case) -> list[work.Shape]:
+    return [_shape(case, len(rows)) for rows in _blocks(case, routed=False)]
+
+
+def _row(
+    head: str, screen: str, stages: list[work.Work], shape: work.Shape, live: float
+) -> dict[str, Any]:
+    stages = work.total(stages)
+    return {
+        "head": head,
+        "screen": screen,
+        "shape": list(shape),
+        "live": live,
+        "gemms": work.gemms(stages, shape),
+        "stages": [{**stage._asdict(), "gemms": work.gemms([stage], shape)} for stage in stages],
+    }
+
+
+def text(rows: list[dict]) -> str:
+    """A table for each case, then the peers' formulas."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in KEYS[:4]), []).append(row)
+    parts = [
+        "Counted, not timed: a GEMM is `2·N·V·D` operations on the operands' type, one on 8 bits "
+        "is half. *refine* has 2 · live and the padding of its chunks; *dead* is torch's fp32 "
+        f"product with the tiles' mean rows, 1/{TILE}. Bytes are as issued: most loads are served "
+        "by L2, *memory* is the least that is not.\n"
+    ]
+    for (case, dtype, count, chip), mine in groups.items():
+        vocab, dim = mine[0]["shape"][1:3]
+        title = f"### {case}, {dtype}: N {count}, V {vocab}, D {dim}; sizes of chip {chip}"
+        parts.append(f"{title}\n\n{markdown(*_table(mine))}")
+    lines = [[name, *cells] for name, cells in PEERS.items()]
+    peers = markdown(["peer, by formula", "frozen", "trainable", "made of"], lines)
+    return "\n".join([*parts, peers])
+
+
+def _table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    headings = ["head", "screen", "GEMMs", "live", "screen's", "refine's", "weight's", "dead's"]
+    headings += ["GiB loaded", "stored", "added", "memory"]
+    return headings, [_line(row) for row in rows]
+
+
+def _line(row: dict) -> list[str]:
+    def gemms(*words: str) -> str:
+        some = [stage["gemms"] for stage in row["stages"] if stage["stage"] in words]
+        return f"{sum(some):.3f}" if some else ""
+
+    def gibibytes(kind: str) -> str:
+        return f"{sum(stage[kind] for stage in row['stages']) / 2**30:.3g}"
+
+    return [
+        row["head"],
+        row["screen"],
+        f"**{row['gemms']:.3f}**",
+        f"{row['live']:.1%}",
+        gemms("screen", "softmax"),
+        gemms("refine", "expected"),
+        gemms("logits again", "weight"),
+        gemms("dead tiles", "weight, dead tiles"),
+        *(gibibytes(kind) for kind in ("loaded", "stored", "added", "memory")),
+    ]
+
+
+if __name__ == "__main__":
+    main()
