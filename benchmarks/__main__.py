@@ -6,6 +6,7 @@ Example: python -m benchmarks --model ./gemma --data answers.jsonl
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 
@@ -31,6 +32,8 @@ def main() -> None:
         ["str_overhead", *real],
         ["scaling"],
     ]
+    if importlib.util.find_spec("triton") is not None:
+        runs += [["counted", *real]]
     if args.model:
         runs += [["head"], ["head", "--dtype", "bfloat16"], ["end_to_end", *model]]
     for name, *arguments in runs:

@@ -9,6 +9,7 @@ Example: python -m benchmarks.counted --model ./gemma --data answers.jsonl
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ def main() -> None:
     made = parser(__doc__, rows=2048, dtype="bfloat16")
     made.add_argument("--chip", default="90", help="whose launch table: 90, gfx942, …")
     args = parse(made)
+    if importlib.util.find_spec("triton") is None:
+        made.error("needs triton's package for the launch table (pip install triton; Linux only)")
     found = results(args, "counted", KEYS)
     for case in cases(args):
         say(case.name)
