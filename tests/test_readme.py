@@ -42,7 +42,9 @@ def test_options_are_those_of_the_code():
         assert repr(parameters[name].default) == default.replace('"', "'")
 
 
-@pytest.mark.parametrize("command", ["doctor", "tokens", "train", "evaluate", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "tokens", "cache", "train", "evaluate", "bench", "demo"]
+)
 def test_commands_exist(command):
     """Every command that the README names has a help text."""
     from typer.testing import CliRunner

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from str_kernels.cli.bench import bench
+from str_kernels.cli.cache import cache
 from str_kernels.cli.demo import demo
 from str_kernels.cli.doctor import doctor
 from str_kernels.cli.evaluate import evaluate
@@ -35,6 +36,10 @@ app = typer.Typer(
 app.command(epilog=f"Example: {PROGRAM} demo --out demo")(demo)
 app.command(epilog=f"Example: {PROGRAM} doctor --kernels --arch 90")(doctor)
 app.command(epilog=f"Example: {PROGRAM} tokens ./my-model --out tokens.json --top-k 64")(tokens)
+app.command(
+    epilog=f"Example: {PROGRAM} cache ./my-model data.jsonl --tokens tokens.json "
+    "--out refs.safetensors"
+)(cache)
 app.command(
     epilog=f"Example: {PROGRAM} train ./my-model data.jsonl --out adapter --tokens tokens.json "
     "--steps 100"

@@ -51,7 +51,7 @@ def load_model_and_tokenizer(
     """
     target, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     if adapter is not None:
-        _check_adapter(adapter)
+        check_adapter(adapter)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=torch_dtype)
     if adapter is not None:
@@ -169,7 +169,8 @@ def _check_folder(name: str, folder: Path) -> None:
     raise ValueError(f"{name}={str(folder)!r}: holds no config.json, so it is not a model folder.")
 
 
-def _check_adapter(adapter: str | os.PathLike) -> None:
+def check_adapter(adapter: str | os.PathLike) -> None:
+    """An adapter's folder, or what may be a Hub id of one."""
     path = Path(adapter)
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
@@ -187,6 +188,21 @@ def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.n
         raise ValueError(
             f"adapter={os.fspath(adapter)!r}: cannot be put on this model; {error}"
         ) from error
+
+
+def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
+    """The model with a PEFT adapter in its weights, and no adapter left.
+
+    Raises:
+        ValueError: no such adapter, or one that is not made of weights (soft prompts).
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    check_adapter(adapter)
+    wrapped = _with_adapter(model, adapter)
+    if not isinstance(wrapped.base_model, BaseTuner):
+        raise ValueError(f"adapter={os.fspath(adapter)!r}: soft prompts cannot be merged.")
+    return wrapped.merge_and_unload().eval()
 
 
 def _readable(name: str, error: ValueError) -> ValueError:

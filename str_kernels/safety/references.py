@@ -60,7 +60,7 @@ class ReferenceCache:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(
-                f"reference={os.fspath(path)!r}: no such file; make one with "
+                f"reference={os.fspath(path)!r}: no such file; make one with str-kernels cache or "
                 "build_reference_cache, or use 'adapter_off'."
             )
         try:
@@ -92,6 +92,10 @@ class ReferenceCache:
                 f"reference={str(self.path)!r}: holds {metadata['unit']}, but kind={safety.kind!r} "
                 f"is held to {reference_unit(safety)}; compute it again with this kind."
             )
+
+    def holds(self, token_ids: Sequence[int]) -> bool:
+        """Whether there are references of this sequence, given without padding."""
+        return content_key(token_ids) in self._keys
 
     def lookup(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """References ``[B, T, K]`` fp32 of a batch ``[B, T]``; zero on padding.

@@ -5,7 +5,6 @@ Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.js
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,19 +12,17 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from str_kernels.huggingface import (
-    Patch,
-    SafetyLogCallback,
-    build_reference_cache,
-    patch_model,
-)
+from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.inputs.chat import collate
-from str_kernels.inputs.loading import load_model, resolve_device
+from str_kernels.inputs.loading import resolve_device
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
-from str_kernels.training.checks import REFERENCES, TOKENS, Prepared
+from str_kernels.training.checks import REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
+from str_kernels.training.model import load
+from str_kernels.training.reading import TOKENS
 from str_kernels.training.result import Result, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
 
@@ -55,7 +52,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     settings, progress = prepared.settings, progress or Silence()
     _say_what_was_changed(prepared, progress)
     progress.stage("loading the model")
-    model = _load(settings)
+    model = load(settings)
     tokens = _safety_tokens(model, prepared, progress)
     write_description(prepared, tokens, None)
     set_seed(settings.seed)
@@ -135,18 +132,6 @@ def _trainer(
     return trainer, timer, reporter, interrupt
 
 
-def _load(settings: TrainSettings) -> torch.nn.Module:
-    mixed = settings.dtype.startswith("mixed-")
-    name = "float32" if mixed else settings.dtype
-    model = load_model(settings.model, dtype=None if name == "auto" else name)
-    model.config.use_cache = False  # a cache of keys and values only costs memory here
-    if settings.gradient_checkpointing:
-        # transformers renamed it; both take the keywords of torch's checkpoint first
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model.to(resolve_device("auto"))
-
-
 def _safety_tokens(
     model: torch.nn.Module, prepared: Prepared, progress: Progress
 ) -> SafetyTokens | None:
@@ -174,19 +159,8 @@ def _patch(
         reference = settings.folder / REFERENCES
         if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
             progress.stage("computing the references")
-            build_reference_cache(model, _batches(prepared), reference, safety)
+            cache_references(model, prepared, safety, reference)
     return patch_model(model, safety, reference=reference, positions=settings.positions)
-
-
-def _batches(prepared: Prepared) -> Iterator[dict[str, torch.Tensor]]:
-    """The data without labels, like lengths together, on the model's device."""
-    features = sorted(prepared.data.features(), key=lambda feature: len(feature["input_ids"]))
-    device, size = resolve_device("auto"), prepared.settings.batch
-    for start in range(0, len(features), size):
-        batch = collate(
-            features[start : start + size], pad_token_id=prepared.tokenizer.pad_token_id
-        )
-        yield {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from str_kernels.training.callbacks import Silence
-from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, TOKENS, prepare
+from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, prepare
+from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
 from str_kernels.training.settings import Faults, TrainSettings
 

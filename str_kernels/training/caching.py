@@ -1,0 +1,72 @@
+"""The references of a run's data, computed once: by `str-kernels cache`, or at the run's start.
+
+Stage: `Prepared` and the aligned model → the file that ``patch_model(reference=path)`` reads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from str_kernels.huggingface import build_reference_cache
+from str_kernels.inputs.chat import collate
+from str_kernels.inputs.loading import check_adapter, resolve_device
+from str_kernels.options import SafetyConstraint
+from str_kernels.training.checks import Prepared
+from str_kernels.training.reading import Collector, check_vocabulary, read_inputs
+from str_kernels.training.settings import TrainSettings
+
+
+def prepare_cache(settings: TrainSettings, *, adapter: str | None = None) -> Prepared:
+    """Check what is to be cached, without reading the model's weights.
+
+    Args:
+        settings: of the run to come; ``tokens`` must be a file.
+        adapter: what the aligned model has beside its own weights.
+
+    Raises:
+        Faults: whatever is wrong, all of it.
+    """
+    collector = Collector()
+    config, tokenizer, data, tokens, context = read_inputs(collector, settings)
+    if adapter is not None:
+        collector.attempt(check_adapter, adapter)
+    if config is not None:
+        collector.attempt(check_vocabulary, settings, config, data, tokens)
+    collector.raise_faults()
+    return Prepared(settings, tokenizer, data, tokens, None, context)
+
+
+def cache_references(
+    model: torch.nn.Module,
+    prepared: Prepared,
+    safety: SafetyConstraint,
+    path: str | os.PathLike,
+    advance: Callable[[], None] = lambda: None,
+) -> int:
+    """Write the references of the data; ``advance`` is called after each of `batch_count`.
+
+    Returns:
+        How many sequences were stored: equal ones once.
+    """
+    return build_reference_cache(model, _batches(prepared, advance), path, safety)
+
+
+def batch_count(prepared: Prepared) -> int:
+    """How many forwards `cache_references` makes."""
+    return math.ceil(len(prepared.data.sequences) / prepared.settings.batch)
+
+
+def _batches(prepared: Prepared, advance: Callable[[], None]) -> Iterator[dict[str, torch.Tensor]]:
+    """The data without labels, like lengths together, on the model's device."""
+    features = sorted(prepared.data.features(), key=lambda feature: len(feature["input_ids"]))
+    device, size = resolve_device("auto"), prepared.settings.batch
+    for start in range(0, len(features), size):
+        batch = collate(
+            features[start : start + size], pad_token_id=prepared.tokenizer.pad_token_id
+        )
+        yield {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        advance()

@@ -1,0 +1,137 @@
+"""What a run and a reference cache read alike, with every fault in it kept.
+
+Stage: settings → files, tokenizer, configuration, tokenised data, safety tokens → `Inputs`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from str_kernels.inputs.data import TrainingData, encode_file, read_numbered
+from str_kernels.inputs.loading import load_config, load_tokenizer, resolve_device
+from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.training.settings import Faults, TrainSettings
+
+TOKENS = "safety_tokens.json"
+
+T = TypeVar("T")
+
+
+class Inputs(NamedTuple):
+    """What a command reads, each None where it was at fault."""
+
+    config: PretrainedConfig | None
+    tokenizer: PreTrainedTokenizerBase | None
+    data: TrainingData | None
+    tokens: SafetyTokens | None
+    context: int | None
+
+
+class Collector:
+    """Runs checks one after another and keeps what they complain about."""
+
+    def __init__(self) -> None:
+        """No fault yet."""
+        self.faults: list[str] = []
+
+    def attempt(self, check: Callable[..., T], *args: Any, **keywords: Any) -> T | None:
+        """What the check returns; None where it raised a ValueError, which is kept."""
+        try:
+            return check(*args, **keywords)
+        except ValueError as error:
+            self.faults.append(str(error))
+            return None
+
+    def raise_faults(self) -> None:
+        """All that was kept, as one error."""
+        if self.faults:
+            raise Faults(self.faults)
+
+
+def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool = False) -> Inputs:
+    """Configuration, tokenizer, tokenised data and safety tokens; faults go to the collector."""
+    attempt = collector.attempt
+    attempt(check_device, settings)
+    rows = attempt(read_numbered, settings.data)
+    config = attempt(load_config, settings.model)
+    tokenizer = attempt(load_tokenizer, settings.model) if config is not None else None
+    context = None if config is None else context_length(config)
+    attempt(check_length, settings, context)
+    data = tokens = None
+    if tokenizer is not None:
+        tokens = attempt(_tokens, settings, tokenizer, resume)
+        if rows is not None:
+            limit = settings.max_length
+            data = attempt(encode_file, settings.data, rows, tokenizer, max_length=limit)
+    return Inputs(config, tokenizer, data, tokens, context)
+
+
+def check_device(settings: TrainSettings) -> None:
+    """Half precision needs an accelerator; a run uses one of them."""
+    half = settings.dtype in ("float16", "mixed-float16")
+    if half and resolve_device("auto").type == "cpu":
+        raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
+    visible = torch.cuda.device_count()
+    if visible > 1 and "WORLD_SIZE" not in os.environ:  # the trainer would copy the model to all
+        raise ValueError(
+            f"{visible} GPUs are visible and a run uses one: set CUDA_VISIBLE_DEVICES, or "
+            "start one process for each with torchrun."
+        )
+
+
+def check_length(settings: TrainSettings, context: int | None) -> None:
+    """Sequences fit the model's positions."""
+    if context is not None and settings.max_length > context:
+        raise ValueError(
+            f"max_length={settings.max_length}: the model's context is {context} tokens; choose "
+            "that or less."
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The number of positions a model was made for, if its configuration says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_vocabulary(
+    settings: TrainSettings,
+    config: PretrainedConfig,
+    data: TrainingData | None,
+    tokens: SafetyTokens | None,
+) -> torch.nn.Module:
+    """All ids are rows of the head; returns what says so, a copy without weights ("meta")."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model={settings.model!r}: has no output head.")
+    rows = head.weight.shape[0]
+    _check_ids(
+        "data", max((max(s.input_ids) for s in data.sequences), default=0) if data else 0, rows
+    )
+    _check_ids("tokens", max(tokens.token_ids) if tokens else 0, rows)
+    return model
+
+
+def _check_ids(name: str, largest: int, rows: int) -> None:
+    if largest >= rows:
+        raise ValueError(
+            f"{name} holds token id {largest}: the model's head has {rows} rows, 0 to {rows - 1}; "
+            "the tokenizer is not the model's."
+        )
+
+
+def _tokens(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, resume: bool
+) -> SafetyTokens | None:
+    """From a file, or from the part of this run that went before."""
+    if not settings.constrained:
+        return None
+    earlier = settings.folder / TOKENS
+    path = earlier if resume and earlier.is_file() else settings.tokens
+    return None if path is None else SafetyTokens.load(path, tokenizer)
