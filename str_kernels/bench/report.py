@@ -154,7 +154,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """As it was given; of absolute paths the names alone, for results are published."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    return " ".join(words)
 
 
 def _version(name: str) -> str | None:
