@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Head, Saved
-from str_kernels.backends.logits import accumulator
+from str_kernels.backends.logits import accumulator, dead_product
 from str_kernels.options import TILE, LossOptions
 
 _ROWS = 2048  # of the scratch
@@ -42,6 +42,8 @@ def dead_share(
             pull = (coefficients.sigma[rows] * options.logit_scale)[:, None]
             dz.sub_(torch.where(masses < 0, 0.0, pull))
         dz.masked_fill_(silent[rows, None], 0.0)
-        weight.addmm_(dz.T, head.hidden_states[rows].to(dtype))
+        # label smoothing is no approximation: with it the product keeps its precision
+        operands = head.hidden_states.dtype if coefficients.sigma is None else dtype
+        weight += dead_product(dz.T, head.hidden_states[rows], operands)
         bias += dz.sum(0)
     return weight, bias

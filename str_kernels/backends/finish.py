@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Dense, Head, Refined, TileMasses, Tiles, Wanted, Worklist
-from str_kernels.backends.logits import label_logits
+from str_kernels.backends.logits import dead_product, label_logits
 from str_kernels.options import TILE, LossOptions
 
 
@@ -35,7 +35,8 @@ def join_pairs(
     gradient = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
-        gradient = torch.addmm(refined.expected, share, tiles.mean_rows.to(share.dtype))
+        dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
+        gradient = dead_part.add_(refined.expected)
         gradient.mul_((options.logit_scale * rescale)[:, None])
     kept_masses, live = None, work.live()
     if wanted.masses:

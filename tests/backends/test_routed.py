@@ -315,3 +315,17 @@ def test_auto_screen_follows_the_instructions(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         chosen = TorchBlocked().auto_screen(torch.float32, torch.device("cpu"))
         assert chosen == ("bf16" if has else "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"label_smoothing": 0.1}], ids=str)
+def test_half_precision_operands(options, dtype):
+    """16-bit operands: screened and, for dead pairs, multiplied in 16 bit, refined in fp32.
+
+    The bound is the filter's own on this head, and the rounding of the gradients to 16 bit.
+    """
+    case = clustered_case(**options).to(dtype)
+    got, truth = case.run(index=index_of(case)), case.truth()
+    assert relative_error(got["loss"], truth["loss"]) < 1e-3
+    for name in ("hidden_states", "weight"):
+        assert relative_error(got[name], truth[name]) < 0.0033 + 2.0**-8, name
