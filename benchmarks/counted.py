@@ -168,7 +168,7 @@ def text(rows: list[dict]) -> str:
         groups.setdefault(tuple(row[key] for key in KEYS[:4]), []).append(row)
     parts = [
         "Counted, not timed: a GEMM is `2·N·V·D` operations on the operands' type, one on 8 bits "
-        "is half. *refine* has 2 · live and the padding of its chunks; *dead* is torch's fp32 "
+        "is half. *refine* has 2 · live and the padding of its chunks; *dead* is torch's "
         f"product with the tiles' mean rows, 1/{TILE}. Bytes are as issued: most loads are served "
         "by L2, *memory* is the least that is not.\n"
     ]

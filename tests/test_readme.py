@@ -58,3 +58,10 @@ def test_commands_exist(command):
 def test_readme_is_short():
     """A README that is read: 150 lines at most."""
     assert len(README.splitlines()) <= 150
+
+
+def test_measured_tables_are_those_of_the_results():
+    """What the README says was measured is what the committed results hold."""
+    from benchmarks.readme import BEGIN, END, section
+
+    assert README.split(BEGIN)[1].split(END)[0].strip() == section().strip()

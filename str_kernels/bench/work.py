@@ -204,11 +204,12 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
 
 
 def _dead(stage: str, shape: Shape) -> Work:
-    """``[R, T] @ [T, D]`` in fp32, a product of torch's."""
+    """``[R, T] @ [T, D]``, a product of torch's; in bf16 where the operands have 16 bits."""
     sums = 4 * shape.rows * shape.dim
     loaded = 4 * shape.pairs + 4 * shape.tiles * shape.dim + sums
     operations = 2 * shape.pairs * shape.dim
-    return Work(stage, "fp32", operations, loaded, sums, 0, loaded + sums)
+    unit = "operands" if shape.size == 2 else "fp32"
+    return Work(stage, unit, operations, loaded, sums, 0, loaded + sums)
 
 
 def _weight(

@@ -1,0 +1,113 @@
+"""Write the README's measured tables anew from the committed results.
+
+Example: python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- /measured -->"
+NAMES = {
+    "ours": "**str_kernels**",
+    "ours-str": "**with STR, K = 64**",
+    "ours-exact": "exact (`filter_eps=0`)",
+    "transformers": "transformers, logits stored",
+    "compiled": "the same, compiled",
+    "torch": "`F.linear_cross_entropy`",
+    "cce": "CCE (`torch_compile`)",
+    "trl": "TRL's fused head",
+    "liger": "Liger",
+}
+
+
+def main() -> None:
+    """Replace what stands between the markers."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{section()}\n{END}{after}", encoding="utf-8")
+
+
+def section() -> str:
+    """The tables, from ``benchmarks/results``."""
+    return "\n\n".join([_head(), _counted(), _architectures()])
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _head() -> str:
+    content = _read("head.json")
+    where, rows = content["circumstances"], content["rows"]
+    timed = [row for row in rows if row["contender"] != "inputs" and not row["trainable"]]
+    shape = next(row for row in timed if row.get("gemms"))
+    first = (
+        f"The loss head, forward and backward, frozen: N {shape['N']:,}, V {shape['V']:,}, D "
+        f"{shape['D']}, real hidden states ({shape['case']}), {where['threads']} threads of an "
+        f"{where['processor']} with {where['cpu_capability']}, torch {where['versions']['torch']}. "
+        "Time in GEMMs: 1 is the bare product of hidden states and head in the same dtype."
+    )
+    lines = [
+        "| head | fp32 | bf16 | extra memory, fp32 | gradient error, fp32 | bf16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, label in NAMES.items():
+        by_dtype = {row["dtype"]: row for row in timed if row["contender"] == name}
+        if by_dtype:
+            lines.append(_head_row(label, by_dtype.get("float32"), by_dtype.get("bfloat16")))
+    return first + "\n\n" + "\n".join(lines)
+
+
+def _head_row(label: str, full: dict | None, half: dict | None) -> str:
+    cells = [_cell(full, "gemms", "{:.2f}"), _cell(half, "gemms", "{:.2f}")]
+    peak = (
+        "" if not full or not full.get("peak_bytes") else f"{full['peak_bytes'] / 2**20:,.0f} MiB"
+    )
+    errors = [_cell(row, "hidden_error", "{:.2%}") for row in (full, half)]
+    return "| " + " | ".join([label, *cells, peak, *errors]) + " |"
+
+
+def _cell(row: dict | None, name: str, form: str) -> str:
+    if row is None:
+        return ""
+    return form.format(row[name]) if row.get(name) is not None else row.get("reason", "–")[:40]
+
+
+def _counted() -> str:
+    rows = [row for row in _read("counted.json")["rows"] if row["rows"] == 2048]
+    found = {}
+    for head, screen in (("frozen", "exact"), ("frozen", "int8"), ("trainable", "exact")):
+        values = [r["gemms"] for r in rows if r["head"] == head and r["screen"] == screen]
+        found[head, screen] = f"{min(values):.2f} to {max(values):.2f}"
+    return (
+        "The Triton kernels, counted and not timed (operations that they issue, padding included; "
+        f"{len({row['case'] for row in rows})} real sets, N 2,048, 16-bit operands): "
+        f"{found['frozen', 'exact']} GEMMs with a frozen head, {found['frozen', 'int8']} with an "
+        f"8-bit screen, {found['trainable', 'exact']} with a trainable head. Stored logits take 2 "
+        "and 3. [Where they go](benchmarks/results/counted.md)."
+    )
+
+
+def _architectures() -> str:
+    parts = []
+    rows = _read("architectures.json")["rows"]
+    for task, name in (("causal", "causal language models"), ("image-text", "image-text models")):
+        outcomes = Counter(row["outcome"] for row in rows if row["task"].startswith(task[:5]))
+        parts.append(f"{outcomes['fused']} of transformers' {sum(outcomes.values())} {name}")
+    return (
+        f"Patched against unpatched: {' and '.join(parts)} fuse, with equal losses, gradients, "
+        "logits and generated tokens; none is wrong. "
+        "[The rest, with reasons](benchmarks/results/architectures.md)."
+    )
+
+
+if __name__ == "__main__":
+    main()
