@@ -63,7 +63,8 @@ def _head() -> str:
         by_dtype = {row["dtype"]: row for row in timed if row["contender"] == name}
         if by_dtype:
             lines.append(_head_row(label, by_dtype.get("float32"), by_dtype.get("bfloat16")))
-    return first + "\n\n" + "\n".join(lines)
+    last = "A dash: it does not run here, or has no such figure; [why](benchmarks/results/head.md)."
+    return "\n".join([first, "", *lines, "", last])
 
 
 def _head_row(label: str, full: dict | None, half: dict | None) -> str:
@@ -78,7 +79,7 @@ def _head_row(label: str, full: dict | None, half: dict | None) -> str:
 def _cell(row: dict | None, name: str, form: str) -> str:
     if row is None:
         return ""
-    return form.format(row[name]) if row.get(name) is not None else row.get("reason", "–")[:40]
+    return form.format(row[name]) if row.get(name) is not None else "–"
 
 
 def _counted() -> str:
