@@ -21,7 +21,7 @@ from str_kernels.autograd import (
 from str_kernels.backends.contract import Backend, Head
 from str_kernels.backends.logits import accumulator, kept_dtype
 from str_kernels.backends.rows import plan_rows
-from str_kernels.backends.selection import select_backend
+from str_kernels.backends.selection import say_once, select_backend
 from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import RowTerms, check_inputs, flatten, resolve, unflatten
 from str_kernels.vocabulary import VocabularyIndex
@@ -129,6 +129,8 @@ def _options(
         safety = SafetyConstraint(token_ids, strength, kind, token_weights, margin, temperature)
     eps = "auto" if filter_eps == -1.0 else filter_eps
     if any(needs[1:]):
+        if eps != 0.0:
+            say_once("str_kernels: in compiled code a trainable head takes the exact pass")
         eps, screen = 0.0, "auto"
     return LossOptions(
         ignore_index=ignore_index,

@@ -135,8 +135,10 @@ def resolve(
     if resolved.eps:
         with torch.no_grad():
             # label smoothing reads Σ_v z off the mean rows: they must be this very weight's
-            fresh = options.label_smoothing > 0 or (grad and weight.requires_grad)
-            tiles = tiles_of(weight, index, fresh=fresh)
+            moves = grad and weight.requires_grad
+            tiles = tiles_of(weight, index, fresh=moves or options.label_smoothing > 0)
+            if moves:  # rows quantised when the index was built are another weight's by now
+                tiles = tiles._replace(quantised=None, row_scales=None)
     return Settings(backend, options, resolved, tiles, entropy, grad, flat.dtype)
 
 

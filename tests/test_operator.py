@@ -115,3 +115,21 @@ def test_opcheck():
                 *(safety.strength, safety.kind, None, 0.0, 1.0, "torch", needs),
             ),
         )
+
+
+def test_an_exact_pass_is_said(caplog):
+    """A filter that compiled code cannot honour for a trainable head is announced."""
+    import logging
+
+    from str_kernels.backends import selection
+
+    selection._said.clear()
+    with caplog.at_level(logging.INFO, logger="str_kernels"):
+        assert_close(*compiled(make_case(), filter_eps=0.0), 1e-12)
+        assert "takes the exact pass" not in caplog.text
+        got, _ = compiled(make_case(), filter_eps=2.0**-7)
+    assert "takes the exact pass" in caplog.text
+    # 2.0 · loss of 1.5 · hidden states, as `compiled` computes it
+    case = make_case()
+    case.hidden_states = 1.5 * case.hidden_states
+    torch.testing.assert_close(got["loss"], 2.0 * case.truth()["loss"])

@@ -70,7 +70,7 @@ def select_backend(
     else:
         choice = Selection(backend, "given as an instance")
     name = "reference" if choice.backend is None else choice.backend.name
-    _say_once(f"str_kernels runs the {name} backend ({choice.reason})")
+    say_once(f"str_kernels runs the {name} backend ({choice.reason})")
     return choice
 
 
@@ -111,7 +111,7 @@ def select_filter(
         choice = Filter(
             eps, backend.auto_screen(dtype, device) if screen == "auto" else screen, reason
         )
-    _say_once(f"str_kernels: filter_eps={choice.eps:g}, screen={choice.screen} ({reason})")
+    say_once(f"str_kernels: filter_eps={choice.eps:g}, screen={choice.screen} ({reason})")
     return choice
 
 
@@ -149,7 +149,8 @@ def _triton() -> Backend:
     return importlib.import_module("str_kernels.backends.triton").TritonBackend()
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a choice the first time it is made."""
     if message not in _said:
         _said.add(message)
         _log.info(message)
