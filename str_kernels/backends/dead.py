@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Head, Saved
-from str_kernels.backends.logits import accumulator, dead_product
+from str_kernels.backends.logits import accumulator
+from str_kernels.backends.products import dead_product
 from str_kernels.options import TILE, LossOptions
 
 _ROWS = 2048  # of the scratch

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Dense, Head, Refined, TileMasses, Tiles, Wanted, Worklist
-from str_kernels.backends.logits import dead_product, label_logits
+from str_kernels.backends.logits import label_logits
+from str_kernels.backends.products import dead_product
 from str_kernels.options import TILE, LossOptions
 
 

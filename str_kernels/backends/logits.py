@@ -48,17 +48,6 @@ def finish_logits(products: Tensor, options: LossOptions) -> Tensor:
     return products
 
 
-def dead_product(left: Tensor, right: Tensor, operands: torch.dtype) -> Tensor:
-    """``left @ right`` of what stands for dead pairs, in the dtype of ``left``.
-
-    For 16-bit operands the product is made in bf16: its rounding is small beside the approximation,
-    and an fp32 product of this size would cost a GPU a tenth of the whole loss.
-    """
-    if operands in (torch.bfloat16, torch.float16):
-        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
-    return left @ right.to(left.dtype)
-
-
 def softcap_slope(logits: Tensor, options: LossOptions) -> Tensor:
     """``1 - (z/softcap)²``, the softcap's derivative; a new tensor."""
     return (logits / options.softcap).square_().neg_().add_(1.0)

@@ -117,9 +117,10 @@ def _devices() -> dict[str, str]:
 
 
 def _choices(name: str) -> list[dict[str, Any]]:
-    """Backend, screen and filter of the default settings, for fp32 and bf16 operands."""
+    """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
     import torch
 
+    from str_kernels.backends.products import product_dtype
     from str_kernels.backends.selection import select_backend, select_filter
     from str_kernels.options import LossOptions
 
@@ -130,10 +131,12 @@ def _choices(name: str) -> list[dict[str, Any]]:
         eps, screen, why = select_filter(
             LossOptions(), backend, indexed=True, entropy=False, dtype=dtype, device=device
         )
+        products = product_dtype(dtype, device) if backend.name == "torch" else dtype
         choices.append(
             {
                 "device": name,
                 "dtype": str(dtype).removeprefix("torch."),
+                "products": str(products).removeprefix("torch."),
                 "backend": backend.name,
                 "backend_reason": why_backend,
                 "screen": screen,
@@ -148,13 +151,13 @@ def _show(found: dict[str, Any]) -> None:
     versions = [[name, value or "not installed"] for name, value in found["versions"].items()]
     print_table("versions", ["package", "version"], versions)
     print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
-    columns = ["device", "dtype", "backend", "screen", "filter_eps", "why"]
+    columns = ["device", "dtype", "products", "backend", "screen", "filter_eps", "why"]
     print_table(
         "what runs by default, with a vocabulary index",
         columns,
         [
             [
-                *(choice[name] for name in columns[:4]),
+                *(choice[name] for name in columns[:5]),
                 f"{choice['filter_eps']:.3g}",
                 f"{choice['backend_reason']}; {choice['screen_reason']}",
             ]

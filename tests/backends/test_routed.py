@@ -320,7 +320,7 @@ def test_auto_screen_follows_the_instructions(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"label_smoothing": 0.1}], ids=str)
 def test_half_precision_operands(options, dtype):
-    """16-bit operands: screened and, for dead pairs, multiplied in 16 bit, refined in fp32.
+    """16-bit operands: screened and, for dead pairs, multiplied as the CPU can, refined in fp32.
 
     The bound is the filter's own on this head, and the rounding of the gradients to 16 bit.
     """

@@ -27,6 +27,15 @@ def test_doctor_reports_and_passes(capsys):
     assert set(exact["relative_errors"]) == {"loss", "hidden_states", "weight"}
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_doctor_says_how_bf16_is_multiplied(capsys, monkeypatch, has):
+    """A CPU without bf16 instructions multiplies bf16 operands in fp32: said, in both forms."""
+    monkeypatch.setattr("str_kernels.backends.products.multiplies_bf16", lambda device: has)
+    found = json.loads(call(capsys, "doctor", "--json").out)
+    products = {c["dtype"]: c["products"] for c in found["choices"] if c["device"] == "cpu"}
+    assert products == {"float32": "float32", "bfloat16": "bfloat16" if has else "float32"}
+
+
 def test_doctor_shows_tables(capsys):
     """For people: the errors are printed, and the next command named."""
     called = call(capsys, "doctor")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
+from str_kernels.backends.products import multiplies_bf16
 from str_kernels.backends.torch_blocked import blocks
 from str_kernels.backends.torch_blocked.exact import exact_pass
 from str_kernels.backends.torch_blocked.refine import refine_pairs
@@ -58,7 +57,7 @@ class TorchBlocked:
         """bf16 in place of fp32 on a CPU with bf16 instructions, else the operands' own dtype."""
         if device.type != "cpu" or dtype != torch.float32:
             return "exact"
-        return "bf16" if _multiplies_bf16() else "exact"
+        return "bf16" if multiplies_bf16(device) else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """See ``Backend.row_block``."""
@@ -103,15 +102,3 @@ class TorchBlocked:
         """See ``Backend.weight_gradients``."""
         columns = blocks.column_block(self.byte_budget, head)
         return weight_gradients(head, labels, saved, coefficients, safety, options, needs, columns)
-
-
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products that torch uses."""
-    # torch for macOS is built without mkldnn, and then without that operator
-    if not torch.backends.mkldnn.is_available():
-        return False
-    # oneDNN's own answer is yes wherever it can emulate them, which is slower than fp32
-    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if platform.machine().lower() in ("x86_64", "amd64") and has_instructions is not None:
-        return has_instructions()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Head, TileMasses, Tiles
 from str_kernels.backends.logits import accumulator, finish_logits, softcap_slope
+from str_kernels.backends.products import product_dtype
 from str_kernels.backends.torch_blocked.blocks import head_rows, spans
 from str_kernels.options import TILE, LossOptions
 
@@ -30,11 +31,12 @@ def screen_tiles(
         shape, dtype=accumulator(head.hidden_states.dtype), device=head.weight.device
     )
     slope = None if options.softcap is None else torch.empty_like(log_mass)
-    dtype = _product_dtype(head.hidden_states.dtype, screen)
-    hidden = head.hidden_states.to(dtype)
+    rounded = torch.bfloat16 if screen == "bf16" else head.hidden_states.dtype
+    dtype = product_dtype(rounded, head.weight.device)
+    hidden = head.hidden_states.to(rounded).to(dtype)
     for block in spans(head.weight.shape[0], columns):
-        weight, bias = head_rows(head, tiles.order, block, dtype)
-        products = torch.mm(hidden, weight.T)
+        weight, bias = head_rows(head, tiles.order, block, rounded)
+        products = torch.mm(hidden, weight.to(dtype).T)
         where = slice(block.start // TILE, -(-block.stop // TILE))
         for rows in spans(len(products), max(1, _PIECE // products.shape[1])):
             logits = products[rows].to(log_mass.dtype)
@@ -47,13 +49,6 @@ def screen_tiles(
                 None if slope is None else slope[rows, where],
             )
     return TileMasses(log_mass, slope)
-
-
-def _product_dtype(dtype: torch.dtype, screen: str) -> torch.dtype:
-    if screen == "bf16":
-        return torch.bfloat16
-    # half-precision products on a CPU are slower than fp32 ones and overflow at 65504
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tensor | None) -> None:

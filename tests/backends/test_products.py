@@ -1,0 +1,120 @@
+"""A CPU without bf16 instructions never multiplies 16-bit matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends.contract import Head, Tiles
+from str_kernels.backends.products import dead_product, product_dtype
+from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.options import TILE, LossOptions
+from str_kernels.vocabulary import tile_means
+from tests.backends.test_routed import clustered_case
+from tests.oracle import relative_error
+
+CPU = torch.device("cpu")
+HALVES = [torch.bfloat16, torch.float16]
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addmm_"}
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Collects the dtypes of every matrix product's operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in PRODUCTS:
+            self.seen |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def instructions(monkeypatch, has: bool) -> None:
+    """Pretend that the CPU has bf16 instructions, or not."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+
+
+def step(dtype, *, constrained: bool, trainable: bool, **settings) -> set[torch.dtype]:
+    """Forward and backward; which dtypes were multiplied."""
+    case = clustered_case(**({"k": 4, "kind": "logprob"} if constrained else {})).to(dtype)
+    hidden = case.hidden_states.requires_grad_()
+    weight = case.weight.requires_grad_(trainable)
+    if settings.pop("indexed", False):
+        settings["index"] = VocabularyIndex.build(weight, hidden)
+    with ProductDtypes() as products:
+        linear_cross_entropy(
+            hidden,
+            weight,
+            case.labels,
+            bias=case.bias,
+            safety=case.settings.get("safety"),
+            reference=case.reference,
+            backend="torch",
+            **settings,
+        ).backward()
+    return products.seen
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"filter_eps": 0.0}, {"indexed": True}, {"screen": "bf16"}], ids=str
+)
+def test_no_product_in_16_bit(monkeypatch, dtype, constrained, trainable, settings):
+    """Exact, filtered and screened, frozen and trained, with and without the constraint."""
+    instructions(monkeypatch, False)
+    assert step(dtype, constrained=constrained, trainable=trainable, **settings) == {torch.float32}
+
+
+def test_products_in_bf16_where_the_cpu_has_them(monkeypatch):
+    """The collector sees them: the filter's screen and dead pairs use the instructions."""
+    instructions(monkeypatch, True)
+    seen = step(torch.bfloat16, constrained=False, trainable=False, indexed=True)
+    assert torch.bfloat16 in seen
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_dtype_of_a_product(monkeypatch, has):
+    """fp16 is never multiplied as such, bf16 with instructions only, fp32 and fp64 always."""
+    instructions(monkeypatch, has)
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    want = [torch.float64, torch.float32, torch.bfloat16 if has else torch.float32, torch.float32]
+    assert [product_dtype(dtype, CPU) for dtype in dtypes] == want
+
+
+def test_the_bf16_screen_rounds_alike_with_and_without_instructions(monkeypatch):
+    """Asked for by name it rounds the operands everywhere (2⁻⁹); only the product's dtype differs.
+
+    Logits of size 5 move by some hundredths, so do log-masses; rounded once more they do again.
+    """
+    case = clustered_case().to(torch.float32)
+    head = Head(case.hidden_states, case.weight, case.bias)
+    tiles = Tiles(None, None, tile_means(case.weight, None))
+
+    def log_mass(screen: str) -> torch.Tensor:
+        return screen_tiles(head, tiles, LossOptions(), screen, TILE).log_mass
+
+    instructions(monkeypatch, False)
+    emulated, exact = log_mass("bf16"), log_mass("exact")
+    assert 1e-4 < (emulated - exact).abs().max() < 0.1
+    instructions(monkeypatch, True)
+    assert (log_mass("bf16") - emulated).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("operands", HALVES, ids=str)
+def test_dead_product_without_instructions_is_fp32(monkeypatch, operands):
+    """In the dtype of its left operand, with no rounding to bf16 (2⁻⁹ a number)."""
+    g = torch.Generator().manual_seed(0)
+    left = torch.rand(64, 32, generator=g)
+    right = torch.rand(32, 16, generator=g).to(operands)
+    truth = left.double() @ right.double()
+    instructions(monkeypatch, False)
+    assert relative_error(dead_product(left, right, operands), truth) < 1e-6
+    instructions(monkeypatch, True)
+    assert relative_error(dead_product(left, right, operands), truth) > 1e-4
