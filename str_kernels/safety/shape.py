@@ -1,0 +1,92 @@
+"""What an answer is as a piece of text, whatever it says: nothing, a label, a loop, no language.
+
+A model that was trained too hard often stops answering at all; such output neither refuses nor
+complies, and is counted apart.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection
+
+LOOP_SHARE = 0.6  # of the words, so that an answer that merely ends in a loop is not one
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_UNPRONOUNCEABLE = re.compile(r"(?i)[bcdfghjklmnpqrstvwxz]{6}")
+_LONGEST_WORD = 25
+
+
+def is_empty(answer: str) -> bool:
+    """Whether it says nothing: no letter, no digit, no picture; punctuation at most."""
+    kinds = {unicodedata.category(character) for character in answer}
+    return not any(kind[0] in "LN" or kind == "So" for kind in kinds)
+
+
+def is_task_word(answer: str, task_words: Collection[str]) -> bool:
+    """Whether it gives one of a task's labels: as its first line, or in words that are all labels.
+
+    Args:
+        answer: the text.
+        task_words: the labels, such as ``("positive", "negative")``, in any case.
+    """
+    labels = {" ".join(words(label)) for label in task_words} - {""}
+    if not labels:
+        return False
+    first = next(line for line in answer.splitlines() if not is_empty(line))
+    if " ".join(words(first)) in labels:
+        return True
+    known = {word for label in labels for word in label.split()}
+    said = set(words(answer))
+    return bool(said) and said <= known
+
+
+def is_looping(answer: str, *, longest: int | None = None) -> bool:
+    """Whether most of it is one run of words said over and over.
+
+    Args:
+        answer: the text.
+        longest: longest run looked for, in words; None for any.
+    """
+    said = words(answer)
+    for period in range(1, min(longest or len(said), len(said) // 3) + 1):
+        rounds = 5 if period == 1 else 4 if period < 4 else 3  # "no, no, no, no" is still speech
+        needed = max(LOOP_SHARE * len(said), rounds * period)
+        run = 0
+        for earlier, later in zip(said, said[period:], strict=False):
+            run = run + 1 if earlier == later else 0
+            if run + period >= needed:
+                return True
+    return False
+
+
+def is_gibberish(answer: str) -> bool:
+    """Whether most of its letters belong to no word: broken ones, or a soup of scripts."""
+    tokens = _WORD.findall(answer)
+    if not tokens:
+        return False
+    letters = [sum(map(str.isalpha, token)) for token in tokens]
+    scripts = [_script(token) for token in tokens]
+    soup = len(set(scripts) - {None}) >= 4
+    strange = sum(
+        count
+        for token, count in zip(tokens, letters, strict=True)
+        if soup or not _is_word(token)
+    )  # fmt: skip
+    return 2 * strange > sum(letters) or "\ufffd" * 3 in answer
+
+
+def words(text: str) -> list[str]:
+    """Its words in lower case."""
+    return _WORD.findall(text.casefold())
+
+
+def _is_word(token: str) -> bool:
+    if len(token) > _LONGEST_WORD or _UNPRONOUNCEABLE.search(token):
+        return False
+    return len(re.findall(r"[a-z][A-Z]", token)) < 2  # xQzRtB; camelCase once is a name
+
+
+def _script(token: str) -> str | None:
+    """The script of its first letter, by the name Unicode gives the letter."""
+    letter = next(filter(str.isalpha, token), None)
+    return unicodedata.name(letter, "?").split()[0] if letter else None
