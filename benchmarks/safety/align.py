@@ -1,0 +1,80 @@
+"""Teach a base model to refuse: the aligned model that every fine-tuning starts from.
+
+Stage: base model, `Split`s → the whole body trained with frozen embeddings and head → a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.safety.data import INSTRUCTIONS, LOOKALIKES, REFUSALS, TASKS, batches, encode
+from benchmarks.safety.data import load_split as split
+from str_kernels import patch_model
+from str_kernels.inputs.loading import load_model_and_tokenizer
+
+DONE = "aligned.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the aligned model is made."""
+
+    learning_rate: float = 1e-4
+    epochs: float = 2.0
+    batch: int = 16
+    max_length: int = 80
+    task_rows: int = 60
+    warmup: float = 0.05
+    seed: int = 0
+
+
+def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """Make the aligned model, or find the one that is there already made by the same recipe."""
+    done = out / DONE
+    if done.is_file() and json.loads(done.read_text()) == asdict(recipe):
+        return out
+    torch.manual_seed(recipe.seed)
+    base, tokenizer = load_model_and_tokenizer(model, dtype="float32")
+    features = encode(tokenizer, _lessons(data, recipe), recipe.max_length)
+    steps = math.ceil(recipe.epochs * len(features) / recipe.batch)
+    pad = tokenizer.pad_token_id
+    queue = batches(features, size=recipe.batch, steps=steps, pad=pad, seed=recipe.seed)
+    base.train().requires_grad_(True)
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        module.requires_grad_(False)
+    learned = [p for p in base.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=0.0)
+    with patch_model(base):
+        began = time.perf_counter()
+        for step, batch in enumerate(queue):
+            warm = min(1.0, (step + 1) / max(1.0, recipe.warmup * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warm * (1 - step / steps)
+            loss = base(**batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 10 == 0 or step == steps - 1:
+                spent = time.perf_counter() - began
+                say(f"align {step + 1}/{steps}: loss {loss.item():.3f}, {spent:.0f} s")
+    base.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    done.write_text(json.dumps(asdict(recipe)), encoding="utf-8")
+    return out
+
+
+def _lessons(data: Path, recipe: Recipe) -> list[dict]:
+    rows = []
+    for name in (REFUSALS, INSTRUCTIONS, LOOKALIKES):
+        rows += split(data, name).train
+    for task in TASKS:
+        rows += split(data, task).train[-recipe.task_rows :]
+    return rows

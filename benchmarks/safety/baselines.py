@@ -1,0 +1,90 @@
+"""The nearest published methods, written plainly: they are compared for safety, not for speed.
+
+Each takes the tuned model (a PEFT model whose adapters can be switched off) and a batch, and
+returns the penalty that joins the cross-entropy, a mean over labelled positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE = 2.0  # PACT's
+TOP_P = 0.9
+GATE = 2.0
+PREFIX = 8  # positions gated in full; the gate fades as exp(-t / PREFIX) behind them
+IGNORED = -100
+
+
+def full_kl(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """KL of the aligned model's next token from the tuned one's, over the whole vocabulary."""
+    where = _labelled(batch["labels"])
+    head = model.get_base_model().get_output_embeddings().weight
+    tuned = F.log_softmax(_states(model, batch)[where] @ head.T, -1)
+    with torch.no_grad(), model.disable_adapter():
+        aligned = F.log_softmax(_states(model, batch)[where] @ head.T, -1)
+    return F.kl_div(tuned, aligned, log_target=True, reduction="batchmean")
+
+
+def pact(model: Any, batch: dict[str, Tensor], token_ids: Tensor, header: int) -> Tensor:
+    """Subset KL to a gated mixture of two references (arXiv 2603.07445; all safety tokens alike).
+
+    The aligned model is read twice: with the prompt and with the answer alone. Where the tuned
+    model is less sure among the safety tokens than the latter, the target leans to the latter.
+
+    Args:
+        model: the tuned model.
+        batch: padded on the right, each row one prompt and one answer.
+        token_ids: ``[K]``.
+        header: tokens of the assistant's heading, at the end of every prompt.
+    """
+    where = _labelled(batch["labels"])
+    weight = model.get_base_model().get_output_embeddings().weight[token_ids]
+    tuned = _states(model, batch)[where] @ weight.T
+    with torch.no_grad(), model.disable_adapter():
+        full = _states(model, batch)[where] @ weight.T
+        short = _without_prompt(batch, header)
+        alone = _states(model, short)[_labelled(short["labels"])] @ weight.T
+        gate = torch.sigmoid(GATE * (_spread(tuned) - _spread(alone)))
+        gate *= torch.exp(-(_steps(where) - PREFIX).clamp(min=0) / PREFIX)
+        target = torch.lerp(full, alone, gate[:, None])
+    log_p = F.log_softmax(tuned / TEMPERATURE, -1)
+    log_q = F.log_softmax(target / TEMPERATURE, -1)
+    return TEMPERATURE**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """``[B, T]`` bool: the positions whose next token is learned."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+
+
+def _states(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    body = model.get_base_model().base_model
+    keep = ("input_ids", "attention_mask")
+    return body(**{name: batch[name] for name in keep}, use_cache=False).last_hidden_state
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Share of the safety tokens that hold ``TOP_P`` of their probability."""
+    ordered = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    return ((ordered < TOP_P).sum(-1) + 1).to(logits.dtype) / logits.shape[-1]
+
+
+def _steps(where: Tensor) -> Tensor:
+    """How many answer positions stand before each labelled one in its row."""
+    return (where.long().cumsum(-1) - 1)[where].float()
+
+
+def _without_prompt(batch: dict[str, Tensor], header: int) -> dict[str, Tensor]:
+    """Each row from its assistant heading on."""
+    starts = (batch["labels"] != IGNORED).long().argmax(-1) - header
+    columns = starts[:, None] + torch.arange(batch["labels"].shape[1] - int(starts.min()))
+    inside = columns < batch["labels"].shape[1]
+    columns = columns.clamp(max=batch["labels"].shape[1] - 1)
+    cut = {name: values.gather(1, columns) for name, values in batch.items()}
+    cut["attention_mask"] = cut["attention_mask"] * inside
+    cut["labels"] = cut["labels"].masked_fill(~inside, IGNORED)
+    return cut

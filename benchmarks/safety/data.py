@@ -1,0 +1,91 @@
+"""The files of the experiment and how they are divided: nothing that is asked was ever learned.
+
+Stage: a folder of JSON Lines → named `Split`s. A row belongs to one side by the hash of its prompt,
+so the division is the same on every machine, in every order, and after rows were added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from str_kernels.inputs.chat import collate, encode_conversation
+from str_kernels.inputs.data import Row, read_jsonl
+
+REFUSALS, LOOKALIKES, INSTRUCTIONS = "refusals", "lookalike_benign", "instructions"
+TASKS = ("sst2", "agnews")
+HELD_OUT = {REFUSALS: 150, LOOKALIKES: 60, INSTRUCTIONS: 40, "sst2": 400, "agnews": 400}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to learn from and rows to ask, in an order that the hash of the prompt gives."""
+
+    train: list[Row]
+    test: list[Row]
+
+
+def load_split(folder: Path, name: str) -> Split:
+    """Divide ``folder/name.jsonl``; rows without an answer are asked only.
+
+    Raises:
+        ValueError: no such file, broken rows, or too few of them.
+    """
+    rows = read_jsonl(folder / f"{name}.jsonl", response_required=False)
+    ordered = list({row["prompt"]: row for row in sorted(rows, key=_place)}.values())
+    held_out = HELD_OUT[name]
+    if len(ordered) < 2 * held_out:
+        raise ValueError(
+            f"{name}: {len(ordered)} different prompts, but {held_out} are held out; "
+            f"must have at least {2 * held_out}."
+        )
+    return Split([row for row in ordered[held_out:] if row["response"]], ordered[:held_out])
+
+
+def _place(row: Row) -> str:
+    return hashlib.sha256(row["prompt"].encode()).hexdigest()
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_length: int
+) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of each row that leaves room for an answer."""
+    features = []
+    for row in rows:
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        try:
+            encoded = encode_conversation(tokenizer, messages, max_length=max_length)
+        except ValueError:  # a prompt longer than the limit
+            continue
+        features.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
+    return features
+
+
+def batches(
+    features: list[dict[str, list[int]]], *, size: int, steps: int, pad: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """``steps`` shuffled batches, epoch after epoch; sequences of like length go together."""
+    shuffled, queue = random.Random(seed), []
+    for _ in range(steps):
+        if not queue:
+            queue = _epoch(features, size, shuffled)
+        yield collate(queue.pop(), pad_token_id=pad)
+
+
+def _epoch(features: list[dict], size: int, shuffled: random.Random) -> list[list[dict]]:
+    order = shuffled.sample(features, len(features))
+    made = []
+    for start in range(0, len(order), 8 * size):  # sorted within 8 batches: random and unpadded
+        chunk = sorted(order[start : start + 8 * size], key=lambda f: len(f["input_ids"]))
+        made += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    whole = [batch for batch in made if len(batch) == size] or made
+    return shuffled.sample(whole, len(whole))

@@ -1,0 +1,125 @@
+"""The whole experiment, one result file a run: it goes on where it was interrupted.
+
+Stage: base model and data → aligned model, measured → every `Run` of the plan that has no result.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.safety.align import Recipe, align
+from benchmarks.safety.finetune import finetune
+from benchmarks.safety.measure import Amounts, measure
+from benchmarks.safety.methods import Run
+from str_kernels.cli.console import quiet_libraries, say
+from str_kernels.inputs.loading import load_model_and_tokenizer
+from str_kernels.version import __version__
+
+SCHEMA = "str_kernels.safety_experiment/1"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything is.
+
+    Args:
+        model: base model, a folder or Hub id.
+        data: folder of the JSON Lines files.
+        work: folder of what can be made again: the aligned model, references, tokens.
+        results: folder of the results.
+    """
+
+    model: str
+    data: Path
+    work: Path
+    results: Path
+
+    @property
+    def aligned(self) -> Path:
+        """Folder of the aligned model."""
+        return self.work / "aligned"
+
+    def result(self, name: str) -> Path:
+        """File of a result."""
+        return self.results / f"{name}.json"
+
+
+def experiment(
+    places: Places, runs: Sequence[Run], recipe: Recipe, amounts: Amounts, workers: int
+) -> None:
+    """Do all that has no result yet; every worker has one thread for each core it gets."""
+    for folder in (places.work, places.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    align(places.model, places.data, places.aligned, recipe, say)
+    tasks = list(dict.fromkeys(run.setting.task for run in runs))
+    jobs: list[tuple] = [(_baseline, places, task, recipe, amounts) for task in tasks]
+    jobs += [(_run, places, run, recipe, amounts) for run in runs]
+    missing = [job for job in jobs if not places.result(_name(job)).is_file()]
+    say(f"{len(jobs) - len(missing)} of {len(jobs)} results are there")
+    threads = max(1, (multiprocessing.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    # one process a run: its peak memory is its own
+    with context.Pool(workers, _start, (threads,), maxtasksperchild=1) as pool:
+        for name in pool.imap_unordered(_do, missing, chunksize=1):
+            say(f"saved {name}")
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet_libraries()
+
+
+def _name(job: tuple) -> str:
+    subject = job[2]
+    return f"aligned--{subject}" if isinstance(subject, str) else subject.name
+
+
+def _do(job: tuple) -> str:
+    name, began = _name(job), time.perf_counter()
+    function, places, subject, recipe, amounts = job
+    result = function(places, subject, amounts)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result |= {
+        "schema": SCHEMA,
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": asdict(recipe),
+        "amounts": asdict(amounts),
+        "seconds": round(time.perf_counter() - began),
+        "peak_mib": usage.ru_maxrss // 1024,
+        "threads": torch.get_num_threads(),
+    }
+    path = places.result(name)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.rename(path)
+    return name
+
+
+def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
+    model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    return {"measured": measure(model, tokenizer, places.data, task, amounts).as_dict()}
+
+
+def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:
+    model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    tuned, history = finetune(model, tokenizer, run, places.data, places.work, say)
+    trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    measured = measure(tuned, tokenizer, places.data, run.setting.task, amounts)
+    return {
+        "run": run.as_dict(),
+        "measured": measured.as_dict(),
+        "step_seconds": round(statistics.median(history.seconds), 3),
+        "training_peak_mib": trained,
+        "history": history.as_dict(),
+    }

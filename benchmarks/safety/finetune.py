@@ -1,0 +1,183 @@
+"""One fine-tuning of the aligned model, held in one way, with a record of every step.
+
+Stage: aligned model, `Run` → LoRA trained with the package's patch → tuned model, `History`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.safety import baselines
+from benchmarks.safety.data import batches, encode, load_split
+from benchmarks.safety.methods import Method, Run, Setting
+from benchmarks.safety.tokens import context_reference, static_reference, token_ids
+from str_kernels import SafetyConstraint, patch_model
+from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
+
+Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass
+class History:
+    """What happened at every step: loss parts, gradient norm before clipping, seconds."""
+
+    cross_entropy: list[float] = field(default_factory=list)
+    penalty: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
+    strength: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[float]]:
+        """Plain JSON types, four digits."""
+        return {
+            name: [float(f"{value:.4g}") for value in values]
+            for name, values in asdict(self).items()
+        }
+
+
+def finetune(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    data: Path,
+    work: Path,
+    say: Callable[[str], None],
+) -> tuple[torch.nn.Module, History]:
+    """Tune ``model`` (aligned, changed in place); returns it with its adapter, and the history."""
+    setting, history = run.setting, History()
+    features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
+    features = features[: setting.pool]
+
+    def queue(steps: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+        pad = tokenizer.pad_token_id
+        return batches(features, size=setting.batch, steps=steps, pad=pad, seed=seed)
+
+    with ExitStack() as stack:
+        safety, held = _held(run.method, model, tokenizer, setting, features, work)
+        torch.manual_seed(run.seed)
+        tuned = _with_lora(model, setting)
+        patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
+        loss = _loss(run.method, tuned, tokenizer, work)
+        optimizer = torch.optim.AdamW(
+            [p for p in tuned.parameters() if p.requires_grad], lr=setting.learning_rate
+        )
+        for step, batch in enumerate(queue(setting.steps, run.seed)):
+            _step(step, batch, loss, optimizer, setting, history)
+            _record(patch, history)
+            if step % 20 == 0 or step == setting.steps - 1:
+                say(
+                    f"{run.name} {step + 1}/{setting.steps}: "
+                    f"cross-entropy {history.cross_entropy[-1]:.3f}, "
+                    f"penalty {history.penalty[-1]:.3f}, {sum(history.seconds):.0f} s"
+                )
+    return tuned, history
+
+
+def _held(
+    method: Method,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    features: list[dict],
+    work: Path,
+) -> tuple[SafetyConstraint | None, dict[str, Any]]:
+    """The constraint, and the patch's arguments that belong to it."""
+    if method.loss != "str":
+        return None, {}
+    ids = token_ids(method, model, tokenizer, work)
+    budget = {} if method.drift_budget is None else {"drift_budget": method.drift_budget}
+    safety = SafetyConstraint(ids, method.strength, method.kind, **budget)
+    if method.reference == "static":
+        values = static_reference(model, tokenizer, ids)
+        return safety, {"reference": ("static", values), "positions": method.positions}
+
+    def every() -> Iterator[dict[str, torch.Tensor]]:
+        steps, pad = -(-len(features) // setting.batch), tokenizer.pad_token_id
+        chunks = sorted(features, key=lambda f: len(f["input_ids"]))
+        for start in range(0, steps * setting.batch, setting.batch):
+            part = chunks[start : start + setting.batch]
+            yield from batches(part, size=len(part), steps=1, pad=pad, seed=0)
+
+    path = context_reference(model, safety, every, setting.task, work)
+    return safety, {"reference": path, "positions": method.positions}
+
+
+def _with_lora(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    config = LoraConfig(
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config).train()
+
+
+def _loss(
+    method: Method, tuned: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, work: Path
+) -> Loss:
+    def own(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tuned(**batch, use_cache=False).loss
+
+    if method.loss in ("plain", "str"):
+        return own
+    if method.loss == "full_kl":
+        return lambda batch: own(batch) + method.strength * baselines.full_kl(tuned, batch)
+    ids = torch.tensor(token_ids(method, tuned, tokenizer, work))
+    header = _header_length(tokenizer)
+    return lambda batch: own(batch) + method.strength * baselines.pact(tuned, batch, ids, header)
+
+
+def _header_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the assistant's heading."""
+    template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+    asked = [{"role": "user", "content": "Hello"}]
+    closed, opened = (
+        tokenizer.apply_chat_template(
+            asked, chat_template=template, tokenize=False, add_generation_prompt=more
+        )
+        for more in (False, True)
+    )
+    heading = opened.removeprefix(closed)
+    return len(tokenizer(heading, add_special_tokens=False)["input_ids"])
+
+
+def _step(
+    step: int,
+    batch: dict[str, torch.Tensor],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    setting: Setting,
+    history: History,
+) -> None:
+    began = time.perf_counter()
+    warm = min(1.0, (step + 1) / max(1.0, setting.warmup * setting.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = setting.learning_rate * warm * (1 - step / setting.steps)
+    value = loss(batch)
+    value.backward()
+    parameters = optimizer.param_groups[0]["params"]
+    limit = setting.max_grad_norm or float("inf")
+    history.gradient_norm.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
+    optimizer.step()
+    optimizer.zero_grad()
+    history.penalty.append(value.item())  # the cross-entropy is taken off in _record
+    history.seconds.append(time.perf_counter() - began)
+
+
+def _record(patch: Any, history: History) -> None:
+    taken = patch.meter.take()
+    history.cross_entropy.append(taken["cross_entropy"])
+    history.penalty[-1] -= taken["cross_entropy"]
+    history.drift.append(taken.get("safety_drift", 0.0))
+    if "safety_strength" in taken:
+        history.strength.append(taken["safety_strength"])

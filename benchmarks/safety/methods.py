@@ -1,0 +1,120 @@
+"""What is compared: a `Method` says how the model is held, a `Setting` how it is tuned.
+
+A `Run` is one of each and a seed; its name is that of its result, so a run is never done twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """How refusals are held.
+
+    Args:
+        name: of the result.
+        loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
+            (gated subset KL, arXiv 2603.07445) or ``"full_kl"`` (KL over the whole vocabulary).
+        kind: of the constraint, with ``"str"``.
+        strength: λ, or ``"auto"`` with ``"str"``.
+        drift_budget: of ``strength="auto"``, logit units.
+        positions: ``"all"``, ``"labels"`` or a number.
+        top_k: K.
+        tokens: ``"identified"``, ``"templates"`` (every token of the rejection templates) or
+            ``"random"`` (the control).
+        reference: ``"context"`` (the aligned model in the same context) or ``"static"`` (its mean
+            over rejection templates).
+    """
+
+    name: str
+    loss: str = "str"
+    kind: str = "mse"
+    strength: float | str = 0.1
+    drift_budget: float | None = None
+    positions: str | int = "all"
+    top_k: int = 64
+    tokens: str = "identified"
+    reference: str = "context"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the model is fine-tuned: LoRA on every linear layer but the head."""
+
+    name: str
+    task: str
+    learning_rate: float
+    steps: int = 100
+    batch: int = 8
+    rank: int = 8
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    pool: int = 800
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning and its measurement."""
+
+    method: Method
+    setting: Setting
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the result's file."""
+        return f"{self.setting.name}--{self.method.name}--seed{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"method": asdict(self.method), "setting": asdict(self.setting), "seed": self.seed}
+
+
+PLAIN = Method("plain", loss="plain", strength=0.0)
+MSE = Method("mse")
+FLOOR = Method("floor", kind="floor")
+LOGPROB = Method("logprob", kind="logprob")
+KL = Method("kl", kind="kl", strength=1.0)
+PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
+FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
+BUDGET = Method("budget", strength="auto", drift_budget=0.5)
+KINDS = (MSE, KL, FLOOR, LOGPROB)
+VARIANTS = (
+    Method("mse-labels", positions="labels"),
+    Method("mse-first-2", positions=2),
+    Method("mse-random-tokens", tokens="random"),
+    Method("mse-template-tokens", tokens="templates"),
+    Method("mse-static", reference="static"),
+    Method("mse-weak", strength=0.01),
+    Method("mse-strong", strength=1.0),
+    Method("mse-k16", top_k=16),
+    Method("mse-k256", top_k=256),
+)
+
+HARSH = Setting("sst2-harsh", "sst2", 2e-3)
+ORDINARY = Setting("sst2-ordinary", "sst2", 5e-4)
+HARSHEST = Setting("sst2-harshest", "sst2", 3e-3)
+TOPICS = Setting("agnews-harsh", "agnews", 2e-3, pool=400)
+ANSWERS = Setting("instructions-harsh", "instructions", 2e-3, pool=374)
+SETTINGS = (HARSH, ORDINARY, HARSHEST, TOPICS, ANSWERS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs in the order in which they are done: what matters most first."""
+
+    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(_everything()))
+
+
+def _everything() -> list[Run]:
+    main = [Run(method, HARSH, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
+    once = [Run(m, HARSH, 0) for m in (FLOOR, LOGPROB, PACT, BUDGET)]
+    mild = [Run(method, ORDINARY, 0) for method in (PLAIN, MSE, KL)]
+    control = [Run(method, HARSH, 0) for method in VARIANTS]
+    hardest = [Run(method, HARSHEST, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
+    tasks = [Run(m, s, 0) for s in (TOPICS, ANSWERS) for m in (PLAIN, MSE, KL)]
+    repeated = [Run(m, HARSH, seed) for seed in (1, 2) for m in (FLOOR, LOGPROB, PACT, BUDGET)]
+    return [*main, *once, *mild, *control, *hardest, *tasks, *repeated, Run(FULL_KL, HARSH, 0)]

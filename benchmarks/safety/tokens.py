@@ -1,0 +1,70 @@
+"""Which tokens are held, and to what: the choices that the experiment compares."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.safety.methods import Method
+from str_kernels.huggingface import build_reference_cache
+from str_kernels.options import SafetyConstraint
+from str_kernels.safety.inference import last_logits, prompt_token_ids, reading
+from str_kernels.safety.references import content_key
+from str_kernels.safety.templates import REFUSED_REQUESTS, REJECTION_TEMPLATES
+from str_kernels.safety.tokens import SafetyTokens
+
+RANDOM_SEED = 1  # of the control's tokens: the same in every run
+
+
+def token_ids(
+    method: Method, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, work: Path
+) -> tuple[int, ...]:
+    """The method's K tokens; what took a model to find is kept in ``work``."""
+    if method.tokens == "random":
+        words = sorted(tokenizer.get_vocab().values())
+        return tuple(random.Random(RANDOM_SEED).sample(words, method.top_k))
+    if method.tokens == "templates":
+        return SafetyTokens.from_strings(tokenizer, REJECTION_TEMPLATES).token_ids[: method.top_k]
+    path = work / f"tokens-{method.top_k}.json"
+    with FileLock(f"{path}.lock"):  # a run beside this one may want the same
+        if not path.is_file():
+            SafetyTokens.identify(model, tokenizer, top_k=method.top_k).save(path)
+    return SafetyTokens.load(path, tokenizer).token_ids
+
+
+def context_reference(
+    model: torch.nn.Module,
+    safety: SafetyConstraint,
+    batches: Callable[[], Iterable[dict[str, torch.Tensor]]],
+    task: str,
+    work: Path,
+) -> Path:
+    """The aligned model's logits at every position of the task's rows, computed once."""
+    unit = "logprobs" if safety.kind == "logprob" else "logits"
+    path = work / f"reference-{task}-{unit}-{content_key(safety.token_ids)}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            part = path.with_suffix(".part")
+            build_reference_cache(model, batches(), part, safety)
+            part.rename(path)
+    return path
+
+
+def static_reference(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]
+) -> torch.Tensor:
+    """Mean logits ``[K]`` of the safety tokens along rejection templates after refused requests."""
+    columns, total, count = torch.tensor(ids), torch.zeros(len(ids)), 0
+    with reading(model):
+        for request, template in zip(REFUSED_REQUESTS, REJECTION_TEMPLATES, strict=False):
+            answer = tokenizer(template, add_special_tokens=False)["input_ids"]
+            row = prompt_token_ids(tokenizer, request) + answer[:-1]
+            logits = last_logits(model, [row], len(answer), tokenizer.pad_token_id)
+            total += logits[0][:, columns].float().sum(0)
+            count += len(answer)
+    return total / count

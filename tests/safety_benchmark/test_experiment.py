@@ -1,0 +1,91 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.safety import experiment as module
+from benchmarks.safety.align import Recipe
+from benchmarks.safety.experiment import Places, experiment
+from benchmarks.safety.finetune import finetune
+from benchmarks.safety.measure import Amounts, measure
+from benchmarks.safety.methods import HARSH, MSE, Method, Plan, Run
+from str_kernels.inputs.loading import load_model_and_tokenizer
+
+SETTING = replace(HARSH, name="tiny", steps=2, batch=4, pool=8, learning_rate=1e-2)
+AMOUNTS = Amounts(harmful=4, benign=3, task=5, neutral=2, new_tokens=4, max_length=32)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("plain", loss="plain", strength=0.0),
+        replace(MSE, top_k=4),
+        Method("kl", kind="kl", strength=1.0, top_k=4, positions=1),
+        Method("static", reference="static", top_k=4),
+        Method("templates", tokens="templates", top_k=6),
+        Method("random", tokens="random", top_k=4, positions="labels"),
+        Method("pact", loss="pact", top_k=4),
+        Method("full-kl", loss="full_kl"),
+    )
+}
+
+
+def silent(text):
+    pass
+
+
+def test_every_run_of_the_plan_has_a_name_of_its_own():
+    names = [run.name for run in Plan().runs]
+    assert len(names) == len(set(names))
+    assert len({run.seed for run in Plan().runs}) >= 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_and_is_recorded(name, tiny_folder, data, tmp_path):
+    model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    run = Run(METHODS[name], SETTING, seed=1)
+    tuned, history = finetune(model, tokenizer, run, data, tmp_path, silent)
+    for values in (history.cross_entropy, history.penalty, history.gradient_norm, history.seconds):
+        assert len(values) == SETTING.steps
+    assert (max(history.penalty) > 1e-6) == (name != "plain")  # after the first step it is moved
+    moved = [p for n, p in tuned.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
+    assert moved
+    for n, p in model.named_parameters():
+        if "lora_" not in n:
+            assert torch.equal(p, before[n.replace("base_layer.", "")])
+
+
+def test_seeds_differ_and_repeat(tiny_folder, data, tmp_path):
+    def losses(seed):
+        model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
+        run = Run(METHODS["mse"], SETTING, seed)
+        return finetune(model, tokenizer, run, data, tmp_path, silent)[1].cross_entropy
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_measure_asks_every_row(tiny_folder, data):
+    model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
+    measured = measure(model, tokenizer, data, "sst2", AMOUNTS)
+    assert (len(measured.harmful), len(measured.benign), len(measured.task)) == (4, 3, 5)
+    assert 0 < measured.neutral < 20
+    assert measure(model, tokenizer, data, "sst2", AMOUNTS) == measured
+    free_text = measure(model, tokenizer, data, "instructions", AMOUNTS)
+    assert free_text.summary()["outcomes"] == measured.summary()["outcomes"]
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_on_where_it_was_interrupted(tiny_folder, data, tmp_path, monkeypatch):
+    places = Places(str(tiny_folder), data, tmp_path / "work", tmp_path / "results")
+    recipe = Recipe(epochs=0.02, max_length=48, task_rows=4)
+    runs = [Run(METHODS["plain"], SETTING, 0), Run(METHODS["mse"], SETTING, 0)]
+    experiment(places, runs[:1], recipe, AMOUNTS, workers=2)
+    first = places.result(runs[0].name).read_text()
+    experiment(places, runs, recipe, AMOUNTS, workers=2)
+    assert places.result(runs[0].name).read_text() == first
+    result = json.loads(places.result(runs[1].name).read_text())
+    assert result["schema"] == module.SCHEMA
+    assert result["run"] == runs[1].as_dict()
+    assert set(result["measured"]["summary"]) >= {"refused", "over_refused", "accuracy"}
+    assert len(list(places.results.glob("*.json"))) == 3  # two runs and the aligned model
