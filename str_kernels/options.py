@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ Reduction = Literal["mean", "sum", "none"]
 Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
+DRIFT_BUDGET = 0.5  # logit units; of ``strength="auto"`` without a budget of its own
 TILE = 128
 
 
@@ -74,27 +75,35 @@ class SafetyConstraint:
 
     Args:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
-        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more.
+        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. ``"auto"``,
+            on a patched model alone, adapts λ while it trains so that the drift stays at
+            ``drift_budget``.
         kind: one of the table above.
         token_weights: K non-negative numbers ω, not all zero; None for 1 each.
         margin: how far below the reference ``floor`` lets a logit fall; 0 or more, logit units.
         temperature: τ of ``kl``; above 0.
+        drift_budget: how far the safety logits may drift, in logit units, above 0; None for 0.5
+            with ``strength="auto"``, and the only choice without. The drift is ``√(a · mean C)``
+            over the constrained positions by their weights, with ``a = K / Σ ω``: the rms of what
+            the table squares. For ``kl`` a is 2: the rms difference of logits under q, a shift of
+            all of them left out, which ``√(2 C)`` is as long as it is small.
 
     Raises:
         ValueError: an argument outside these rules, or one that ``kind`` would ignore.
     """
 
     token_ids: tuple[int, ...]
-    strength: float
+    strength: float | Literal["auto"]
     kind: ConstraintKind = "mse"
     token_weights: tuple[float, ...] | None = None
     margin: float = 0.0
     temperature: float = 1.0
+    drift_budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field and freeze sequences into tuples."""
         object.__setattr__(self, "token_ids", self._checked_ids())
-        object.__setattr__(self, "strength", _finite("strength", self.strength, minimum=0.0))
+        self._check_strength()
         _choice("kind", self.kind, get_args(ConstraintKind))
         object.__setattr__(self, "token_weights", self._checked_weights())
         object.__setattr__(self, "margin", _finite("margin", self.margin, minimum=0.0))
@@ -105,6 +114,30 @@ class SafetyConstraint:
         if self.temperature != 1.0 and self.kind != "kl":
             raise ValueError(
                 f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}."
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the strength is found while training, from the drift budget."""
+        return self.strength == "auto"
+
+    def at(self, strength: float) -> SafetyConstraint:
+        """The same constraint with a fixed strength."""
+        return replace(self, strength=strength, drift_budget=None)
+
+    def _check_strength(self) -> None:
+        if isinstance(self.strength, str):
+            if self.strength != "auto":
+                raise ValueError(f"strength={self.strength!r}: must be 'auto' or a number.")
+            given = DRIFT_BUDGET if self.drift_budget is None else self.drift_budget
+            budget = _finite("drift_budget", given, minimum=0.0, strict=True)
+            object.__setattr__(self, "drift_budget", budget)
+            return
+        object.__setattr__(self, "strength", _finite("strength", self.strength, minimum=0.0))
+        if self.drift_budget is not None:
+            raise ValueError(
+                f"drift_budget={self.drift_budget!r} with strength={self.strength!r}: a fixed "
+                "strength has no budget; give strength='auto'."
             )
 
     def _checked_ids(self) -> tuple[int, ...]:
@@ -192,4 +225,4 @@ class LossOptions:
     @property
     def constrained(self) -> bool:
         """Whether the constraint can change the loss at all."""
-        return self.safety is not None and self.safety.strength > 0.0
+        return self.safety is not None and (self.safety.adaptive or self.safety.strength > 0.0)

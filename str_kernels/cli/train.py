@@ -26,7 +26,13 @@ def train(
         str | None, typer.Option(help="Safety tokens file; default: identify at the start.")
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many tokens to identify.")] = 64,
-    strength: Annotated[float, typer.Option(help="Weight of the constraint.")] = 1.0,
+    strength: Annotated[
+        str, typer.Option(help="Weight of the constraint; auto: found from the drift budget.")
+    ] = "1.0",
+    drift_budget: Annotated[
+        float | None,
+        typer.Option(help="Logit units that the safety logits may drift, with --strength auto."),
+    ] = None,
     kind: Annotated[str, typer.Option(help="mse, floor, logprob or kl.")] = "mse",
     positions: Annotated[
         str, typer.Option(help="all, labels, or a number k: the first k of each response.")

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from str_kernels.training.result import Result
     from str_kernels.training.settings import TrainSettings
 
-LOGGED = ("loss", "cross_entropy", "safety_penalty", "safety_drift", "token_accuracy", "grad_norm")
+LOGGED = (
+    "loss",
+    "cross_entropy",
+    "safety_penalty",
+    "safety_drift",
+    "safety_strength",
+    "budgeted_drift",
+    "token_accuracy",
+    "grad_norm",
+)
 
 
 class Lines:
@@ -105,6 +114,9 @@ def _rows(result: Result) -> list[list[str]]:
         rows.append(["cross-entropy (last log)", f"{result.cross_entropy:.4f}"])
     if result.safety_penalty is not None:
         rows.append(["safety penalty (last log)", f"{result.safety_penalty:.4f}"])
+    if result.safety_strength is not None:
+        rows.append(["strength found", f"{result.safety_strength:.4g}"])
+        rows.append(["drift (logit units)", f"{result.budgeted_drift:.4f}"])
     return rows
 
 

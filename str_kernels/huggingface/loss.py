@@ -16,6 +16,7 @@ from str_kernels.functional import reduce_terms
 from str_kernels.huggingface.positions import position_weights
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import safety_reference
+from str_kernels.options import SafetyConstraint
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.terms import row_terms
 
@@ -76,7 +77,7 @@ class LabelledForward:
             label_smoothing=label_smoothing,
             logit_scale=fold.logit_scale,
             softcap=fold.softcap,
-            safety=patch.options.safety if constrain else None,
+            safety=self._constraint() if constrain else None,
         )
         _require_whole(fold.weight)
         labels, rows = target.reshape(-1), fold.rows.reshape(-1)
@@ -93,12 +94,19 @@ class LabelledForward:
         terms = row_terms(
             *arguments, options, reference=reference, position_weights=weights, **inputs
         )
+        if constrain:
+            terms = patch.weigh(terms, weights)
         loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if self._inside:
             self.fused = True
             patch.observe(terms, parts, (reference, weights) if constrain else None)
             patch.check_accuracy(arguments, options=options, **inputs)
         return loss.reshape(target.shape) if reduction == "none" else loss
+
+    def _constraint(self) -> SafetyConstraint:
+        """What the rows are computed with: a strength that is found comes after them."""
+        budget = self._patch.budget
+        return self._patch.options.safety if budget is None else budget.constraint
 
     def _joins_constraint(self) -> bool:
         """Whether this cross-entropy is the model's own loss, of which there can be one."""
@@ -129,7 +137,7 @@ class LabelledForward:
             self._patch.positions,
             ignore_index=ignore_index,
             attention_mask=self._arguments.get("attention_mask"),
-            position_ids=self._arguments.get("position_ids"),
+            packing=self._arguments,
             scored=scored.reshape(shape),
         )
         return weights.reshape(-1)

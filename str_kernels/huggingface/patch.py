@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from str_kernels.backends.contract import Backend
 from str_kernels.functional import LossParts
+from str_kernels.huggingface.budget import DriftBudget
 from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head
 from str_kernels.huggingface.instance import (
@@ -62,6 +63,7 @@ class Patch:
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
         meter: sums of the losses in training mode since somebody last took them.
+        budget: finds λ if the strength is ``"auto"``, else None; ``budget.strength`` is the latest.
         verification: what the trial of the patch on this model found; None: there was none.
     """
 
@@ -85,6 +87,8 @@ class Patch:
         self.guard = AccuracyGuard(check_accuracy_every)
         self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
+        safety = options.safety
+        self.budget = DriftBudget(safety) if safety is not None and safety.adaptive else None
         self.meter, self.notices = LossMeter(), Notices()
         self._running = False
         install_forward(model, _patched_forward)
@@ -124,6 +128,13 @@ class Patch:
         advice = self.guard.after_loss(arguments, **inputs)
         if advice is not None:
             self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
+
+    def weigh(self, terms: RowTerms, weights: Tensor) -> RowTerms:
+        """The terms of rows in the constraint with its strength, also one that is found."""
+        if self.budget is None:
+            return terms
+        learning = self.model.training and torch.is_grad_enabled()
+        return self.budget.apply(terms, weights, learning=learning)
 
     def observe(
         self, terms: RowTerms, parts: LossParts, held: tuple[Tensor, Tensor] | None

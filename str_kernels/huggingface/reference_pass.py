@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,7 +195,7 @@ def safety_reference(
         options: of the training loss: its constraint, filter and screen.
         backend: as in ``linear_cross_entropy``.
     """
-    rows, safety = fold.rows.reshape(-1), replace(options.safety, strength=1.0)
+    rows, safety = fold.rows.reshape(-1), options.safety.at(1.0)
     options = LossOptions(
         safety=safety,
         logit_scale=fold.logit_scale,

@@ -15,7 +15,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
-from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
@@ -153,7 +152,7 @@ def _patch(
         return None
     if tokens is None:
         return patch_model(model)
-    safety = SafetyConstraint(tokens.token_ids, settings.strength, settings.kind)
+    safety = tokens.constraint(settings.strength, settings.kind, drift_budget=settings.drift_budget)
     reference = settings.reference
     if reference == "cache":
         reference = settings.folder / REFERENCES
@@ -195,6 +194,8 @@ def _result(
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
+        safety_strength=last.get("safety_strength"),
+        budgeted_drift=last.get("budgeted_drift"),
         **peak_memory(),
     )
 

@@ -42,7 +42,9 @@ class TrainSettings:
             ``"unpatched"`` (the model's own head, for comparison).
         tokens: a file of safety tokens; None: identified with the model before training.
         top_k: how many tokens are identified.
-        strength: λ, the weight of the constraint.
+        strength: λ, the weight of the constraint; ``"auto"``: found while training.
+        drift_budget: how far the safety logits may drift, in logit units (see
+            ``SafetyConstraint``); None: 0.5 with ``strength="auto"``, and the only choice without.
         kind: ``"mse"``, ``"floor"``, ``"logprob"`` or ``"kl"``.
         positions: ``"all"``, ``"labels"``, or the first k labelled positions of each sequence.
         reference: ``"adapter_off"``, ``"cache"`` (computed once, at the start) or a cache file.
@@ -78,7 +80,8 @@ class TrainSettings:
     method: str = "str"
     tokens: str | None = None
     top_k: int = 64
-    strength: float = 1.0
+    strength: float | str = 1.0
+    drift_budget: float | None = None
     kind: str = "mse"
     positions: str | int = "all"
     reference: str = "adapter_off"
@@ -105,6 +108,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Check every field; freeze the module names."""
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "strength", _number_or_word(self.strength))
         faults = [fault for fault in map(self._fault, _RULES) if fault]
         if isinstance(self.positions, str):
             if self.positions.isdigit():
@@ -118,6 +122,11 @@ class TrainSettings:
                 f"method={self.method!r}: holds no safety tokens, so tokens and reference have no "
                 "use; leave them out."
             )
+        if self.drift_budget is not None and (self.method, self.strength) != ("str", "auto"):
+            faults.append(
+                f"drift_budget={self.drift_budget}: belongs to strength='auto' and method='str', "
+                f"not to strength={self.strength!r} and method={self.method!r}."
+            )
         if not self.target_modules:
             faults.append("target_modules is empty: name modules, or 'all-linear'.")
         if faults:
@@ -126,7 +135,7 @@ class TrainSettings:
     def _fault(self, rule: tuple[str, str, Any]) -> str | None:
         name, text, holds = rule
         value = getattr(self, name)
-        if value is None and name in ("alpha", "steps"):
+        if value is None and name in ("alpha", "steps", "drift_budget"):
             return None
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name}={value}: must be a finite number."
@@ -168,6 +177,14 @@ class TrainSettings:
         return [n for n in own if n not in FREE_ON_RESUME and own[n] != other.get(n)]
 
 
+def _number_or_word(value: float | str) -> float | str:
+    """A number, also one in a string; any other string as it is."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def _one_of(name: str, choices: tuple[str, ...]) -> tuple[str, str, Any]:
     return name, f"one of {', '.join(choices)}", lambda value: value in choices
 
@@ -183,7 +200,8 @@ def _above_zero(name: str) -> tuple[str, str, Any]:
 _RULES = (
     _one_of("method", METHODS),
     ("top_k", "1 to 1024", lambda value: 1 <= value <= 1024),
-    _at_least("strength", 0),
+    ("strength", "'auto' or 0 or more", lambda x: x == "auto" if isinstance(x, str) else x >= 0),
+    _above_zero("drift_budget"),
     _one_of("kind", KINDS),
     _at_least("rank", 1),
     _above_zero("alpha"),

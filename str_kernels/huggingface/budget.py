@@ -1,0 +1,136 @@
+"""The strength of ``strength="auto"``: adapted while training, so that the drift stays in budget.
+
+Stage: both terms of a training forward's rows, at strength 1 → the penalty times λ; and once for
+every optimizer step, from the sums of its forwards ::
+
+    drift² = EMA(a · Σ w C) / EMA(Σ w)      a, w, C: see SafetyConstraint and its drift_budget
+    error  = log(drift / budget), cut to ±1
+    log λ  = integral + 1.0 · error,        integral += 0.03 · error
+
+Everything is on the device and nobody waits for it; with torch.distributed the sums are those of
+all processes, so λ is the same on each. The forwards of one step share one λ, so accumulation
+changes nothing but the rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from str_kernels.huggingface.moment import Freshness
+from str_kernels.options import SafetyConstraint
+from str_kernels.terms import RowTerms
+
+START = 1.0
+LOWEST, HIGHEST = 1e-3, 1e3  # beyond them a longer memory of the error would only be paid back
+MEMORY = 0.9  # of the EMA: about ten steps, for one batch's drift is noisy
+INTEGRAL = 0.03  # a step: λ changes by e in 33 steps at the largest error
+PROPORTIONAL = 1.0  # brakes the swing that an integral alone has: the drift answers late
+
+
+class DriftBudget:
+    """Finds the strength; `Patch.budget` is one if the constraint's strength is ``"auto"``.
+
+    Args:
+        safety: the constraint, its strength ``"auto"``.
+
+    Attributes:
+        constraint: the same constraint at strength 1, which the rows' penalty is computed with.
+        strength: λ of the next forward, a scalar fp32 tensor.
+    """
+
+    def __init__(self, safety: SafetyConstraint) -> None:
+        """Begin at λ = 1, with no drift seen."""
+        self.constraint = safety.at(1.0)
+        self._budget, self._scale = safety.drift_budget, _scale(safety)
+        # integral, strength, EMA of a Σ w C, EMA of Σ w
+        self._state = torch.tensor([math.log(START), START, 0.0, 0.0])
+        self._sums: Tensor | None = None
+        self._steps = 0
+
+    @property
+    def strength(self) -> Tensor:
+        """λ, on the device of the losses."""
+        return self._state[1]
+
+    def apply(self, terms: RowTerms, weights: Tensor, *, learning: bool) -> RowTerms:
+        """The terms ``[n]`` with λ in their penalty.
+
+        Args:
+            terms: of the rows, computed with ``constraint``.
+            weights: ``[n]``, of the rows in the constraint.
+            learning: whether this forward counts as training, and moves λ after its step.
+        """
+        self._state = self._state.to(terms.penalty.device)
+        if learning:
+            if self._steps != Freshness.optimizer_steps():
+                self.settle()
+            self._add(terms.penalty.detach(), weights)
+        return terms._replace(penalty=self.strength * terms.penalty)
+
+    def _add(self, penalty: Tensor, weights: Tensor) -> None:
+        added = torch.stack([self._scale * penalty.sum().float(), weights.sum().float()])
+        if self._sums is None:
+            self._sums, self._steps = added, Freshness.optimizer_steps()
+        else:
+            self._sums = self._sums + added
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The optimizer has stepped: set λ for the next step from the forwards of this one.
+
+        The next training forward does it unasked. Nothing happens if there was no forward. With
+        torch.distributed every process must call it.
+        """
+        if self._sums is None:
+            return
+        sums, self._sums = self._sums, None
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        integral, _, *before = self._state
+        means = MEMORY * torch.stack(before) + (1.0 - MEMORY) * sums
+        error = (0.5 * (means[0] / means[1]).log() - math.log(self._budget)).clamp(-1.0, 1.0)
+        low, high = math.log(LOWEST), math.log(HIGHEST)
+        integral = (integral + INTEGRAL * error).clamp(low, high)
+        strength = (integral + PROPORTIONAL * error).clamp(low, high).exp()
+        after = torch.stack([integral, strength, *means])
+        # a step that overflowed, or constrained nothing, says nothing
+        usable = sums.isfinite().all() & (sums[1] > 0)
+        self._state = torch.where(usable, after, self._state)
+
+    def report(self) -> dict[str, float]:
+        """``safety_strength`` and ``budgeted_drift`` (0 before the first step); waits for both."""
+        _, strength, distance, weight = self._state.tolist()
+        return {
+            "safety_strength": strength,
+            "budgeted_drift": math.sqrt(distance / weight) if weight else 0.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in JSON types; between two steps, on every process."""
+        self.settle()
+        return {"state": self._state.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict``.
+
+        Raises:
+            ValueError: not one of these.
+        """
+        values = state.get("state") if isinstance(state, dict) else None
+        if not isinstance(values, list) or len(values) != len(self._state):
+            raise ValueError(
+                f"state={state!r}: must be what state_dict() gave, with {len(self._state)} numbers."
+            )
+        self._state, self._sums = torch.tensor(values, device=self._state.device), None
+
+
+def _scale(safety: SafetyConstraint) -> float:
+    """``a`` of ``drift² = a · mean C``."""
+    if safety.kind == "kl":
+        return 2.0
+    weights = safety.token_weights
+    return 1.0 if weights is None else len(weights) / sum(weights)
