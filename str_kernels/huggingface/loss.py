@@ -137,7 +137,7 @@ class LabelledForward:
             self._patch.positions,
             ignore_index=ignore_index,
             attention_mask=self._arguments.get("attention_mask"),
-            packing=self._arguments,
+            position_ids=self._arguments.get("position_ids"),
             scored=scored.reshape(shape),
         )
         return weights.reshape(-1)
