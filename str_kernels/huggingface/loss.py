@@ -137,7 +137,7 @@ class LabelledForward:
             self._patch.positions,
             ignore_index=ignore_index,
             attention_mask=self._arguments.get("attention_mask"),
-            position_ids=self._arguments.get("position_ids"),
+            packing=self._arguments,
             scored=scored.reshape(shape),
         )
         return weights.reshape(-1)

@@ -7,10 +7,13 @@ each for all T positions that are not padding.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from str_kernels.huggingface.packing import described, sequence_starts
 
 Positions = Literal["labels", "all"] | int
 
@@ -35,7 +38,7 @@ def position_weights(
     *,
     ignore_index: int = -100,
     attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    packing: Mapping[str, Any] | None = None,
     scored: Tensor | None = None,
 ) -> Tensor:
     """Weights ``[B, T]`` fp32 of the constraint for labels ``[B, T]``, already shifted.
@@ -45,18 +48,23 @@ def position_weights(
         positions: what to constrain.
         ignore_index: the label that is none.
         attention_mask: ``[B, T]``, 0 on padding; None: no padding.
-        position_ids: ``[B, T]`` or ``[1, T]``, to tell packed sequences apart: one ends where the
-            next id is not the next number.
+        packing: the forward's arguments, of which those of ``sequence_starts`` tell packed
+            sequences apart; without one a row is one sequence, as to the model's own attention.
         scored: ``[B, T]`` bool, the positions that reach the loss at all (a model that slices its
             logits drops the last); None: all.
 
     Raises:
-        ValueError: a mask of another shape with ``positions="all"``.
+        ValueError: an argument of ``packing`` that does not fit; a mask of another shape with
+            ``positions="all"``, or with k and no ``packing``: a mask of blocks keeps sequences
+            apart and does not say where one starts.
     """
     labelled = labels != ignore_index
     if positions == "labels":
         return labelled.float()
-    segments = _segments(labels, position_ids)
+    starts = sequence_starts(labels.shape, packing or {}, labels.device)
+    if starts is None and positions != "all":
+        _refuse_blocks(attention_mask)
+    segments = torch.zeros_like(labels).long() if starts is None else starts.long().cumsum(-1)
     per_segment = _sum_by(segments, labelled)
     if positions == "all":
         real = _real_positions(labels, attention_mask)
@@ -70,25 +78,21 @@ def _real_positions(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(labels, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != labels.shape:
-        shape = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
         raise ValueError(
-            f"attention_mask={shape}: positions='all' needs one of the shape of the logits' rows, "
-            f"{list(labels.shape)}, to tell padding; use positions='labels' otherwise."
+            f"attention_mask={described(attention_mask)}: positions='all' needs one "
+            f"of the shape of the logits' rows, {list(labels.shape)}, to tell padding; use "
+            "positions='labels' otherwise."
         )
     return attention_mask.to(labels.device) != 0
 
 
-def _segments(labels: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Number of the packed sequence that a position belongs to, from 0 in each row."""
-    rows = (labels.shape[0], 1)
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] not in rows:
-        return torch.zeros_like(labels, dtype=torch.long)
-    if position_ids.shape[1] != labels.shape[1]:
-        return torch.zeros_like(labels, dtype=torch.long)
-    position_ids = position_ids.to(labels.device).expand(labels.shape)
-    follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    starts = torch.nn.functional.pad(~follows, (1, 0), value=False)
-    return starts.long().cumsum(-1)
+def _refuse_blocks(attention_mask: Any) -> None:
+    if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        return
+    raise ValueError(
+        f"attention_mask={described(attention_mask)}: may keep packed sequences apart and does not "
+        "say where one starts; the first k positions of each need position_ids or cu_seq_lens_q."
+    )
 
 
 def _sum_by(segments: Tensor, values: Tensor) -> Tensor:
