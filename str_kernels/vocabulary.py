@@ -12,6 +12,8 @@ a little less accurate.
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,6 +69,7 @@ class VocabularyIndex:
         hidden_states: Tensor | None = None,
         *,
         screen: Literal["int8", "fp8"] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> VocabularyIndex:
         """Cluster the rows of a head.
 
@@ -78,6 +81,8 @@ class VocabularyIndex:
             weight: ``[V, D]``.
             hidden_states: ``[..., D]``, a few hundred typical ones; None: not whitened.
             screen: also keep rows quantised for this 8-bit screen.
+            progress: called with the number of rows that have their place, and V; first with 0,
+                last with V.
 
         Raises:
             ValueError: a weight that is not whole or not finite, hidden states of another D or not
@@ -86,8 +91,9 @@ class VocabularyIndex:
         validate_weight(weight)
         if screen not in (None, "int8", "fp8"):
             raise ValueError(f"screen={screen!r}: must be None, 'int8' or 'fp8'.")
-        weight = weight.detach()
-        order = _clustered_order(_whitened(weight, hidden_states))
+        weight, report = weight.detach(), progress or (lambda done, total: None)
+        report(0, len(weight))
+        order = _clustered_order(_whitened(weight, hidden_states), report)
         quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
         return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), quantised, scales)
 
@@ -125,15 +131,15 @@ class VocabularyIndex:
         return VocabularyIndex(**{name: x if x is None else x.to(device) for name, x in tensors})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file; it appears whole or not at all."""
+        """Write one safetensors file; it appears whole or not at all, whoever else writes it."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        save_file(
-            {name: x.contiguous() for name, x in self._tensors().items() if x is not None},
-            partial,
-            metadata={"schema": SCHEMA},
-        )
-        os.replace(partial, path)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+        tensors = {name: x.contiguous() for name, x in self._tensors().items() if x is not None}
+        try:
+            save_file(tensors, partial, metadata={"schema": SCHEMA})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> VocabularyIndex:
@@ -174,9 +180,9 @@ def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
     means = torch.empty(len(spans), weight.shape[1], dtype=dtype, device=weight.device)
     step = 32 * TILE  # a block that stays small; no second copy of the weight
     for start in range(0, len(weight), step):
-        block = (
-            weight[start : start + step] if order is None else weight[order[start : start + step]]
-        )
+        where = slice(start, start + step)
+        # index_select copies whole rows two to three times as fast as indexing
+        block = weight[where] if order is None else weight.index_select(0, order[where])
         whole = len(block) // TILE
         first = start // TILE
         tiles = block[: whole * TILE].to(dtype).view(whole, TILE, weight.shape[1])
@@ -209,13 +215,15 @@ def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
     return torch.cat([block.float() @ projection for block in weight.split(_BLOCK)])
 
 
-def _clustered_order(rows: Tensor) -> Tensor:
+def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor:
     """Median splits along the leading direction; only the last tile may be ragged."""
-    done, todo = [], [torch.arange(len(rows), device=rows.device)]
+    done, placed, todo = [], 0, [torch.arange(len(rows), device=rows.device)]
     while todo:
         ids = todo.pop()
         if len(ids) <= TILE:
             done.append(ids)
+            placed += len(ids)
+            report(placed, len(rows))
             continue
         part = rows[ids]
         part = part - part.mean(0)

@@ -6,6 +6,9 @@ Stage: the `Fold` of a loss → a `VocabularyIndex`; every so many losses, an ac
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.accuracy import AccuracyReport, check_accuracy
+from str_kernels.huggingface.index_cache import cache_folder, cached_index
 from str_kernels.huggingface.notice import Notices
 from str_kernels.huggingface.recording import Fold
 from str_kernels.options import LossOptions
@@ -24,10 +28,28 @@ LARGEST_LIVE_SHARE = 0.4
 SMALLEST_VOCABULARY = 8192
 _STATES = 2048  # more say nothing new about 32 directions
 _log = logging.getLogger("str_kernels")
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching_index(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Inside this block ``report(done, total)`` hears how far a clustering of the rows is.
+
+    It is called first with ``done = 0`` and last with ``done = total``; not at all when the index
+    comes from the user's cache.
+    """
+    before = _watcher.set(report)
+    try:
+        yield
+    finally:
+        _watcher.reset(before)
 
 
 class AutoIndex:
-    """Clusters a frozen head's vocabulary on the first training batch; again if it changes."""
+    """Clusters a frozen head's vocabulary on the first training batch; again if it changes.
+
+    What it makes is kept in the user's cache folder; `index_cache` says where, and how not to.
+    """
 
     def __init__(self) -> None:
         """Nothing is built yet."""
@@ -46,9 +68,9 @@ class AutoIndex:
         if key != self._key:
             if not (torch.is_grad_enabled() and fold.hidden_states.requires_grad):
                 return None  # evaluation alone builds nothing
-            _log.info("clustering the %d rows of the head, once", len(weight))
-            self._index, self._key = VocabularyIndex.build(weight, _some_states(fold)), key
-            self._fresh = True
+            states = _some_states(fold)
+            self._index = cached_index(weight, states, cache_folder(), _watcher.get())
+            self._key, self._fresh = key, True
         return self._index
 
     def judge(self, live_share: Tensor) -> None:
