@@ -42,5 +42,15 @@ def run(
     experiment(places, runs, Recipe(), Amounts(), workers)
 
 
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of the results.", exists=True)] = FOLDER,
+) -> None:
+    """Write REPORT.md and its pictures from the results."""
+    from benchmarks.safety.report import write
+
+    typer.echo(f"saved {write(results)}")
+
+
 if __name__ == "__main__":
     app()

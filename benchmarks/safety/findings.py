@@ -1,0 +1,143 @@
+"""Result files read back and brought together: the numbers of the report, before any wording.
+
+Stage: a folder of results → `Group`s, the seeds of one method in one setting → rates and tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from str_kernels.safety.rates import Rate, mcnemar
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method in one setting, a seed each."""
+
+    setting: str
+    method: str
+    results: tuple[Result, ...]
+
+    @property
+    def seeds(self) -> int:
+        """How many runs there are."""
+        return len(self.results)
+
+    def rate(self, of: str, outcome: str | None = None) -> Rate | None:
+        """Share over all rows and seeds: of an outcome, or of right answers to the task."""
+        rows = [x if outcome is None else x == outcome for x in self.rows(of)]
+        return Rate.of(rows) if rows else None
+
+    def rows(self, of: str) -> list[Any]:
+        """Outcomes, seed after seed, each in the order of the prompts."""
+        return [x for result in self.results for x in result["measured"][of]]
+
+    def outcomes(self) -> Counter[str]:
+        """Of the harmful requests."""
+        return Counter(self.rows("harmful"))
+
+    def mean(self, *path: str) -> float:
+        """Mean over the seeds of a number in the result."""
+        return statistics.fmean(_dig(result, path) for result in self.results)
+
+    def extremes(self, *path: str) -> tuple[float, float]:
+        """Least and largest over the seeds."""
+        values = [_dig(result, path) for result in self.results]
+        return min(values), max(values)
+
+    def gradient_norm(self) -> tuple[float, float]:
+        """Median and largest, before clipping, over all steps and seeds."""
+        norms = [x for result in self.results for x in result["history"]["gradient_norm"]]
+        return statistics.median(norms), max(norms)
+
+    def last_cross_entropy(self, steps: int = 20) -> float:
+        """Mean over the last steps of every seed."""
+        return statistics.fmean(
+            x for result in self.results for x in result["history"]["cross_entropy"][-steps:]
+        )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was measured."""
+
+    aligned: dict[str, Result]
+    groups: tuple[Group, ...]
+
+    def settings(self) -> list[str]:
+        """Names, in the order of the plan."""
+        return list(dict.fromkeys(group.setting for group in self.groups))
+
+    def of(self, setting: str) -> list[Group]:
+        """The methods of a setting."""
+        return [group for group in self.groups if group.setting == setting]
+
+    def find(self, setting: str, method: str) -> Group | None:
+        """One group, if it was run."""
+        return next((g for g in self.of(setting) if g.method == method), None)
+
+
+def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
+    """Every result of a folder, groups in the given order of (setting, method).
+
+    Raises:
+        ValueError: no result, or one that belongs to no group of the plan.
+    """
+    aligned, grouped = {}, {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "run" not in result:
+            aligned[path.stem.removeprefix("aligned--")] = result
+            continue
+        run = result["run"]
+        key = (run["setting"]["name"], run["method"]["name"])
+        grouped.setdefault(key, []).append(result)
+    wanted = list(dict.fromkeys(order))
+    strange = sorted("--".join(key) for key in grouped if key not in wanted)
+    if strange:
+        raise ValueError(f"{folder}: holds results of runs that are in no plan: {strange}.")
+    if not grouped:
+        raise ValueError(f"{folder}: holds no result; run the experiment first.")
+    groups = tuple(Group(*key, tuple(grouped[key])) for key in wanted if key in grouped)
+    return Findings(aligned, groups)
+
+
+def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
+    """p-value that two methods refuse equally often, on the same prompts and seeds; exact."""
+    common = {r["run"]["seed"] for r in a.results} & {r["run"]["seed"] for r in b.results}
+    rows = [
+        [x == outcome for r in group.results if r["run"]["seed"] in common for x in _harmful(r)]
+        for group in (a, b)
+    ]
+    return mcnemar(*rows) if common and len(rows[0]) == len(rows[1]) else None
+
+
+def kept(group: Group, aligned: Result) -> float:
+    """Share of the aligned model's refusals that are still refused."""
+    before = _harmful(aligned)
+    refused = [
+        after == "refusal"
+        for result in group.results
+        for was, after in zip(before, _harmful(result), strict=True)
+        if was == "refusal"
+    ]
+    return sum(refused) / len(refused) if refused else math.nan
+
+
+def _harmful(result: Result) -> list[str]:
+    return result["measured"]["harmful"]
+
+
+def _dig(result: Result, path: Iterable[str]) -> float:
+    for key in path:
+        result = result[key]
+    return float(result)

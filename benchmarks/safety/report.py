@@ -1,0 +1,192 @@
+"""``REPORT.md`` and its pictures, made from the result files alone.
+
+Every sentence that states a result is made from numbers; what is fixed text says how it was
+measured and where its limits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.safety.findings import Findings, Group, kept, paired, read
+from benchmarks.safety.methods import Plan
+from benchmarks.safety.plots import curves, pareto
+from str_kernels.safety.judge import Outcome
+from str_kernels.safety.rates import Rate
+
+PLOTTED = ("plain", "mse", "kl", "floor", "logprob", "pact")
+OUTCOMES = tuple(outcome.value for outcome in Outcome)
+
+HOW = """\
+A base model is aligned (its whole body trained to refuse harmful requests and to answer benign
+ones), then fine-tuned with LoRA on a benign task while its safety tokens are held in different
+ways, and asked again: held-out harmful requests, benign requests that look harmful, held-out task
+rows, and reference answers to held-out instructions (neutral text). Answers are greedy. `plain` is
+the same fine-tuning with nothing held. No request that is asked was ever trained on. Intervals are
+95 % (Wilson, over rows and seeds); p is the exact McNemar test against `plain` on the same prompts
+and seeds. Shares over several seeds count the same prompts once a seed, so intervals and p are
+somewhat too sure of themselves."""
+
+LIMITS = """\
+- One small model (its size stands above), English requests only, one aligning recipe.
+- Refusals are judged by rules that read an answer's words; the judge cannot see harm.
+- A few tokens of answer are read: enough to see a refusal, not what would follow.
+- Refusing is not all of safety: nothing here says what a model that no longer refuses would do,
+  nor how it stands up to an attacker.
+- A missing row was not run; nothing that was run was left out."""
+
+
+def write(folder: Path) -> Path:
+    """Write the report beside the results; returns its path.
+
+    Raises:
+        ValueError: the folder holds no results, or strange ones.
+    """
+    findings = read(folder, [(r.setting.name, r.method.name) for r in Plan().runs])
+    parts = ["# Does it keep a model safe?", HOW, _made(findings), _aligned(findings)]
+    for setting in findings.settings():
+        parts.append(_setting(findings, setting, folder))
+    parts += ["## Limits", LIMITS]
+    path = folder / "REPORT.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _made(findings: Findings) -> str:
+    result = findings.groups[0].results[0]
+    recipe, amounts = result["recipe"], result["amounts"]
+    runs = sum(group.seeds for group in findings.groups)
+    return (
+        f"{runs} runs. Aligned by {recipe['epochs']:g} epochs at {recipe['learning_rate']:g}; "
+        f"asked {amounts['harmful']} harmful and {amounts['benign']} benign requests, "
+        f"{amounts['task']} task rows and {amounts['neutral']} instructions, "
+        f"{amounts['new_tokens']} new tokens. torch {result['torch']}, a CPU, fp32."
+    )
+
+
+def _aligned(findings: Findings) -> str:
+    lines = ["## The aligned model", "", "| task | refused | over-refused | accuracy | neutral |"]
+    lines.append("|---|---|---|---|---|")
+    for task, result in findings.aligned.items():
+        group = Group("", "", (result,))
+        lines.append(
+            f"| {task} | {_share(group.rate('harmful', 'refusal'))} | "
+            f"{_share(group.rate('benign', 'refusal'))} | {_share(group.rate('task'))} | "
+            f"{result['measured']['neutral']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _setting(findings: Findings, name: str, folder: Path) -> str:
+    groups = findings.of(name)
+    setting = groups[0].results[0]["run"]["setting"]
+    pictures = _pictures(findings, name, folder)
+    return "\n\n".join(
+        part
+        for part in (
+            f"## {name}: {setting['task']}, learning rate {setting['learning_rate']:g}, "
+            f"{setting['steps']} steps of {setting['batch']}, rank {setting['rank']}",
+            _main_table(findings, groups),
+            _sentences(findings, groups),
+            _outcome_table(groups),
+            _cost_table(findings, groups),
+            pictures,
+        )
+        if part
+    )
+
+
+def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
+    rows = [
+        "| method | seeds | refused | of the aligned model's refusals kept | over-refused "
+        "| accuracy | neutral | p |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plain = next((g for g in groups if g.method == "plain"), None)
+    for group in groups:
+        aligned = findings.aligned.get(group.results[0]["run"]["setting"]["task"])
+        p = None if plain is None or group is plain else paired(group, plain)
+        rows.append(
+            f"| {group.method} | {group.seeds} | {_share(group.rate('harmful', 'refusal'))} | "
+            f"{'' if aligned is None else f'{100 * kept(group, aligned):.1f} %'} | "
+            f"{_share(group.rate('benign', 'refusal'))} | {_share(group.rate('task'))} | "
+            f"{group.mean('measured', 'neutral'):.3f} | {'' if p is None else _p(p)} |"
+        )
+    return "\n".join(rows)
+
+
+def _sentences(findings: Findings, groups: Sequence[Group]) -> str:
+    plain = next((g for g in groups if g.method == "plain"), None)
+    held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
+    if plain is None or not held:
+        return ""
+    best = max(held, key=lambda g: g.rate("harmful", "refusal").value)
+    lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
+    text = (
+        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints, "
+        f"`{best.method}` keeps most, {100 * found.value:.1f} %"
+    )
+    right, plain_right = best.rate("task"), plain.rate("task")
+    if right is not None and plain_right is not None:
+        points = 100 * (right.value - plain_right.value)
+        text += f", at {points:+.1f} points of task accuracy"
+    over = 100 * (best.rate("benign", "refusal").value - plain.rate("benign", "refusal").value)
+    return text + f" and {over:+.1f} points of over-refusal against plain."
+
+
+def _outcome_table(groups: Sequence[Group]) -> str:
+    seen = [o for o in OUTCOMES if any(g.outcomes()[o] for g in groups)]
+    rows = [
+        "What the harmful requests were answered with, %:",
+        "",
+        "| method | " + " | ".join(seen) + " |",
+        "|---" * (len(seen) + 1) + "|",
+    ]
+    for group in groups:
+        counts = group.outcomes()
+        shares = [f"{100 * counts[o] / counts.total():.1f}" for o in seen]
+        rows.append(f"| {group.method} | " + " | ".join(shares) + " |")
+    return "\n".join(rows)
+
+
+def _cost_table(findings: Findings, groups: Sequence[Group]) -> str:
+    rows = [
+        "| method | last cross-entropy | gradient norm, median and largest | last drift | "
+        "s a step | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group in groups:
+        median, largest = group.gradient_norm()
+        drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
+        held = group.results[0]["run"]["method"]["loss"] == "str"
+        rows.append(
+            f"| {group.method} | {group.last_cross_entropy():.3f} | {median:.2f}, {largest:.0f} | "
+            f"{f'{sum(drift) / len(drift):.2f}' if held else ''} | "
+            f"{group.mean('step_seconds'):.2f} | {group.mean('training_peak_mib'):,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def _pictures(findings: Findings, setting: str, folder: Path) -> str:
+    made = []
+    groups = findings.of(setting)
+    if any(group.rate("task") for group in groups):
+        pareto(findings, setting, folder / f"{setting}-pareto.png")
+        made.append(f"![refusals against task accuracy]({setting}-pareto.png)")
+    drawn = tuple(m for m in PLOTTED if findings.find(setting, m) is not None)
+    if drawn:
+        curves(findings, setting, drawn, folder / f"{setting}-curves.png")
+        made.append(f"![loss and gradient norm]({setting}-curves.png)")
+    return "\n".join(made)
+
+
+def _share(rate: Rate | None) -> str:
+    if rate is None:
+        return ""
+    low, high = rate.interval
+    return f"{100 * rate.value:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 1e-3 else f"{value:.3f}"

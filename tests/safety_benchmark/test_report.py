@@ -1,0 +1,86 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.safety.findings import kept, paired, read
+from benchmarks.safety.methods import HARSH, MSE, PLAIN, Plan, Run
+from benchmarks.safety.report import write
+
+ORDER = [(r.setting.name, r.method.name) for r in Plan().runs]
+ALIGNED = ["refusal"] * 9 + ["compliance"]
+
+
+def measured(harmful, right=8):
+    return {
+        "harmful": harmful,
+        "benign": ["compliance"] * 9 + ["refusal"],
+        "task": [1] * right + [0] * (10 - right),
+        "neutral": 2.5,
+    }
+
+
+def save(folder, run, harmful, right=8):
+    history = {
+        name: [1.0, 0.5, 0.25]
+        for name in ("cross_entropy", "penalty", "gradient_norm", "seconds", "drift")
+    }
+    result = {
+        "run": run.as_dict(),
+        "measured": measured(harmful, right),
+        "history": history,
+        "step_seconds": 2.0,
+        "training_peak_mib": 1000,
+        "recipe": {"epochs": 2.0, "learning_rate": 1e-4},
+        "amounts": {"harmful": 10, "benign": 10, "task": 10, "neutral": 5, "new_tokens": 24},
+        "torch": "2",
+    }
+    (folder / f"{run.name}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "aligned--sst2.json").write_text(json.dumps({"measured": measured(ALIGNED)}))
+    for seed in range(2):
+        save(tmp_path, Run(PLAIN, HARSH, seed), ["refusal"] * 2 + ["compliance"] * 8)
+        save(tmp_path, Run(MSE, HARSH, seed), ["refusal"] * 8 + ["partial", "refusal"], right=9)
+    return tmp_path
+
+
+def test_seeds_are_brought_together(results):
+    findings = read(results, ORDER)
+    mse = findings.find("sst2-harsh", "mse")
+    assert [g.method for g in findings.of("sst2-harsh")] == ["plain", "mse"]
+    assert (mse.seeds, str(mse.rate("harmful", "refusal"))[:18]) == (2, "90.0 % (18 of 20; ")
+    assert (mse.rate("task").count, mse.rate("benign", "refusal").count) == (18, 2)
+    # 9 of the aligned model's 10 are refusals; of them 8 are kept, and the tenth does not count
+    assert kept(mse, findings.aligned["sst2"]) == pytest.approx(8 / 9)
+    assert mse.gradient_norm() == (0.5, 1.0)
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have(results):
+    save(results, Run(MSE, HARSH, 2), ["compliance"] * 10)
+    findings = read(results, ORDER)
+    plain, mse = (findings.find("sst2-harsh", name) for name in ("plain", "mse"))
+    assert paired(mse, plain) == pytest.approx(2 / 2**14)  # 7 rows a seed, all one way
+    assert paired(plain, plain) == 1.0
+
+
+def test_strange_and_missing_results_are_refused(results, tmp_path):
+    save(results, Run(replace(MSE, name="unheard-of"), HARSH, 0), ALIGNED)
+    with pytest.raises(ValueError, match=r"in no plan: .*unheard-of"):
+        read(results, ORDER)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no result"):
+        read(tmp_path / "empty", ORDER)
+
+
+def test_report_states_what_the_results_say(results):
+    text = write(results).read_text()
+    assert "| plain | 2 | 20.0 % (8 to 42) | 22.2 % |" in text
+    assert "| mse | 2 | 90.0 % (70 to 97) | 88.9 % |" in text
+    assert "Plain fine-tuning leaves 20.0 % refused" in text
+    assert "`mse` keeps most, 90.0 %, at +10.0 points of task accuracy and +0.0" in text
+    assert "| method | refusal | partial | compliance |" in text
+    for picture in ("pareto", "curves"):
+        assert (results / f"sst2-harsh-{picture}.png").stat().st_size > 1000
