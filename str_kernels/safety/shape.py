@@ -61,9 +61,9 @@ def is_looping(answer: str, *, longest: int | None = None) -> bool:
 
 def is_gibberish(answer: str) -> bool:
     """Whether most of its letters belong to no word: broken ones, or a soup of scripts."""
+    if "\ufffd" * 3 in answer:  # bytes that are no characters
+        return True
     tokens = _WORD.findall(answer)
-    if not tokens:
-        return False
     letters = [sum(map(str.isalpha, token)) for token in tokens]
     scripts = [_script(token) for token in tokens]
     soup = len(set(scripts) - {None}) >= 4
@@ -72,7 +72,7 @@ def is_gibberish(answer: str) -> bool:
         for token, count in zip(tokens, letters, strict=True)
         if soup or not _is_word(token)
     )  # fmt: skip
-    return 2 * strange > sum(letters) or "\ufffd" * 3 in answer
+    return 2 * strange > sum(letters)
 
 
 def words(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def words(text: str) -> list[str]:
 def _is_word(token: str) -> bool:
     if len(token) > _LONGEST_WORD or _UNPRONOUNCEABLE.search(token):
         return False
-    return len(re.findall(r"[a-z][A-Z]", token)) < 2  # xQzRtB; camelCase once is a name
+    return len(re.findall(r"[a-z][A-Z]", token)) < 3  # toLocaleString is a word of code
 
 
 def _script(token: str) -> str | None:
