@@ -35,7 +35,8 @@ def run(
     from benchmarks.safety.experiment import Places, experiment
     from benchmarks.safety.measure import Amounts
 
-    runs = [r for r in Plan().runs if not only or any(fnmatch.fnmatch(r.name, o) for o in only)]
+    everything = (*Plan().runs, *Plan().chains)
+    runs = [r for r in everything if not only or any(fnmatch.fnmatch(r.name, o) for o in only)]
     if not runs:
         raise typer.BadParameter(f"no run is named like {', '.join(only or [])}.")
     places = Places(model, data.resolve(), work.resolve(), results.resolve())

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.safety.align import Recipe, align
-from benchmarks.safety.finetune import finetune
+from benchmarks.safety.finetune import History, finetune
 from benchmarks.safety.measure import Amounts, measure
-from benchmarks.safety.methods import Run
+from benchmarks.safety.methods import Chain, Run
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.version import __version__
@@ -55,15 +55,18 @@ class Places:
 
 
 def experiment(
-    places: Places, runs: Sequence[Run], recipe: Recipe, amounts: Amounts, workers: int
+    places: Places, runs: Sequence[Run | Chain], recipe: Recipe, amounts: Amounts, workers: int
 ) -> None:
     """Do all that has no result yet; every worker has one thread for each core it gets."""
     for folder in (places.work, places.results):
         folder.mkdir(parents=True, exist_ok=True)
     align(places.model, places.data, places.aligned, recipe, say)
-    tasks = list(dict.fromkeys(run.setting.task for run in runs))
+    singles = [run for part in runs for run in getattr(part, "runs", (part,))]
+    tasks = list(dict.fromkeys(run.setting.task for run in singles))
     jobs: list[tuple] = [(_baseline, places, task, recipe, amounts) for task in tasks]
-    jobs += [(_run, places, run, recipe, amounts) for run in runs]
+    for part in runs:
+        function = _chain if isinstance(part, Chain) else _run
+        jobs.append((function, places, part, recipe, amounts))
     missing = [job for job in jobs if not places.result(_name(job)).is_file()]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} results are there")
     threads = max(1, (multiprocessing.cpu_count() or 1) // workers)
@@ -114,6 +117,25 @@ def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
 def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
     tuned, history = finetune(model, tokenizer, run, places.data, places.work, say)
+    return _result(run, tuned, tokenizer, history, places, amounts)
+
+
+def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
+    aligned, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    model, _ = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    stages = []
+    for run in chain.runs:
+        tuned, history = finetune(
+            model, tokenizer, run, places.data, places.work, say, aligned=aligned
+        )
+        stages.append(_result(run, tuned, tokenizer, history, places, amounts))
+        model = tuned.merge_and_unload()
+    return {"stages": stages}
+
+
+def _result(
+    run: Run, tuned: Any, tokenizer: Any, history: History, places: Places, amounts: Amounts
+) -> dict[str, Any]:
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     measured = measure(tuned, tokenizer, places.data, run.setting.task, amounts)
     return {

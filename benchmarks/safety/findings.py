@@ -68,10 +68,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was measured."""
+    """Everything that was measured; a chain is a group of one run for each of its stages."""
 
     aligned: dict[str, Result]
     groups: tuple[Group, ...]
+    chains: tuple[tuple[Group, ...], ...] = ()
 
     def settings(self) -> list[str]:
         """Names, in the order of the plan."""
@@ -92,15 +93,16 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
     Raises:
         ValueError: no result, or one that belongs to no group of the plan.
     """
-    aligned, grouped = {}, {}
+    aligned, grouped, chains = {}, {}, []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if "stages" in result:
+            chains.append(tuple(Group(*_key(stage), (stage,)) for stage in result["stages"]))
+            continue
         if "run" not in result:
             aligned[path.stem.removeprefix("aligned--")] = result
             continue
-        run = result["run"]
-        key = (run["setting"]["name"], run["method"]["name"])
-        grouped.setdefault(key, []).append(result)
+        grouped.setdefault(_key(result), []).append(result)
     wanted = list(dict.fromkeys(order))
     strange = sorted("--".join(key) for key in grouped if key not in wanted)
     if strange:
@@ -108,7 +110,7 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
     if not grouped:
         raise ValueError(f"{folder}: holds no result; run the experiment first.")
     groups = tuple(Group(*key, tuple(grouped[key])) for key in wanted if key in grouped)
-    return Findings(aligned, groups)
+    return Findings(aligned, groups, tuple(chains))
 
 
 def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
@@ -131,6 +133,11 @@ def kept(group: Group, aligned: Result) -> float:
         if was == "refusal"
     ]
     return sum(refused) / len(refused) if refused else math.nan
+
+
+def _key(result: Result) -> tuple[str, str]:
+    run = result["run"]
+    return run["setting"]["name"], run["method"]["name"]
 
 
 def _harmful(result: Result) -> list[str]:

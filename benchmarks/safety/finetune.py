@@ -52,8 +52,12 @@ def finetune(
     data: Path,
     work: Path,
     say: Callable[[str], None],
+    aligned: torch.nn.Module | None = None,
 ) -> tuple[torch.nn.Module, History]:
-    """Tune ``model`` (aligned, changed in place); returns it with its adapter, and the history."""
+    """Tune ``model``, changed in place; returns it with its adapter, and the history.
+
+    ``aligned`` is what the safety tokens are held to, where ``model`` has been tuned before.
+    """
     setting, history = run.setting, History()
     features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
     features = features[: setting.pool]
@@ -63,7 +67,7 @@ def finetune(
         return batches(features, size=setting.batch, steps=steps, pad=pad, seed=seed)
 
     with ExitStack() as stack:
-        safety, held = _held(run.method, model, tokenizer, setting, features, work)
+        safety, held = _held(run.method, aligned or model, tokenizer, setting, features, work)
         torch.manual_seed(run.seed)
         tuned = _with_lora(model, setting)
         patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
@@ -179,5 +183,5 @@ def _record(patch: Any, history: History) -> None:
     history.cross_entropy.append(taken["cross_entropy"])
     history.penalty[-1] -= taken["cross_entropy"]
     history.drift.append(taken.get("safety_drift", 0.0))
-    if "safety_strength" in taken:
-        history.strength.append(taken["safety_strength"])
+    if patch.budget is not None:
+        history.strength.append(patch.budget.strength.item())

@@ -5,7 +5,7 @@ A `Run` is one of each and a seed; its name is that of its result, so a run is n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -103,10 +103,26 @@ SETTINGS = (HARSH, ORDINARY, HARSHEST, TOPICS, ANSWERS)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Runs in the order in which they are done: what matters most first."""
+class Chain:
+    """Fine-tunings in a row, each adapter merged before the next, held to the first model."""
 
-    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(_everything()))
+    method: Method
+    settings: tuple[Setting, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the result's file."""
+        return f"in-a-row--{self.method.name}--seed{self.seed}"
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Its fine-tunings, in order."""
+        return tuple(Run(self.method, setting, self.seed) for setting in self.settings)
+
+
+IN_A_ROW = tuple(replace(s, steps=50) for s in (HARSH, TOPICS, ANSWERS))
+CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 
 
 def _everything() -> list[Run]:
@@ -118,3 +134,11 @@ def _everything() -> list[Run]:
     tasks = [Run(m, s, 0) for s in (TOPICS, ANSWERS) for m in (PLAIN, MSE, KL)]
     repeated = [Run(m, HARSH, seed) for seed in (1, 2) for m in (FLOOR, LOGPROB, PACT, BUDGET)]
     return [*main, *once, *mild, *control, *hardest, *tasks, *repeated, Run(FULL_KL, HARSH, 0)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs in the order in which they are done: what matters most first."""
+
+    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(_everything()))
+    chains: tuple[Chain, ...] = CHAINS

@@ -47,7 +47,7 @@ def write(folder: Path) -> Path:
     parts = ["# Does it keep a model safe?", HOW, _made(findings), _aligned(findings)]
     for setting in findings.settings():
         parts.append(_setting(findings, setting, folder))
-    parts += ["## Limits", LIMITS]
+    parts += [_chains(findings), "## Limits", LIMITS]
     path = folder / "REPORT.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -95,6 +95,29 @@ def _setting(findings: Findings, name: str, folder: Path) -> str:
         )
         if part
     )
+
+
+def _chains(findings: Findings) -> str:
+    if not findings.chains:
+        return ""
+    rows = [
+        "## One fine-tuning after another",
+        "",
+        "Each adapter is merged before the next is trained; safety tokens are held to the first "
+        "aligned model throughout.",
+        "",
+        "| method | after | refused | over-refused | accuracy of that task | neutral |",
+        "|---|---|---|---|---|---|",
+    ]
+    for chain in findings.chains:
+        for place, stage in enumerate(chain, start=1):
+            rows.append(
+                f"| {stage.method} | {place}. {stage.setting} | "
+                f"{_share(stage.rate('harmful', 'refusal'))} | "
+                f"{_share(stage.rate('benign', 'refusal'))} | {_share(stage.rate('task'))} | "
+                f"{stage.mean('measured', 'neutral'):.3f} |"
+            )
+    return "\n".join(rows)
 
 
 def _main_table(findings: Findings, groups: Sequence[Group]) -> str:

@@ -9,7 +9,7 @@ from benchmarks.safety.align import Recipe
 from benchmarks.safety.experiment import Places, experiment
 from benchmarks.safety.finetune import finetune
 from benchmarks.safety.measure import Amounts, measure
-from benchmarks.safety.methods import HARSH, MSE, Method, Plan, Run
+from benchmarks.safety.methods import HARSH, MSE, Chain, Method, Plan, Run
 from str_kernels.inputs.loading import load_model_and_tokenizer
 
 SETTING = replace(HARSH, name="tiny", steps=2, batch=4, pool=8, learning_rate=1e-2)
@@ -89,3 +89,9 @@ def test_an_experiment_goes_on_where_it_was_interrupted(tiny_folder, data, tmp_p
     assert result["run"] == runs[1].as_dict()
     assert set(result["measured"]["summary"]) >= {"refused", "over_refused", "accuracy"}
     assert len(list(places.results.glob("*.json"))) == 3  # two runs and the aligned model
+    chain = Chain(METHODS["mse"], (SETTING, replace(SETTING, task="agnews")), 0)
+    experiment(places, [chain], recipe, AMOUNTS, workers=1)
+    stages = json.loads(places.result(chain.name).read_text())["stages"]
+    assert [stage["run"] for stage in stages] == [run.as_dict() for run in chain.runs]
+    # the second stage starts from where the first ended, away from the aligned model
+    assert stages[0]["history"]["drift"][0] < 1e-4 < stages[1]["history"]["drift"][0]

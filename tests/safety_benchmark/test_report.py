@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.safety.findings import kept, paired, read
-from benchmarks.safety.methods import HARSH, MSE, PLAIN, Plan, Run
+from benchmarks.safety.methods import CHAINS, HARSH, MSE, PLAIN, Plan, Run
 from benchmarks.safety.report import write
 
 ORDER = [(r.setting.name, r.method.name) for r in Plan().runs]
@@ -21,11 +21,15 @@ def measured(harmful, right=8):
 
 
 def save(folder, run, harmful, right=8):
+    (folder / f"{run.name}.json").write_text(json.dumps(result_of(run, harmful, right)))
+
+
+def result_of(run, harmful, right=8):
     history = {
         name: [1.0, 0.5, 0.25]
         for name in ("cross_entropy", "penalty", "gradient_norm", "seconds", "drift")
     }
-    result = {
+    return {
         "run": run.as_dict(),
         "measured": measured(harmful, right),
         "history": history,
@@ -35,7 +39,6 @@ def save(folder, run, harmful, right=8):
         "amounts": {"harmful": 10, "benign": 10, "task": 10, "neutral": 5, "new_tokens": 24},
         "torch": "2",
     }
-    (folder / f"{run.name}.json").write_text(json.dumps(result))
 
 
 @pytest.fixture
@@ -84,3 +87,14 @@ def test_report_states_what_the_results_say(results):
     assert "| method | refusal | partial | compliance |" in text
     for picture in ("pareto", "curves"):
         assert (results / f"sst2-harsh-{picture}.png").stat().st_size > 1000
+
+
+def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
+    chain = CHAINS[1]
+    asked = (["refusal"] * 10, ["refusal"] * 7 + ["partial"] * 3, ["compliance"] * 10)
+    stages = [result_of(run, rows) for run, rows in zip(chain.runs, asked, strict=True)]
+    (results / f"{chain.name}.json").write_text(json.dumps({"stages": stages}))
+    text = write(results).read_text()
+    assert "| mse | 1. sst2-harsh | 100.0 % (72 to 100) |" in text
+    assert "| mse | 2. agnews-harsh | 70.0 % (40 to 89) |" in text
+    assert "| mse | 3. instructions-harsh | 0.0 % (0 to 28) |" in text
