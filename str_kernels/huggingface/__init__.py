@@ -5,12 +5,10 @@ from str_kernels.huggingface.callback import SafetyLogCallback
 from str_kernels.huggingface.deferred import DeferredLogits
 from str_kernels.huggingface.install import patch_model, unpatch_model
 from str_kernels.huggingface.patch import Patch
-from str_kernels.huggingface.sft import PatchedLossMixin
 
 __all__ = [
     "DeferredLogits",
     "Patch",
-    "PatchedLossMixin",
     "SafetyLogCallback",
     "build_reference_cache",
     "patch_model",

@@ -16,6 +16,7 @@ from str_kernels.functional import reduce_terms
 from str_kernels.huggingface.positions import position_weights
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import safety_reference
+from str_kernels.huggingface.sft import TokenTerms, entropy_is_free, entropy_of
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.terms import row_terms
@@ -31,10 +32,18 @@ class LabelledForward:
         patch: settings, and where the statistics go.
         arguments: of the model's forward, by name.
         aligned: the reference pass of this batch, if the patch has one.
+        tokens: filled with the terms of every token, if somebody wants them.
     """
 
-    def __init__(self, patch: Patch, arguments: dict[str, Any], aligned: Fold | None) -> None:
+    def __init__(
+        self,
+        patch: Patch,
+        arguments: dict[str, Any],
+        aligned: Fold | None,
+        tokens: TokenTerms | None = None,
+    ) -> None:
         self._patch, self._arguments, self._aligned = patch, arguments, aligned
+        self._tokens = tokens
         self._inside = True
         self.fused = False
 
@@ -91,14 +100,24 @@ class LabelledForward:
             "index": patch.vocabulary_index(fold),
             "backend": patch.backend,
         }
+        tokens = self._tokens if self._inside else None
         terms = row_terms(
-            *arguments, options, reference=reference, position_weights=weights, **inputs
+            *arguments,
+            options,
+            reference=reference,
+            position_weights=weights,
+            entropy=tokens is not None and entropy_is_free(arguments[0], options, inputs),
+            **inputs,
         )
         if constrain:
             terms = patch.weigh(terms, weights)
         loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if self._inside:
             self.fused = True
+            if tokens is not None:
+                if terms.entropy is None:
+                    terms = terms._replace(entropy=entropy_of(arguments, options, inputs))
+                tokens.record(terms, labels != ignore_index, rows, self._batch_shape(fold))
             patch.observe(terms, parts, (reference, weights) if constrain else None)
             patch.check_accuracy(arguments, options=options, **inputs)
         return loss.reshape(target.shape) if reduction == "none" else loss

@@ -36,6 +36,14 @@ from str_kernels.huggingface.notice import Notices
 from str_kernels.huggingface.positions import Positions
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import reference_fold, require_fixed_base
+from str_kernels.huggingface.sft import (
+    FLAG,
+    RENAMED,
+    TokenTerms,
+    asks_for_sft,
+    stay_in_front,
+    step_aside,
+)
 from str_kernels.options import LossOptions
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.terms import RowTerms
@@ -94,6 +102,7 @@ class Patch:
         install_forward(model, _patched_forward)
         defer_head(find_head(model))
         model.__dict__[PATCH] = self
+        stay_in_front(self)
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
@@ -105,10 +114,16 @@ class Patch:
     def __exit__(self, *_: object) -> None:
         self.unpatch()
 
+    @property
+    def installed(self) -> bool:
+        """Whether the model carries this patch."""
+        return self.model.__dict__.get(PATCH) is self
+
     def unpatch(self) -> None:
         """Restore the model; harmless when done already."""
-        if self.model.__dict__.get(PATCH) is not self:
+        if not self.installed:
             return
+        step_aside(self.model)
         del self.model.__dict__[PATCH]
         if self._body_hook is not None:
             self._body_hook.remove()
@@ -162,21 +177,27 @@ class Patch:
             self._running = before
 
     def _run(self, inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        asked = kwargs.pop(RENAMED, False)
+        if kwargs.get(FLAG):
+            if not asks_for_sft(inner):
+                self._bypassed()
+                with deferring(None):
+                    return inner(*args, **kwargs)
+            asked = kwargs.pop(FLAG)
+        tokens = TokenTerms() if asked else None
         arguments = _named(self.model, args, kwargs)
-        if arguments.get("fused_lm_head"):
-            self._bypassed()
-            with deferring(None):
-                return inner(*args, **kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             self._say_unlabelled()
             with deferring(None):
                 return inner(*args, **kwargs)
         defer_head(find_head(self.model))  # PEFT or resize_token_embeddings may have replaced it
-        forward = LabelledForward(self, arguments, self._aligned(inner, arguments))
+        forward = LabelledForward(self, arguments, self._aligned(inner, arguments), tokens)
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
-        return outputs
+        if tokens is None:
+            return outputs
+        return tokens.answer(outputs, arguments, constrained=self.options.constrained)
 
     def _aligned(self, inner: Callable[..., Any], arguments: dict[str, Any]) -> Fold | None:
         """The reference pass of this batch, where the reference is the model without adapters."""
@@ -205,10 +226,10 @@ class Patch:
             return
         raise ValueError(
             f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
-            "computed past the patch, as TRL's trainers do (fused_lm_head=True). For SFTTrainer: "
-            "class MyTrainer(str_kernels.huggingface.PatchedLossMixin, SFTTrainer): pass. DPO, "
-            "GRPO, KTO and the like have no cross-entropy that the constraint could join; for them "
-            "patch with safety=None or not at all."
+            "computed past the patch (fused_lm_head=True of TRL's trainers). DPO, GRPO, KTO and "
+            "the like have no cross-entropy that the constraint could join; for them patch with "
+            "safety=None or not at all. SFTTrainer has one: its own loop trains with the "
+            "constraint; in a loop of yours call model.train() after the trainer is made."
         )
 
 

@@ -1,20 +1,21 @@
-"""TRL's SFTTrainer brings a head of its own: refused, or given back the loss of transformers."""
+"""TRL's trainers bring a head of their own: SFTTrainer's is answered by the patch, in any order."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
-from str_kernels.huggingface import PatchedLossMixin, patch_model
-from tests.huggingface.test_trainer import SAFETY, lora_model, rows
-from tests.tiny import word_tokenizer
+from str_kernels.huggingface import patch_model
+from str_kernels.huggingface.install import find_patch
+from tests.huggingface.models import build
+from tests.huggingface.test_trainer import SAFETY, assert_equal_runs, lora_model, rows, run
+from tests.tiny import llama, word_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-
-
-class FusedSFTTrainer(PatchedLossMixin, trl.SFTTrainer):
-    """What the error message says to write."""
 
 
 def settings_for(folder, **settings):
@@ -24,6 +25,7 @@ def settings_for(folder, **settings):
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "logging_steps": 1,
+        "seed": 0,
         "report_to": [],
         "save_strategy": "no",
         "use_cpu": True,
@@ -36,59 +38,20 @@ def settings_for(folder, **settings):
     return trl.SFTConfig(**arguments)
 
 
-def sft(model, folder, trainer, **settings):
+def sft(model, folder, data=None, **settings):
     arguments = settings_for(folder, **settings)
-    data = Dataset.from_list(rows())
+    prepared = data is None
 
     def collate(examples):
         return {name: torch.tensor([e[name] for e in examples]) for name in examples[0]}
 
-    return trainer(
+    return trl.SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,
-        data_collator=collate,
+        train_dataset=Dataset.from_list(rows()) if prepared else data,
+        data_collator=collate if prepared else None,
         processing_class=word_tokenizer(),
     )
-
-
-@pytest.mark.parametrize("first", ["patch", "trainer"])
-def test_its_own_loss_is_refused(first, tmp_path):
-    """Its head would leave the constraint out: an error that says what to write instead."""
-    model = lora_model()
-    if first == "patch":
-        patch_model(model, SAFETY)
-    trainer = sft(model, tmp_path, trl.SFTTrainer)
-    if first == "trainer":
-        patch_model(model, SAFETY)
-    with pytest.raises(ValueError, match=r"class MyTrainer.*PatchedLossMixin, SFTTrainer"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("first", ["patch", "trainer"])
-def test_without_a_constraint_it_goes_its_own_way(first, tmp_path):
-    """Nothing is lost then, so nothing is refused; that the patch is idle is said."""
-    model = lora_model()
-    if first == "patch":
-        patch_model(model)
-    trainer = sft(model, tmp_path, trl.SFTTrainer)
-    if first == "trainer":
-        patch_model(model)
-    with pytest.warns(UserWarning, match="computes its loss past it"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("first", ["patch", "trainer"])
-def test_with_the_loss_of_transformers(first, tmp_path):
-    """As the error message says: it trains with the constraint."""
-    model = lora_model()
-    patch = patch_model(model, SAFETY) if first == "patch" else None
-    trainer = sft(model, tmp_path, FusedSFTTrainer)
-    patch = patch or patch_model(model, SAFETY)
-    trainer.train()
-    assert patch.last_parts.penalty > 0
-    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert len(logged) == 3
 
 
 def history(trainer) -> list[dict]:
@@ -96,65 +59,206 @@ def history(trainer) -> list[dict]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_the_numbers_of_sft_trainer(settings, tmp_path):
-    """Without a constraint: SFTTrainer's own losses, gradient norms, accuracies and counts."""
-    want = history(sft(lora_model(), tmp_path, trl.SFTTrainer, **settings))
-    model = lora_model()
-    patch_model(model)
-    got = history(sft(model, tmp_path, FusedSFTTrainer, **settings))
+def patched_history(model, folder, first, safety=None, data=None, **settings):
+    """Logs of an unmodified SFTTrainer, the model patched before or after it is made."""
+    patch = patch_model(model, safety) if first == "patch" else None
+    trainer = sft(model, folder, data, **settings)
+    patch = patch or patch_model(model, safety)
+    return history(trainer), patch
+
+
+def assert_same_logs(got: list[dict], want: list[dict]) -> None:
     assert len(got) == len(want) == 3
     for a, b in zip(got, want, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=2e-5)
         assert a["mean_token_accuracy"] == pytest.approx(b["mean_token_accuracy"], abs=1e-6)
         assert a["num_tokens"] == b["num_tokens"]
+        assert a.get("aux_loss", 0.0) == pytest.approx(b.get("aux_loss", 0.0), rel=2e-5)
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
-def test_rows_without_padding(packing, tmp_path):
-    """Sequences one after another in a row, told apart by position ids: SFTTrainer's losses."""
-    data = Dataset.from_list(
-        [
-            {"input_ids": list(range(3 + i, 3 + i + n))}
-            for i, n in enumerate((5, 9, 7, 6, 8, 5, 9, 7))
-        ]
+@pytest.mark.parametrize(
+    ("first", "settings"),
+    [
+        ("patch", {}),
+        ("trainer", {}),
+        ("patch", {"gradient_accumulation_steps": 2}),
+        ("trainer", {"loss_type": "dft"}),
+        ("patch", {"gradient_checkpointing": True}),
+        ("patch", {"average_tokens_across_devices": False}),
+    ],
+    ids=str,
+)
+def test_the_numbers_of_sft_trainer(first, settings, tmp_path):
+    """Without a constraint: its own losses, gradient norms, entropies, accuracies and counts."""
+    want = history(sft(lora_model(), tmp_path, **settings))
+    got, patch = patched_history(lora_model(), tmp_path, first, **settings)
+    assert patch.last_parts is not None
+    assert_same_logs(got, want)
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
+def test_a_router_keeps_its_loss(first, tmp_path):
+    """TRL adds the router's loss with a factor of its own; it is not counted twice."""
+    settings = {"router_aux_loss_coef": 0.5}
+    want = history(sft(build("mixtral"), tmp_path, **settings))
+    got, patch = patched_history(build("mixtral"), tmp_path, first, **settings)
+    assert patch.last_parts is not None
+    assert want[0]["aux_loss"] > 0
+    assert_same_logs(got, want)
+
+
+@pytest.mark.parametrize(
+    ("first", "settings"),
+    [("patch", {"gradient_accumulation_steps": 2}), ("trainer", {})],
+    ids=str,
+)
+def test_the_constraint_counts(first, settings, tmp_path):
+    """Its losses and gradient norms are those of transformers' Trainer on the patched model."""
+    model = lora_model()
+    with patch_model(model, SAFETY):
+        want = run(model, tmp_path, max_steps=3, **settings)
+    got, patch = patched_history(lora_model(), tmp_path, first, SAFETY, **settings)
+    assert patch.last_parts.penalty > 0
+    assert_equal_runs(got, want)
+    assert all(log["entropy"] > 0 and 0 <= log["mean_token_accuracy"] <= 1 for log in got)
+
+
+def test_bfloat16_of_the_whole_model(tmp_path):
+    """Accelerate wraps the forward once more, and the patch still stands before TRL's."""
+    model = build()
+    want = history(sft(model, tmp_path, bf16=True))
+    got, patch = patched_history(build(), tmp_path, "patch", bf16=True)
+    assert patch.last_parts is not None
+    for a, b in zip(got, want, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-7)
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=2**-7)
+
+
+def test_the_adapter_may_come_from_the_trainer(tmp_path):
+    """``peft_config``: the trainer wraps the patched model itself."""
+    model = build()
+    patch = patch_model(model, SAFETY)
+    torch.manual_seed(2)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=settings_for(tmp_path, dataset_kwargs=None, remove_unused_columns=True),
+        train_dataset=words(),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
     )
-    losses = []
-    for kind in (trl.SFTTrainer, FusedSFTTrainer):
-        model = lora_model()
-        if kind is FusedSFTTrainer:
-            patch_model(model)
-        arguments = settings_for(
-            tmp_path, packing=packing, padding_free=True, dataset_kwargs=None,
-            max_length=16 if packing else None, remove_unused_columns=True,
-            per_device_train_batch_size=2, seed=1,
-        )  # fmt: skip
-        trainer = kind(
-            model=model, args=arguments, train_dataset=data, processing_class=word_tokenizer()
-        )
-        losses.append([log["loss"] for log in history(trainer)])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+    assert len(history(trainer)) == 3
+    assert patch.last_parts.penalty > 0
 
 
-def test_losses_that_are_not_the_models(tmp_path):
-    """Another loss type, or a model that is not patched: refused by name."""
+def test_a_second_trainer(tmp_path):
+    """Another trainer of the same model covers the first one's forward: answered as well."""
     model = lora_model()
-    with pytest.raises(ValueError, match="the model is not patched"):
-        sft(model, tmp_path, FusedSFTTrainer).train()
-    patch_model(model, SAFETY)
-    with pytest.raises(ValueError, match="loss_type='dft'"):
-        sft(model, tmp_path, FusedSFTTrainer, loss_type="dft").train()
+    patch = patch_model(model, SAFETY)
+    sft(model, tmp_path).train()
+    patch.last_parts = None
+    sft(model, tmp_path).train()
+    assert patch.last_parts.penalty > 0
+    patch.unpatch()
+    assert "train" not in patch.model.__dict__
+    assert len(history(sft(model, tmp_path))) == 3
 
 
-def test_evaluation(tmp_path):
-    """``evaluate`` gives the loss of the patched model."""
+def test_a_filtered_loss_keeps_the_entropy_exact(tmp_path):
+    """Where the loss leaves logits out, the entropy is of all of them."""
+    want = history(sft(llama(1024), tmp_path, max_steps=1))
+    model = llama(1024)
+    patch = patch_model(model, filter_eps=0.5, screen="bf16")
+    got = history(sft(model, tmp_path, max_steps=1))
+    assert patch.last_parts.dead_mass.max() > 0
+    assert got[0]["entropy"] == pytest.approx(want[0]["entropy"], rel=2e-5)
+
+
+def words() -> Dataset:
+    """Sequences of several lengths, for TRL to prepare."""
+    lengths = (5, 9, 7, 6, 8, 5, 9, 7)
+    return Dataset.from_list(
+        [{"input_ids": list(range(3 + i, 3 + i + n))} for i, n in enumerate(lengths)]
+    )
+
+
+@pytest.mark.parametrize("safety", [None, SAFETY], ids=["plain", "constrained"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padding-free", "packed"])
+def test_rows_without_padding(packing, safety, tmp_path):
+    """Sequences one after another in a row, told apart by position ids: SFTTrainer's losses."""
+    settings = {
+        "packing": packing, "padding_free": True, "dataset_kwargs": None,
+        "max_length": 16 if packing else None, "remove_unused_columns": True,
+        "per_device_train_batch_size": 2
+    }  # fmt: skip
+    want = history(sft(lora_model(), tmp_path, words(), **settings))
+    got, patch = patched_history(lora_model(), tmp_path, "patch", safety, words(), **settings)
+    if safety is None:
+        assert_same_logs(got, want)
+    else:  # the adapter begins at nothing, so the first penalty is nothing too
+        assert got[0]["loss"] == pytest.approx(want[0]["loss"], rel=2e-5)
+        assert patch.last_parts.penalty > 0
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
+def test_weighted_losses_are_refused(first, tmp_path):
+    """``dft`` would weigh the penalty by the label's probability."""
+    with pytest.raises(ValueError, match=r"exp was asked.*loss_type must be 'nll'"):
+        patched_history(lora_model(), tmp_path, first, SAFETY, loss_type="dft")
+
+
+def test_label_smoothing_is_said(tmp_path):
+    """TRL smooths the real logits itself, without labels: the constraint has no part, said."""
+    settings = {"label_smoothing_factor": 0.1}
+    want = history(sft(lora_model(), tmp_path, **settings))
+    with pytest.warns(UserWarning, match="takes no part in a loss.*without labels"):
+        got, _ = patched_history(lora_model(), tmp_path, "patch", SAFETY, **settings)
+    for a, b in zip(got, want, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=2e-5)
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
+def test_evaluation(first, tmp_path):
+    """``evaluate`` alone, before any step: TRL's numbers; with ``compute_metrics`` too."""
+    data = Dataset.from_list(rows(4))
+    want = sft(lora_model(), tmp_path).evaluate(data)
+    model = lora_model()
+    patch = patch_model(model) if first == "patch" else None
+    trainer = sft(model, tmp_path)
+    patch = patch or patch_model(model)
+    got = trainer.evaluate(data)
+    assert patch.last_parts is not None
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert got[name] == pytest.approx(want[name], rel=2e-5)
+    trainer.compute_metrics = lambda seen: {"mean": float(seen.predictions.mean())}
+    assert torch.isfinite(torch.tensor(trainer.evaluate(data)["eval_mean"]))
+
+
+def test_a_loop_without_train(tmp_path):
+    """A call that the patch could not get in front of is refused, and says what is missing."""
     model = lora_model()
     patch_model(model, SAFETY)
-    trainer = sft(model, tmp_path, FusedSFTTrainer)
-    found = trainer.evaluate(Dataset.from_list(rows(4)))
-    assert found["eval_loss"] > 0
-    assert 0 <= found["eval_mean_token_accuracy"] <= 1
+    trainer = sft(model, tmp_path)
+    inputs = {name: torch.tensor([row[name] for row in rows(2)]) for name in rows(1)[0]}
+    model.training = True
+    model.get_base_model().training = True
+    with pytest.raises(ValueError, match=r"call model\.train\(\) after"):
+        trainer.compute_loss(model, dict(inputs))
+    model.train()
+    assert trainer.compute_loss(model, dict(inputs)).isfinite()
+
+
+def test_a_copy_answers_for_itself(tmp_path):
+    """``copy.deepcopy`` of a trained model: its own patch, its own forward."""
+    model = lora_model()
+    patch_model(model, SAFETY)
+    sft(model, tmp_path).train()
+    copied = copy.deepcopy(model)
+    front, train = (copied.get_base_model().__dict__[name] for name in ("forward", "train"))
+    assert front.patch.model is copied.get_base_model() is train.__self__.model
+    assert front.patch is not find_patch(model)
 
 
 def test_preferences_are_refused_by_name(tmp_path):

@@ -1,0 +1,75 @@
+"""What the patch answers TRL of every token, beside the answers of TRL's own head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from str_kernels.huggingface import patch_model
+from str_kernels.huggingface.sft import SumOnly
+from tests.huggingface.models import batch, build
+
+utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed")
+FIELDS = ("log_probs", "entropy", "is_top1")
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2", "mixtral"])
+def test_every_token(name, shifted):
+    """Log-probabilities, entropy, top-1 and mask of each token, and the gradient of their sum."""
+    model, inputs = build(name).eval(), batch()
+    inputs["labels"] = inputs["labels"].clone()
+    with torch.no_grad():
+        unlabelled = {name: x for name, x in inputs.items() if name != "labels"}
+        best = model(**unlabelled).logits.argmax(-1)
+    inputs["labels"][:, 4:7] = best[:, 3:6]
+    if shifted:
+        shifted_labels = functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+        inputs["shift_labels"] = shifted_labels.contiguous()
+    utils.add_fused_lm_head(model, outputs=FIELDS)
+    found = []
+    for patched in (False, True):
+        if patched:
+            patch_model(model)
+        model.zero_grad()
+        answer = model(**inputs, fused_lm_head=True)
+        (answer.log_probs * torch.linspace(0.5, 2, answer.log_probs.shape[1])).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((answer, gradients))
+    (want, slopes), (got, patched_slopes) = found
+    assert type(got) is type(want)
+    assert 0 < want.is_top1.sum() < want.label_mask.sum()
+    assert got.is_top1.equal(want.is_top1)
+    assert got.label_mask.equal(want.label_mask)
+    for field in ("log_probs", "entropy", "loss"):
+        torch.testing.assert_close(got[field], want[field], rtol=2e-5, atol=2e-5)
+    assert slopes.keys() == patched_slopes.keys()
+    for parameter, slope in slopes.items():
+        torch.testing.assert_close(patched_slopes[parameter], slope, rtol=1e-4, atol=1e-5)
+
+
+def test_shifted_labels_alone_are_refused():
+    """The model's own forward computes no loss of them, as TRL's would."""
+    model, inputs = build(), batch()
+    inputs["shift_labels"] = inputs.pop("labels")
+    utils.add_fused_lm_head(model, outputs=FIELDS)
+    patch_model(model)
+    with pytest.raises(ValueError, match=r"shift_labels: .*needs labels beside them"):
+        model(**inputs, fused_lm_head=True)
+
+
+def test_only_sums():
+    """The losses of a constrained model: negated and summed as plain ones, with their gradient."""
+    plain = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    held = -SumOnly.of(plain * 2)
+    assert type(held) is SumOnly
+    assert held.shape == (2, 3)
+    total = (-held).sum()
+    assert type(total) is torch.Tensor
+    total.backward()
+    assert total == 30
+    assert plain.grad.eq(2).all()
+    for refused in (lambda: held.exp(), lambda: held * 2, lambda: held[:, 1:], lambda: held.mean()):
+        with pytest.raises(ValueError, match="only their sum is a loss"):
+            refused()
