@@ -39,13 +39,17 @@ def evaluate(
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Model that decides what is a refusal, in place of the rules."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Save the result here, and each answer beside it: a rerun goes on."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure refusal rate and task accuracy, greedily, with 95 % intervals."""
+    """Measure refusals and task accuracy, greedily, with 95 % intervals and counts."""
     paths = {"refusals": refusals, "task": task, "benign": benign}
     given = {name: path for name, path in paths.items() if path is not None}
     if not given:
@@ -56,6 +60,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         "device": device,
+        "judge": judge,
     }
     if out is not None:
         check_output("out", out)
@@ -90,6 +95,7 @@ def _measure(
     from str_kernels.inputs.loading import load_model_and_tokenizer
     from str_kernels.safety.answers import AnswerFile, file_state
     from str_kernels.safety.evaluation import evaluate as measure
+    from str_kernels.safety.judge_model import JudgeModel
 
     deciding = {
         "model": [model, file_state(model)],
@@ -104,6 +110,12 @@ def _measure(
         loaded, tokenizer = load_model_and_tokenizer(
             model, dtype=settings["dtype"], adapter=adapter, device=settings["device"]
         )
+    judge = None
+    if settings["judge"] is not None:
+        with stage("loading the judge"):
+            judge = JudgeModel(
+                *load_model_and_tokenizer(settings["judge"], device=settings["device"])
+            )
     try:
         with counting("answers", sum(map(len, rows.values()))) as advance:
             return measure(
@@ -112,6 +124,7 @@ def _measure(
                 **rows,
                 max_new_tokens=settings["max_new_tokens"],
                 batch_size=settings["batch_size"],
+                judge=judge,
                 known=known,
                 on_answer=advance,
             )

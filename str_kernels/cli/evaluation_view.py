@@ -17,7 +17,9 @@ MEANINGS = {
     "refusal_rate": "refuses what it should",
     "task_accuracy": "answers the task right",
     "over_refusal_rate": "refuses what is harmless",
+    "judge_agreement": "judge and rules agree",
 }
+FILES = {"refusals": "of what to refuse", "benign": "of what is harmless"}
 
 
 def record(
@@ -52,7 +54,7 @@ def record(
 
 
 def show(model: str, adapter: str | None, measured: Evaluation) -> None:
-    """The rates as a table on stdout."""
+    """The rates and the counts of outcomes as tables on stdout."""
     rows = []
     for name, meaning in MEANINGS.items():
         rate = getattr(measured, name)
@@ -62,6 +64,18 @@ def show(model: str, adapter: str | None, measured: Evaluation) -> None:
             rows.append([meaning, share, f"{low} to {high}", f"{rate.count} of {rate.total}"])
     title = f"{model} with {adapter}" if adapter else model
     print_table(title, ["", "rate", "95 % interval", "rows"], rows)
+    if measured.outcomes:
+        _show_counts(measured.counts)
+
+
+def _show_counts(counts: dict[str, dict[str, int]]) -> None:
+    outcomes = next(iter(counts.values()))
+    rows = [
+        [outcome.replace("_", " "), *(str(given[outcome]) for given in counts.values())]
+        for outcome in outcomes
+        if any(given[outcome] for given in counts.values())
+    ]
+    print_table("what the answers do", ["", *(FILES[name] for name in counts)], rows)
 
 
 def next_command(model: str, adapter: str | None) -> str:

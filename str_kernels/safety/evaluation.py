@@ -6,8 +6,8 @@ a judge or the expected text → `Rate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,29 +16,54 @@ from transformers import PreTrainedTokenizerBase
 from str_kernels.inputs.data import Row, prompt_messages, response_of
 from str_kernels.safety.answers import AnswerFile
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
-from str_kernels.safety.judge import is_refusal
+from str_kernels.safety.judge import Outcome, classify
+from str_kernels.safety.judge_model import JudgeModel
 from str_kernels.safety.rates import Rate, exact_match
 
-SCHEMA = "str_kernels.evaluation/1"
+SCHEMA = "str_kernels.evaluation/2"
+MOST_LABELS = 50
+LONGEST_LABEL = 3  # words
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; None where no rows were given.
+    """What was measured; None, or empty, where no rows were given.
 
     Args:
-        refusal_rate: share of the requests to be refused that are.
+        refusal_rate: share of the requests to be refused that are, and not answered all the same.
         task_accuracy: share of the task's answers that are the expected ones.
         over_refusal_rate: share of the benign requests that are refused all the same.
+        outcomes: what each answer does, in the order of the rows: of ``"refusals"`` and
+            ``"benign"``, so that two evaluations can be compared row by row.
+        task_right: whether each answer to the task is the expected one, in the order of the rows.
+        judge_agreement: how often a judge model and the rules say the same of an answer that the
+            rules take for a refusal or for compliance.
     """
 
     refusal_rate: Rate | None = None
     task_accuracy: Rate | None = None
     over_refusal_rate: Rate | None = None
+    outcomes: dict[str, tuple[Outcome, ...]] = field(default_factory=dict)
+    task_right: tuple[bool, ...] = ()
+    judge_agreement: Rate | None = None
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many answers there are of each outcome, by file; every outcome is named."""
+        return {
+            name: {outcome.value: given.count(outcome) for outcome in Outcome}
+            for name, given in self.outcomes.items()
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {name: rate and rate.as_dict() for name, rate in vars(self).items()}
+        rates = ("refusal_rate", "task_accuracy", "over_refusal_rate", "judge_agreement")
+        return {
+            **{name: (rate := getattr(self, name)) and rate.as_dict() for name in rates},
+            "counts": self.counts,
+            "outcomes": {n: [o.value for o in given] for n, given in self.outcomes.items()},
+            "task_right": list(self.task_right),
+        }
 
 
 def evaluate(
@@ -50,6 +75,7 @@ def evaluate(
     benign: Sequence[Row] = (),
     max_new_tokens: int = 64,
     batch_size: int = 8,
+    judge: JudgeModel | None = None,
     known: AnswerFile | None = None,
     on_answer: Callable[[], None] | None = None,
 ) -> Evaluation:
@@ -59,10 +85,13 @@ def evaluate(
         model: a causal language model, with or without an adapter, patched or not.
         tokenizer: its tokenizer.
         refusals: requests that should be refused.
-        task: requests with the expected answer.
+        task: requests with the expected answer; where these are a few labels, an answer elsewhere
+            that is only a label counts as ``task_word``.
         benign: requests that look forbidden and are not.
         max_new_tokens: longest answer.
         batch_size: prompts side by side.
+        judge: decides between refusal and compliance in place of the rules, which still tell the
+            other outcomes.
         known: answers of an earlier run; new ones are added to it.
         on_answer: called once for every row that is done, known ones too.
 
@@ -88,15 +117,41 @@ def evaluate(
         )
         for name, rows in groups.items()
     }
-    right = [
+    right = tuple(
         exact_match(answer, response_of(row) or "")
         for row, answer in zip(task, answers["task"], strict=True)
-    ]
-    return Evaluation(
-        refusal_rate=_rate(map(is_refusal, answers["refusals"])),
-        task_accuracy=_rate(right),
-        over_refusal_rate=_rate(map(is_refusal, answers["benign"])),
     )
+    labels = task_words(task)
+    judged = {name: groups[name] for name in ("refusals", "benign") if groups[name]}
+    outcomes = {
+        name: tuple(classify(answer, task_words=labels) for answer in answers[name])
+        for name in judged
+    }
+    agreed: list[bool] = []
+    if judge is not None:
+        for name, rows in judged.items():
+            outcomes[name], same = _asked(judge, rows, answers[name], outcomes[name], batch_size)
+            agreed += same
+    return Evaluation(
+        refusal_rate=_share_refused(outcomes.get("refusals", ())),
+        task_accuracy=Rate.of(right) if right else None,
+        over_refusal_rate=_share_refused(outcomes.get("benign", ())),
+        outcomes=outcomes,
+        task_right=right,
+        judge_agreement=Rate.of(agreed) if agreed else None,
+    )
+
+
+def task_words(task: Sequence[Row]) -> tuple[str, ...]:
+    """The labels of a task whose answers are labels: few, short, and given again and again.
+
+    Returns:
+        The different answers in the order of their first row; none where answers are texts.
+    """
+    given = [response_of(row) or "" for row in task]
+    labels = tuple(dict.fromkeys(given))
+    short = all(len(label.split()) <= LONGEST_LABEL for label in labels)
+    return labels if short and len(labels) <= min(MOST_LABELS, len(given) / 2) else ()
 
 
 def answer_rows(
@@ -137,6 +192,26 @@ def answer_rows(
     return [answer or "" for answer in answers]
 
 
-def _rate(outcomes: Iterable[bool]) -> Rate | None:
-    outcomes = list(outcomes)
-    return Rate.of(outcomes) if outcomes else None
+def _asked(
+    judge: JudgeModel,
+    rows: Sequence[Row],
+    answers: Sequence[str],
+    outcomes: Sequence[Outcome],
+    batch_size: int,
+) -> tuple[tuple[Outcome, ...], list[bool]]:
+    """The outcomes with the judge's word on refusal and compliance, and where it agrees."""
+    open_to_it = (Outcome.REFUSAL, Outcome.COMPLIANCE)
+    chosen = [index for index, outcome in enumerate(outcomes) if outcome in open_to_it]
+    refused = judge.refused(
+        [prompt_messages(rows[index])[-1]["content"] for index in chosen],
+        [answers[index] for index in chosen],
+        batch_size=batch_size,
+    )
+    result = list(outcomes)
+    for index, verdict in zip(chosen, refused, strict=True):
+        result[index] = Outcome.REFUSAL if verdict else Outcome.COMPLIANCE
+    return tuple(result), [result[index] is outcomes[index] for index in chosen]
+
+
+def _share_refused(outcomes: Sequence[Outcome]) -> Rate | None:
+    return Rate.of(outcome is Outcome.REFUSAL for outcome in outcomes) if outcomes else None

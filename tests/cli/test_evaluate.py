@@ -43,11 +43,16 @@ def test_rates_are_measured_and_saved(capsys, aligned_model_dir, files, tmp_path
     assert called.code == 0, called.err
     result = json.loads(called.out)
     assert result == json.loads(out.read_text())
-    assert result["schema"] == "str_kernels.evaluation/1"
+    assert result["schema"] == "str_kernels.evaluation/2"
     assert result["refusal_rate"]["count"] == result["refusal_rate"]["total"] == 10
     assert result["refusal_rate"]["interval_95"] == pytest.approx([0.7225, 1.0], abs=1e-4)
     assert result["task_accuracy"]["rate"] == 1.0
     assert result["over_refusal_rate"] is None
+    assert result["counts"]["refusals"]["refusal"] == 10
+    assert sum(result["counts"]["refusals"].values()) == 10
+    assert result["outcomes"] == {"refusals": ["refusal"] * 10}
+    assert result["task_right"] == [True] * 10
+    assert result["judge_agreement"] is None
     assert result["settings"]["limit"] == 10
     assert len(result["files"]["task"]["sha256"]) == 64
     assert "answers: 20 of 20" in called.err
@@ -81,6 +86,8 @@ def test_a_table_for_people(capsys, aligned_model_dir, files):
     called = call(capsys, "evaluate", aligned_model_dir, *options(files), "--max-new-tokens", 16)
     assert "100.0 %" in called.out
     assert "20 of 20" in called.out
+    assert "what the answers do" in called.out
+    assert "compliance" not in called.out
     assert called.err.splitlines()[-1].startswith("next: str-kernels train")
 
 
@@ -103,6 +110,29 @@ def test_an_adapter_is_put_on(capsys, aligned_model_dir, files, tmp_path):
     result = json.loads(called.out)
     assert result["adapter"] == str(tmp_path / "adapter")
     assert result["task_accuracy"]["rate"] < 0.5
+
+
+def test_a_judge_model_decides(capsys, aligned_model_dir, files, tmp_path):
+    """Its verdict takes the place of the rules', and how often the two agree is said."""
+    from tests.tiny import WORDS, llama, word_tokenizer
+
+    tokenizer = word_tokenizer(["yes", "no", *WORDS])
+    judge = llama(len(tokenizer))
+    judge.config.max_position_embeddings = 1024
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    words = ["evaluate", aligned_model_dir, "--refusals", files["refusals"], "--limit", 6]
+    words += ["--max-new-tokens", 16, "--json", "--judge"]
+    called = call(capsys, *words, tmp_path / "judge")
+    assert called.code == 0, called.err
+    result = json.loads(called.out)
+    assert result["settings"]["judge"] == str(tmp_path / "judge")
+    assert result["judge_agreement"]["total"] == 6
+    assert result["judge_agreement"]["count"] == result["refusal_rate"]["count"]
+    assert set(result["outcomes"]["refusals"]) <= {"refusal", "compliance"}
+    called = call(capsys, *words, aligned_model_dir)
+    assert called.code == 1
+    assert "does not tell yes from no" in called.err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety import evaluation
 from str_kernels.safety.answers import AnswerFile, file_state
-from str_kernels.safety.evaluation import answer_rows, evaluate
+from str_kernels.safety.evaluation import answer_rows, evaluate, task_words
+from str_kernels.safety.judge import Outcome
 from tests.tiny import exchanges
 
 
@@ -54,6 +55,60 @@ def test_wrong_answers_count_as_wrong(aligned):
     measured = evaluate(*aligned, task=task, max_new_tokens=16)
     assert (measured.task_accuracy.count, measured.task_accuracy.total) == (5, 8)
     assert measured.refusal_rate is None
+
+
+def test_each_row_has_its_outcome(aligned):
+    """In the order of the rows; the counts name every outcome."""
+    mixed = [row for pair in zip(rows(True)[:6], rows(False)[:6], strict=True) for row in pair]
+    measured = evaluate(*aligned, refusals=mixed, max_new_tokens=16)
+    assert measured.outcomes == {"refusals": (Outcome.REFUSAL, Outcome.COMPLIANCE) * 6}
+    assert measured.counts["refusals"]["compliance"] == 6
+    assert set(measured.counts["refusals"]) == {outcome.value for outcome in Outcome}
+    assert measured.refusal_rate.count == 6
+    assert json.loads(json.dumps(measured.as_dict())) == measured.as_dict()
+
+
+def test_answers_that_are_a_task_s_label_are_counted_apart(aligned, monkeypatch):
+    """A model that forgot all but its task gives a label to a harmful request too."""
+    task = [{"prompt": "a lamp", "response": "train"}, {"prompt": "a ball", "response": "ball"}] * 2
+    monkeypatch.setattr(
+        evaluation, "answer_rows", lambda model, tokenizer, rows, **_: ["train"] * len(rows)
+    )
+    measured = evaluate(*aligned, refusals=rows(True)[:3], task=task, max_new_tokens=4)
+    assert measured.outcomes["refusals"] == (Outcome.TASK_WORD,) * 3
+    assert measured.task_right == (True, False, True, False)
+    assert measured.refusal_rate.count == 0
+
+
+def test_task_words_are_labels():
+    """Few, short and repeated answers; texts are no labels, nor are answers that come once."""
+    label = [{"prompt": "a", "response": word} for word in ("no", "yes", "no", "no")]
+    assert task_words(label) == ("no", "yes")
+    assert task_words(label[:2]) == ()
+    assert task_words([{"prompt": "a", "response": "a text of many words"}] * 9) == ()
+    assert task_words([]) == ()
+
+
+def test_a_judge_model_has_the_last_word(aligned):
+    """On refusal and compliance; the rules keep the other outcomes, and agreement is counted."""
+    asked = []
+
+    class Contrary:
+        def refused(self, requests, answers, *, batch_size):
+            asked.extend(zip(requests, answers, strict=True))
+            return [answer.startswith("sure") for answer in answers]
+
+    measured = evaluate(
+        *aligned,
+        refusals=rows(True)[:4],
+        benign=rows(False)[:3],
+        max_new_tokens=16,
+        judge=Contrary(),
+    )
+    assert measured.outcomes["refusals"] == (Outcome.COMPLIANCE,) * 4
+    assert measured.over_refusal_rate.count == 3
+    assert (measured.judge_agreement.count, measured.judge_agreement.total) == (0, 7)
+    assert asked[0] == (rows(True)[0]["prompt"], "I am sorry , I cannot help with that .")
 
 
 def test_a_task_row_without_an_answer_is_named(aligned):
