@@ -44,7 +44,7 @@ class _RunningTotals:
         zeros = hidden.new_zeros(len(hidden))
         self.maximum = torch.full_like(zeros, float("-inf"))
         self.shift, self.mass = zeros, zeros.clone()
-        self.expected = torch.zeros_like(hidden) if wanted.hidden else None
+        self.wanted, self.expected = wanted, None
         self.weighted = zeros.clone() if wanted.entropy else None
         self.logit_sum = self.smooth_gradient = None
         if options.label_smoothing:
@@ -71,10 +71,13 @@ class _RunningTotals:
         self.mass.mul_(rescale).add_(exponentials.sum(-1))
         if finite is not None:
             self.weighted.mul_(rescale).add_(finite.mul_(exponentials).sum(-1))
-        if self.expected is not None:
+        if self.wanted.hidden:
             if slope is not None:
                 exponentials.mul_(slope)
-            self.expected.mul_(rescale[:, None]).addmm_(exponentials, weight)
+            if self.expected is None:
+                self.expected = torch.mm(exponentials, weight)
+            else:
+                self.expected.mul_(rescale[:, None]).addmm_(exponentials, weight)
 
     def _raise_shift(self, logits: Tensor) -> Tensor:
         """Move to the new maximum; returns what older sums must be multiplied by."""

@@ -2,7 +2,7 @@
 
 Stage: ``Saved``, ``Coefficients`` → ``Gradients``. Exact: every logit is made again. Routed: only
 live pairs are, and a dead pair spreads ``α · mass · h`` evenly over the rows of its tile.
-Each block is summed in fp32 over all rows and cast once.
+Each block is summed in fp32 over all rows and cast once, or summed where it belongs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
 from str_kernels.backends.dead import dead_share, silent_rows
-from str_kernels.backends.logits import accumulator, block_logits, logit_slope
+from str_kernels.backends.logits import accumulator, block_logits, softcap_slope
 from str_kernels.backends.torch_blocked.blocks import (
     MAX_ROWS,
     head_rows,
@@ -40,21 +40,37 @@ def weight_gradients(
     weight = torch.empty_like(head.weight) if needs[0] else None
     bias = torch.empty_like(head.bias) if needs[1] else None
     spread = dead_share(head, saved, coefficients, options) if rows.routed else None
-    for block in spans(head.weight.shape[0], TILE if rows.routed else columns):
-        part = _Part(block.stop - block.start, rows.hidden, needs)
+    size = TILE if rows.routed else columns
+    # in token order and the accumulator's dtype a block is summed in its place
+    scratch = None
+    if needs[0] and (rows.order is not None or weight.dtype != rows.hidden.dtype):
+        scratch = rows.hidden.new_empty(size, weight.shape[1])
+    for block in spans(head.weight.shape[0], size):
+        part = _Part(
+            _place(weight, scratch, block),
+            rows.hidden.new_zeros(block.stop - block.start) if needs[1] else None,
+        )
         if spread is not None:
             part.spread(spread[0][block.start // TILE], spread[1][block.start // TILE])
         for hidden, dz in rows.pieces(block):
             part.add(hidden, dz)
+        part.settle()
         if safety is not None:
             here, offset = in_block(positions_of(safety.ids, rows.inverse), block)
             part.scatter(offset, safety.weight[here], safety.bias[here])
         where = block if rows.order is None else rows.order[block]
-        if weight is not None:
+        if scratch is not None:
             weight[where] = part.weight.to(weight.dtype)
         if bias is not None:
             bias[where] = part.bias.to(bias.dtype)
     return Gradients(weight, bias)
+
+
+def _place(weight: Tensor | None, scratch: Tensor | None, block: slice) -> Tensor | None:
+    """Where a block ``[C, D]`` of the weight's gradient is summed."""
+    if weight is None:
+        return None
+    return weight[block] if scratch is None else scratch[: block.stop - block.start]
 
 
 class _Rows:
@@ -73,7 +89,8 @@ class _Rows:
         self.routed = saved.masses is not None
         self.order, self.inverse = saved.tiles[:2] if self.routed else (None, None)
         self.positions = positions_of(labels, self.inverse)
-        self.silent = silent_rows(coefficients)
+        silent = silent_rows(coefficients)
+        self.silent = silent if silent.any() else None
 
     def pieces(self, block: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the rows that are live here."""
@@ -81,8 +98,14 @@ class _Rows:
         for rows in self._live(block):
             hidden = self.hidden[rows]
             logits = block_logits(hidden, weight, bias, self.options)
-            slope = logit_slope(logits, self.options)
-            yield hidden, self._by_logits(rows, logits, block).mul_(slope)
+            slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
+            dz = self._by_logits(rows, logits, block)
+            if slope is not None:
+                dz.mul_(slope)
+            yield (
+                hidden,
+                dz if self.options.logit_scale == 1.0 else dz.mul_(self.options.logit_scale),
+            )
 
     def _by_logits(self, rows: Tensor | slice, logits: Tensor, block: slice) -> Tensor:
         """``dz`` without the slope, in the place of the logits."""
@@ -93,7 +116,7 @@ class _Rows:
         dz[here, column] = (alpha - gamma - alpha * self.saved.open_mass[rows])[here]
         if self.coefficients.sigma is not None:
             dz.sub_(self.coefficients.sigma[rows, None])
-        return dz.masked_fill_(self.silent[rows, None], 0.0)
+        return dz if self.silent is None else dz.masked_fill_(self.silent[rows, None], 0.0)
 
     def _live(self, block: slice) -> list[Tensor | slice]:
         if not self.routed:
@@ -103,25 +126,35 @@ class _Rows:
 
 
 class _Part:
-    """The gradient of one block of the vocabulary, in the accumulator's dtype."""
+    """The gradient of one block of the vocabulary, in the accumulator's dtype.
 
-    def __init__(self, width: int, hidden: Tensor, needs: tuple[bool, bool]) -> None:
-        self.weight = hidden.new_zeros(width, hidden.shape[1]) if needs[0] else None
-        self.bias = hidden.new_zeros(width) if needs[1] else None
+    ``weight [C, D]`` may hold anything until something is added; ``bias [C]`` comes as zeros.
+    """
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._blank = True
 
     def spread(self, weight: Tensor, bias: Tensor) -> None:
-        """Add the same row ``[D]`` to every row."""
+        """Begin with the same row ``[D]`` in every row."""
         if self.weight is not None:
-            self.weight += weight
+            self.weight[:] = weight
+            self._blank = False
         if self.bias is not None:
             self.bias += bias
 
     def add(self, hidden: Tensor, dz: Tensor) -> None:
         """Add ``dzᵀ H``."""
         if self.weight is not None:
-            self.weight.addmm_(dz.T, hidden)
+            self.weight.addmm_(dz.T, hidden, beta=0 if self._blank else 1)
+            self._blank = False
         if self.bias is not None:
             self.bias += dz.sum(0)
+
+    def settle(self) -> None:
+        """No rows will be added any more."""
+        if self.weight is not None and self._blank:
+            self.weight.zero_()
 
     def scatter(self, offset: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Add to single rows."""
