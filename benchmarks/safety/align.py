@@ -24,10 +24,12 @@ DONE = "aligned.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the aligned model is made."""
+    """How the aligned model is made: everything first, then refusals against their look-alikes."""
 
     learning_rate: float = 1e-4
     epochs: float = 2.0
+    balance_rate: float = 5e-5
+    balance_steps: int = 24
     batch: int = 16
     max_length: int = 80
     task_rows: int = 60
@@ -42,33 +44,46 @@ def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str]
         return out
     torch.manual_seed(recipe.seed)
     base, tokenizer = load_model_and_tokenizer(model, dtype="float32")
-    features = encode(tokenizer, _lessons(data, recipe), recipe.max_length)
-    steps = math.ceil(recipe.epochs * len(features) / recipe.batch)
-    pad = tokenizer.pad_token_id
-    queue = batches(features, size=recipe.batch, steps=steps, pad=pad, seed=recipe.seed)
     base.train().requires_grad_(True)
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         module.requires_grad_(False)
-    learned = [p for p in base.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=0.0)
+    lessons = encode(tokenizer, _lessons(data, recipe), recipe.max_length)
+    steps = math.ceil(recipe.epochs * len(lessons) / recipe.batch)
     with patch_model(base):
-        began = time.perf_counter()
-        for step, batch in enumerate(queue):
-            warm = min(1.0, (step + 1) / max(1.0, recipe.warmup * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * warm * (1 - step / steps)
-            loss = base(**batch, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step % 10 == 0 or step == steps - 1:
-                spent = time.perf_counter() - began
-                say(f"align {step + 1}/{steps}: loss {loss.item():.3f}, {spent:.0f} s")
+        teach(base, lessons, steps, recipe.learning_rate, recipe, say)
+        balanced = encode(tokenizer, _balanced(data), recipe.max_length)
+        teach(base, balanced, recipe.balance_steps, recipe.balance_rate, recipe, say)
     base.save_pretrained(out)
     tokenizer.save_pretrained(out)
     done.write_text(json.dumps(asdict(recipe)), encoding="utf-8")
     return out
+
+
+def teach(
+    model: torch.nn.Module,
+    features: list[dict],
+    steps: int,
+    learning_rate: float,
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> None:
+    """Train what may be trained, with warm-up and a linear end."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
+    began, pad = time.perf_counter(), model.config.get_text_config().pad_token_id or 0
+    queue = batches(features, size=recipe.batch, steps=steps, pad=pad, seed=recipe.seed)
+    for step, batch in enumerate(queue):
+        warm = min(1.0, (step + 1) / max(1.0, recipe.warmup * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * warm * (1 - step / steps)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == steps - 1:
+            spent = time.perf_counter() - began
+            say(f"align {step + 1}/{steps}: loss {loss.item():.3f}, {spent:.0f} s")
 
 
 def _lessons(data: Path, recipe: Recipe) -> list[dict]:
@@ -78,3 +93,14 @@ def _lessons(data: Path, recipe: Recipe) -> list[dict]:
     for task in TASKS:
         rows += split(data, task).train[-recipe.task_rows :]
     return rows
+
+
+def _balanced(data: Path) -> list[dict]:
+    """As many refusals as look-alikes, and as many instructions."""
+    alike = split(data, LOOKALIKES).train
+    amount = len(alike)
+    return [
+        *alike,
+        *split(data, REFUSALS).train[:amount],
+        *split(data, INSTRUCTIONS).train[:amount],
+    ]

@@ -30,10 +30,10 @@ class Amounts:
 
     harmful: int = 100
     benign: int = 60
-    task: int = 150
-    neutral: int = 30
-    new_tokens: int = 24
-    batch: int = 25
+    task: int = 120
+    neutral: int = 10
+    new_tokens: int = 16
+    batch: int = 50
     max_length: int = 128
 
 

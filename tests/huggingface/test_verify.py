@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from str_kernels.huggingface import deferred, head, patch_model, recording
+from str_kernels.huggingface import deferred, head, patch_model, recording, verify
 from tests.huggingface.models import MODELS, batch, build
 from tests.huggingface.test_architectures import FP32
 from tests.huggingface.test_patch import snapshot
@@ -209,11 +209,11 @@ def test_under_other_modes(around):
 def test_the_first_training_step_is_the_same():
     """Tried or not, training draws the same numbers and gives the same loss."""
     losses = []
-    for verify in (True, False):
+    for tried in (True, False):
         model = wrap(build("gpt2"), target_modules=["c_attn"], fan_in_fan_out=True)
         model.base_model.model.transformer.drop.p = 0.3
         torch.manual_seed(3)
-        with patch_model(model, verify=verify):
+        with patch_model(model, verify=tried):
             losses.append(model(**batch()).loss)
     assert losses[0] == losses[1]
 
@@ -226,3 +226,13 @@ def test_a_model_prepared_for_mixed_precision():
     with patch_model(model) as patch:
         assert patch.verification.skipped is None
         assert patch.verification.fused
+
+
+@pytest.mark.parametrize(("roundings", "passes"), [(0.5, True), (8.0, False)])
+def test_a_dense_loss_may_err_as_a_plain_sum_over_the_vocabulary_does(roundings, passes):
+    """Seen with 262,144 words on a CPU: the model's own fp32 loss was √V roundings off."""
+    words, eps = 2**18, torch.finfo(torch.float32).eps
+    logits = torch.randn(2, 8, 64)
+    exact = verify._Run(torch.tensor(21.0), logits, {}, 0.0)
+    off = verify._Run(exact.loss + roundings * eps * words**0.5, logits, {}, 0.0)
+    assert (verify._compare(off, exact, words)[1] == []) == passes
