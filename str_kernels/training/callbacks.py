@@ -48,6 +48,15 @@ class Silence:
         """Say nothing."""
 
 
+def show_clustering(progress: Progress, done: int, total: int) -> None:
+    """Report the vocabulary index of the first step, a stage of its own inside the training."""
+    if done == 0:
+        progress.stage("clustering the head's vocabulary")
+    progress.step(done, total)
+    if done == total:
+        progress.stage("training")
+
+
 class StepTimer(TrainerCallback):
     """Wall-clock seconds of every optimizer step, accumulation included."""
 

@@ -13,11 +13,19 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
+from str_kernels.huggingface.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
-from str_kernels.training.callbacks import Interrupt, Progress, Reporter, Silence, StepTimer
+from str_kernels.training.callbacks import (
+    Interrupt,
+    Progress,
+    Reporter,
+    Silence,
+    StepTimer,
+    show_clustering,
+)
 from str_kernels.training.checks import REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
@@ -64,7 +72,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
         progress.stage("training")
-        trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
+        with watching_index(partial(show_clustering, progress)):
+            trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
     if reporter.not_finite_at is not None:
         raise FloatingPointError(
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
