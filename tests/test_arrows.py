@@ -22,6 +22,7 @@ LAYERS = [
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"integrations"},
     {"training"},
     {"demo", "bench"},
     {"cli"},

@@ -1,0 +1,10 @@
+"""The patch inside training programs whose model and trainer a user does not hold.
+
+``PatchCallback`` is for any trainer that takes transformers' callbacks, such as LLaMA-Factory's;
+``str_kernels.integrations.axolotl`` is a plugin of Axolotl's. Neither program is imported.
+"""
+
+from str_kernels.integrations.callback import PatchCallback
+from str_kernels.integrations.settings import PatchSettings
+
+__all__ = ["PatchCallback", "PatchSettings"]

@@ -1,0 +1,91 @@
+"""A plugin of Axolotl's: the patch from a section of its configuration file.
+
+::
+
+    plugins:
+      - str_kernels.integrations.axolotl.StrKernelsPlugin
+    str_kernels:
+      tokens: safety_tokens.json
+      strength: 1.0
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from str_kernels.huggingface.callback import SafetyLogCallback
+from str_kernels.huggingface.patch import Patch
+from str_kernels.integrations.settings import PatchSettings
+
+# Who loads a plugin has loaded its base, which answers the hooks that are not here, later ones too.
+_base = sys.modules.get("axolotl.integrations.base")
+_BasePlugin = object if _base is None else _base.BasePlugin
+
+# Other losses of Axolotl's, which replace the one that the patch fuses.
+_OTHER_LOSSES = (
+    "cut_cross_entropy",
+    "chunked_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "unsloth_cross_entropy_loss",
+)
+
+
+class StrKernelsPlugin(_BasePlugin):
+    """Patches the model once it and its adapter are loaded; settings are ``PatchSettings``."""
+
+    def __init__(self) -> None:
+        """No model yet."""
+        super().__init__()
+        self._patch: Patch | None = None
+
+    def get_input_args(self) -> str:
+        """Where the schema of the section is."""
+        return "str_kernels.integrations.axolotl_args.StrKernelsArgs"
+
+    def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
+        """Read everything that can be wrong before the model, which is slow to load.
+
+        Raises:
+            ValueError: a setting or a token file that is wrong; another loss; preference training
+                with a constraint.
+        """
+        constraint = _settings(cfg).constraint()
+        for name in _OTHER_LOSSES:
+            if cfg.get(name):
+                raise ValueError(
+                    f"{name}={cfg.get(name)!r}: computes the loss that str_kernels would; turn one "
+                    "of the two off."
+                )
+        if cfg.get("rl") and constraint is not None:
+            raise ValueError(
+                f"rl={cfg.get('rl')!r}: has no cross-entropy that the constraint could join; "
+                "leave str_kernels.tokens out."
+            )
+
+    def post_model_load(self, cfg: Mapping[str, Any], model: Any) -> None:
+        """Patch, whatever adapter the model has."""
+        self._patch = _settings(cfg).patch(model)
+
+    def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Any) -> list:
+        """Log both terms and the drift.
+
+        Raises:
+            ValueError: the tokens are of another tokenizer than the trainer's.
+        """
+        if self._patch is None:
+            return []
+        processor = getattr(trainer, "processing_class", None)
+        _settings(cfg).constraint(getattr(processor, "tokenizer", processor))
+        return [SafetyLogCallback(self._patch)]
+
+    def post_train(self, cfg: Mapping[str, Any], model: Any) -> None:
+        """Unpatch."""
+        if self._patch is not None:
+            self._patch.unpatch()
+        self._patch = None
+
+
+def _settings(cfg: Mapping[str, Any]) -> PatchSettings:
+    return PatchSettings.from_config(cfg.get("str_kernels"))
