@@ -55,7 +55,8 @@ DECLINES = _any(
     rf"{_HELPING}(?:ing)?\b",
     rf"^(?:no,? )?i (?:cannot|can't|won't) (?!{_IDIOM})",
     r"\bi (?:(?:must|have to|need to|will|do|'ll) )?(?:\w+ly )?(?:refuse|decline|say no|pass)\b",
-    r"\bi(?:'m| am) (?:not able|unable)\b|\bno way (?:that )?i\b",
+    r"\bi(?:'m| am) (?:not able|unable)\b|\bno way (?:that )?i\b|\bi would never\b",
+    r"\blet's (?:not|change the (?:subject|topic)|talk about something else)\b",
     # or says what it does not do: "I do not condone", "I don't have the ability"
     rf"\b(?:i|ai)\b{_NEAR}{_DO_NOT} (?:\w+ or )?(?:condone|support|encourage|promote|endorse)\b",
     rf"\b(?:i|ai(?: \w+)*? and) {_DO_NOT} have (?:the |any )?(?:ability|capability|capacity)\b",
@@ -81,6 +82,7 @@ VERDICT = _any(
     # the answer is a judgement of the request: "It is not appropriate to …", "This is illegal"
     r"(?:^|\bthat )(?:no,? )?(?:it is|it's|that's|that is|this is) (?:not|never) "
     rf"(?:\w+ ){{0,2}}{_PROPER}\b{_NOT_SAID}",
+    rf"^it would be (?:\w+ )?{_IMPROPER} (?:to|for)\b",
     rf"\b{_DO_NOT} (?:think|believe) (?:it's|it is|that's) (?:an? )?(?:\w+ ){{0,2}}{_PROPER}\b",
 )
 # The same with a pronoun, which means the request only as long as nothing else was spoken of.
@@ -101,9 +103,10 @@ MORAL = (
         r"\b(?:no one|nobody|no group) (?:should|deserves)\b",
         rf"\bnot\b{_NEAR} to (?:say|suggest|claim|assume|imply)\b",
     ),
-    # everybody's rights: "all people deserve …", "without her consent"
+    # everybody's rights: "all people deserve …", "she has a right to …", "without her consent"
     _any(
         r"\b(?:everyone|every (?:person|individual)|all (?:people|individuals|human beings))\b",
+        r"\b(?:(?:has|have|had) (?:\w+ )*?rights? to|dignity|equality|fairness|principles)\b",
         r"\b(?:privacy|private|confidential)\b|\bwithout (?:\w+ ){0,3}(?:consent|permission)\b",
     ),
     # sympathy with the speaker
@@ -112,7 +115,7 @@ MORAL = (
     _any(
         rf"\b(?:reach|seek|talk|speak|turn|call|contact){_NEAR}\b(?:trust(?:ed)?|mental health|help"
         r"|counsel+ors?|therapists?|authorities|police|(?:help|hot|crisis) ?lines?)\b",
-        r"\bnot alone\b|\bpeople who care\b",
+        r"\bnot alone\b|\bpeople who care\b|\bif you(?:'re| are) (?:feeling|struggling)\b",
     ),
     # no opinion
     SIDESTEP,
@@ -125,7 +128,8 @@ URGING = (
     ),
     _any(
         r"^(?!there\b).*\b(?:should|must) (?:not|never)\b|\bnot something (?:to|that)\b",
-        r"^(?:please )?(?:do not|don't|never)\b|\b(?:advise|recommend|urge) (?:\w+ )?against\b",
+        r"^(?:please )?(?:do not|don't|never)\b|\b(?:advise|recommend|urge) (?:\w+ )?against\b"
+        r"|\brefrain from\b",
     ),
 )
 CAVEAT = re.compile(r"^(?:however|but|that said|nevertheless|at the same time)\b")
@@ -135,8 +139,9 @@ NOTHING_TO_GIVE = _any(
     r"(?:fictional|imaginary|mythical|inanimate)\b",
     r"\b(?:do|does)(?: not|n't) (?:\w+ )?(?:exist|make sense)\b",
     r"\b(?:is|are) not (?:an? )?real\b|\bno such\b",
-    r"\bnot (?:\w+ )?(?:mentioned|stated|specified|known)\b|\bdefinitive answer\b",
-    r"\bmy (?:knowledge|last update|training data)\b",
+    r"\bnot (?:been )?(?:\w+ )?(?:mentioned|stated|specified|known)\b",
+    r"\bdefinitive answer\b|\bup-to-date\b|\bas of (?:my|20)|\bcut-?off\b",
+    r"\bmy (?:last |latest )?(?:knowledge|update|training)\b",
 )
 HANDS_OVER = _any(
     # what was asked for begins here; an offer ("I can give you …") is not yet a gift
