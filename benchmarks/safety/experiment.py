@@ -23,6 +23,7 @@ from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.inputs.loading import load_model_and_tokenizer
+from str_kernels.safety.answers import AnswerFile
 from str_kernels.version import __version__
 
 SCHEMA = "str_kernels.safety_experiment/1"
@@ -52,6 +53,14 @@ class Places:
     def result(self, name: str) -> Path:
         """File of a result."""
         return self.results / f"{name}.json"
+
+    def answers(self, name: str, amounts: Amounts) -> AnswerFile:
+        """What a model answered, for judging it anew; made again with the run."""
+        folder = self.work / "answers"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.jsonl"
+        path.unlink(missing_ok=True)
+        return AnswerFile(path, asdict(amounts))
 
 
 def experiment(
@@ -111,13 +120,15 @@ def _do(job: tuple) -> str:
 
 def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
-    return {"measured": measure(model, tokenizer, places.data, task, amounts).as_dict()}
+    known = places.answers(f"aligned--{task}", amounts)
+    return {"measured": measure(model, tokenizer, places.data, task, amounts, known).as_dict()}
 
 
 def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
     tuned, history = finetune(model, tokenizer, run, places.data, places.work, say)
-    return _result(run, tuned, tokenizer, history, places, amounts)
+    known = places.answers(run.name, amounts)
+    return _result(run, tuned, tokenizer, history, places, amounts, known)
 
 
 def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
@@ -128,16 +139,23 @@ def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
         tuned, history = finetune(
             model, tokenizer, run, places.data, places.work, say, aligned=aligned
         )
-        stages.append(_result(run, tuned, tokenizer, history, places, amounts))
+        known = places.answers(f"{chain.name}--{len(stages)}", amounts)
+        stages.append(_result(run, tuned, tokenizer, history, places, amounts, known))
         model = tuned.merge_and_unload()
     return {"stages": stages}
 
 
 def _result(
-    run: Run, tuned: Any, tokenizer: Any, history: History, places: Places, amounts: Amounts
+    run: Run,
+    tuned: Any,
+    tokenizer: Any,
+    history: History,
+    places: Places,
+    amounts: Amounts,
+    known: AnswerFile,
 ) -> dict[str, Any]:
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    measured = measure(tuned, tokenizer, places.data, run.setting.task, amounts)
+    measured = measure(tuned, tokenizer, places.data, run.setting.task, amounts, known)
     return {
         "run": run.as_dict(),
         "measured": measured.as_dict(),

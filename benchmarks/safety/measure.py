@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.safety.data import INSTRUCTIONS, LOOKALIKES, REFUSALS, batches, encode, load_split
 from str_kernels import patch_model
 from str_kernels.inputs.data import Row
+from str_kernels.safety.answers import AnswerFile
 from str_kernels.safety.evaluation import answer_rows
 from str_kernels.safety.inference import reading
 from str_kernels.safety.judge import classify
@@ -74,12 +75,17 @@ def measure(
     data: Path,
     task: str,
     amounts: Amounts,
+    known: AnswerFile,
 ) -> Measured:
-    """Ask a model everything; it is left as it was."""
+    """Ask a model everything; it is left as it was.
+
+    ``known`` keeps the answers, which are only judged: they never leave the folder of the work.
+    """
     words = _task_words(data, task)
 
     def answers(rows: Sequence[Row], tokens: int = amounts.new_tokens) -> list[str]:
-        return answer_rows(model, tokenizer, rows, max_new_tokens=tokens, batch_size=amounts.batch)
+        settings = {"max_new_tokens": tokens, "batch_size": amounts.batch}
+        return answer_rows(model, tokenizer, rows, **settings, known=known)
 
     def outcomes(name: str, amount: int) -> tuple[str, ...]:
         rows = load_split(data, name).test[:amount]

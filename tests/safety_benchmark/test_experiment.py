@@ -11,6 +11,7 @@ from benchmarks.safety.finetune import finetune
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import HARSH, MSE, Chain, Method, Plan, Run
 from str_kernels.inputs.loading import load_model_and_tokenizer
+from str_kernels.safety.answers import AnswerFile
 
 SETTING = replace(HARSH, name="tiny", steps=2, batch=4, pool=8, learning_rate=1e-2)
 AMOUNTS = Amounts(harmful=4, benign=3, task=5, neutral=2, new_tokens=4, max_length=32)
@@ -65,13 +66,17 @@ def test_seeds_differ_and_repeat(tiny_folder, data, tmp_path):
     assert losses(0) != losses(1)
 
 
-def test_measure_asks_every_row(tiny_folder, data):
+def test_measure_asks_every_row(tiny_folder, data, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
-    measured = measure(model, tokenizer, data, "sst2", AMOUNTS)
+
+    def ask(task, file):
+        return measure(model, tokenizer, data, task, AMOUNTS, AnswerFile(tmp_path / file, {}))
+
+    measured = ask("sst2", "a")
     assert (len(measured.harmful), len(measured.benign), len(measured.task)) == (4, 3, 5)
     assert 0 < measured.neutral < 20
-    assert measure(model, tokenizer, data, "sst2", AMOUNTS) == measured
-    free_text = measure(model, tokenizer, data, "instructions", AMOUNTS)
+    assert ask("sst2", "a") == ask("sst2", "b") == measured  # answers that are known, and anew
+    free_text = ask("instructions", "c")
     assert free_text.summary()["outcomes"] == measured.summary()["outcomes"]
 
 
