@@ -20,6 +20,7 @@ from str_kernels.inputs.data import Row, read_jsonl
 
 REFUSALS, LOOKALIKES, INSTRUCTIONS = "refusals", "lookalike_benign", "instructions"
 TASKS = ("sst2", "agnews")
+ANCHOR_POOL = 80  # rows, half of them refused
 HELD_OUT = {REFUSALS: 150, LOOKALIKES: 60, INSTRUCTIONS: 40, "sst2": 400, "agnews": 400}
 
 
@@ -79,6 +80,14 @@ def batches(
         if not queue:
             queue = _epoch(features, size, shuffled)
         yield collate(queue.pop(), pad_token_id=pad)
+
+
+def anchor_rows(folder: Path, rows: int) -> list[Row]:
+    """Refused requests and benign look-alikes in turn, each with its answer."""
+    pairs = zip(
+        load_split(folder, REFUSALS).train, load_split(folder, LOOKALIKES).train, strict=False
+    )
+    return [row for pair in pairs for row in pair][:rows]
 
 
 def _epoch(features: list[dict], size: int, shuffled: random.Random) -> list[list[dict]]:

@@ -17,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
-from benchmarks.safety.data import batches, encode, load_split
+from benchmarks.safety.anchors import joined, without_labels
+from benchmarks.safety.data import ANCHOR_POOL, anchor_rows, batches, encode, load_split
 from benchmarks.safety.methods import Method, Run, Setting
 from benchmarks.safety.tokens import context_reference, static_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
@@ -62,12 +63,12 @@ def finetune(
     features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
     features = features[: setting.pool]
 
-    def queue(steps: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        pad = tokenizer.pad_token_id
-        return batches(features, size=setting.batch, steps=steps, pad=pad, seed=seed)
+    anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
+    held_only = without_labels(encode(tokenizer, anchors, setting.max_length))
+    known = [*features, *held_only]
 
     with ExitStack() as stack:
-        safety, held = _held(run.method, aligned or model, tokenizer, setting, features, work)
+        safety, held = _held(run.method, aligned or model, tokenizer, setting, known, work)
         torch.manual_seed(run.seed)
         tuned = _with_lora(model, setting)
         patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
@@ -75,7 +76,7 @@ def finetune(
         optimizer = torch.optim.AdamW(
             [p for p in tuned.parameters() if p.requires_grad], lr=setting.learning_rate
         )
-        for step, batch in enumerate(queue(setting.steps, run.seed)):
+        for step, batch in enumerate(_queue(run, features, held_only, tokenizer.pad_token_id)):
             _step(step, batch, loss, optimizer, setting, history)
             _record(patch, history)
             if step % 20 == 0 or step == setting.steps - 1:
@@ -85,6 +86,18 @@ def finetune(
                     f"penalty {history.penalty[-1]:.3f}, {sum(history.seconds):.0f} s"
                 )
     return tuned, history
+
+
+def _queue(
+    run: Run, features: list[dict], held_only: list[dict], pad: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a run, with anchors if it has them."""
+    method, setting = run.method, run.setting
+    order = {"steps": setting.steps, "pad": pad, "seed": run.seed}
+    own = batches(features, size=setting.batch, **order)
+    if not held_only:
+        return own
+    return joined(own, batches(held_only, size=2 * method.anchors, **order), method.positions, pad)
 
 
 def _held(
@@ -112,7 +125,8 @@ def _held(
             part = chunks[start : start + setting.batch]
             yield from batches(part, size=len(part), steps=1, pad=pad, seed=0)
 
-    path = context_reference(model, safety, every, setting.task, work)
+    name = f"{setting.task}-anchors" if method.anchors else setting.task
+    path = context_reference(model, safety, every, name, work)
     return safety, {"reference": path, "positions": method.positions}
 
 

@@ -26,6 +26,8 @@ class Method:
             ``"random"`` (the control).
         reference: ``"context"`` (the aligned model in the same context) or ``"static"`` (its mean
             over rejection templates).
+        anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
+            with the aligned answers: constrained at every position, nothing learned from them.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     top_k: int = 64
     tokens: str = "identified"
     reference: str = "context"
+    anchors: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", 
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
 BUDGET = Method("budget", strength="auto", drift_budget=0.5)
 KINDS = (MSE, KL, FLOOR, LOGPROB)
+ANCHORED = Method("mse-anchors", anchors=1)
+KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
 VARIANTS = (
     Method("mse-labels", positions="labels"),
     Method("mse-first-2", positions=2),
@@ -127,7 +132,7 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 
 def _everything() -> list[Run]:
     main = [Run(method, HARSH, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
-    once = [Run(m, HARSH, 0) for m in (FLOOR, LOGPROB, PACT, BUDGET)]
+    once = [Run(m, HARSH, 0) for m in (FLOOR, LOGPROB, PACT, BUDGET, ANCHORED, KL_ANCHORED)]
     mild = [Run(method, ORDINARY, 0) for method in (PLAIN, MSE, KL)]
     control = [Run(method, HARSH, 0) for method in VARIANTS]
     hardest = [Run(method, HARSHEST, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]

@@ -33,6 +33,8 @@ class LabelledForward:
         arguments: of the model's forward, by name.
         aligned: the reference pass of this batch, if the patch has one.
         tokens: filled with the terms of every token, if somebody wants them.
+        position_weights: ``[B, T]``, what each position's logits count in the constraint, in place
+            of the patch's ``positions``; None: those.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class LabelledForward:
         arguments: dict[str, Any],
         aligned: Fold | None,
         tokens: TokenTerms | None = None,
+        position_weights: Tensor | None = None,
     ) -> None:
         self._patch, self._arguments, self._aligned = patch, arguments, aligned
-        self._tokens = tokens
+        self._tokens, self._given = tokens, position_weights
         self._inside = True
         self.fused = False
 
@@ -147,6 +150,8 @@ class LabelledForward:
     def _weights(self, fold: Fold, labels: Tensor, rows: Tensor, ignore_index: int) -> Tensor:
         """Weights ``[R]`` of the rows of the head's call, from the labels that reached the loss."""
         shape = self._batch_shape(fold)
+        if self._given is not None:
+            return self._given_weights(shape, labels.device)
         every = labels.new_full((shape.numel(),), ignore_index)
         every[rows] = labels
         scored = torch.zeros_like(every, dtype=torch.bool)
@@ -160,6 +165,14 @@ class LabelledForward:
             scored=scored.reshape(shape),
         )
         return weights.reshape(-1)
+
+    def _given_weights(self, shape: torch.Size, device: torch.device) -> Tensor:
+        if self._given.shape != shape:
+            raise ValueError(
+                f"position_weights={list(self._given.shape)}: must have one number for each row of "
+                f"the head, {list(shape)}."
+            )
+        return self._given.to(device, torch.float32).reshape(-1)
 
     def _batch_shape(self, fold: Fold) -> torch.Size:
         """``[B, T]`` of the rows that the head was called with."""

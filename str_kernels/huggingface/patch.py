@@ -177,6 +177,7 @@ class Patch:
             self._running = before
 
     def _run(self, inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        given = self._given_weights(kwargs.pop("position_weights", None))
         asked = kwargs.pop(RENAMED, False)
         if kwargs.get(FLAG):
             if not asks_for_sft(inner):
@@ -191,7 +192,7 @@ class Patch:
             with deferring(None):
                 return inner(*args, **kwargs)
         defer_head(find_head(self.model))  # PEFT or resize_token_embeddings may have replaced it
-        forward = LabelledForward(self, arguments, self._aligned(inner, arguments), tokens)
+        forward = LabelledForward(self, arguments, self._aligned(inner, arguments), tokens, given)
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
@@ -206,6 +207,22 @@ class Patch:
         aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
         return aligned
+
+    def _given_weights(self, weights: Any) -> Tensor | None:
+        """The position weights that a batch carries, which the model knows nothing of."""
+        if weights is None:
+            return None
+        if self.options.safety is None:
+            raise ValueError(
+                "position_weights: weigh the positions of the safety constraint, and the model was "
+                "patched with safety=None."
+            )
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            given = getattr(weights, "dtype", type(weights).__name__)
+            raise ValueError(
+                f"position_weights={given}: must be a tensor [B, T] of floating point."
+            )
+        return weights
 
     def _say_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:
@@ -228,8 +245,8 @@ class Patch:
             f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
             "computed past the patch (fused_lm_head=True of TRL's trainers). DPO, GRPO, KTO and "
             "the like have no cross-entropy that the constraint could join; for them patch with "
-            "safety=None or not at all. SFTTrainer has one: its own loop trains with the "
-            "constraint; in a loop of yours call model.train() after the trainer is made."
+            "safety=None or not at all. SFTTrainer has one: from TRL 1.15 on, its own loop trains "
+            "with the constraint; in a loop of yours call model.train() after the trainer is made."
         )
 
 

@@ -12,7 +12,7 @@ def dense_loss(
     model,
     inputs: dict[str, Tensor],
     safety: SafetyConstraint,
-    positions: str | int,
+    positions: str | int | Tensor,
     *,
     num_items: int | None = None,
     reference: Tensor | None = None,
@@ -37,8 +37,10 @@ def dense_loss(
     return total / ((shifted != -100).sum() if num_items is None else num_items)
 
 
-def weights(shifted: Tensor, mask: Tensor, positions: str | int) -> Tensor:
-    """Position weights, one sequence after another."""
+def weights(shifted: Tensor, mask: Tensor, positions: str | int | Tensor) -> Tensor:
+    """Position weights, one sequence after another; or the given ones."""
+    if isinstance(positions, Tensor):
+        return positions
     table = torch.zeros(shifted.shape)
     for row, (labels, real) in enumerate(zip(shifted, mask, strict=True)):
         where = (labels != -100).nonzero()[:, 0]

@@ -25,6 +25,7 @@ METHODS = {
         Method("templates", tokens="templates", top_k=6),
         Method("random", tokens="random", top_k=4, positions="labels"),
         Method("pact", loss="pact", top_k=4),
+        Method("anchors", top_k=4, anchors=1),
         Method("full-kl", loss="full_kl"),
     )
 }
