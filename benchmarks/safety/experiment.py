@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.safety.align import Recipe, align
 from benchmarks.safety.finetune import History, finetune
+from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
 from str_kernels.cli.console import quiet_libraries, say
@@ -27,6 +28,7 @@ from str_kernels.safety.answers import AnswerFile
 from str_kernels.version import __version__
 
 SCHEMA = "str_kernels.safety_experiment/1"
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def experiment(
     singles = [run for part in runs for run in getattr(part, "runs", (part,))]
     tasks = list(dict.fromkeys(run.setting.task for run in singles))
     jobs: list[tuple] = [(_baseline, places, task, recipe, amounts) for task in tasks]
+    jobs.append((_tokens, places, TOKENS, recipe, amounts))
     for part in runs:
         function = _chain if isinstance(part, Chain) else _run
         jobs.append((function, places, part, recipe, amounts))
@@ -92,8 +95,10 @@ def _start(threads: int) -> None:
 
 
 def _name(job: tuple) -> str:
-    subject = job[2]
-    return f"aligned--{subject}" if isinstance(subject, str) else subject.name
+    function, _, subject, *_ = job
+    if function is _baseline:
+        return f"aligned--{subject}"
+    return subject if isinstance(subject, str) else subject.name
 
 
 def _do(job: tuple) -> str:
@@ -122,6 +127,11 @@ def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
     known = places.answers(f"aligned--{task}", amounts)
     return {"measured": measure(model, tokenizer, places.data, task, amounts, known).as_dict()}
+
+
+def _tokens(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:
+    model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    return {"identified": [identification(model, tokenizer, top_k) for top_k in (64, 256)]}
 
 
 def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:

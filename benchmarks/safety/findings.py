@@ -73,6 +73,7 @@ class Findings:
     aligned: dict[str, Result]
     groups: tuple[Group, ...]
     chains: tuple[tuple[Group, ...], ...] = ()
+    identified: tuple[dict[str, Any], ...] = ()
 
     def settings(self) -> list[str]:
         """Names, in the order of the plan."""
@@ -93,9 +94,12 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
     Raises:
         ValueError: no result, or one that belongs to no group of the plan.
     """
-    aligned, grouped, chains = {}, {}, []
+    aligned, grouped, chains, identified = {}, {}, [], ()
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if "identified" in result:
+            identified = tuple(result["identified"])
+            continue
         if "stages" in result:
             chains.append(tuple(Group(*_key(stage), (stage,)) for stage in result["stages"]))
             continue
@@ -110,7 +114,7 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
     if not grouped:
         raise ValueError(f"{folder}: holds no result; run the experiment first.")
     groups = tuple(Group(*key, tuple(grouped[key])) for key in wanted if key in grouped)
-    return Findings(aligned, groups, tuple(chains))
+    return Findings(aligned, groups, tuple(chains), identified)
 
 
 def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:

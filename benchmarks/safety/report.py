@@ -47,7 +47,7 @@ def write(folder: Path) -> Path:
     parts = ["# Does it keep a model safe?", HOW, _made(findings), _aligned(findings)]
     for setting in findings.settings():
         parts.append(_setting(findings, setting, folder))
-    parts += [_chains(findings), "## Limits", LIMITS]
+    parts += [_chains(findings), _identified(findings), "## Limits", LIMITS]
     path = folder / "REPORT.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -118,6 +118,28 @@ def _chains(findings: Findings) -> str:
                 f"{stage.mean('measured', 'neutral'):.3f} |"
             )
     return "\n".join(rows)
+
+
+def _identified(findings: Findings) -> str:
+    if not findings.identified:
+        return ""
+    rows = [
+        "## The tokens that are found",
+        "",
+        "Overlap: share of the K tokens that two halves of the templates, or of the requests, "
+        "find alike; and of those found that stand in the templates at all.",
+        "",
+        "| K | halves of the templates | halves of the requests | in the templates "
+        "| score held by the first quarter |",
+        "|---|---|---|---|---|",
+    ]
+    for found in findings.identified:
+        shares = [*found["overlap"].values(), found["in_templates"], found["score_share"]]
+        rows.append(
+            f"| {found['top_k']} | " + " | ".join(f"{100 * x:.0f} %" for x in shares) + " |"
+        )
+    words = [repr(token) for token in findings.identified[0]["tokens"]]
+    return "\n".join([*rows, "", f"The first of them: {', '.join(words)}."])
 
 
 def _main_table(findings: Findings, groups: Sequence[Group]) -> str:

@@ -98,3 +98,18 @@ def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
     assert "| mse | 1. sst2-harsh | 100.0 % (72 to 100) |" in text
     assert "| mse | 2. agnews-harsh | 70.0 % (40 to 89) |" in text
     assert "| mse | 3. instructions-harsh | 0.0 % (0 to 28) |" in text
+
+
+def test_found_tokens_are_shown(results):
+    found = {
+        "top_k": 4,
+        "tokens": [" sorry", " cannot"],
+        "scores": [0.5, 0.25],
+        "score_share": 0.5,
+        "overlap": {"templates": 0.75, "requests": 1.0},
+        "in_templates": 0.25,
+    }
+    (results / "tokens.json").write_text(json.dumps({"identified": [found]}))
+    text = write(results).read_text()
+    assert "| 4 | 75 % | 100 % | 25 % | 50 % |" in text
+    assert "The first of them: ' sorry', ' cannot'." in text
