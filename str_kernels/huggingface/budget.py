@@ -4,8 +4,8 @@ Stage: both terms of a training forward's rows, at strength 1 → the penalty ti
 every optimizer step, from the sums of its forwards ::
 
     drift² = EMA(a · Σ w C) / EMA(Σ w)      a, w, C: see SafetyConstraint and its drift_budget
-    error  = log(drift / budget), cut to ±1
-    log λ  = integral + 1.0 · error,        integral += 0.03 · error
+    error  = log(drift / budget), cut to -0.1 and 1
+    log λ  = integral + 3 · error,          integral += 0.15 · error
 
 Everything is on the device and nobody waits for it; with torch.distributed the sums are those of
 all processes, so λ is the same on each. The forwards of one step share one λ, so accumulation
@@ -27,8 +27,11 @@ from str_kernels.terms import RowTerms
 START = 1.0
 LOWEST, HIGHEST = 1e-3, 1e3  # beyond them a longer memory of the error would only be paid back
 MEMORY = 0.9  # of the EMA: about ten steps, for one batch's drift is noisy
-INTEGRAL = 0.03  # a step: λ changes by e in 33 steps at the largest error
-PROPORTIONAL = 1.0  # brakes the swing that an integral alone has: the drift answers late
+# A run starts without drift, and by the time it sets in λ must not be far down: eased slowly, by
+# e in 67 steps, and pressed fast. Neither cut is felt by the noise about the budget.
+EASE, PRESS = -0.1, 1.0
+INTEGRAL = 0.15  # a step; what must be pressed ever harder still ends within 5 % of its budget
+PROPORTIONAL = 3.0  # brakes the swing that an integral alone has: the drift answers late
 
 
 class DriftBudget:
@@ -92,7 +95,7 @@ class DriftBudget:
             distributed.all_reduce(sums)
         integral, _, *before = self._state
         means = MEMORY * torch.stack(before) + (1.0 - MEMORY) * sums
-        error = (0.5 * (means[0] / means[1]).log() - math.log(self._budget)).clamp(-1.0, 1.0)
+        error = (0.5 * (means[0] / means[1]).log() - math.log(self._budget)).clamp(EASE, PRESS)
         low, high = math.log(LOWEST), math.log(HIGHEST)
         integral = (integral + INTEGRAL * error).clamp(low, high)
         strength = (integral + PROPORTIONAL * error).clamp(low, high).exp()
