@@ -6,7 +6,6 @@ Example: python -m benchmarks.readme
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,13 @@ NAMES = {
     "cce": "CCE (`torch_compile`)",
     "trl": "TRL's fused head",
     "liger": "Liger",
+}
+
+OUTCOMES = {
+    "falls back": "its logits are stored, for they are not one head's product or are written into",
+    "refused": "no output head",
+    "not built": "no tiny configuration was found, or a package is missing",
+    "not run": "unpatched it fails on text alone",
 }
 
 
@@ -98,16 +104,32 @@ def _counted() -> str:
 
 
 def _architectures() -> str:
-    parts = []
     rows = _read("architectures.json")["rows"]
-    for task, name in (("causal", "causal language models"), ("image-text", "image-text models")):
-        outcomes = Counter(row["outcome"] for row in rows if row["task"].startswith(task[:5]))
-        parts.append(f"{outcomes['fused']} of transformers' {sum(outcomes.values())} {name}")
-    return (
-        f"Patched against unpatched: {' and '.join(parts)} fuse, with equal losses, gradients, "
-        "logits and generated tokens; none is wrong. "
-        "[The rest, with reasons](benchmarks/results/architectures.md)."
+    tasks = {
+        name: [row for row in rows if row["task"].startswith(start)]
+        for start, name in (("causal", "causal language models"), ("image", "image-text models"))
+    }
+    counts = " and ".join(
+        f"{sum(row['outcome'] == 'fused' for row in of)} of transformers' {len(of)} {name}"
+        for name, of in tasks.items()
     )
+    lines = [
+        f"Patched against unpatched: {counts} fuse, with equal losses, gradients, logits and "
+        "generated tokens; none is wrong.",
+        "",
+        f"| not fused | {' | '.join(tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+    ]
+    for outcome, why in OUTCOMES.items():
+        names = [_named(of, outcome) for of in tasks.values()]
+        if any(names):
+            lines.append(f"| {outcome}: {why} | {' | '.join(names)} |")
+    lines += ["", "[Every reason in full](benchmarks/results/architectures.md)."]
+    return "\n".join(lines)
+
+
+def _named(rows: list[dict[str, Any]], outcome: str) -> str:
+    return ", ".join(row["model_type"] for row in rows if row["outcome"] == outcome)
 
 
 if __name__ == "__main__":
