@@ -1,8 +1,8 @@
 """TRL's `SFTTrainer` on a patched model: its fused head is answered by the patch.
 
-TRL gives every model a head of its own, ``model(..., fused_lm_head=True)``, and adds up that head's
-log-probabilities itself. Asked so, a patched model runs its own fused forward instead and fills
-TRL's output type from it::
+From 1.15 on TRL gives every model a head of its own, ``model(..., fused_lm_head=True)``, and adds
+up that head's log-probabilities itself. Asked so, a patched model runs its own fused forward and
+fills TRL's output type from it::
 
     fused_lm_head=True ──▶ InFront ──▶ TRL's forward ──▶ the patch ──▶ TokenTerms ──▶ TRL's output
                              (flag renamed: TRL's forward lets the call through)

@@ -15,7 +15,7 @@ from tests.huggingface.models import build
 from tests.huggingface.test_trainer import SAFETY, assert_equal_runs, lora_model, rows, run
 from tests.tiny import llama, word_tokenizer
 
-trl = pytest.importorskip("trl", reason="TRL is not installed")
+trl = pytest.importorskip("trl", minversion="1.15")
 
 
 def settings_for(folder, **settings):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.sft import SumOnly
 from tests.huggingface.models import batch, build
 
-utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed")
+pytest.importorskip("trl", minversion="1.15")
+utils = pytest.importorskip("trl.trainer.utils")
 FIELDS = ("log_probs", "entropy", "is_top1")
 
 
@@ -57,6 +59,40 @@ def test_shifted_labels_alone_are_refused():
     patch_model(model)
     with pytest.raises(ValueError, match=r"shift_labels: .*needs labels beside them"):
         model(**inputs, fused_lm_head=True)
+
+
+OTHERS = {
+    "dpo": {"outputs": ("log_probs", "entropy", "mean_logits", "is_top1")},
+    "kto": {"outputs": ("log_probs", "entropy", "mean_logits")},
+    "grpo": {"outputs": ("log_probs", "entropy")},
+    "temperature": {"outputs": FIELDS, "temperature": 0.7},
+    "cast": {"outputs": FIELDS, "cast_lm_head_to_fp32": True},
+}
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
+@pytest.mark.parametrize("head", OTHERS.values(), ids=OTHERS)
+def test_other_heads(head, first):
+    """What other trainers ask for: TRL's own answer, which is said; with a constraint refused."""
+    inputs, want = batch(), None
+    held = {True: {}, False: {"reference": torch.zeros(2)}}
+    for safety in (None, SafetyConstraint([3, 17], 1.0)):
+        model = build()
+        if first == "patch":
+            patch_model(model, safety, **held[safety is None])
+        utils.add_fused_lm_head(model, **head)
+        if first == "trainer":
+            want = model(**inputs, fused_lm_head=True) if safety is None else want
+            patch_model(model, safety, **held[safety is None])
+        model.train()
+        if safety is None:
+            with pytest.warns(UserWarning, match="computes its loss past it"):
+                got = model(**inputs, fused_lm_head=True)
+            assert want is None or got.log_probs.equal(want.log_probs)
+            assert (got.mean_logits is None) == ("mean_logits" not in head["outputs"])
+        else:
+            with pytest.raises(ValueError, match="DPO, GRPO, KTO"):
+                model(**inputs, fused_lm_head=True)
 
 
 def test_only_sums():
