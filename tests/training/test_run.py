@@ -74,12 +74,14 @@ def adapter(settings):
 @pytest.mark.parametrize("method", ["str", "unpatched"])
 def test_a_resumed_run_continues_exactly(make_settings, method):
     """Six steps are the same weights as three, Ctrl-C, and a resume: order of the data, dropout,
-    learning rate and optimizer all go on where they were.
+    learning rate, optimizer and the strength that is found all go on where they were.
     """
     shared = {"method": method, "dropout": 0.2, "schedule": "cosine", "accumulation": 2}
-    shared["gradient_checkpointing"] = method == "str"
+    if method == "str":
+        shared |= {"gradient_checkpointing": True, "strength": "auto", "drift_budget": 0.05}
     whole = make_settings("whole", **shared)
-    assert not train(prepare(whole)).interrupted
+    unbroken = train(prepare(whole))
+    assert not unbroken.interrupted
     parts = make_settings("parts", **shared)
     progress = CtrlC(at=3)
     first = train(prepare(parts), progress)
@@ -89,6 +91,8 @@ def test_a_resumed_run_continues_exactly(make_settings, method):
     assert not json.loads((parts.folder / DESCRIPTION).read_text())["complete"]
     second = train(prepare(parts, resume=True))
     assert (second.steps, second.interrupted) == (6, False)
+    assert second.safety_strength == unbroken.safety_strength
+    assert (second.safety_strength is not None) == (method == "str")
     wanted, got = adapter(whole), adapter(parts)
     assert wanted.keys() == got.keys()
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)

@@ -23,6 +23,12 @@ def test_all_faults_are_reported_together():
     [
         {"learning_rate": float("nan")},
         {"strength": -1.0},
+        {"strength": "much"},
+        {"strength": float("nan")},
+        {"drift_budget": 0.0, "strength": "auto"},
+        {"drift_budget": float("inf"), "strength": "auto"},
+        {"drift_budget": 0.5},
+        {"drift_budget": 0.5, "strength": "auto", "method": "plain"},
         {"kind": "mae"},
         {"positions": 0},
         {"dtype": "int8"},
@@ -36,6 +42,14 @@ def test_a_wrong_value_is_refused_by_name(changes):
     """Each setting has a rule, and its name and value are in the error."""
     with pytest.raises(Faults, match=next(iter(changes))):
         settings(**changes)
+
+
+def test_a_strength_is_a_number_or_auto():
+    """As a command line gives it, too; a budget goes with the word alone."""
+    assert settings(strength="0.25").strength == 0.25
+    found = settings(strength="auto", drift_budget=0.3)
+    assert (found.strength, found.drift_budget) == ("auto", 0.3)
+    assert settings(strength="auto").drift_budget is None
 
 
 @pytest.mark.parametrize(
