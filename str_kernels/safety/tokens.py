@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from str_kernels.options import ConstraintKind, SafetyConstraint
 from str_kernels.safety.vocabulary import fingerprint, is_word, special_ids, token_text
@@ -154,7 +154,7 @@ class SafetyTokens:
         )
 
     def constraint(
-        self, strength: float, kind: ConstraintKind = "mse", **options: Any
+        self, strength: float | Literal["auto"], kind: ConstraintKind = "mse", **options: Any
     ) -> SafetyConstraint:
         """The constraint that holds these tokens; ``options`` are those of SafetyConstraint."""
         return SafetyConstraint(self.token_ids, strength, kind, **options)
