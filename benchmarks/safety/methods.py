@@ -131,14 +131,17 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 
 
 def _everything() -> list[Run]:
+    """The main comparison first; then where methods differ, the harshest setting, in full."""
     main = [Run(method, HARSH, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
-    once = [Run(m, HARSH, 0) for m in (FLOOR, LOGPROB, PACT, BUDGET, ANCHORED, KL_ANCHORED)]
+    others = (ANCHORED, BUDGET, KL_ANCHORED, PACT, FLOOR, LOGPROB)
+    hardest = [Run(method, HARSHEST, 0) for method in (PLAIN, MSE, KL, *others)]
+    control = [Run(method, HARSHEST, 0) for method in VARIANTS]
     mild = [Run(method, ORDINARY, 0) for method in (PLAIN, MSE, KL)]
-    control = [Run(method, HARSH, 0) for method in VARIANTS]
-    hardest = [Run(method, HARSHEST, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
-    tasks = [Run(m, s, 0) for s in (TOPICS, ANSWERS) for m in (PLAIN, MSE, KL)]
-    repeated = [Run(m, HARSH, seed) for seed in (1, 2) for m in (FLOOR, LOGPROB, PACT, BUDGET)]
-    return [*main, *once, *mild, *control, *hardest, *tasks, *repeated, Run(FULL_KL, HARSH, 0)]
+    tasks = [Run(m, s, 0) for s in (TOPICS, ANSWERS) for m in (PLAIN, MSE, KL, BUDGET)]
+    repeated = [
+        Run(method, HARSHEST, seed) for seed in (1, 2) for method in (PLAIN, MSE, KL, *others)
+    ]
+    return [*main, *hardest, *control, *mild, *tasks, *repeated, Run(FULL_KL, HARSHEST, 0)]
 
 
 @dataclass(frozen=True)
