@@ -28,7 +28,7 @@ NAMES = {
 OUTCOMES = {
     "falls back": "its logits are stored, for they are not one head's product or are written into",
     "refused": "no output head",
-    "not built": "no tiny configuration was found, or a package is missing",
+    "not built": "no tiny configuration, or a package is missing",
     "not run": "unpatched it fails on text alone",
 }
 
