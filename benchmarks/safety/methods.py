@@ -133,6 +133,7 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 def _everything() -> list[Run]:
     """The main comparison first; then where methods differ, the harshest setting, in full."""
     main = [Run(method, HARSH, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
+    kinds = [Run(method, HARSH, 0) for method in (FLOOR, LOGPROB, PACT)]
     others = (ANCHORED, BUDGET, KL_ANCHORED, PACT, FLOOR, LOGPROB)
     hardest = [Run(method, HARSHEST, 0) for method in (PLAIN, MSE, KL, *others)]
     control = [Run(method, HARSHEST, 0) for method in VARIANTS]
@@ -141,7 +142,7 @@ def _everything() -> list[Run]:
     repeated = [
         Run(method, HARSHEST, seed) for seed in (1, 2) for method in (PLAIN, MSE, KL, *others)
     ]
-    return [*main, *hardest, *control, *mild, *tasks, *repeated, Run(FULL_KL, HARSHEST, 0)]
+    return [*main, *kinds, *hardest, *control, *mild, *tasks, *repeated, Run(FULL_KL, HARSHEST, 0)]
 
 
 @dataclass(frozen=True)
