@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.safety.findings import Group, read
+from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- /measured -->"
@@ -25,6 +27,17 @@ NAMES = {
     "liger": "Liger",
 }
 
+HELD = {
+    "plain": "nothing (plain)",
+    "mse": "**`mse`, 0.1**",
+    "kl": "`kl`, 1",
+    "floor": "`floor`, 0.1",
+    "logprob": "`logprob`, 0.1",
+    "pact": "PACT's gated KL, 1",
+    "budget": "`mse`, drift budget 0.5",
+    "mse-anchors": "`mse`, 0.1, anchor rows",
+    "kl-anchors": "`kl`, 1, anchor rows",
+}
 OUTCOMES = {
     "falls back": "its logits are stored, for they are not one head's product or are written into",
     "refused": "no output head",
@@ -43,11 +56,41 @@ def main() -> None:
 
 def section() -> str:
     """The tables, from ``benchmarks/results``."""
-    return "\n\n".join([_head(), _counted(), _architectures()])
+    return "\n\n".join([_safety(), _head(), _counted(), _architectures()])
 
 
 def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _safety() -> str:
+    findings = read(RESULTS / "safety", plan_order())
+    main, hardest = HARSH.name, HARSHEST.name
+    aligned = Group("", "", (findings.aligned[HARSH.task],))
+    lines = [
+        "Gemma 3 270M, aligned for the purpose, then LoRA on SST-2 (rank 8, learning rate "
+        f"{HARSH.learning_rate:g}, {HARSH.steps} steps of {HARSH.batch}, fp32): what it answers "
+        f"afterwards, and at a learning rate of {HARSHEST.learning_rate:g}. "
+        "[Everything that was run](benchmarks/results/safety/REPORT.md).",
+        "",
+        "| held by | seeds | harmful requests refused | benign look-alikes refused | accuracy "
+        f"| refused at {HARSHEST.learning_rate:g} |",
+        "|---|---|---|---|---|---|",
+        f"| aligned, not tuned | | {_rates(aligned)} | |",
+    ]
+    found = [g.method for s in (main, hardest) for g in findings.of(s)]
+    for method in (name for name in HELD if name in found):
+        group, harder = findings.find(main, method), findings.find(hardest, method)
+        cells = [str(group.seeds), _rates(group)] if group else ["", " | | "]
+        last = "" if harder is None else f"{100 * harder.rate('harmful', 'refusal').value:.0f} %"
+        lines.append(f"| {HELD[method]} | {' | '.join(cells)} | {last} |")
+    return "\n".join(lines)
+
+
+def _rates(group: Group) -> str:
+    """Three cells."""
+    rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
+    return " | ".join(f"{100 * rate.value:.0f} %" for rate in rates)
 
 
 def _head() -> str:
@@ -113,23 +156,15 @@ def _architectures() -> str:
         f"{sum(row['outcome'] == 'fused' for row in of)} of transformers' {len(of)} {name}"
         for name, of in tasks.items()
     )
-    lines = [
-        f"Patched against unpatched: {counts} fuse, with equal losses, gradients, logits and "
-        "generated tokens; none is wrong.",
-        "",
-        f"| not fused | {' | '.join(tasks)} |",
-        "|---" * (1 + len(tasks)) + "|",
-    ]
+    others = []
     for outcome, why in OUTCOMES.items():
-        names = [_named(of, outcome) for of in tasks.values()]
-        if any(names):
-            lines.append(f"| {outcome}: {why} | {' | '.join(names)} |")
-    lines += ["", "[Every reason in full](benchmarks/results/architectures.md)."]
-    return "\n".join(lines)
-
-
-def _named(rows: list[dict[str, Any]], outcome: str) -> str:
-    return ", ".join(row["model_type"] for row in rows if row["outcome"] == outcome)
+        names = dict.fromkeys(row["model_type"] for row in rows if row["outcome"] == outcome)
+        others.append(f"{outcome} ({why}): {', '.join(names)}")
+    return (
+        f"Patched against unpatched: {counts} fuse, with equal losses, gradients, logits and "
+        f"generated tokens; none is wrong. The others: {'; '.join(others)}. "
+        "[Each with its reason](benchmarks/results/architectures.md)."
+    )
 
 
 if __name__ == "__main__":

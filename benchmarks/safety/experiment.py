@@ -126,7 +126,12 @@ def _do(job: tuple) -> str:
 def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
     known = places.answers(f"aligned--{task}", amounts)
-    return {"measured": measure(model, tokenizer, places.data, task, amounts, known).as_dict()}
+    base = {
+        "model": Path(places.model).name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    measured = measure(model, tokenizer, places.data, task, amounts, known)
+    return {"base": base, "measured": measured.as_dict()}
 
 
 def _tokens(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:

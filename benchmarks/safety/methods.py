@@ -151,3 +151,8 @@ class Plan:
 
     runs: tuple[Run, ...] = field(default_factory=lambda: tuple(_everything()))
     chains: tuple[Chain, ...] = CHAINS
+
+
+def plan_order() -> list[tuple[str, str]]:
+    """Names of setting and method of every run, what matters most first."""
+    return [(run.setting.name, run.method.name) for run in Plan().runs]

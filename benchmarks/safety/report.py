@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.safety.findings import Findings, Group, kept, paired, read
-from benchmarks.safety.methods import Plan
+from benchmarks.safety.methods import plan_order
 from benchmarks.safety.plots import curves, pareto
 from str_kernels.safety.judge import Outcome
 from str_kernels.safety.rates import Rate
@@ -29,7 +29,7 @@ and seeds. Shares over several seeds count the same prompts once a seed, so inte
 somewhat too sure of themselves."""
 
 LIMITS = """\
-- One small model (its size stands above), English requests only, one aligning recipe.
+- One small base model, English requests only, one aligning recipe.
 - Refusals are judged by rules that read an answer's words; the judge cannot see harm.
 - A few tokens of answer are read: enough to see a refusal, not what would follow.
 - Refusing is not all of safety: nothing here says what a model that no longer refuses would do,
@@ -43,7 +43,7 @@ def write(folder: Path) -> Path:
     Raises:
         ValueError: the folder holds no results, or strange ones.
     """
-    findings = read(folder, [(r.setting.name, r.method.name) for r in Plan().runs])
+    findings = read(folder, plan_order())
     parts = ["# Does it keep a model safe?", HOW, _made(findings), _aligned(findings)]
     for setting in findings.settings():
         parts.append(_setting(findings, setting, folder))
@@ -57,8 +57,10 @@ def _made(findings: Findings) -> str:
     result = findings.groups[0].results[0]
     recipe, amounts = result["recipe"], result["amounts"]
     runs = sum(group.seeds for group in findings.groups)
+    base = next((r["base"] for r in findings.aligned.values() if "base" in r), None)
+    of = "" if base is None else f" of {base['model']}, {base['parameters'] / 1e6:.0f} M parameters"
     return (
-        f"{runs} runs. Aligned by {recipe['epochs']:g} epochs at {recipe['learning_rate']:g}; "
+        f"{runs} runs{of}. Aligned by {recipe['epochs']:g} epochs at {recipe['learning_rate']:g}; "
         f"asked {amounts['harmful']} harmful and {amounts['benign']} benign requests, "
         f"{amounts['task']} task rows and {amounts['neutral']} instructions, "
         f"{amounts['new_tokens']} new tokens. torch {result['torch']}, a CPU, fp32."
@@ -144,20 +146,26 @@ def _identified(findings: Findings) -> str:
 
 def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
     rows = [
-        "| method | seeds | refused | of the aligned model's refusals kept | over-refused "
-        "| accuracy | neutral | p |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | seeds | refused | each seed | of the aligned model's refusals kept "
+        "| over-refused | accuracy | neutral | p |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     plain = next((g for g in groups if g.method == "plain"), None)
     for group in groups:
         aligned = findings.aligned.get(group.results[0]["run"]["setting"]["task"])
         p = None if plain is None or group is plain else paired(group, plain)
-        rows.append(
-            f"| {group.method} | {group.seeds} | {_share(group.rate('harmful', 'refusal'))} | "
-            f"{'' if aligned is None else f'{100 * kept(group, aligned):.1f} %'} | "
-            f"{_share(group.rate('benign', 'refusal'))} | {_share(group.rate('task'))} | "
-            f"{group.mean('measured', 'neutral'):.3f} | {'' if p is None else _p(p)} |"
-        )
+        cells = [
+            group.method,
+            str(group.seeds),
+            _share(group.rate("harmful", "refusal")),
+            _by_seed(group),
+            "" if aligned is None else f"{100 * kept(group, aligned):.1f} %",
+            _share(group.rate("benign", "refusal")),
+            _share(group.rate("task")),
+            f"{group.mean('measured', 'neutral'):.3f}",
+            "" if p is None else _p(p),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -224,6 +232,11 @@ def _pictures(findings: Findings, setting: str, folder: Path) -> str:
         curves(findings, setting, drawn, folder / f"{setting}-curves.png")
         made.append(f"![loss and gradient norm]({setting}-curves.png)")
     return "\n".join(made)
+
+
+def _by_seed(group: Group) -> str:
+    rates = (Group("", "", (r,)).rate("harmful", "refusal") for r in group.results)
+    return ", ".join(f"{100 * rate.value:.0f}" for rate in rates)
 
 
 def _share(rate: Rate | None) -> str:

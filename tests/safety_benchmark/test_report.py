@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.safety.findings import kept, paired, read
-from benchmarks.safety.methods import CHAINS, HARSH, MSE, PLAIN, Plan, Run
+from benchmarks.safety.methods import CHAINS, HARSH, MSE, PLAIN, Run, plan_order
 from benchmarks.safety.report import write
 
-ORDER = [(r.setting.name, r.method.name) for r in Plan().runs]
+ORDER = plan_order()
 ALIGNED = ["refusal"] * 9 + ["compliance"]
 
 
@@ -43,7 +43,8 @@ def result_of(run, harmful, right=8):
 
 @pytest.fixture
 def results(tmp_path):
-    (tmp_path / "aligned--sst2.json").write_text(json.dumps({"measured": measured(ALIGNED)}))
+    aligned = {"measured": measured(ALIGNED), "base": {"model": "tiny", "parameters": 3e6}}
+    (tmp_path / "aligned--sst2.json").write_text(json.dumps(aligned))
     for seed in range(2):
         save(tmp_path, Run(PLAIN, HARSH, seed), ["refusal"] * 2 + ["compliance"] * 8)
         save(tmp_path, Run(MSE, HARSH, seed), ["refusal"] * 8 + ["partial", "refusal"], right=9)
@@ -80,8 +81,9 @@ def test_strange_and_missing_results_are_refused(results, tmp_path):
 
 def test_report_states_what_the_results_say(results):
     text = write(results).read_text()
-    assert "| plain | 2 | 20.0 % (8 to 42) | 22.2 % |" in text
-    assert "| mse | 2 | 90.0 % (70 to 97) | 88.9 % |" in text
+    assert "4 runs of tiny, 3 M parameters." in text
+    assert "| plain | 2 | 20.0 % (8 to 42) | 20, 20 | 22.2 % |" in text
+    assert "| mse | 2 | 90.0 % (70 to 97) | 90, 90 | 88.9 % |" in text
     assert "Plain fine-tuning leaves 20.0 % refused" in text
     assert "`mse` keeps most, 90.0 %, at +10.0 points of task accuracy and +0.0" in text
     assert "| method | refusal | partial | compliance |" in text
