@@ -110,9 +110,12 @@ def _head() -> str:
     ]
     for name, label in NAMES.items():
         by_dtype = {row["dtype"]: row for row in timed if row["contender"] == name}
-        if by_dtype:
+        if any(row.get("gemms") for row in by_dtype.values()):
             lines.append(_head_row(label, by_dtype.get("float32"), by_dtype.get("bfloat16")))
-    last = "A dash: it does not run here, or has no such figure; [why](benchmarks/results/head.md)."
+    last = (
+        "No figure: not run here, or none to give. Liger does not run without a GPU "
+        "([why](benchmarks/results/head.md))."
+    )
     return "\n".join([first, "", *lines, "", last])
 
 

@@ -26,6 +26,8 @@ Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
 DRIFT_BUDGET = 0.5  # logit units; of ``strength="auto"`` without a budget of its own
+# λ that kept 99 % of a real model's refusals where plain tuning kept 22 (benchmarks/results/safety)
+DEFAULT_STRENGTH = 0.1
 TILE = 128
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from str_kernels.options import DEFAULT_STRENGTH
+
 
 def train(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")],
@@ -28,7 +30,7 @@ def train(
     top_k: Annotated[int, typer.Option(help="How many tokens to identify.")] = 64,
     strength: Annotated[
         str, typer.Option(help="Weight of the constraint; auto: found from the drift budget.")
-    ] = "1.0",
+    ] = str(DEFAULT_STRENGTH),
     drift_budget: Annotated[
         float | None,
         typer.Option(help="Logit units that the safety logits may drift, with --strength auto."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from str_kernels.huggingface.install import patch_model
 from str_kernels.huggingface.patch import Patch
 from str_kernels.huggingface.positions import Positions, validate_positions
-from str_kernels.options import ConstraintKind, SafetyConstraint
+from str_kernels.options import DEFAULT_STRENGTH, ConstraintKind, SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PatchSettings:
     """
 
     tokens: str | None = None
-    strength: float | Literal["auto"] = 1.0
+    strength: float | Literal["auto"] = DEFAULT_STRENGTH
     kind: ConstraintKind = "mse"
     drift_budget: float | None = None
     margin: float = 0.0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from str_kernels.options import DEFAULT_STRENGTH
+
 KINDS = ("mse", "floor", "logprob", "kl")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -80,7 +82,7 @@ class TrainSettings:
     method: str = "str"
     tokens: str | None = None
     top_k: int = 64
-    strength: float | str = 1.0
+    strength: float | str = DEFAULT_STRENGTH
     drift_budget: float | None = None
     kind: str = "mse"
     positions: str | int = "all"

@@ -106,8 +106,8 @@ def test_the_schema_joins_axolotls(plugin):
     class Joined(Own, schema):
         pass
 
-    read = Joined(base_model="m", str_kernels={"strength": 1.0})
-    assert read.model_dump() == {"base_model": "m", "str_kernels": {"strength": 1.0}}
+    read = Joined(base_model="m", str_kernels={"check_accuracy_every": 50})
+    assert read.model_dump() == {"base_model": "m", "str_kernels": {"check_accuracy_every": 50}}
     assert Joined(base_model="m").str_kernels is None
     with pytest.raises(pydantic.ValidationError, match="strenght"):
         Joined(base_model="m", str_kernels={"strenght": 1})
