@@ -31,6 +31,7 @@ def main() -> None:
         ["accuracy", *real, *other],
         ["str_overhead", *real],
         ["scaling"],
+        ["equivalence"],
     ]
     if importlib.util.find_spec("triton") is not None:
         runs += [["counted", *real]]

@@ -1,0 +1,234 @@
+"""Does a filtered head train the same model? Loss curves against those of a materialised one.
+
+A small model is trained from random weights (a flat softmax, every weight trained), then what came
+of it with LoRA on other text (a frozen head). Every head sees the same weights and
+batches, so that its curve can be compared step by step; the yardstick is how far apart curves of
+different seeds are, whose weights alone differ. A filter that is far too coarse must be found out.
+
+Example: python -m benchmarks.equivalence --data prose.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import RESULTS, finish
+from str_kernels import patch_model
+from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.bench import plots
+from str_kernels.bench.report import Results, markdown
+from str_kernels.cli.console import quiet_libraries, say
+
+HEADS: dict[str, dict[str, Any] | None] = {
+    "materialised": None,
+    "exact": {"filter_eps": 0.0},
+    "filtered": {"filter_eps": DEFAULT_EPS, "screen": "exact", "index": None},
+    "screened": {"filter_eps": DEFAULT_EPS, "screen": "bf16", "index": None},
+    "fault: ε 0.3": {"filter_eps": 0.3, "screen": "exact", "index": None},
+}
+KINDS = {"full": "all weights, from random ones", "lora": "LoRA on what came of it"}
+KEYS = ("text", "kind", "head", "seed", "steps")
+VOCAB, DIM, BATCH, LENGTH = 8192, 64, 2, 32
+RATES = {"full": 5e-3, "lora": 3e-3}
+# Curves closer than this share of the distance between seeds are one curve.
+LIMIT = 0.1
+
+
+def main() -> None:
+    """Train every kind, seed and head; what is there already is kept."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--data", type=Path, help="plain text; else a synthetic language")
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--again", action="store_true", help="measure anew what is there")
+    made.add_argument("--quick", action="store_true", help="four steps, two seeds")
+    args = made.parse_args()
+    if args.quick:
+        args.steps, args.seeds, args.out = 4, 2, args.out / "quick"
+    quiet_libraries()
+    tokens = synthetic_tokens(args.steps) if args.data is None else word_tokens(args.data)
+    name = "synthetic" if args.data is None else args.data.name
+    found = Results(args.out / "equivalence.json", KEYS, again=args.again)
+    for seed in range(args.seeds):
+        measure(found, tokens, {"text": name, "seed": seed, "steps": args.steps})
+    rows = [r for r in found.rows if (r["text"], r["steps"]) == (name, args.steps)]
+    draw(rows, args.out / f"equivalence-{name}.png")
+    lines = [line for kind in KINDS for line in table(rows, kind)]
+    headings = ["training", "head", "share of the seeds' distance", "last quarter, nats"]
+    headings += ["live", "verdict"]
+    finish(args.out, "equivalence", markdown(headings, lines))
+
+
+def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:
+    """Every kind and head of one seed."""
+    full, lora = batches(tokens, where["steps"])
+    model = new_model(where["seed"])
+    trained = None
+    for kind, text in (("full", full), ("lora", lora)):
+        for head, settings in HEADS.items():
+            row = {**where, "kind": kind, "head": head}
+            makes_base = (kind, head) == ("full", "materialised")
+            if found.has(**row) and not makes_base:
+                continue
+            say(f"seed {where['seed']}, {kind}, {head}")
+            mine = with_lora(trained, where["seed"]) if kind == "lora" else copy.deepcopy(model)
+            losses, live = train(mine, text, settings, RATES[kind])
+            if makes_base:
+                trained = mine
+            if not found.has(**row):
+                found.add(row | {"losses": [round(x, 6) for x in losses], "live": live})
+
+
+def new_model(seed: int) -> nn.Module:
+    """A Llama of random weights with ``VOCAB`` tokens, untied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=DIM,
+            intermediate_size=2 * DIM,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def with_lora(model: nn.Module, seed: int) -> nn.Module:
+    """An adapter on a copy of the model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+def train(
+    model: nn.Module, text: Tensor, settings: dict[str, Any] | None, rate: float
+) -> tuple[list[float], float]:
+    """Loss of every step on ``text [steps, B, L]``, and the tiles' live share in the last quarter.
+
+    ``settings`` are those of ``patch_model``; None: unpatched.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+    patch = None if settings is None else patch_model(model, **settings)
+    losses, live = [], []
+    for ids in text:
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        live.append(1.0 if patch is None else patch.last_parts.live_share.nanmean().item())
+    if patch is not None:
+        patch.unpatch()
+    return losses, statistics.fmean(live[3 * len(live) // 4 :])
+
+
+def synthetic_tokens(steps: int) -> Tensor:
+    """Two languages of ``VOCAB`` words, one after the other, in which few words are frequent.
+
+    Each word has four that like to follow it, in the second language others than in the first.
+    """
+    g = torch.Generator().manual_seed(0)
+    # steeper than Zipf's law, whose tail would keep every one of so few tiles live; in a mixed
+    # order, or the frequent words would be one tile, and outside it would be nothing but the tail
+    frequency = torch.arange(1, VOCAB + 1)[torch.randperm(VOCAB, generator=g)] ** -2.0
+    count = steps * BATCH * LENGTH
+    tokens = [0]
+    for _ in KINDS:
+        followers = torch.multinomial(frequency, 4 * VOCAB, replacement=True, generator=g)
+        followers = followers.view(VOCAB, 4).tolist()
+        draws = torch.multinomial(frequency, count, replacement=True, generator=g).tolist()
+        for drawn, at in zip(draws, torch.rand(count, generator=g).tolist(), strict=True):
+            # 0.9 of the time one of the four followers, the first of them most often
+            tokens.append(followers[tokens[-1]][min(3, int(8 * at**2))] if at < 0.9 else drawn)
+    return torch.tensor(tokens[1:])
+
+
+def word_tokens(path: Path) -> Tensor:
+    """Words of a text by their rank; what is rarer than the ``VOCAB`` most frequent is one word."""
+    words = path.read_text(encoding="utf-8").split()
+    rank = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCAB - 1))}
+    return torch.tensor([rank.get(word, VOCAB - 1) for word in words])
+
+
+def batches(tokens: Tensor, steps: int) -> Tensor:
+    """``[2, steps, B, L]``: the text of both kinds, from the two halves; a short text repeats."""
+    need = steps * BATCH * LENGTH
+    halves = tokens[: len(tokens) // 2 * 2].view(2, -1)
+    halves = halves.repeat(1, -(-need // halves.shape[1]))[:, :need]
+    return halves.reshape(2, steps, BATCH, LENGTH)
+
+
+def share_of_spread(curves: Tensor, truth: Tensor) -> float:
+    """Distance of curves ``[S, steps]`` of S seeds from ``truth``, in that between seeds.
+
+    The rms over steps and seeds, in units of the rms of the seeds' standard deviation at a step.
+    """
+    return ((curves - truth).square().mean().sqrt() / truth.std(0).square().mean().sqrt()).item()
+
+
+def table(rows: list[dict], kind: str) -> list[list[str]]:
+    """A line for each head but the materialised one."""
+    curves = curves_of(rows, kind)
+    truth = curves.pop("materialised")
+    lines = []
+    for head, mine in curves.items():
+        share, late = share_of_spread(mine, truth), 3 * truth.shape[1] // 4
+        shift = (mine - truth)[:, late:].mean().item()
+        live = statistics.fmean(r["live"] for r in rows if (r["kind"], r["head"]) == (kind, head))
+        verdict = "the same" if share <= LIMIT else "another"
+        lines.append([KINDS[kind], head, f"{share:.1%}", f"{shift:+.5f}", f"{live:.0%}", verdict])
+    return lines
+
+
+def curves_of(rows: list[dict], kind: str) -> dict[str, Tensor]:
+    """Losses ``[S, steps]`` of each head."""
+    return {
+        head: torch.tensor(
+            [
+                row["losses"]
+                for row in sorted(rows, key=lambda row: row["seed"])
+                if (row["kind"], row["head"]) == (kind, head)
+            ]
+        )
+        for head in HEADS
+    }
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Above: the materialised head's curves; each other head's distance from them, by step."""
+    figure, axes = plots.new_figure(2 * len(KINDS), width=4.2, height=3.6)
+    for at, kind in enumerate(KINDS):
+        curves = curves_of(rows, kind)
+        truth = curves.pop("materialised")
+        plain, distance = axes[2 * at], axes[2 * at + 1]
+        for seed, curve in enumerate(truth):
+            plain.plot(curve, color=plots.OURS, alpha=0.6, linewidth=0.8, label=f"seed {seed}")
+        plain.set(title=KINDS[kind], xlabel="step", ylabel="loss of the materialised head, nats")
+        spread = truth.std(0)
+        distance.plot(spread, color="black", linewidth=0.8, label="between seeds")
+        for head, mine in curves.items():
+            line = (mine - truth).square().mean(0).sqrt().clamp_min(1e-7)
+            distance.plot(line, linewidth=0.8, label=head)
+        distance.set(yscale="log", xlabel="step", ylabel="rms distance from it, nats")
+        distance.legend(fontsize=7, frameon=False)
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
