@@ -124,7 +124,7 @@ def trainable_base(model: nn.Module) -> list[str]:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             kept = {id(p) for p in layer.original_module.parameters()}
             own |= {id(p) for p in layer.parameters()} - kept
-        for name in layer.adapter_layer_names:
+        for name in getattr(layer, "adapter_layer_names", ()):  # PEFT 0.17: not on a wrapper
             part = getattr(layer, name, None)
             own |= {id(p) for p in part.parameters()} if hasattr(part, "parameters") else set()
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
