@@ -74,7 +74,7 @@ def _safety() -> str:
         "[Everything that was run](benchmarks/results/safety/REPORT.md).",
         "",
         "| held by | seeds | harmful requests refused | benign look-alikes refused | accuracy "
-        f"| refused at {HARSHEST.learning_rate:g} |",
+        f"| at {HARSHEST.learning_rate:g}: refused, accuracy |",
         "|---|---|---|---|---|---|",
         f"| aligned, not tuned | | {_rates(aligned)} | |",
     ]
@@ -82,7 +82,8 @@ def _safety() -> str:
     for method in (name for name in HELD if name in found):
         group, harder = findings.find(main, method), findings.find(hardest, method)
         cells = [str(group.seeds), _rates(group)] if group else ["", " | | "]
-        last = "" if harder is None else f"{100 * harder.rate('harmful', 'refusal').value:.0f} %"
+        hard = () if harder is None else (harder.rate("harmful", "refusal"), harder.rate("task"))
+        last = ", ".join(f"{100 * rate.value:.0f} %" for rate in hard)
         lines.append(f"| {HELD[method]} | {' | '.join(cells)} | {last} |")
     return "\n".join(lines)
 

@@ -31,6 +31,7 @@ from str_kernels.constraint import constraint_terms
 from str_kernels.options import LossOptions
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the backward
+_KEPT = 2 << 20  # probabilities that are kept for a trained weight rather than made again
 
 
 class RowInputs(NamedTuple):
@@ -115,6 +116,10 @@ def forward_rows(
         hidden=needs[0],
         masses=(needs[1] or needs[2]) and settings.tiles is not None,
         entropy=settings.entropy,
+        probabilities=(needs[1] or needs[2])
+        and settings.tiles is None
+        and options.softcap is None
+        and len(head.hidden_states) * len(head.weight) <= _KEPT,
     )
     done = run_forward(
         settings.backend, head, plan, options, settings.filter, settings.tiles, wanted
@@ -151,7 +156,7 @@ def _penalty(
 def kept_for_backward(
     head: Head, rows: RowInputs, done: Forward, needs: tuple[bool, ...]
 ) -> dict[str, Tensor | None]:
-    """The tensors that a backward needs, by name; nothing of the vocabulary's size but the head."""
+    """The tensors that a backward needs, by name; of the vocabulary's size the head, little else."""
     kept = {
         **{name: _savable(x) for name, x in rows._asdict().items()},
         "rows": done.rows,
@@ -169,6 +174,7 @@ def kept_for_backward(
             "open_mass": done.open_mass,
             "masses": done.masses,
             "slope": done.slope,
+            "probabilities": done.probabilities,
         }
     return kept
 
@@ -257,6 +263,7 @@ class _Upstream:
                 self.settings.tiles,
                 saved["masses"],
                 saved["slope"],
+                saved["probabilities"],
             ),
             Coefficients(*(None if c is None else c[rows] for c in coefficients)),
             self._safety_term(),

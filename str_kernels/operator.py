@@ -241,6 +241,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             "open_mass": open_mass[dense],
             "masses": None,
             "slope": None,
+            "probabilities": None,
         }
         gradients = backward_rows(resolved, tuple(needs), saved, grad_cross_entropy, grad_penalty)
     return tuple(lse.new_empty(0) if x is None else x for x in gradients)

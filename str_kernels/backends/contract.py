@@ -55,12 +55,14 @@ class Wanted(NamedTuple):
     """What the caller will use, so that nothing else is computed.
 
     ``hidden``: the rows' gradients by the hidden states; ``masses``: each pair's dead mass, for the
-    gradient of a trainable weight; ``entropy``: the entropy of each row.
+    gradient of a trainable weight; ``entropy``: the entropy of each row; ``probabilities``: of an
+    exact pass, for the same gradient, where they are few; a backend may leave them out.
     """
 
     hidden: bool
     masses: bool
     entropy: bool
+    probabilities: bool = False
 
 
 class TileMasses(NamedTuple):
@@ -123,6 +125,7 @@ class Dense(NamedTuple):
         smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
+        probabilities: ``[R, V]``, anything on the label's own; only when wanted.
     """
 
     lse: Tensor
@@ -137,6 +140,7 @@ class Dense(NamedTuple):
     smooth_gradient: Tensor | None
     masses: Tensor | None
     slope: Tensor | None
+    probabilities: Tensor | None = None
 
 
 class Coefficients(NamedTuple):
@@ -154,7 +158,8 @@ class Coefficients(NamedTuple):
 class Saved(NamedTuple):
     """What a weight's gradient needs of the forward.
 
-    ``lse [R]``, ``open_mass [R]``; after routing also ``tiles``, ``masses`` and ``slope``.
+    ``lse [R]``, ``open_mass [R]``; after routing also ``tiles``, ``masses`` and ``slope``; after an
+    exact pass perhaps ``probabilities``.
     """
 
     lse: Tensor
@@ -162,6 +167,7 @@ class Saved(NamedTuple):
     tiles: Tiles | None
     masses: Tensor | None
     slope: Tensor | None
+    probabilities: Tensor | None = None
 
 
 class SafetyTerm(NamedTuple):

@@ -26,7 +26,7 @@ class Forward(NamedTuple):
     ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
     ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed.
     ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in
-    ``kept_dtype``, ``open_mass``, ``masses``, ``slope``.
+    ``kept_dtype``, ``open_mass``, ``masses``, ``slope``, ``probabilities``.
     """
 
     rows: Tensor
@@ -42,6 +42,7 @@ class Forward(NamedTuple):
     open_mass: Tensor
     masses: Tensor | None
     slope: Tensor | None
+    probabilities: Tensor | None
 
 
 def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
@@ -132,10 +133,13 @@ class _Collected:
             open_mass=self._field("open_mass"),
             masses=self._field("masses"),
             slope=self._field("slope"),
+            probabilities=self._field("probabilities"),
         )
 
     def _field(self, name: str) -> Tensor | None:
         values = [getattr(block, name) for block in self.blocks]
+        if len(values) == 1:
+            return values[0]
         return None if values[0] is None else torch.cat(values)
 
     def _spread(self, values: Tensor, fill: float | bool) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from str_kernels import linear_cross_entropy
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels import autograd, linear_cross_entropy
+from str_kernels.backends.logits import block_logits
+from str_kernels.backends.torch_blocked import TorchBlocked, weight
 from tests.oracle import Case, assert_close, make_case, relative_error
 
 # Rounding of fp32 sums over a few hundred terms; for 16-bit operands the gradients are rounded once
@@ -31,6 +32,29 @@ OPTIONS = [
     {"k": 7, "kind": "kl", "constraint": {"temperature": 2.0}, "weighted": True},
     {"k": 7, "kind": "kl", "uneven": True, "static": True},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["kept", "made again"])
+def probabilities(request):
+    """Everything holds for small problems, which keep p for a trained weight, and for large."""
+    with pytest.MonkeyPatch.context() as patching:
+        if request.param == "made again":
+            patching.setattr(autograd, "_KEPT", 0)
+        yield request.param
+
+
+def test_few_probabilities_are_kept(monkeypatch, probabilities):
+    """A small problem's weight gradient makes no logits again, a large one's does."""
+    made = []
+
+    def count(*operands):
+        made.append(operands)
+        return block_logits(*operands)
+
+    monkeypatch.setattr(weight, "block_logits", count)
+    case = make_case()
+    assert_close(case.run(), case.truth(), 1e-11)
+    assert bool(made) == (probabilities == "made again")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -45,6 +45,7 @@ class _RunningTotals:
         self.maximum = torch.full_like(zeros, float("-inf"))
         self.shift, self.mass = zeros, zeros.clone()
         self.wanted, self.expected = wanted, None
+        self.kept: list[tuple[Tensor, Tensor]] = []  # exponentials [R, C] and their shift
         self.weighted = zeros.clone() if wanted.entropy else None
         self.logit_sum = self.smooth_gradient = None
         if options.label_smoothing:
@@ -78,6 +79,8 @@ class _RunningTotals:
                 self.expected = torch.mm(exponentials, weight)
             else:
                 self.expected.mul_(rescale[:, None]).addmm_(exponentials, weight)
+        if self.wanted.probabilities:
+            self.kept.append((exponentials, self.shift))
 
     def _raise_shift(self, logits: Tensor) -> Tensor:
         """Move to the new maximum; returns what older sums must be multiplied by."""
@@ -100,7 +103,7 @@ class _RunningTotals:
         """Bring the label in and turn the sums into probabilities."""
         if self.smooth_gradient is not None:
             self.smooth_gradient.mul_(self.options.logit_scale)
-        return join_sums(
+        dense = join_sums(
             self.labels,
             label_logit,
             self.options,
@@ -112,3 +115,10 @@ class _RunningTotals:
             logit_sum=self.logit_sum,
             smooth_gradient=self.smooth_gradient,
         )
+        if not self.kept:
+            return dense
+        blocks = [
+            exponentials.mul_(torch.exp(shift - dense.lse)[:, None])
+            for exponentials, shift in self.kept
+        ]
+        return dense._replace(probabilities=torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])

@@ -94,29 +94,35 @@ class _Rows:
 
     def pieces(self, block: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the rows that are live here."""
+        kept, options = self.saved.probabilities, self.options
+        if kept is not None:
+            for rows in self._live(block):
+                alpha = self.coefficients.alpha[rows, None]
+                yield self.hidden[rows], self._by_products(rows, kept[rows, block] * alpha, block)
+            return
         weight, bias = head_rows(self.head, self.order, block, self.hidden.dtype)
         for rows in self._live(block):
-            hidden = self.hidden[rows]
-            logits = block_logits(hidden, weight, bias, self.options)
-            slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
-            dz = self._by_logits(rows, logits, block)
-            if slope is not None:
-                dz.mul_(slope)
-            yield (
-                hidden,
-                dz if self.options.logit_scale == 1.0 else dz.mul_(self.options.logit_scale),
-            )
+            hidden, alpha = self.hidden[rows], self.coefficients.alpha[rows, None]
+            logits = block_logits(hidden, weight, bias, options)
+            slope = None if options.softcap is None else softcap_slope(logits, options)
+            dz = logits.sub_(self.saved.lse[rows, None]).exp_().mul_(alpha)
+            yield hidden, self._by_products(rows, dz, block, slope)
 
-    def _by_logits(self, rows: Tensor | slice, logits: Tensor, block: slice) -> Tensor:
-        """``dz`` without the slope, in the place of the logits."""
+    def _by_products(
+        self, rows: Tensor | slice, dz: Tensor, block: slice, slope: Tensor | None = None
+    ) -> Tensor:
+        """``α p`` → ``dz`` by ``H Wᵀ + b``, in place; ``slope`` is the softcap's."""
         alpha, gamma = self.coefficients.alpha[rows], self.coefficients.gamma[rows]
-        dz = logits.sub_(self.saved.lse[rows, None]).exp_().mul_(alpha[:, None])
         here, column = in_block(self.positions[rows], block)
         # α p_y - γ with p_y = 1 - open mass: a confident row would cancel
         dz[here, column] = (alpha - gamma - alpha * self.saved.open_mass[rows])[here]
         if self.coefficients.sigma is not None:
             dz.sub_(self.coefficients.sigma[rows, None])
-        return dz if self.silent is None else dz.masked_fill_(self.silent[rows, None], 0.0)
+        if self.silent is not None:
+            dz.masked_fill_(self.silent[rows, None], 0.0)
+        if slope is not None:
+            dz.mul_(slope)
+        return dz if self.options.logit_scale == 1.0 else dz.mul_(self.options.logit_scale)
 
     def _live(self, block: slice) -> list[Tensor | slice]:
         if not self.routed:
