@@ -174,11 +174,14 @@ def _sentences(findings: Findings, groups: Sequence[Group]) -> str:
     held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
     if plain is None or not held:
         return ""
-    best = max(held, key=lambda g: g.rate("harmful", "refusal").value)
+    seeds = max(group.seeds for group in held)
+    compared = [group for group in held if group.seeds == seeds]
+    best = max(compared, key=lambda g: g.rate("harmful", "refusal").value)
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
-        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints, "
-        f"`{best.method}` keeps most, {100 * found.value:.1f} %"
+        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints run with "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, `{best.method}` keeps most, "
+        f"{100 * found.value:.1f} %"
     )
     right, plain_right = best.rate("task"), plain.rate("task")
     if right is not None and plain_right is not None:
