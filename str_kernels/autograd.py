@@ -156,7 +156,7 @@ def _penalty(
 def kept_for_backward(
     head: Head, rows: RowInputs, done: Forward, needs: tuple[bool, ...]
 ) -> dict[str, Tensor | None]:
-    """The tensors that a backward needs, by name; of the size of the vocabulary only the head."""
+    """The tensors that a backward needs, by name; probabilities only where they are few."""
     kept = {
         **{name: _savable(x) for name, x in rows._asdict().items()},
         "rows": done.rows,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from str_kernels import autograd, linear_cross_entropy
 from str_kernels.backends.logits import block_logits
-from str_kernels.backends.torch_blocked import TorchBlocked, weight
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch_blocked import weight as weight_stage
 from tests.oracle import Case, assert_close, make_case, relative_error
 
 # Rounding of fp32 sums over a few hundred terms; for 16-bit operands the gradients are rounded once
@@ -51,7 +52,7 @@ def test_few_probabilities_are_kept(monkeypatch, probabilities):
         made.append(operands)
         return block_logits(*operands)
 
-    monkeypatch.setattr(weight, "block_logits", count)
+    monkeypatch.setattr(weight_stage, "block_logits", count)
     case = make_case()
     assert_close(case.run(), case.truth(), 1e-11)
     assert bool(made) == (probabilities == "made again")
