@@ -38,8 +38,15 @@ KINDS = {"full": "all weights, from random ones", "lora": "LoRA on what came of 
 KEYS = ("text", "kind", "head", "seed", "steps")
 VOCAB, DIM, BATCH, LENGTH = 8192, 64, 2, 32
 RATES = {"full": 5e-3, "lora": 3e-3}
-# Curves closer than this share of the distance between seeds are one curve.
+# Curves closer than this share of the distance between seeds are one curve; set before any run.
 LIMIT = 0.1
+NOTE = f"""
+Distances from the materialised head's curve of the same seed, in units of those between seeds, over
+all steps and over the second half; the limit of {LIMIT:.0%} is on the first. From random weights
+most of the seeds' distance lies in the first steps; later they all know this easy text, and rounding
+alone, grown by training, drives even the exact head's curve apart: read the others beside it.
+The filter of a trained head is used by choice only; its default is the exact pass.
+"""
 
 
 def main() -> None:
@@ -63,13 +70,15 @@ def main() -> None:
     rows = [r for r in found.rows if (r["text"], r["steps"]) == (name, args.steps)]
     draw(rows, args.out / f"equivalence-{name}.png")
     lines = [line for kind in KINDS for line in table(rows, kind)]
-    headings = ["training", "head", "share of the seeds' distance", "last quarter, nats"]
-    headings += ["live", "verdict"]
-    finish(args.out, "equivalence", markdown(headings, lines))
+    headings = ["training", "head", "of the seeds' distance", "in the second half"]
+    headings += ["last quarter, nats", "live", "verdict"]
+    finish(args.out, "equivalence", markdown(headings, lines) + NOTE)
 
 
 def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:
     """Every kind and head of one seed."""
+    if all(found.has(**where, kind=kind, head=head) for kind in KINDS for head in HEADS):
+        return
     full, lora = batches(tokens, where["steps"])
     model = new_model(where["seed"])
     trained = None
@@ -190,9 +199,12 @@ def table(rows: list[dict], kind: str) -> list[list[str]]:
     for head, mine in curves.items():
         share, late = share_of_spread(mine, truth), 3 * truth.shape[1] // 4
         shift = (mine - truth)[:, late:].mean().item()
+        half = truth.shape[1] // 2
+        second = share_of_spread(mine[:, half:], truth[:, half:])
         live = statistics.fmean(r["live"] for r in rows if (r["kind"], r["head"]) == (kind, head))
-        verdict = "the same" if share <= LIMIT else "another"
-        lines.append([KINDS[kind], head, f"{share:.1%}", f"{shift:+.5f}", f"{live:.0%}", verdict])
+        numbers = [f"{share:.1%}", f"{second:.1%}", f"{shift:+.5f}", f"{live:.0%}"]
+        verdict = "within" if share <= LIMIT else "beyond"
+        lines.append([KINDS[kind], head, *numbers, f"{verdict} {LIMIT:.0%}"])
     return lines
 
 
