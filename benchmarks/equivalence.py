@@ -43,8 +43,9 @@ LIMIT = 0.1
 NOTE = f"""
 Distances from the materialised head's curve of the same seed, in units of those between seeds, over
 all steps and over the second half; the limit of {LIMIT:.0%} is on the first. From random weights
-most of the seeds' distance lies in the first steps; later they all know this easy text, and rounding
-alone, grown by training, drives even the exact head's curve apart: read the others beside it.
+most of the seeds' distance lies in the first steps; later they all know this easy text, and
+rounding alone, grown by training, drives even the exact head's curve apart: read the others beside
+it.
 The filter of a trained head is used by choice only; its default is the exact pass.
 """
 
