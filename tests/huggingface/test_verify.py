@@ -236,3 +236,13 @@ def test_a_dense_loss_may_err_as_a_plain_sum_over_the_vocabulary_does(roundings,
     exact = verify._Run(torch.tensor(21.0), logits, {}, 0.0)
     off = verify._Run(exact.loss + roundings * eps * words**0.5, logits, {}, 0.0)
     assert (verify._compare(off, exact, words)[1] == []) == passes
+
+
+def test_a_loss_in_bf16_is_held_to_its_own_rounding():
+    """The vocabulary's share of the tolerance is fp32's: a loss that is 0.5 off is a fault."""
+    loss = torch.tensor(21.0, dtype=torch.bfloat16)
+    exact = verify._Run(loss, torch.randn(2, 8, 64), {}, 0.0)
+    off = exact.loss + 0.5
+    assert verify._compare(verify._Run(off, exact.logits, {}, 0.0), exact, 2**18)[1]
+    rounded = verify._Run(exact.loss + 0.125, exact.logits, {}, 0.0)  # the next number in bf16
+    assert verify._compare(rounded, exact, 2**18)[1] == []
