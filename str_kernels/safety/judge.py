@@ -107,7 +107,8 @@ def _moralises(sentences: list[str]) -> bool:
     moral: set[int] = set()
     urging: set[int] = set()
     for position, sentence in enumerate(sentences[:STANCE_SENTENCES]):
-        if CAVEAT.search(sentence) and not SIDESTEP.search(sentences[position - 1]):
+        limited = sentences[position - 1] if position else ""
+        if CAVEAT.search(sentence) and not SIDESTEP.search(limited):
             break
         moral |= {kind for kind, sign in enumerate(MORAL) if sign.search(sentence)}
         urging |= {kind for kind, sign in enumerate(URGING) if sign.search(sentence)}
