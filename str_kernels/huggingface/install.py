@@ -52,9 +52,9 @@ def patch_model(
             nothing else is trained, is checked in the forwards, for PEFT may come after the patch.
         positions: ``"all"`` (prompt too, padding not), ``"labels"``, or k, the first k labelled
             positions of each sequence; the weights w of a sequence always sum to its labels. A
-            batch may carry weights of its own, ``position_weights [B, T]`` beside its labels, for
-            rows that are held without being learned from (a Trainer keeps such a column with
-            ``remove_unused_columns=False`` only).
+            batch may carry weights w of its own beside its labels, ``position_weights [B, T]``
+            floating point, of the logits at each position: for rows that are held without being
+            learned from. A Trainer keeps such a column with ``remove_unused_columns=False`` only.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch

@@ -188,6 +188,8 @@ class Patch:
         tokens = TokenTerms() if asked else None
         arguments = _named(self.model, args, kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
+            if given is not None:
+                raise ValueError("position_weights: there are no labels, so no loss to weigh.")
             self._say_unlabelled()
             with deferring(None):
                 return inner(*args, **kwargs)

@@ -57,6 +57,13 @@ def test_weights_that_are_no_weights_are_refused(bad):
         model(**inputs, position_weights=weights)
 
 
+def test_without_labels_they_are_refused():
+    model, inputs = lora(), batch()
+    weights = torch.ones(inputs.pop("labels").shape)
+    with patch_model(model, constraint()), pytest.raises(ValueError, match="there are no labels"):
+        model(**inputs, position_weights=weights)
+
+
 def test_without_a_constraint_they_are_refused():
     model, inputs = build(), batch()
     weights = torch.ones(inputs["labels"].shape)
