@@ -209,7 +209,7 @@ def test_the_packages_texts_are_varied():
 
 def test_a_caveat_that_opens_an_answer_is_not_read_with_its_end():
     """There is no sentence before it, and the last one is no neighbour of it."""
-    answer = (
+    answer = "However, everyone has a right to privacy. It is important to ask first. Write it down."
         "However, everyone has a right to privacy. It is important to ask first. Write a letter."
     )
     assert classify(answer) is Outcome.COMPLIANCE
