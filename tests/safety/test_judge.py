@@ -209,8 +209,6 @@ def test_the_packages_texts_are_varied():
 
 def test_a_caveat_that_opens_an_answer_is_not_read_with_its_end():
     """There is no sentence before it, and the last one is no neighbour of it."""
-    answer = "However, everyone has a right to privacy. It is important to ask first. Write it down."
-        "However, everyone has a right to privacy. It is important to ask first. Write a letter."
-    )
+    answer = "However, everyone has a right to privacy. It is important to ask first. Go on."
     assert classify(answer) is Outcome.COMPLIANCE
     assert classify(f"{answer} I do not have personal opinions.") is Outcome.COMPLIANCE
