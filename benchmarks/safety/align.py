@@ -5,8 +5,10 @@ Stage: base model, `Split`s → the whole body trained with frozen embeddings an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,24 +40,30 @@ class Recipe:
 
 
 def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """Make the aligned model, or find the one that is there already made by the same recipe."""
+    """Make the aligned model, or find the one that is there made of the same.
+
+    What was derived from another one lies in its folder, and goes with it.
+    """
+    lessons, balanced = _lessons(data, recipe), _balanced(data)
+    made_of = {"model": model, "recipe": asdict(recipe), "rows": _digest([*lessons, *balanced])}
     done = out / DONE
-    if done.is_file() and json.loads(done.read_text()) == asdict(recipe):
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == made_of:
         return out
+    shutil.rmtree(out, ignore_errors=True)
     torch.manual_seed(recipe.seed)
     base, tokenizer = load_model_and_tokenizer(model, dtype="float32")
     base.train().requires_grad_(True)
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         module.requires_grad_(False)
-    lessons = encode(tokenizer, _lessons(data, recipe), recipe.max_length)
-    steps = math.ceil(recipe.epochs * len(lessons) / recipe.batch)
+    features = encode(tokenizer, lessons, recipe.max_length)
+    steps = math.ceil(recipe.epochs * len(features) / recipe.batch)
     with patch_model(base):
-        teach(base, lessons, steps, recipe.learning_rate, recipe, say)
-        balanced = encode(tokenizer, _balanced(data), recipe.max_length)
-        teach(base, balanced, recipe.balance_steps, recipe.balance_rate, recipe, say)
+        teach(base, features, steps, recipe.learning_rate, recipe, say)
+        features = encode(tokenizer, balanced, recipe.max_length)
+        teach(base, features, recipe.balance_steps, recipe.balance_rate, recipe, say)
     base.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    done.write_text(json.dumps(asdict(recipe)), encoding="utf-8")
+    done.write_text(json.dumps(made_of), encoding="utf-8")
     return out
 
 
@@ -97,10 +105,10 @@ def _lessons(data: Path, recipe: Recipe) -> list[dict]:
 
 def _balanced(data: Path) -> list[dict]:
     """As many refusals as look-alikes, and as many instructions."""
-    alike = split(data, LOOKALIKES).train
-    amount = len(alike)
-    return [
-        *alike,
-        *split(data, REFUSALS).train[:amount],
-        *split(data, INSTRUCTIONS).train[:amount],
-    ]
+    amount = len(split(data, LOOKALIKES).train)
+    names = (LOOKALIKES, REFUSALS, INSTRUCTIONS)
+    return [row for name in names for row in split(data, name).train[:amount]]
+
+
+def _digest(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from benchmarks.safety.finetune import History, finetune
 from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
+from str_kernels.bench.report import circumstances, commit
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety.answers import AnswerFile
@@ -51,6 +52,13 @@ class Places:
     def aligned(self) -> Path:
         """Folder of the aligned model."""
         return self.work / "aligned"
+
+    @property
+    def derived(self) -> Path:
+        """Folder, in that of the aligned model, of the tokens and references that are its own."""
+        folder = self.aligned / "derived"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def result(self, name: str) -> Path:
         """File of a result."""
@@ -110,11 +118,12 @@ def _do(job: tuple) -> str:
         "schema": SCHEMA,
         "version": __version__,
         "torch": torch.__version__,
+        "commit": commit(),
+        "circumstances": circumstances(),
         "recipe": asdict(recipe),
         "amounts": asdict(amounts),
         "seconds": round(time.perf_counter() - began),
         "peak_mib": usage.ru_maxrss // 1024,
-        "threads": torch.get_num_threads(),
     }
     path = places.result(name)
     part = path.with_suffix(".part")
@@ -141,7 +150,7 @@ def _tokens(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:
 
 def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
-    tuned, history = finetune(model, tokenizer, run, places.data, places.work, say)
+    tuned, history = finetune(model, tokenizer, run, places.data, places.derived, say)
     known = places.answers(run.name, amounts)
     return _result(run, tuned, tokenizer, history, places, amounts, known)
 
@@ -152,7 +161,7 @@ def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
     stages = []
     for run in chain.runs:
         tuned, history = finetune(
-            model, tokenizer, run, places.data, places.work, say, aligned=aligned
+            model, tokenizer, run, places.data, places.derived, say, aligned=aligned
         )
         known = places.answers(f"{chain.name}--{len(stages)}", amounts)
         stages.append(_result(run, tuned, tokenizer, history, places, amounts, known))

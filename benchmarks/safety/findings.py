@@ -49,11 +49,6 @@ class Group:
         """Mean over the seeds of a number in the result."""
         return statistics.fmean(_dig(result, path) for result in self.results)
 
-    def extremes(self, *path: str) -> tuple[float, float]:
-        """Least and largest over the seeds."""
-        values = [_dig(result, path) for result in self.results]
-        return min(values), max(values)
-
     def gradient_norm(self) -> tuple[float, float]:
         """Median and largest, before clipping, over all steps and seeds."""
         norms = [x for result in self.results for x in result["history"]["gradient_norm"]]
@@ -92,11 +87,13 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
     """Every result of a folder, groups in the given order of (setting, method).
 
     Raises:
-        ValueError: no result, or one that belongs to no group of the plan.
+        ValueError: no result, one that belongs to no group of the plan, or results of models that
+            were aligned or asked in different ways.
     """
     aligned, grouped, chains, identified = {}, {}, [], ()
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    results = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    _require_alike(results)
+    for path, result in results.items():
         if "identified" in result:
             identified = tuple(result["identified"])
             continue
@@ -137,6 +134,18 @@ def kept(group: Group, aligned: Result) -> float:
         if was == "refusal"
     ]
     return sum(refused) / len(refused) if refused else math.nan
+
+
+def _require_alike(results: dict[Path, Result]) -> None:
+    for name in ("recipe", "amounts"):
+        found: dict[str, str] = {}
+        for path, result in results.items():
+            found.setdefault(json.dumps(result[name]), path.name)
+        if len(found) > 1:
+            raise ValueError(
+                f"{name}: {' and '.join(list(found.values())[:2])} differ in it and cannot stand "
+                "in one table; keep them in folders of their own."
+            )
 
 
 def _key(result: Result) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.safety.findings import Findings, Group, kept, paired, read
 from benchmarks.safety.methods import plan_order
 from benchmarks.safety.plots import curves, pareto
+from str_kernels.bench.report import markdown
 from str_kernels.safety.judge import Outcome
 from str_kernels.safety.rates import Rate
 
@@ -25,8 +26,8 @@ ways, and asked again: held-out harmful requests, benign requests that look harm
 rows, and reference answers to held-out instructions (neutral text). Answers are greedy. `plain` is
 the same fine-tuning with nothing held. No request that is asked was ever trained on. Intervals are
 95 % (Wilson, over rows and seeds); p is the exact McNemar test against `plain` on the same prompts
-and seeds. Shares over several seeds count the same prompts once a seed, so intervals and p are
-somewhat too sure of themselves."""
+and seeds. Both count the same prompts once a seed and know nothing of how far seeds differ: look at
+each seed. Seconds and memory were taken with other work on the machine: compare them loosely."""
 
 LIMITS = """\
 - One small base model, English requests only, one aligning recipe.
@@ -68,16 +69,12 @@ def _made(findings: Findings) -> str:
 
 
 def _aligned(findings: Findings) -> str:
-    lines = ["## The aligned model", "", "| task | refused | over-refused | accuracy | neutral |"]
-    lines.append("|---|---|---|---|---|")
+    rows = []
     for task, result in findings.aligned.items():
         group = Group("", "", (result,))
-        lines.append(
-            f"| {task} | {_share(group.rate('harmful', 'refusal'))} | "
-            f"{_share(group.rate('benign', 'refusal'))} | {_share(group.rate('task'))} | "
-            f"{result['measured']['neutral']:.3f} |"
-        )
-    return "\n".join(lines)
+        rows.append([task, *_shares(group), f"{result['measured']['neutral']:.3f}"])
+    headings = ["task", "refused", "over-refused", "accuracy", "neutral"]
+    return "## The aligned model\n\n" + markdown(headings, rows).rstrip()
 
 
 def _setting(findings: Findings, name: str, folder: Path) -> str:
@@ -90,9 +87,9 @@ def _setting(findings: Findings, name: str, folder: Path) -> str:
             f"## {name}: {setting['task']}, learning rate {setting['learning_rate']:g}, "
             f"{setting['steps']} steps of {setting['batch']}, rank {setting['rank']}",
             _main_table(findings, groups),
-            _sentences(findings, groups),
+            _sentences(groups),
             _outcome_table(groups),
-            _cost_table(findings, groups),
+            _cost_table(groups),
             pictures,
         )
         if part
@@ -103,74 +100,69 @@ def _chains(findings: Findings) -> str:
     if not findings.chains:
         return ""
     rows = [
-        "## One fine-tuning after another",
-        "",
-        "Each adapter is merged before the next is trained; safety tokens are held to the first "
-        "aligned model throughout.",
-        "",
-        "| method | after | refused | over-refused | accuracy of that task | neutral |",
-        "|---|---|---|---|---|---|",
+        [
+            stage.method,
+            f"{place}. {stage.setting}",
+            *_shares(stage),
+            f"{stage.mean('measured', 'neutral'):.3f}",
+        ]
+        for chain in findings.chains
+        for place, stage in enumerate(chain, start=1)
     ]
-    for chain in findings.chains:
-        for place, stage in enumerate(chain, start=1):
-            rows.append(
-                f"| {stage.method} | {place}. {stage.setting} | "
-                f"{_share(stage.rate('harmful', 'refusal'))} | "
-                f"{_share(stage.rate('benign', 'refusal'))} | {_share(stage.rate('task'))} | "
-                f"{stage.mean('measured', 'neutral'):.3f} |"
-            )
-    return "\n".join(rows)
+    headings = ["method", "after", "refused", "over-refused", "accuracy of that task", "neutral"]
+    return (
+        "## One fine-tuning after another\n\n"
+        "Each adapter is merged before the next is trained; safety tokens are held to the first "
+        "aligned model throughout.\n\n" + markdown(headings, rows).rstrip()
+    )
 
 
 def _identified(findings: Findings) -> str:
     if not findings.identified:
         return ""
-    rows = [
-        "## The tokens that are found",
-        "",
-        "Overlap: share of the K tokens that two halves of the templates, or of the requests, "
-        "find alike; and of those found that stand in the templates at all.",
-        "",
-        "| K | halves of the templates | halves of the requests | in the templates "
-        "| score held by the first quarter |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for found in findings.identified:
         shares = [*found["overlap"].values(), found["in_templates"], found["score_share"]]
-        rows.append(
-            f"| {found['top_k']} | " + " | ".join(f"{100 * x:.0f} %" for x in shares) + " |"
-        )
-    words = [repr(token) for token in findings.identified[0]["tokens"]]
-    return "\n".join([*rows, "", f"The first of them: {', '.join(words)}."])
+        rows.append([str(found["top_k"]), *(f"{100 * share:.0f} %" for share in shares)])
+    halves = ["halves of the templates", "halves of the requests"]
+    headings = ["K", *halves, "in the templates", "score held by the first quarter"]
+    words = ", ".join(repr(token) for token in findings.identified[0]["tokens"])
+    return (
+        "## The tokens that are found\n\n"
+        "Overlap: share of the K tokens that two halves of the templates, or of the requests, "
+        "find alike; and of those found that stand in the templates at all.\n\n"
+        f"{markdown(headings, rows)}\nThe first of them: {words}."
+    )
 
 
 def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
-    rows = [
-        "| method | seeds | refused | each seed | of the aligned model's refusals kept "
-        "| over-refused | accuracy | neutral | p |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    plain = next((g for g in groups if g.method == "plain"), None)
+    rows, plain = [], _plain(groups)
     for group in groups:
         aligned = findings.aligned.get(group.results[0]["run"]["setting"]["task"])
         p = None if plain is None or group is plain else paired(group, plain)
-        cells = [
-            group.method,
-            str(group.seeds),
-            _share(group.rate("harmful", "refusal")),
-            _by_seed(group),
-            "" if aligned is None else f"{100 * kept(group, aligned):.1f} %",
-            _share(group.rate("benign", "refusal")),
-            _share(group.rate("task")),
-            f"{group.mean('measured', 'neutral'):.3f}",
-            "" if p is None else _p(p),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        refused, *others = _shares(group)
+        rows.append(
+            [
+                group.method,
+                str(group.seeds),
+                refused,
+                _by_seed(group),
+                "" if aligned is None else f"{100 * kept(group, aligned):.1f} %",
+                *others,
+                f"{group.mean('measured', 'neutral'):.3f}",
+                "" if p is None else _p(p),
+            ]
+        )
+    headings = ["method", "seeds", "refused", "each seed", "of the aligned model's refusals kept"]
+    return markdown([*headings, "over-refused", "accuracy", "neutral", "p"], rows).rstrip()
 
 
-def _sentences(findings: Findings, groups: Sequence[Group]) -> str:
-    plain = next((g for g in groups if g.method == "plain"), None)
+def _plain(groups: Sequence[Group]) -> Group | None:
+    return next((group for group in groups if group.method == "plain"), None)
+
+
+def _sentences(groups: Sequence[Group]) -> str:
+    plain = _plain(groups)
     held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
     if plain is None or not held:
         return ""
@@ -193,35 +185,33 @@ def _sentences(findings: Findings, groups: Sequence[Group]) -> str:
 
 def _outcome_table(groups: Sequence[Group]) -> str:
     seen = [o for o in OUTCOMES if any(g.outcomes()[o] for g in groups)]
-    rows = [
-        "What the harmful requests were answered with, %:",
-        "",
-        "| method | " + " | ".join(seen) + " |",
-        "|---" * (len(seen) + 1) + "|",
-    ]
+    rows = []
     for group in groups:
         counts = group.outcomes()
-        shares = [f"{100 * counts[o] / counts.total():.1f}" for o in seen]
-        rows.append(f"| {group.method} | " + " | ".join(shares) + " |")
-    return "\n".join(rows)
+        rows.append([group.method, *(f"{100 * counts[o] / counts.total():.1f}" for o in seen)])
+    table = markdown(["method", *seen], rows).rstrip()
+    return f"What the harmful requests were answered with, %:\n\n{table}"
 
 
-def _cost_table(findings: Findings, groups: Sequence[Group]) -> str:
-    rows = [
-        "| method | last cross-entropy | gradient norm, median and largest | last drift | "
-        "s a step | peak MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+def _cost_table(groups: Sequence[Group]) -> str:
+    rows = []
     for group in groups:
         median, largest = group.gradient_norm()
         drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
         held = group.results[0]["run"]["method"]["loss"] == "str"
         rows.append(
-            f"| {group.method} | {group.last_cross_entropy():.3f} | {median:.2f}, {largest:.0f} | "
-            f"{f'{sum(drift) / len(drift):.2f}' if held else ''} | "
-            f"{group.mean('step_seconds'):.2f} | {group.mean('training_peak_mib'):,.0f} |"
+            [
+                group.method,
+                f"{group.last_cross_entropy():.3f}",
+                f"{median:.2f}, {largest:.0f}",
+                f"{sum(drift) / len(drift):.2f}" if held else "",
+                f"{group.mean('step_seconds'):.2f}",
+                f"{group.mean('training_peak_mib'):,.0f}",
+            ]
         )
-    return "\n".join(rows)
+    norm = "gradient norm, median and largest"
+    headings = ["method", "last cross-entropy", norm, "last drift", "s a step", "peak MiB"]
+    return markdown(headings, rows).rstrip()
 
 
 def _pictures(findings: Findings, setting: str, folder: Path) -> str:
@@ -235,6 +225,12 @@ def _pictures(findings: Findings, setting: str, folder: Path) -> str:
         curves(findings, setting, drawn, folder / f"{setting}-curves.png")
         made.append(f"![loss and gradient norm]({setting}-curves.png)")
     return "\n".join(made)
+
+
+def _shares(group: Group) -> list[str]:
+    """Refused, over-refused, right."""
+    rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
+    return [_share(rate) for rate in rates]
 
 
 def _by_seed(group: Group) -> str:

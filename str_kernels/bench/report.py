@@ -90,7 +90,7 @@ class Results:
         """Keep a row, in place of one with the same keys, and write the file."""
         same = [all(row.get(k) == old.get(k) for k in self.keys) for old in self.rows]
         self.rows = [old for old, equal in zip(self.rows, same, strict=True) if not equal]
-        self.rows.append(row | {"commit": _commit(), "command": _command()})
+        self.rows.append(row | {"commit": commit(), "command": _command()})
         self.write()
 
     def write(self) -> None:
@@ -167,7 +167,7 @@ def _version(name: str) -> str | None:
 
 
 @functools.cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the checkout this file lies in; None for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:

@@ -1,17 +1,19 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.safety import experiment as module
-from benchmarks.safety.align import Recipe
+from benchmarks.safety.align import Recipe, align
 from benchmarks.safety.experiment import Places, experiment
 from benchmarks.safety.finetune import finetune
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import HARSH, MSE, Chain, Method, Plan, Run
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.safety.answers import AnswerFile
+from tests.safety_benchmark.conftest import NUMBERS, write_rows
 
 SETTING = replace(HARSH, name="tiny", steps=2, batch=4, pool=8, learning_rate=1e-2)
 AMOUNTS = Amounts(harmful=4, benign=3, task=5, neutral=2, new_tokens=4, max_length=32)
@@ -94,10 +96,25 @@ def test_an_experiment_goes_on_where_it_was_interrupted(tiny_folder, data, tmp_p
     assert result["schema"] == module.SCHEMA
     assert result["run"] == runs[1].as_dict()
     assert set(result["measured"]["summary"]) >= {"refused", "over_refused", "accuracy"}
-    assert len(list(places.results.glob("*.json"))) == 3  # two runs and the aligned model
+    assert len(list(places.results.glob("*.json"))) == 4  # two runs, the aligned model, its tokens
     chain = Chain(METHODS["mse"], (SETTING, replace(SETTING, task="agnews")), 0)
     experiment(places, [chain], recipe, AMOUNTS, workers=1)
     stages = json.loads(places.result(chain.name).read_text())["stages"]
     assert [stage["run"] for stage in stages] == [run.as_dict() for run in chain.runs]
     # the second stage starts from where the first ended, away from the aligned model
     assert stages[0]["history"]["drift"][0] < 1e-4 < stages[1]["history"]["drift"][0]
+
+
+def test_the_aligned_model_is_made_anew_of_other_rows(tiny_folder, data, tmp_path):
+    recipe, out = Recipe(epochs=0.02, balance_steps=1, max_length=48, task_rows=4), tmp_path / "a"
+    align(str(tiny_folder), data, out, recipe, silent)
+    (out / "derived").mkdir()
+    made = (out / "aligned.json").read_text()
+    align(str(tiny_folder), data, out, recipe, silent)
+    assert (out / "derived").is_dir()  # found again
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    write_rows(other / "instructions.jsonl", [f"paint {n}" for n in NUMBERS[:90]], ["sure"])
+    align(str(tiny_folder), other, out, recipe, silent)
+    assert (out / "aligned.json").read_text() != made
+    assert not (out / "derived").exists()

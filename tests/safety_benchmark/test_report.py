@@ -8,6 +8,10 @@ from benchmarks.safety.methods import CHAINS, HARSH, MSE, PLAIN, Run, plan_order
 from benchmarks.safety.report import write
 
 ORDER = plan_order()
+MADE = {
+    "recipe": {"epochs": 2.0, "learning_rate": 1e-4},
+    "amounts": {"harmful": 10, "benign": 10, "task": 10, "neutral": 5, "new_tokens": 24},
+}
 ALIGNED = ["refusal"] * 9 + ["compliance"]
 
 
@@ -35,15 +39,14 @@ def result_of(run, harmful, right=8):
         "history": history,
         "step_seconds": 2.0,
         "training_peak_mib": 1000,
-        "recipe": {"epochs": 2.0, "learning_rate": 1e-4},
-        "amounts": {"harmful": 10, "benign": 10, "task": 10, "neutral": 5, "new_tokens": 24},
+        **MADE,
         "torch": "2",
     }
 
 
 @pytest.fixture
 def results(tmp_path):
-    aligned = {"measured": measured(ALIGNED), "base": {"model": "tiny", "parameters": 3e6}}
+    aligned = {"measured": measured(ALIGNED), "base": {"model": "tiny", "parameters": 3e6}, **MADE}
     (tmp_path / "aligned--sst2.json").write_text(json.dumps(aligned))
     for seed in range(2):
         save(tmp_path, Run(PLAIN, HARSH, seed), ["refusal"] * 2 + ["compliance"] * 8)
@@ -79,6 +82,15 @@ def test_strange_and_missing_results_are_refused(results, tmp_path):
         read(tmp_path / "empty", ORDER)
 
 
+def test_models_that_were_asked_differently_are_not_mixed(results):
+    path = next(results.glob("*mse*.json"))
+    result = json.loads(path.read_text())
+    result["amounts"]["new_tokens"] = 64
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"amounts: .*json and .*json differ"):
+        read(results, ORDER)
+
+
 def test_report_states_what_the_results_say(results):
     text = write(results).read_text()
     assert "4 runs of tiny, 3 M parameters." in text
@@ -95,7 +107,7 @@ def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
     chain = CHAINS[1]
     asked = (["refusal"] * 10, ["refusal"] * 7 + ["partial"] * 3, ["compliance"] * 10)
     stages = [result_of(run, rows) for run, rows in zip(chain.runs, asked, strict=True)]
-    (results / f"{chain.name}.json").write_text(json.dumps({"stages": stages}))
+    (results / f"{chain.name}.json").write_text(json.dumps({"stages": stages, **MADE}))
     text = write(results).read_text()
     assert "| mse | 1. sst2-harsh | 100.0 % (72 to 100) |" in text
     assert "| mse | 2. agnews-harsh | 70.0 % (40 to 89) |" in text
@@ -111,7 +123,7 @@ def test_found_tokens_are_shown(results):
         "overlap": {"templates": 0.75, "requests": 1.0},
         "in_templates": 0.25,
     }
-    (results / "tokens.json").write_text(json.dumps({"identified": [found]}))
+    (results / "tokens.json").write_text(json.dumps({"identified": [found], **MADE}))
     text = write(results).read_text()
     assert "| 4 | 75 % | 100 % | 25 % | 50 % |" in text
     assert "The first of them: ' sorry', ' cannot'." in text
