@@ -26,7 +26,7 @@ def run(
     work: Annotated[Path, typer.Option(help="Folder of what can be made again.")],
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = FOLDER,
     only: Annotated[
-        list[str] | None, typer.Option(help="Names of runs, * allowed; repeatable.")
+        list[str] | None, typer.Option(help="Names of runs, * allowed, in this order.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Runs side by side.", min=1)] = os.cpu_count() or 1,
 ) -> None:
@@ -36,7 +36,8 @@ def run(
     from benchmarks.safety.measure import Amounts
 
     everything = (*Plan().runs, *Plan().chains)
-    runs = [r for r in everything if not only or any(fnmatch.fnmatch(r.name, o) for o in only)]
+    wanted = (r for o in only or ["*"] for r in everything if fnmatch.fnmatch(r.name, o))
+    runs = list(dict.fromkeys(wanted))
     if not runs:
         raise typer.BadParameter(f"no run is named like {', '.join(only or [])}.")
     places = Places(model, data.resolve(), work.resolve(), results.resolve())

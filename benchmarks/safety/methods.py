@@ -84,7 +84,6 @@ KL = Method("kl", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
 BUDGET = Method("budget", strength="auto", drift_budget=0.5)
-KINDS = (MSE, KL, FLOOR, LOGPROB)
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
 VARIANTS = (
@@ -132,24 +131,24 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 
 def _everything() -> list[Run]:
     """The main comparison first; then where methods differ, the harshest setting, in full."""
-    main = [Run(method, HARSH, seed) for seed in range(3) for method in (PLAIN, MSE, KL)]
-    kinds = [Run(method, HARSH, 0) for method in (FLOOR, LOGPROB, PACT)]
-    others = (ANCHORED, BUDGET, KL_ANCHORED, PACT, FLOOR, LOGPROB)
-    hardest = [Run(method, HARSHEST, 0) for method in (PLAIN, MSE, KL, *others)]
-    control = [Run(method, HARSHEST, 0) for method in VARIANTS]
-    mild = [Run(method, ORDINARY, 0) for method in (PLAIN, MSE, KL)]
-    tasks = [Run(m, s, 0) for s in (TOPICS, ANSWERS) for m in (PLAIN, MSE, KL, BUDGET)]
-    repeated = [
-        Run(method, HARSHEST, seed) for seed in (1, 2) for method in (PLAIN, MSE, KL, *others)
+    seeds, main = range(3), (PLAIN, MSE, KL, LOGPROB)
+    others = (ANCHORED, KL_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
+    return [
+        *(Run(method, HARSH, seed) for seed in seeds for method in main),
+        *(Run(method, HARSH, 0) for method in (FLOOR, PACT)),
+        *(Run(method, HARSHEST, seed) for seed in seeds for method in main),
+        *(Run(method, HARSHEST, 0) for method in (*others, *VARIANTS)),
+        *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
+        *(Run(method, task, 0) for task in (TOPICS, ANSWERS) for method in main),
+        *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
-    return [*main, *kinds, *hardest, *control, *mild, *tasks, *repeated, Run(FULL_KL, HARSHEST, 0)]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Runs in the order in which they are done: what matters most first."""
 
-    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(_everything()))
+    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(dict.fromkeys(_everything())))
     chains: tuple[Chain, ...] = CHAINS
 
 
