@@ -79,7 +79,7 @@ class SafetyConstraint:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
         strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. ``"auto"``,
             on a patched model alone, adapts λ while it trains so that the drift stays at
-            ``drift_budget``.
+            ``drift_budget``; at most 10, with a warning where that is too little.
         kind: one of the table above.
         token_weights: K non-negative numbers ω, not all zero; None for 1 each.
         margin: how far below the reference ``floor`` lets a logit fall; 0 or more, logit units.

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, distributed
 
 from str_kernels.huggingface.moment import Freshness
+from str_kernels.huggingface.notice import Notices
 from str_kernels.options import SafetyConstraint
 from str_kernels.terms import RowTerms
 
 START = 1.0
-LOWEST, HIGHEST = 1e-3, 1e3  # beyond them a longer memory of the error would only be paid back
+# A budget that λ = 10 cannot hold costs the task more than it is worth: on a real model a thousand
+# times the penalty kept every refusal and unlearned a third of the task.
+LOWEST, HIGHEST = 1e-3, 10.0
 MEMORY = 0.9  # of the EMA: about ten steps, for one batch's drift is noisy
 # A run starts without drift, and by the time it sets in λ must not be far down: eased slowly, by
 # e in 67 steps, and pressed fast. Neither cut is felt by the noise about the budget.
@@ -39,14 +42,16 @@ class DriftBudget:
 
     Args:
         safety: the constraint, its strength ``"auto"``.
+        notices: where a budget that cannot be held is told; None for a record of its own.
 
     Attributes:
         constraint: the same constraint at strength 1, which the rows' penalty is computed with.
         strength: λ of the next forward, a scalar fp32 tensor.
     """
 
-    def __init__(self, safety: SafetyConstraint) -> None:
+    def __init__(self, safety: SafetyConstraint, notices: Notices | None = None) -> None:
         """Begin at λ = 1, with no drift seen."""
+        self._notices = Notices() if notices is None else notices
         self.constraint = safety.at(1.0)
         self._budget, self._scale = safety.drift_budget, _scale(safety)
         # integral, strength, EMA of a Σ w C, EMA of Σ w
@@ -105,12 +110,15 @@ class DriftBudget:
         self._state = torch.where(usable, after, self._state)
 
     def report(self) -> dict[str, float]:
-        """``safety_strength`` and ``budgeted_drift`` (0 before the first step); waits for both."""
-        _, strength, distance, weight = self._state.tolist()
-        return {
-            "safety_strength": strength,
-            "budgeted_drift": math.sqrt(distance / weight) if weight else 0.0,
-        }
+        """``safety_strength`` and ``budgeted_drift`` (0 before the first step); waits for both.
+
+        Warns, once, of a strength that would have to stay above its bound.
+        """
+        integral, strength, distance, weight = self._state.tolist()
+        drift = math.sqrt(distance / weight) if weight else 0.0
+        if integral > 0.999 * math.log(HIGHEST):  # fp32's logarithm may lie on either side of it
+            self._notices.say_over_budget(drift, self._budget, HIGHEST)
+        return {"safety_strength": strength, "budgeted_drift": drift}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in JSON types; between two steps, on every process."""

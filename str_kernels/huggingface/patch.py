@@ -96,8 +96,9 @@ class Patch:
         self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
         safety = options.safety
-        self.budget = DriftBudget(safety) if safety is not None and safety.adaptive else None
         self.meter, self.notices = LossMeter(), Notices()
+        adaptive = safety is not None and safety.adaptive
+        self.budget = DriftBudget(safety, self.notices) if adaptive else None
         self._running = False
         install_forward(model, _patched_forward)
         defer_head(find_head(model))

@@ -50,7 +50,7 @@ def path_by_hand(drifts, limit, start=0.0):
         drift = math.sqrt(top / bottom)
         error = min(1.0, max(EASE, math.log(drift / limit))) if drift else EASE
         integral += INTEGRAL * error
-        path.append(math.exp(integral + PROPORTIONAL * error))
+        path.append(min(HIGHEST, math.exp(integral + PROPORTIONAL * error)))
     return path
 
 
@@ -73,7 +73,7 @@ def test_the_path_of_the_strength():
 def test_the_strength_has_bounds_and_comes_back(drift, bound):
     """However long it errs, λ stays within its bounds, and leaves them when the drift turns."""
     budget = DriftBudget(AUTO)
-    for _ in range(1000):
+    for _ in range(600):
         last = step(budget, drift)
     assert last == pytest.approx(bound, rel=1e-5)
     budget._state[2:] = 0  # forget the drifts; the integral is what could be wound up
@@ -83,6 +83,22 @@ def test_the_strength_has_bounds_and_comes_back(drift, bound):
         later = step(budget, 4.0 if bound == LOWEST else 0.04)
     assert (later > 2 * turned) == (bound == LOWEST)
     assert later != pytest.approx(turned, rel=0.3)
+
+
+def test_a_budget_that_cannot_be_held_is_told_once(recwarn):
+    """At the upper bound, and only there, the report warns of it."""
+    budget = DriftBudget(AUTO)
+    step(budget, 0.5)
+    budget.report()
+    assert not recwarn
+    for _ in range(60):
+        step(budget, 4.0)
+    for _ in range(2):
+        budget.report()
+    assert [str(w.message) for w in recwarn] == [
+        "The safety tokens drift by 4 logits, past drift_budget=0.4, and the strength is at its "
+        "bound of 10: lower the learning rate or raise the budget."
+    ]
 
 
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (math.inf, 1.0), (0.0, 0.0)])
@@ -159,7 +175,7 @@ def test_the_loss_is_that_of_its_strength(kind, positions):
     before the step, by hand; in evaluation too.
     """
     model, plain, inputs = lora(), lora(), batch()
-    safety = SafetyConstraint(IDS, "auto", kind=kind, drift_budget=0.02)
+    safety = SafetyConstraint(IDS, "auto", kind=kind, drift_budget=0.4)
     seen = []
     with patch_model(model, safety, positions=positions) as patch:
         for training in (True, True, True, False):
