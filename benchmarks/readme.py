@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.judge import NEVER_READ
 from benchmarks.safety.findings import Group, read
 from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
+from str_kernels.safety.rates import Rate
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- /measured -->"
@@ -56,7 +58,7 @@ def main() -> None:
 
 def section() -> str:
     """The tables, from ``benchmarks/results``."""
-    return "\n\n".join([_safety(), _head(), _counted(), _architectures()])
+    return "\n\n".join([_safety(), _judge(), _head(), _counted(), _architectures()])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -88,6 +90,17 @@ def _safety() -> str:
     return "\n".join(lines)
 
 
+def _judge() -> str:
+    (row,) = (row for row in _read("judge.json")["rows"] if row["part"] == NEVER_READ)
+    rate = Rate(row["agreed"], row["n"])
+    low, high = (f"{100 * bound:.0f}" for bound in rate.interval)
+    return (
+        "Refusals are judged by rules; they agree with human annotators on "
+        f"{100 * rate.value:.1f} % of {rate.total} answers not read while they were written "
+        f"({low} to {high} %)."
+    )
+
+
 def _rates(group: Group) -> str:
     """Three cells."""
     rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
@@ -103,7 +116,9 @@ def _head() -> str:
         f"The loss head, forward and backward, frozen: N {shape['N']:,}, V {shape['V']:,}, D "
         f"{shape['D']}, real hidden states ({shape['case']}), {where['threads']} threads of an "
         f"{where['processor']} with {where['cpu_capability']}, torch {where['versions']['torch']}. "
-        "Time in GEMMs: 1 is the bare product of hidden states and head in the same dtype."
+        "Time in GEMMs: 1 is the bare product of hidden states and head in the same dtype. No "
+        "figure: not run here, or none to give; Liger does not run without a GPU "
+        "([why](benchmarks/results/head.md))."
     )
     lines = [
         "| head | fp32 | bf16 | extra memory, fp32 | gradient error, fp32 | bf16 |",
@@ -113,11 +128,7 @@ def _head() -> str:
         by_dtype = {row["dtype"]: row for row in timed if row["contender"] == name}
         if any(row.get("gemms") for row in by_dtype.values()):
             lines.append(_head_row(label, by_dtype.get("float32"), by_dtype.get("bfloat16")))
-    last = (
-        "No figure: not run here, or none to give. Liger does not run without a GPU "
-        "([why](benchmarks/results/head.md))."
-    )
-    return "\n".join([first, "", *lines, "", last])
+    return "\n".join([first, "", *lines])
 
 
 def _head_row(label: str, full: dict | None, half: dict | None) -> str:
