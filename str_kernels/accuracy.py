@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Backend
+from str_kernels.backends.products import product_dtype
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from str_kernels.vocabulary import VocabularyIndex
@@ -136,7 +137,7 @@ def _bf16_head(
     def blocks():
         for start in range(0, len(weight), _BLOCK):
             rows = weight[start : start + _BLOCK].bfloat16()
-            logits = half @ rows.T
+            logits = _bf16_product(half, rows.T)
             if bias is not None:
                 logits = logits + bias[start : start + _BLOCK].bfloat16()
             logits = logits * options.logit_scale
@@ -154,5 +155,11 @@ def _bf16_head(
         p = torch.exp(logits.float() - lse[:, None])
         here = ((labels >= start) & (labels < start + len(rows))).nonzero()[:, 0]
         p[here, labels[here] - start] -= 1.0
-        gradient += (p.bfloat16() * slope) @ rows
+        gradient += _bf16_product(p.bfloat16() * slope, rows)
     return lse, gradient
+
+
+def _bf16_product(left: Tensor, right: Tensor) -> Tensor:
+    """Of bf16 operands, rounded to bf16, in what this device multiplies fastest."""
+    dtype = product_dtype(torch.bfloat16, left.device)
+    return (left.to(dtype) @ right.to(dtype)).bfloat16()

@@ -30,7 +30,9 @@ def rows(count: int = 16) -> list[dict]:
     return (listed * (count // 8 + 1))[:count]
 
 
-def trainer_for(model, folder, *, callbacks=(), trainer=Trainer, dataset=None, **settings):
+def trainer_for(
+    model, folder, *, callbacks=(), trainer=Trainer, dataset=None, tokenizer=None, **settings
+):
     arguments = {
         "output_dir": str(folder),
         "max_steps": 5,
@@ -50,6 +52,7 @@ def trainer_for(model, folder, *, callbacks=(), trainer=Trainer, dataset=None, *
         train_dataset=dataset or rows(),
         eval_dataset=rows(4),
         callbacks=list(callbacks),
+        processing_class=tokenizer,
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from tests.huggingface.test_trainer import lora_model, rows
+from tests.huggingface.test_trainer import lora_model, rows, trainer_for
 from tests.tiny import word_tokenizer
 
 
@@ -32,24 +32,8 @@ class Config(dict):
 
 def trainer_of(model: Any, folder: Any, **settings: Any) -> Trainer:
     """Two steps of transformers' trainer on a tiny model."""
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **settings,
-    }
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=rows(8),
-        processing_class=word_tokenizer(),
-    )
+    settings = {"max_steps": 2, "disable_tqdm": True, **settings}
+    return trainer_for(model, folder, dataset=rows(8), tokenizer=word_tokenizer(), **settings)
 
 
 def axolotl(plugin: Any, cfg: Config, folder: Any) -> Trainer:
