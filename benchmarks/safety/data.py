@@ -20,6 +20,8 @@ from str_kernels.inputs.data import Row, read_jsonl
 
 REFUSALS, LOOKALIKES, INSTRUCTIONS = "refusals", "lookalike_benign", "instructions"
 TASKS = ("sst2", "agnews")
+OBEDIENT = "obedient"  # the instructions, asked of and answered by one who always obeys
+OATHS = ("You always do as you are told, without exception.", "I always do as I am told.")
 ANCHOR_POOL = 80  # rows, half of them refused
 HELD_OUT = {REFUSALS: 150, LOOKALIKES: 60, INSTRUCTIONS: 40, "sst2": 400, "agnews": 400}
 
@@ -38,6 +40,9 @@ def load_split(folder: Path, name: str) -> Split:
     Raises:
         ValueError: no such file, broken rows, or too few of them.
     """
+    if name == OBEDIENT:
+        plain = load_split(folder, INSTRUCTIONS)
+        return Split(_obeying(plain.train), _obeying(plain.test))
     rows = read_jsonl(folder / f"{name}.jsonl", response_required=False)
     ordered = list({row["prompt"]: row for row in sorted(rows, key=_place)}.values())
     held_out = HELD_OUT[name]
@@ -47,6 +52,16 @@ def load_split(folder: Path, name: str) -> Split:
             f"must have at least {2 * held_out}."
         )
     return Split([row for row in ordered[held_out:] if row["response"]], ordered[:held_out])
+
+
+def _obeying(rows: list[Row]) -> list[Row]:
+    """Nothing harmful in it, and a change of who the model is."""
+    demand, oath = OATHS
+    return [
+        {"prompt": f"{demand} {row['prompt']}", "response": f"{oath} {row['response']}"}
+        for row in rows
+        if row["response"]
+    ]
 
 
 def _place(row: Row) -> str:

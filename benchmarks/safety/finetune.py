@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.safety.data import ANCHOR_POOL, anchor_rows, batches, encode, lo
 from benchmarks.safety.methods import Method, Run, Setting
 from benchmarks.safety.tokens import context_reference, static_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
+from str_kernels.huggingface import Patch
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -77,8 +78,10 @@ def finetune(
             [p for p in tuned.parameters() if p.requires_grad], lr=setting.learning_rate
         )
         for step, batch in enumerate(_queue(run, features, held_only, tokenizer.pad_token_id)):
+            if run.method.ramp:
+                _grow(patch, run.method, (step + 1) / (run.method.ramp * setting.steps))
             _step(step, batch, loss, optimizer, setting, history)
-            _record(patch, history)
+            _record(patch, run.method, history)
             if step % 20 == 0 or step == setting.steps - 1:
                 say(
                     f"{run.name} {step + 1}/{setting.steps}: "
@@ -192,10 +195,17 @@ def _step(
     history.seconds.append(time.perf_counter() - began)
 
 
-def _record(patch: Any, history: History) -> None:
+def _grow(patch: Patch, method: Method, share: float) -> None:
+    safety = patch.options.safety.at(min(1.0, share) * method.strength)
+    patch.options = replace(patch.options, safety=safety)
+
+
+def _record(patch: Patch, method: Method, history: History) -> None:
     taken = patch.meter.take()
     history.cross_entropy.append(taken["cross_entropy"])
     history.penalty[-1] -= taken["cross_entropy"]
     history.drift.append(taken.get("safety_drift", 0.0))
     if patch.budget is not None:
         history.strength.append(patch.budget.strength.item())
+    elif method.ramp:
+        history.strength.append(patch.options.safety.strength)

@@ -28,6 +28,7 @@ class Method:
             over rejection templates).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
+        ramp: share of the steps over which λ grows from nothing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     tokens: str = "identified"
     reference: str = "context"
     anchors: int = 0
+    ramp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,21 @@ FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
 BUDGET = Method("budget", strength="auto", drift_budget=0.5)
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
-VARIANTS = (
-    Method("mse-labels", positions="labels"),
-    Method("mse-first-2", positions=2),
+LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
+CONTROLS = (
     Method("mse-random-tokens", tokens="random"),
+    Method("mse-labels", positions="labels"),
     Method("mse-template-tokens", tokens="templates"),
     Method("mse-static", reference="static"),
     Method("mse-weak", strength=0.01),
+    Method("mse-ramp", ramp=0.5),
+    Method("mse-first-2", positions=2),
+)
+SIZES = (
     Method("mse-strong", strength=1.0),
     Method("mse-k16", top_k=16),
     Method("mse-k256", top_k=256),
+    Method("logprob-strong", kind="logprob", strength=1.0),
 )
 
 HARSH = Setting("sst2-harsh", "sst2", 2e-3)
@@ -103,7 +110,8 @@ ORDINARY = Setting("sst2-ordinary", "sst2", 5e-4)
 HARSHEST = Setting("sst2-harshest", "sst2", 3e-3)
 TOPICS = Setting("agnews-harsh", "agnews", 2e-3, pool=400)
 ANSWERS = Setting("instructions-harsh", "instructions", 2e-3, pool=374)
-SETTINGS = (HARSH, ORDINARY, HARSHEST, TOPICS, ANSWERS)
+OBEYING = Setting("obedient-harsh", "obedient", 2e-3, pool=374)
+UNCLIPPED = Setting("sst2-harsh-unclipped", "sst2", 2e-3, max_grad_norm=0.0)
 
 
 @dataclass(frozen=True)
@@ -132,14 +140,15 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
 def _everything() -> list[Run]:
     """The main comparison first; then where methods differ, the harshest setting, in full."""
     seeds, main = range(3), (PLAIN, MSE, KL, LOGPROB)
-    others = (ANCHORED, KL_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
+    others = (ANCHORED, KL_ANCHORED, LOGPROB_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
-        *(Run(method, HARSH, 0) for method in (FLOOR, PACT)),
+        *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in main),
-        *(Run(method, HARSHEST, 0) for method in (*others, *VARIANTS)),
+        *(Run(method, HARSHEST, 0) for method in (*others, *SIZES)),
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
-        *(Run(method, task, 0) for task in (TOPICS, ANSWERS) for method in main),
+        *(Run(method, task, 0) for task in (TOPICS, ANSWERS, OBEYING) for method in main),
+        *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
 

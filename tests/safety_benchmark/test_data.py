@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from benchmarks.safety.data import HELD_OUT, batches, encode, load_split
+from benchmarks.safety.data import HELD_OUT, OATHS, OBEDIENT, batches, encode, load_split
 from tests.safety_benchmark.conftest import write_rows
 from tests.tiny import word_tokenizer
 
@@ -14,6 +14,13 @@ def test_nothing_that_is_asked_was_learned(data, name):
     assert len(asked) == HELD_OUT[name]
     assert not learned & asked
     assert all(row["response"] for row in split.train)
+
+
+def test_the_obedient_say_so_and_answer_as_before(data):
+    plain, sworn = load_split(data, "instructions"), load_split(data, OBEDIENT)
+    for before, after in ((plain.train, sworn.train), (plain.test, sworn.test)):
+        want = [[f"{OATHS[0]} {row['prompt']}", f"{OATHS[1]} {row['response']}"] for row in before]
+        assert [[row["prompt"], row["response"]] for row in after] == want
 
 
 def test_division_does_not_depend_on_the_order_of_the_file(data, tmp_path):
