@@ -25,7 +25,7 @@ from str_kernels.backends.contract import (
 )
 from str_kernels.backends.logits import accumulator, logit_slope
 from str_kernels.backends.pipeline import Forward, run_forward
-from str_kernels.backends.rows import RowPlan, plan_rows, weight_coefficients
+from str_kernels.backends.rows import RowPlan, plan_rows, row_blocks, silence, weight_coefficients
 from str_kernels.backends.selection import Filter
 from str_kernels.constraint import constraint_terms
 from str_kernels.options import LossOptions
@@ -197,6 +197,7 @@ class _Upstream:
         self.settings, self.saved, self.options = settings, saved, settings.options
         self.dtype = saved["lse"].dtype
         self.plan = plan_rows(saved["labels"], saved["position_weights"], self.options, self.dtype)
+        self.everything = len(saved["rows"]) == len(self.plan.labels)
         self.grad_cross_entropy = grad_cross_entropy
         self.beta = self.d_lse = self.ids = None
         if self.options.constrained:
@@ -219,11 +220,10 @@ class _Upstream:
         """``[N, D]``: scaled row gradients plus the constraint's K columns."""
         weight, dense = self.saved["weight"], self.saved["rows"]
         dtype = self.settings.dtype
-        out = torch.zeros(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
+        make = torch.empty if self.everything else torch.zeros  # rows that nothing reaches
+        out = make(len(self.plan.labels), weight.shape[1], dtype=dtype, device=weight.device)
         size = max(1, _SCRATCH // weight.shape[1])
-        for start in range(0, len(dense), size):
-            block = slice(start, min(start + size, len(dense)))
-            rows = dense[block]
+        for block, rows in row_blocks(dense, len(out), size):
             gradient = self._scaled(self.grad_cross_entropy[rows], "ce_gradient", block)
             if self.d_lse is not None:
                 gradient += self._scaled(self.d_lse[rows], "lse_gradient", block)
@@ -238,14 +238,15 @@ class _Upstream:
     def _scaled(self, upstream: Tensor, name: str, block: slice) -> Tensor:
         gradient = self.saved[name][block] * upstream[:, None]  # in the dtype of upstream
         # a row without any upstream gradient adds nothing, even where its logits overflowed
-        return gradient.masked_fill_((upstream == 0)[:, None], 0.0)
+        return silence(gradient, upstream == 0)
 
-    def _safety_part(self, rows: Tensor) -> Tensor:
+    def _safety_part(self, rows: Tensor | slice) -> Tensor:
         return self.beta[rows] @ self.saved["weight"][self.ids].to(self.dtype)
 
     def weight_gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Weight ``[V, D]`` and bias ``[V]``; the backend makes the logits again."""
-        saved, rows = self.saved, self.saved["rows"]
+        saved = self.saved
+        rows = slice(None) if self.everything else saved["rows"]
         coefficients = weight_coefficients(
             self.plan,
             saved["lse"],

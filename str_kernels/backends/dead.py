@@ -11,6 +11,7 @@ from torch import Tensor
 from str_kernels.backends.contract import Coefficients, Head, Saved
 from str_kernels.backends.logits import accumulator
 from str_kernels.backends.products import dead_product
+from str_kernels.backends.rows import silence
 from str_kernels.options import TILE, LossOptions
 
 _ROWS = 2048  # of the scratch
@@ -42,7 +43,7 @@ def dead_share(
             # label smoothing pulls every token alike; live pairs do so with their own logits
             pull = (coefficients.sigma[rows] * options.logit_scale)[:, None]
             dz.sub_(torch.where(masses < 0, 0.0, pull))
-        dz.masked_fill_(silent[rows, None], 0.0)
+        silence(dz, silent[rows])
         # label smoothing is no approximation: with it the product keeps its precision
         operands = head.hidden_states.dtype if coefficients.sigma is None else dtype
         weight += dead_product(dz.T, head.hidden_states[rows], operands)

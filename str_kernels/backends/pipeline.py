@@ -14,7 +14,7 @@ from torch import Tensor
 from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.logits import accumulator, kept_dtype, safety_logits
-from str_kernels.backends.rows import RowPlan, cross_entropy, row_gradients
+from str_kernels.backends.rows import RowPlan, cross_entropy, row_blocks, row_gradients
 from str_kernels.backends.selection import Filter
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -66,8 +66,8 @@ def run_forward(
     rows = plan.dense.nonzero()[:, 0]
     collected = _Collected(head, rows, plan, options)
     size = backend.row_block(head, len(rows), routed=tiles is not None)
-    for part in rows.split(size):  # one empty part if no row needs the vocabulary
-        block = head._replace(hidden_states=head.hidden_states[part])
+    for _, part in row_blocks(rows, len(plan.labels), size):
+        block = head._replace(hidden_states=head.hidden_states[part].contiguous())
         labels = plan.labels[part]
         if tiles is None:
             dense = backend.exact(block, labels, options, wanted)

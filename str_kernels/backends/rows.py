@@ -14,6 +14,7 @@ cancels on a row that is already right.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,19 +75,43 @@ def row_gradients(
     Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``open_gradient`` is used
     up: ``[R, D]`` is large.
     """
-    unlabelled, epsilon = (labels < 0)[:, None], options.label_smoothing
+    epsilon, unlabelled = options.label_smoothing, labels < 0
     label_row = weight_rows(head, labels.clamp(min=0), dense.lse.dtype)
-    label_row.mul_(logit_slope(dense.label_logit, options)[:, None]).masked_fill_(unlabelled, 0.0)
+    slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
     by_lse = None
     if options.safety is not None and needs_lse(options.safety):
-        by_lse = torch.addcmul(dense.open_gradient, 1.0 - dense.open_mass[:, None], label_row)
-    alpha = (1.0 + 2.0 * options.z_loss * dense.lse)[:, None]
+        share = slope * (1.0 - dense.open_mass)
+        by_lse = torch.addcmul(dense.open_gradient, share[:, None], label_row)
+    alpha = 1.0 + 2.0 * options.z_loss * dense.lse
     # α p_y - (1 - ε), with p_y = 1 - open mass
-    label_share = (alpha - (1.0 - epsilon)) - alpha * dense.open_mass[:, None]
-    gradient = dense.open_gradient.mul_(alpha).addcmul_(label_share, label_row)
+    label_share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
+    gradient = dense.open_gradient
+    if options.z_loss:
+        gradient.mul_(alpha[:, None])
+    gradient.addcmul_(label_share[:, None], label_row)
     if epsilon:
         gradient.sub_(dense.smooth_gradient, alpha=epsilon / head.weight.shape[0])
-    return gradient.masked_fill_(unlabelled, 0.0), by_lse
+    return silence(gradient, unlabelled), by_lse
+
+
+def silence(values: Tensor, silent: Tensor) -> Tensor:
+    """Zero the rows ``silent [R]`` of ``values [R, C]`` in place, whatever stood there.
+
+    A CPU looks first whether there are any: a pass over all values costs more than the answer.
+    """
+    if values.device.type == "cpu" and not silent.any():
+        return values
+    return values.masked_fill_(silent[:, None], 0.0)
+
+
+def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor | slice]]:
+    """Blocks of ``rows [R]`` of N = ``total``, one at least: where in R, and which of the N.
+
+    If R are all N the two are the same slice, which copies nothing.
+    """
+    for start in range(0, max(1, len(rows)), size):
+        block = slice(start, min(start + size, len(rows)))
+        yield block, block if len(rows) == total else rows[block]
 
 
 def weight_coefficients(
