@@ -11,8 +11,10 @@ from str_kernels.options import TILE
 
 # Taller blocks of rows amortise a GEMM's packing of the weight; beyond this nothing was gained.
 MAX_ROWS = 2048
-# Wider blocks leave the cache before their exponentials are taken.
+# Wider blocks leave the cache before their exponentials are taken, unless they have few rows; and
+# every block costs some twenty calls.
 _MAX_COLUMNS = 32 * TILE
+_SMALL_BLOCK = 1 << 18  # numbers
 
 
 def row_block(byte_budget: int, head: Head, rows: int, *, routed: bool) -> int:
@@ -28,7 +30,8 @@ def column_block(byte_budget: int, head: Head) -> int:
     """Columns per block, whole tiles: two blocks of logits and two of weight rows fit."""
     rows = min(MAX_ROWS, max(1, len(head.hidden_states)))
     columns = byte_budget // (2 * _width(head) * (rows + head.weight.shape[1])) // TILE * TILE
-    return min(_MAX_COLUMNS, max(TILE, columns))
+    most = max(_MAX_COLUMNS, _SMALL_BLOCK // rows // TILE * TILE)
+    return min(most, max(TILE, columns))
 
 
 def _width(head: Head) -> int:
