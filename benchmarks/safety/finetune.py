@@ -18,12 +18,20 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
 from benchmarks.safety.anchors import joined, without_labels
-from benchmarks.safety.data import ANCHOR_POOL, anchor_rows, batches, encode, load_split
+from benchmarks.safety.data import (
+    ANCHOR_POOL,
+    INSTRUCTIONS,
+    anchor_rows,
+    batches,
+    encode,
+    load_split,
+)
 from benchmarks.safety.methods import Method, Run, Setting
-from benchmarks.safety.tokens import context_reference, static_reference, token_ids
+from benchmarks.safety.tokens import context_reference, rarity, static_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
+from str_kernels.inputs.data import Row
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
@@ -69,7 +77,9 @@ def finetune(
     known = [*features, *held_only]
 
     with ExitStack() as stack:
-        safety, held = _held(run.method, aligned or model, tokenizer, setting, known, work)
+        benign = load_split(data, INSTRUCTIONS).train if run.method.rarity else []
+        start = aligned or model
+        safety, held = _held(run.method, start, tokenizer, setting, known, benign, work)
         torch.manual_seed(run.seed)
         tuned = _with_lora(model, setting)
         patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
@@ -109,14 +119,17 @@ def _held(
     tokenizer: PreTrainedTokenizerBase,
     setting: Setting,
     features: list[dict],
+    benign: list[Row],
     work: Path,
 ) -> tuple[SafetyConstraint | None, dict[str, Any]]:
     """The constraint, and the patch's arguments that belong to it."""
     if method.loss != "str":
         return None, {}
     ids = token_ids(method, model, tokenizer, work)
-    budget = {} if method.drift_budget is None else {"drift_budget": method.drift_budget}
-    safety = SafetyConstraint(ids, method.strength, method.kind, **budget)
+    weights = rarity(ids, tokenizer, benign) if method.rarity else None
+    safety = SafetyConstraint(
+        ids, method.strength, method.kind, weights, drift_budget=method.drift_budget
+    )
     if method.reference == "static":
         values = static_reference(model, tokenizer, ids)
         return safety, {"reference": ("static", values), "positions": method.positions}

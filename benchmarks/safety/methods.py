@@ -28,6 +28,7 @@ class Method:
             over rejection templates).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
+        rarity: weigh a token down by how often benign answers use it.
         ramp: share of the steps over which λ grows from nothing.
     """
 
@@ -41,6 +42,7 @@ class Method:
     tokens: str = "identified"
     reference: str = "context"
     anchors: int = 0
+    rarity: bool = False
     ramp: float = 0.0
 
 
@@ -100,6 +102,7 @@ CONTROLS = (
 )
 SIZES = (
     Method("mse-strong", strength=1.0),
+    Method("mse-rarity", rarity=True),
     Method("mse-k16", top_k=16),
     Method("mse-k256", top_k=256),
     Method("logprob-strong", kind="logprob", strength=1.0),

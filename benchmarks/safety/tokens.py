@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
+from str_kernels.inputs.data import Row
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.inference import last_logits, prompt_token_ids, reading
 from str_kernels.safety.references import content_key
@@ -68,3 +70,17 @@ def static_reference(
             total += logits[0][:, columns].float().sum(0)
             count += len(answer)
     return total / count
+
+
+def rarity(
+    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]
+) -> tuple[float, ...]:
+    """Weights of mean 1 that fall with how often benign answers use a token.
+
+    ``1 / (1 + m)`` of one that is m in a thousand.
+    """
+    counts: Counter[int] = Counter()
+    for row in rows:
+        counts.update(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
+    weights = [1.0 / (1.0 + 1000 * counts[i] / max(1, counts.total())) for i in ids]
+    return tuple(w * len(weights) / sum(weights) for w in weights)

@@ -30,6 +30,7 @@ METHODS = {
         Method("anchors", top_k=4, anchors=1),
         Method("full-kl", loss="full_kl"),
         Method("ramp", top_k=4, ramp=1.0),
+        Method("rarity", top_k=4, rarity=True),
     )
 }
 
