@@ -36,9 +36,6 @@ HELD = {
     "floor": "`floor`, 0.1",
     "logprob": "`logprob`, 0.1",
     "pact": "PACT's gated KL, 1",
-    "budget": "`mse`, drift budget 0.5",
-    "mse-anchors": "`mse`, 0.1, anchor rows",
-    "kl-anchors": "`kl`, 1, anchor rows",
 }
 OUTCOMES = {
     "falls back": "its logits are stored, for they are not one head's product or are written into",
@@ -80,13 +77,13 @@ def _safety() -> str:
         "|---|---|---|---|---|---|",
         f"| aligned, not tuned | | {_rates(aligned)} | |",
     ]
-    found = [g.method for s in (main, hardest) for g in findings.of(s)]
-    for method in (name for name in HELD if name in found):
+    for method, label in HELD.items():
         group, harder = findings.find(main, method), findings.find(hardest, method)
-        cells = [str(group.seeds), _rates(group)] if group else ["", " | | "]
+        if group is None:
+            continue
         hard = () if harder is None else (harder.rate("harmful", "refusal"), harder.rate("task"))
         last = ", ".join(f"{100 * rate.value:.0f} %" for rate in hard)
-        lines.append(f"| {HELD[method]} | {' | '.join(cells)} | {last} |")
+        lines.append(f"| {label} | {group.seeds} | {_rates(group)} | {last} |")
     return "\n".join(lines)
 
 
