@@ -106,6 +106,8 @@ SIZES = (
     Method("mse-k16", top_k=16),
     Method("mse-k256", top_k=256),
     Method("logprob-strong", kind="logprob", strength=1.0),
+    Method("kl-strong", kind="kl", strength=10.0),
+    Method("kl-anchors-strong", kind="kl", strength=10.0, anchors=1),
 )
 
 HARSH = Setting("sst2-harsh", "sst2", 2e-3)

@@ -29,6 +29,8 @@ the same fine-tuning with nothing held. No request that is asked was ever traine
 and seeds. Both count the same prompts once a seed and know nothing of how far seeds differ: look at
 each seed. Seconds and memory were taken with other work on the machine: compare them loosely."""
 
+CONCLUSIONS = "conclusions.md"  # beside the results, written by who has read them
+
 LIMITS = """\
 - One small base model, English requests only, one aligning recipe.
 - Refusals are judged by rules that read an answer's words; the judge cannot see harm.
@@ -45,7 +47,10 @@ def write(folder: Path) -> Path:
         ValueError: the folder holds no results, or strange ones.
     """
     findings = read(folder, plan_order())
-    parts = ["# Does it keep a model safe?", HOW, _made(findings), _aligned(findings)]
+    conclusions = folder / CONCLUSIONS
+    concluded = conclusions.read_text(encoding="utf-8").strip() if conclusions.is_file() else ""
+    parts = ["# Does it keep a model safe?", HOW, _made(findings), concluded]
+    parts.append(_aligned(findings))
     for setting in findings.settings():
         parts.append(_setting(findings, setting, folder))
     parts += [_chains(findings), _identified(findings), "## Limits", LIMITS]

@@ -103,6 +103,12 @@ def test_report_states_what_the_results_say(results):
         assert (results / f"sst2-harsh-{picture}.png").stat().st_size > 1000
 
 
+def test_what_people_concluded_is_in_the_report(results):
+    (results / "conclusions.md").write_text("## What we take from it\n\nHold every position.\n")
+    text = write(results).read_text()
+    assert text.index("Hold every position.") < text.index("## The aligned model")
+
+
 def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
     chain = CHAINS[1]
     asked = (["refusal"] * 10, ["refusal"] * 7 + ["partial"] * 3, ["compliance"] * 10)
