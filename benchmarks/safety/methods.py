@@ -149,6 +149,7 @@ def _everything() -> list[Run]:
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
         *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
+        *(Run(CONTROLS[0], HARSH, seed) for seed in seeds),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in main),
         *(Run(method, HARSHEST, 0) for method in (*others, *SIZES)),
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
