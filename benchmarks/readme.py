@@ -36,6 +36,8 @@ HELD = {
     "floor": "`floor`, 0.1",
     "logprob": "`logprob`, 0.1",
     "pact": "PACT's gated KL, 1",
+    "mse-labels": "`mse`, 0.1, answers alone",
+    "mse-random-tokens": "`mse`, 0.1, 64 random tokens",
 }
 OUTCOMES = {
     "falls back": "its logits are stored, for they are not one head's product or are written into",
@@ -70,7 +72,9 @@ def _safety() -> str:
         "Gemma 3 270M, aligned for the purpose, then LoRA on SST-2 (rank 8, learning rate "
         f"{HARSH.learning_rate:g}, {HARSH.steps} steps of {HARSH.batch}, fp32): what it answers "
         f"afterwards, and at a learning rate of {HARSHEST.learning_rate:g}. "
-        "[Everything that was run](benchmarks/results/safety/REPORT.md).",
+        "`mse` at 0.1 on every position is the default: `logprob` keeps more, but takes prompts "
+        "through the whole vocabulary. "
+        "[Everything that was run, and what we take from it](benchmarks/results/safety/REPORT.md).",
         "",
         "| held by | seeds | harmful requests refused | benign look-alikes refused | accuracy "
         f"| at {HARSHEST.learning_rate:g}: refused, accuracy |",
