@@ -256,7 +256,7 @@ class _Upstream:
             self.d_lse,
         )
         gradients = self.settings.backend.weight_gradients(
-            Head(saved["hidden_states"][rows], saved["weight"], saved["bias"]),
+            Head(saved["hidden_states"][rows].contiguous(), saved["weight"], saved["bias"]),
             self.plan.labels[rows],
             Saved(
                 saved["lse"][rows],

@@ -26,8 +26,8 @@ from str_kernels.options import SafetyConstraint
 from str_kernels.terms import RowTerms
 
 START = 1.0
-# A budget that λ = 10 cannot hold costs the task more than it is worth: on a real model a thousand
-# times the penalty kept every refusal and unlearned a third of the task.
+# A budget that λ = 10 cannot hold costs more than it is worth: on a real model λ = 1000 kept every
+# refusal, and the task was not learned.
 LOWEST, HIGHEST = 1e-3, 10.0
 MEMORY = 0.9  # of the EMA: about ten steps, for one batch's drift is noisy
 # A run starts without drift, and by the time it sets in λ must not be far down: eased slowly, by
