@@ -91,6 +91,7 @@ BUDGET = Method("budget", strength="auto", drift_budget=0.5)
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
 LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
+KL_STRONG = Method("kl-strong", kind="kl", strength=10.0)
 CONTROLS = (
     Method("mse-random-tokens", tokens="random"),
     Method("mse-labels", positions="labels"),
@@ -106,7 +107,7 @@ SIZES = (
     Method("mse-k16", top_k=16),
     Method("mse-k256", top_k=256),
     Method("logprob-strong", kind="logprob", strength=1.0),
-    Method("kl-strong", kind="kl", strength=10.0),
+    KL_STRONG,
     Method("kl-anchors-strong", kind="kl", strength=10.0, anchors=1),
 )
 
@@ -155,7 +156,7 @@ def _everything() -> list[Run]:
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
         *(Run(method, task, 0) for task in (TOPICS, ANSWERS, OBEYING) for method in main),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
-        *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
+        *(Run(method, HARSHEST, seed) for seed in seeds for method in (KL_STRONG, ANCHORED, BUDGET)),
     ]
 
 
