@@ -156,7 +156,8 @@ def _everything() -> list[Run]:
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
         *(Run(method, task, 0) for task in (TOPICS, ANSWERS, OBEYING) for method in main),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
-        *(Run(method, HARSHEST, seed) for seed in seeds for method in (KL_STRONG, ANCHORED, BUDGET)),
+        *(Run(KL_STRONG, HARSHEST, seed) for seed in seeds),
+        *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
 
 
