@@ -87,6 +87,8 @@ def _safety() -> str:
             continue
         hard = () if harder is None else (harder.rate("harmful", "refusal"), harder.rate("task"))
         last = ", ".join(f"{100 * rate.value:.0f} %" for rate in hard)
+        if harder is not None and harder.seeds != group.seeds:
+            last += f" (seeds: {harder.seeds})"
         lines.append(f"| {label} | {group.seeds} | {_rates(group)} | {last} |")
     return "\n".join(lines)
 

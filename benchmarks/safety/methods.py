@@ -92,8 +92,9 @@ ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
 LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
 KL_STRONG = Method("kl-strong", kind="kl", strength=10.0)
+RANDOM = Method("mse-random-tokens", tokens="random")
 CONTROLS = (
-    Method("mse-random-tokens", tokens="random"),
+    RANDOM,
     Method("mse-labels", positions="labels"),
     Method("mse-template-tokens", tokens="templates"),
     Method("mse-static", reference="static"),
@@ -150,7 +151,7 @@ def _everything() -> list[Run]:
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
         *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
-        *(Run(CONTROLS[0], HARSH, seed) for seed in seeds),
+        *(Run(RANDOM, HARSH, seed) for seed in seeds),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in main),
         *(Run(method, HARSHEST, 0) for method in (*others, *SIZES)),
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
