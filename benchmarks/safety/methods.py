@@ -92,6 +92,8 @@ ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
 LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
 KL_STRONG = Method("kl-strong", kind="kl", strength=10.0)
+KL_STRONG_ANCHORED = Method("kl-anchors-strong", kind="kl", strength=10.0, anchors=1)
+KL_STRONG_RANDOM = Method("kl-strong-random-tokens", kind="kl", strength=10.0, tokens="random")
 RANDOM = Method("mse-random-tokens", tokens="random")
 CONTROLS = (
     RANDOM,
@@ -109,7 +111,7 @@ SIZES = (
     Method("mse-k256", top_k=256),
     Method("logprob-strong", kind="logprob", strength=1.0),
     KL_STRONG,
-    Method("kl-anchors-strong", kind="kl", strength=10.0, anchors=1),
+    Method("kl-stronger", kind="kl", strength=30.0),
 )
 
 HARSH = Setting("sst2-harsh", "sst2", 2e-3)
@@ -148,6 +150,7 @@ def _everything() -> list[Run]:
     """The main comparison first; then where methods differ, the harshest setting, in full."""
     seeds, main = range(3), (PLAIN, MSE, KL, LOGPROB)
     others = (ANCHORED, KL_ANCHORED, LOGPROB_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
+    strong = (KL_STRONG, KL_STRONG_ANCHORED)
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
         *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
@@ -157,7 +160,11 @@ def _everything() -> list[Run]:
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
         *(Run(method, task, 0) for task in (TOPICS, ANSWERS, OBEYING) for method in main),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
-        *(Run(KL_STRONG, HARSHEST, seed) for seed in seeds),
+        *(Run(method, HARSHEST, seed) for seed in seeds for method in strong),
+        *(Run(method, HARSH, seed) for seed in seeds for method in strong),
+        *(Run(KL_STRONG, ORDINARY, seed) for seed in seeds),
+        *(Run(KL_STRONG, task, 0) for task in (TOPICS, ANSWERS, OBEYING)),
+        *(Run(KL_STRONG_RANDOM, setting, 0) for setting in (HARSH, HARSHEST)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
 
