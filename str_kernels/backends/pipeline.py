@@ -15,9 +15,11 @@ from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.logits import accumulator, kept_dtype, safety_logits
 from str_kernels.backends.rows import RowPlan, cross_entropy, row_blocks, row_gradients
-from str_kernels.backends.selection import Filter
+from str_kernels.backends.selection import Filter, say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
+
+_SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; 8-bit screens are off by tenths
 
 
 class Forward(NamedTuple):
@@ -86,11 +88,25 @@ def _routed(
     tiles: Tiles,
     wanted: Wanted,
 ) -> Dense:
-    """The stages of one block of rows; what they hand on is gone before the next block."""
+    """The stages of one block of rows; what they hand on is gone before the next block.
+
+    Refined pairs correct the screened log-sum-exp, so they tell how far the screen was off. Where
+    that is more than rounding, at logits of ten thousands, the block is screened exactly.
+    """
     masses = backend.screen(block, tiles, options, chosen.screen)
     work = backend.route(masses, labels, tiles, chosen.eps)
     refined = backend.refine(block, labels, tiles, work, options, wanted)
-    return join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
+    dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
+    # NaN is off as well
+    if chosen.screen == "exact" or bool(((dense.lse - work.shift).abs() <= _SCREEN_ERROR).all()):
+        return dense
+    say_once(
+        f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more than "
+        f"{_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly"
+    )
+    del masses, work, refined, dense
+    exactly = chosen._replace(screen="exact")
+    return _routed(backend, block, labels, options, exactly, tiles, wanted)
 
 
 class _Collected:

@@ -108,6 +108,23 @@ def test_a_row_without_upstream_gradient_adds_nothing(options, eps):
     assert_close(got, truth, 5e-6 if eps == 0.0 else 0.01)
 
 
+@pytest.mark.parametrize("size", [640, 20_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"k": 5, "kind": "logprob"}], ids=str)
+def test_logits_too_large_for_a_bf16_screen(options, size):
+    """Where bf16 is off by more than a nat the block is screened exactly: no NaN, and as accurate.
+
+    bf16 keeps 3 digits, so at a logit of 100,000 it is off by hundreds, and exp of that is inf.
+    """
+    case = clustered_case(**options)
+    index = index_of(case)
+    case.weight *= size / (case.hidden_states @ case.weight.T).abs().max()
+    case = case.to(torch.float32)
+    arguments = {"filter_eps": DEFAULT_EPS, "index": index}
+    got, exactly = (case.run(screen=screen, **arguments) for screen in ("bf16", "exact"))
+    assert all(value.isfinite().all() for value in got.values())
+    assert_close(got, exactly, 1e-4 if size == 640 else 1e-12)
+
+
 @pytest.mark.parametrize("n", [20, 60, 200])
 def test_token_accuracy_and_entropy(n):
     """Labels are compared with the largest logit of cold, warm and hot tiles; entropy is exact."""
