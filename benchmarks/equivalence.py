@@ -69,11 +69,8 @@ def main() -> None:
     for seed in range(args.seeds):
         measure(found, tokens, {"text": name, "seed": seed, "steps": args.steps})
     rows = [r for r in found.rows if (r["text"], r["steps"]) == (name, args.steps)]
-    draw(rows, args.out / f"equivalence-{name}.png")
-    lines = [line for kind in KINDS for line in table(rows, kind)]
-    headings = ["training", "head", "of the seeds' distance", "in the second half"]
-    headings += ["last quarter, nats", "live", "verdict"]
-    finish(args.out, "equivalence", markdown(headings, lines) + NOTE)
+    draw(rows, KINDS, args.out / f"equivalence-{name}.png")
+    finish(args.out, "equivalence", table(rows, KINDS) + NOTE)
 
 
 def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:
@@ -192,47 +189,45 @@ def share_of_spread(curves: Tensor, truth: Tensor) -> float:
     return ((curves - truth).square().mean().sqrt() / truth.std(0).square().mean().sqrt()).item()
 
 
-def table(rows: list[dict], kind: str) -> list[list[str]]:
-    """A line for each head but the materialised one."""
-    curves = curves_of(rows, kind)
-    truth = curves.pop("materialised")
+def table(rows: list[dict], kinds: dict[str, str]) -> str:
+    """A line for each kind and head but the materialised one."""
     lines = []
-    for head, mine in curves.items():
-        share, late = share_of_spread(mine, truth), 3 * truth.shape[1] // 4
-        shift = (mine - truth)[:, late:].mean().item()
-        half = truth.shape[1] // 2
-        second = share_of_spread(mine[:, half:], truth[:, half:])
-        live = statistics.fmean(r["live"] for r in rows if (r["kind"], r["head"]) == (kind, head))
-        numbers = [f"{share:.1%}", f"{second:.1%}", f"{shift:+.5f}", f"{live:.0%}"]
-        verdict = "within" if share <= LIMIT else "beyond"
-        lines.append([KINDS[kind], head, *numbers, f"{verdict} {LIMIT:.0%}"])
-    return lines
+    for kind, title in kinds.items():
+        curves = curves_of(rows, kind)
+        truth = curves.pop("materialised")
+        late, half = 3 * truth.shape[1] // 4, truth.shape[1] // 2
+        for head, mine in curves.items():
+            share = share_of_spread(mine, truth)
+            second = share_of_spread(mine[:, half:], truth[:, half:])
+            shift = (mine - truth)[:, late:].mean().item()
+            here = [row for row in rows if (row["kind"], row["head"]) == (kind, head)]
+            live = statistics.fmean(row["live"] for row in here)
+            numbers = [f"{share:.1%}", f"{second:.1%}", f"{shift:+.5f}", f"{live:.0%}"]
+            verdict = "within" if share <= LIMIT else "beyond"
+            lines.append([title, head, *numbers, f"{verdict} {LIMIT:.0%}"])
+    headings = ["training", "head", "of the seeds' distance", "in the second half"]
+    return markdown([*headings, "last quarter, nats", "live", "verdict"], lines)
 
 
 def curves_of(rows: list[dict], kind: str) -> dict[str, Tensor]:
-    """Losses ``[S, steps]`` of each head."""
+    """Losses ``[S, steps]`` of each head, the materialised one among them."""
+    here = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["seed"])
     return {
-        head: torch.tensor(
-            [
-                row["losses"]
-                for row in sorted(rows, key=lambda row: row["seed"])
-                if (row["kind"], row["head"]) == (kind, head)
-            ]
-        )
-        for head in HEADS
+        head: torch.tensor([row["losses"] for row in here if row["head"] == head])
+        for head in dict.fromkeys(row["head"] for row in here)
     }
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], kinds: dict[str, str], path: Path) -> None:
     """Above: the materialised head's curves; each other head's distance from them, by step."""
-    figure, axes = plots.new_figure(2 * len(KINDS), width=4.2, height=3.6)
-    for at, kind in enumerate(KINDS):
+    figure, axes = plots.new_figure(2 * len(kinds), width=4.2, height=3.6)
+    for at, (kind, title) in enumerate(kinds.items()):
         curves = curves_of(rows, kind)
         truth = curves.pop("materialised")
         plain, distance = axes[2 * at], axes[2 * at + 1]
         for seed, curve in enumerate(truth):
             plain.plot(curve, color=plots.OURS, alpha=0.6, linewidth=0.8, label=f"seed {seed}")
-        plain.set(title=KINDS[kind], xlabel="step", ylabel="loss of the materialised head, nats")
+        plain.set(title=title, xlabel="step", ylabel="loss of the materialised head, nats")
         spread = truth.std(0)
         distance.plot(spread, color="black", linewidth=0.8, label="between seeds")
         for head, mine in curves.items():
