@@ -110,7 +110,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     if args.worker != "unpatched":
         vocab = model.get_output_embeddings().weight.shape[0]
         ids = [i * vocab // 64 for i in range(64)]
-        safety = SafetyConstraint(ids, 0.1) if args.worker == "patched-str" else None
+        safety = SafetyConstraint(ids) if args.worker == "patched-str" else None
         patch_model(model, safety)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = prose_ids(tokenizer, context * (args.steps + 1))

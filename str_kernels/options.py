@@ -26,8 +26,10 @@ Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
 DRIFT_BUDGET = 0.5  # logit units; of ``strength="auto"`` without a budget of its own
-# λ that kept 99 % of a real model's refusals where plain tuning kept 22 (benchmarks/results/safety)
-DEFAULT_STRENGTH = 0.1
+# What kept most of a real model's refusals at the least cost (benchmarks/results/safety); the
+# squares of logits are larger than divergences, and take a smaller λ.
+DEFAULT_KIND: ConstraintKind = "kl"
+DEFAULT_STRENGTHS = {"mse": 0.1, "floor": 0.1, "logprob": 0.1, "kl": 10.0}
 TILE = 128
 
 
@@ -73,13 +75,15 @@ class SafetyConstraint:
     ==========  =======================================  =======================
 
     where ``q ∝ ω · softmax_S(r/τ)`` and ``softmax_S`` runs over the safety tokens alone.
-    ``mse`` is Safety Token Regularization (arXiv 2604.17210), ``kl`` is PACT's (arXiv 2603.07445).
+    ``mse`` is Safety Token Regularization (arXiv 2604.17210), ``kl`` is PACT's (arXiv 2603.07445),
+    at every position and stronger. Why ``kl`` is the default: ``benchmarks/results/safety``.
 
     Args:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
-        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. ``"auto"``,
-            on a patched model alone, adapts λ while it trains so that the drift stays at
-            ``drift_budget``; at most 10, with a warning where that is too little.
+        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None for 10
+            with ``kl`` and 0.1 with the others. ``"auto"``, on a patched model alone, adapts λ
+            while it trains so that the drift stays at ``drift_budget``; at most 100 with ``kl``
+            and 10 with the others, and a warning where that is too little.
         kind: one of the table above.
         token_weights: K non-negative numbers ω, not all zero; None for 1 each.
         margin: how far below the reference ``floor`` lets a logit fall; 0 or more, logit units.
@@ -95,8 +99,8 @@ class SafetyConstraint:
     """
 
     token_ids: tuple[int, ...]
-    strength: float | Literal["auto"]
-    kind: ConstraintKind = "mse"
+    strength: float | Literal["auto"] | None = None
+    kind: ConstraintKind = DEFAULT_KIND
     token_weights: tuple[float, ...] | None = None
     margin: float = 0.0
     temperature: float = 1.0
@@ -105,12 +109,17 @@ class SafetyConstraint:
     def __post_init__(self) -> None:
         """Check every field and freeze sequences into tuples."""
         object.__setattr__(self, "token_ids", self._checked_ids())
-        self._check_strength()
         _choice("kind", self.kind, get_args(ConstraintKind))
+        self._check_strength()
         object.__setattr__(self, "token_weights", self._checked_weights())
         object.__setattr__(self, "margin", _finite("margin", self.margin, minimum=0.0))
         temperature = _finite("temperature", self.temperature, minimum=0.0, strict=True)
         object.__setattr__(self, "temperature", temperature)
+        if self.kind == "kl" and len(self.token_ids) == 1:
+            raise ValueError(
+                "token_ids has 1 entry: kind='kl' holds proportions among tokens; give 2 or "
+                "more, or kind='mse'."
+            )
         if self.margin != 0.0 and self.kind != "floor":
             raise ValueError(f"margin={self.margin}: only kind='floor' has one, not {self.kind!r}.")
         if self.temperature != 1.0 and self.kind != "kl":
@@ -128,6 +137,8 @@ class SafetyConstraint:
         return replace(self, strength=strength, drift_budget=None)
 
     def _check_strength(self) -> None:
+        if self.strength is None:
+            object.__setattr__(self, "strength", DEFAULT_STRENGTHS[self.kind])
         if isinstance(self.strength, str):
             if self.strength != "auto":
                 raise ValueError(f"strength={self.strength!r}: must be 'auto' or a number.")

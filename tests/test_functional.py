@@ -12,6 +12,8 @@ import torch
 import str_kernels
 from str_kernels import LinearCrossEntropyLoss, SafetyConstraint, linear_cross_entropy
 from str_kernels.backends import TorchBlocked
+from str_kernels.options import DEFAULT_STRENGTHS
+from str_kernels.training.settings import TrainSettings
 from tests.oracle import assert_close, make_case, relative_error
 
 SAFETY = SafetyConstraint([1, 2], 0.5)
@@ -96,8 +98,9 @@ def test_bad_input_is_named(changes, message):
         ((range(1025), 1.0), "1025 entries"),
         (([3, 5, 3], 1.0), "holds 3 2 times"),
         (([-1], 1.0), r"token_ids\[0\]=-1"),
-        (([1], -1.0), "strength=-1.0"),
-        (([1], float("nan")), "strength=nan"),
+        (([1, 2], -1.0), "strength=-1.0"),
+        (([1, 2], float("nan")), "strength=nan"),
+        (([1], 1.0), "token_ids has 1 entry: kind='kl' holds proportions among tokens"),
         (([1], 1.0, "l2"), "kind='l2'"),
         (([1], 1.0, "mse", [1.0, 2.0]), "token_weights has 2 entries"),
         (([1], 1.0, "mse", [0.0]), "all zero"),
@@ -109,6 +112,15 @@ def test_bad_constraints_are_named(arguments, message):
     """A constraint checks itself when it is built."""
     with pytest.raises(ValueError, match=message):
         SafetyConstraint(*arguments)
+
+
+@pytest.mark.parametrize(("kind", "strength"), DEFAULT_STRENGTHS.items())
+def test_a_strength_that_is_not_given(kind, strength):
+    """Is the kind's own, by whatever door; and zero stays zero."""
+    assert SafetyConstraint([1, 2], kind=kind).strength == strength
+    assert TrainSettings("model", "data", "out", kind=kind).strength == strength
+    assert SafetyConstraint([1, 2], 0.0, kind).strength == 0.0
+    assert SafetyConstraint([1, 2]) == SafetyConstraint([1, 2], 10.0, "kl")
 
 
 @pytest.mark.parametrize("ids", [np.array([3, 5]), list(np.array([3, 5])), torch.tensor([3, 5])])

@@ -17,6 +17,7 @@ from str_kernels.cli.console import (
     say,
     stage,
 )
+from str_kernels.options import DEFAULT_KIND
 
 if TYPE_CHECKING:
     from str_kernels.training.checks import Prepared
@@ -29,7 +30,9 @@ def cache(
     ],
     tokens: Annotated[str, typer.Option(help="Safety tokens file.")],
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
-    kind: Annotated[str, typer.Option(help="Of the run: mse, floor, logprob or kl.")] = "mse",
+    kind: Annotated[
+        str, typer.Option(help="Of the run: mse, floor, logprob or kl.")
+    ] = DEFAULT_KIND,
     max_length: Annotated[
         int, typer.Option(help="Of the run: longest sequence, in tokens.")
     ] = 2048,
@@ -98,6 +101,6 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
         return
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
-    words += [] if settings.kind == "mse" else ["--kind", settings.kind]
+    words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
     say(f"next: str-kernels {shlex.join(words)} --out ADAPTER")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from str_kernels.options import DEFAULT_STRENGTH
+from str_kernels.options import DEFAULT_KIND
 
 
 def train(
@@ -29,13 +29,17 @@ def train(
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many tokens to identify.")] = 64,
     strength: Annotated[
-        str, typer.Option(help="Weight of the constraint; auto: found from the drift budget.")
-    ] = str(DEFAULT_STRENGTH),
+        str | None,
+        typer.Option(
+            help="Weight of the constraint; default: 10 for kl, 0.1 for the others; auto: found "
+            "from the drift budget."
+        ),
+    ] = None,
     drift_budget: Annotated[
         float | None,
         typer.Option(help="Logit units that the safety logits may drift, with --strength auto."),
     ] = None,
-    kind: Annotated[str, typer.Option(help="mse, floor, logprob or kl.")] = "mse",
+    kind: Annotated[str, typer.Option(help="mse, floor, logprob or kl.")] = DEFAULT_KIND,
     positions: Annotated[
         str, typer.Option(help="all, labels, or a number k: the first k of each response.")
     ] = "all",

@@ -22,13 +22,13 @@ from torch import Tensor, distributed
 
 from str_kernels.huggingface.moment import Freshness
 from str_kernels.huggingface.notice import Notices
-from str_kernels.options import SafetyConstraint
+from str_kernels.options import DEFAULT_STRENGTHS, SafetyConstraint
 from str_kernels.terms import RowTerms
 
-START = 1.0
-# A budget that λ = 10 cannot hold costs more than it is worth: on a real model λ = 1000 kept every
-# refusal, and the task was not learned.
-LOWEST, HIGHEST = 1e-3, 10.0
+LOWEST = 1e-3
+# A budget that λ = 10 cannot hold costs more than it is worth: on a real model mse at λ = 1000 kept
+# every refusal, and the task was not learned. In units of the start, below.
+HIGHEST = 10.0
 MEMORY = 0.9  # of the EMA: about ten steps, for one batch's drift is noisy
 # A run starts without drift, and by the time it sets in λ must not be far down: eased slowly, by
 # e in 67 steps, and pressed fast. Neither cut is felt by the noise about the budget.
@@ -50,12 +50,14 @@ class DriftBudget:
     """
 
     def __init__(self, safety: SafetyConstraint, notices: Notices | None = None) -> None:
-        """Begin at λ = 1, with no drift seen."""
+        """Begin at λ = 1, or at the kind's default where that is more, with no drift seen."""
         self._notices = Notices() if notices is None else notices
         self.constraint = safety.at(1.0)
         self._budget, self._scale = safety.drift_budget, _scale(safety)
+        start = max(1.0, DEFAULT_STRENGTHS[safety.kind])
+        self._highest = HIGHEST * start
         # integral, strength, EMA of a Σ w C, EMA of Σ w
-        self._state = torch.tensor([math.log(START), START, 0.0, 0.0])
+        self._state = torch.tensor([math.log(start), start, 0.0, 0.0])
         self._sums: Tensor | None = None
         self._steps = 0
 
@@ -101,7 +103,7 @@ class DriftBudget:
         integral, _, *before = self._state
         means = MEMORY * torch.stack(before) + (1.0 - MEMORY) * sums
         error = (0.5 * (means[0] / means[1]).log() - math.log(self._budget)).clamp(EASE, PRESS)
-        low, high = math.log(LOWEST), math.log(HIGHEST)
+        low, high = math.log(LOWEST), math.log(self._highest)
         integral = (integral + INTEGRAL * error).clamp(low, high)
         strength = (integral + PROPORTIONAL * error).clamp(low, high).exp()
         after = torch.stack([integral, strength, *means])
@@ -116,8 +118,9 @@ class DriftBudget:
         """
         integral, strength, distance, weight = self._state.tolist()
         drift = math.sqrt(distance / weight) if weight else 0.0
-        if integral > 0.999 * math.log(HIGHEST):  # fp32's logarithm may lie on either side of it
-            self._notices.say_over_budget(drift, self._budget, HIGHEST)
+        # fp32's logarithm may lie on either side of it
+        if integral > 0.999 * math.log(self._highest):
+            self._notices.say_over_budget(drift, self._budget, self._highest)
         return {"safety_strength": strength, "budgeted_drift": drift}
 
     def state_dict(self) -> dict[str, Any]:

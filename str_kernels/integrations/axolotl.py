@@ -6,7 +6,7 @@
       - str_kernels.integrations.axolotl.StrKernelsPlugin
     str_kernels:
       tokens: safety_tokens.json
-      strength: 0.1
+      positions: all
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from str_kernels.huggingface.install import patch_model
 from str_kernels.huggingface.patch import Patch
 from str_kernels.huggingface.positions import Positions, validate_positions
-from str_kernels.options import DEFAULT_STRENGTH, ConstraintKind, SafetyConstraint
+from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class PatchSettings:
     """
 
     tokens: str | None = None
-    strength: float | Literal["auto"] = DEFAULT_STRENGTH
-    kind: ConstraintKind = "mse"
+    strength: float | Literal["auto"] | None = None
+    kind: ConstraintKind = DEFAULT_KIND
     drift_budget: float | None = None
     margin: float = 0.0
     temperature: float = 1.0

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from str_kernels.options import ConstraintKind, SafetyConstraint
+from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
 from str_kernels.safety.vocabulary import fingerprint, is_word, special_ids, token_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class SafetyTokens:
 
     def __post_init__(self) -> None:
         """Freeze sequences into tuples and check them."""
-        object.__setattr__(self, "token_ids", SafetyConstraint(self.token_ids, 0.0).token_ids)
+        checked = SafetyConstraint(self.token_ids, 0.0, "mse")
+        object.__setattr__(self, "token_ids", checked.token_ids)
         object.__setattr__(self, "tokens", tuple(self.tokens))
         if self.scores is not None:
             object.__setattr__(self, "scores", tuple(map(float, self.scores)))
@@ -154,7 +155,10 @@ class SafetyTokens:
         )
 
     def constraint(
-        self, strength: float | Literal["auto"], kind: ConstraintKind = "mse", **options: Any
+        self,
+        strength: float | Literal["auto"] | None = None,
+        kind: ConstraintKind = DEFAULT_KIND,
+        **options: Any,
     ) -> SafetyConstraint:
         """The constraint that holds these tokens; ``options`` are those of SafetyConstraint."""
         return SafetyConstraint(self.token_ids, strength, kind, **options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from str_kernels.options import DEFAULT_STRENGTH
+from str_kernels.options import DEFAULT_KIND, DEFAULT_STRENGTHS
 
 KINDS = ("mse", "floor", "logprob", "kl")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
@@ -44,7 +44,8 @@ class TrainSettings:
             ``"unpatched"`` (the model's own head, for comparison).
         tokens: a file of safety tokens; None: identified with the model before training.
         top_k: how many tokens are identified.
-        strength: λ, the weight of the constraint; ``"auto"``: found while training.
+        strength: λ, the weight of the constraint; ``"auto"``: found while training; None: 10 with
+            ``kl``, 0.1 with the others.
         drift_budget: how far the safety logits may drift, in logit units (see
             ``SafetyConstraint``); None: 0.5 with ``strength="auto"``, and the only choice without.
         kind: ``"mse"``, ``"floor"``, ``"logprob"`` or ``"kl"``.
@@ -82,9 +83,9 @@ class TrainSettings:
     method: str = "str"
     tokens: str | None = None
     top_k: int = 64
-    strength: float | str = DEFAULT_STRENGTH
+    strength: float | str | None = None
     drift_budget: float | None = None
-    kind: str = "mse"
+    kind: str = DEFAULT_KIND
     positions: str | int = "all"
     reference: str = "adapter_off"
     rank: int = 16
@@ -110,6 +111,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Check every field; freeze the module names."""
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.strength is None:
+            # an unknown kind is reported below
+            object.__setattr__(self, "strength", DEFAULT_STRENGTHS.get(self.kind, 0.0))
         object.__setattr__(self, "strength", _number_or_word(self.strength))
         faults = [fault for fault in map(self._fault, _RULES) if fault]
         if isinstance(self.positions, str):

@@ -28,7 +28,7 @@ from tests.huggingface.test_meter import Reads
 from tests.huggingface.test_trainer import Losses, lora_model, trainer_for
 
 IDS = [3, 17, 40, 95]
-AUTO = SafetyConstraint(IDS, "auto", drift_budget=0.4)
+AUTO = SafetyConstraint(IDS, "auto", "mse", drift_budget=0.4)
 
 
 def row_terms(penalty: torch.Tensor) -> RowTerms:
@@ -69,10 +69,13 @@ def test_the_path_of_the_strength():
     assert got == pytest.approx(path_by_hand(drifts, 0.4), rel=1e-5)  # fp32 against doubles
 
 
-@pytest.mark.parametrize(("drift", "bound"), [(1e4, HIGHEST), (0.0, LOWEST)])
-def test_the_strength_has_bounds_and_comes_back(drift, bound):
+@pytest.mark.parametrize(
+    ("kind", "drift", "bound"),
+    [("mse", 1e4, HIGHEST), ("mse", 0.0, LOWEST), ("kl", 1e4, 10 * HIGHEST), ("kl", 0.0, LOWEST)],
+)
+def test_the_strength_has_bounds_and_comes_back(kind, drift, bound):
     """However long it errs, λ stays within its bounds, and leaves them when the drift turns."""
-    budget = DriftBudget(AUTO)
+    budget = DriftBudget(SafetyConstraint(IDS, "auto", kind, drift_budget=0.4))
     for _ in range(600):
         last = step(budget, drift)
     assert last == pytest.approx(bound, rel=1e-5)
@@ -187,7 +190,7 @@ def test_the_loss_is_that_of_its_strength(kind, positions):
             both = patch.last_parts.cross_entropy + patch.last_parts.penalty
             assert both.item() == pytest.approx(got["loss"].item())
             patch.budget.settle()
-    assert seen[0] == 1.0
+    assert seen[0] == (10.0 if kind == "kl" else 1.0)
     assert len(set(seen)) == 4
 
 
@@ -360,7 +363,7 @@ def test_the_drift_settles_at_the_budget(kind, lr, limit, seed):
 
 def test_a_strength_does_not():
     """What the runs above would show without the controller: λ = 1 drifts twice as far."""
-    assert settled(SafetyConstraint(IDS, 1.0), 1e-2, 4, steps=100) > 1.5 * 0.2
+    assert settled(SafetyConstraint(IDS, 1.0, "mse"), 1e-2, 4, steps=100) > 1.5 * 0.2
 
 
 def settled(safety: SafetyConstraint, lr: float, seed: int, steps: int = 180) -> float:
@@ -411,7 +414,7 @@ def test_wrong_settings(strength, budget, message):
 def test_settings_and_states():
     """The default budget, the same constraint at a fixed strength, and states of something else."""
     assert SafetyConstraint(IDS, "auto").drift_budget == 0.5
-    assert AUTO.at(2.0) == SafetyConstraint(IDS, 2.0)
+    assert AUTO.at(2.0) == SafetyConstraint(IDS, 2.0, "mse")
     for state in ({}, {"state": [1.0]}, None):
         with pytest.raises(ValueError, match="state_dict"):
             DriftBudget(AUTO).load_state_dict(state)

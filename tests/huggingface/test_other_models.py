@@ -16,7 +16,7 @@ from tests.huggingface.test_architectures import assert_same, relative
 from tests.huggingface.test_constraint import gradients
 
 REFERENCE = torch.tensor([0.5, -1.0, 2.0])
-SAFETY = SafetyConstraint([3, 17, 40], 0.5)
+SAFETY = SafetyConstraint([3, 17, 40], 0.5, "mse")
 
 
 class Own(LlamaForCausalLM):

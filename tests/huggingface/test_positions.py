@@ -133,7 +133,7 @@ def test_the_collator_of_transformers(kept):
         batch.pop({"position_ids": "cu_seq_lens_q"}.get(kept, "position_ids"))
     if kept == "neither":
         batch.pop("cu_seq_lens_q")
-    safety, reference = SafetyConstraint([3, 17, 40], 2.0), torch.tensor([0.5, -1.0, 2.0])
+    safety, reference = SafetyConstraint([3, 17, 40], 2.0, "mse"), torch.tensor([0.5, -1.0, 2.0])
     model = build()
     with patch_model(model, safety, reference=reference, positions=1, verify=False) as patch:
         model(**batch)

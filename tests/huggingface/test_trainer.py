@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +13,7 @@ from str_kernels import SafetyConstraint
 from str_kernels.huggingface import SafetyLogCallback, patch_model
 from tests.huggingface.models import batch, build
 
-SAFETY = SafetyConstraint([3, 17, 40, 95], 2.0)
+SAFETY = SafetyConstraint([3, 17, 40, 95], 2.0, "mse")
 
 
 class Losses(TrainerCallback):
@@ -108,7 +110,7 @@ def test_constraint_lowers_drift(tmp_path):
     drift = {}
     for strength in (0.0, 2.0):
         model, inputs = lora_model(), batch(rows=8, seed=3)
-        with patch_model(model, SafetyConstraint(SAFETY.token_ids, strength)):
+        with patch_model(model, replace(SAFETY, strength=strength)):
             run(model, tmp_path, max_steps=15)
         model.eval()
         with torch.no_grad():
@@ -195,7 +197,7 @@ def test_peft_training_with_bfloat16_and_checkpointing(tmp_path):
     want = run(lora_model(), tmp_path, **settings)
     for strength in (0.0, 2.0):
         model = lora_model()
-        patch = patch_model(model, SafetyConstraint(SAFETY.token_ids, strength))
+        patch = patch_model(model, replace(SAFETY, strength=strength))
         got = run(model, tmp_path, **settings)
         assert (patch.last_parts.penalty > 0) == (strength > 0)
         if not strength:
