@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
-from benchmarks.safety.anchors import joined, without_labels
 from benchmarks.safety.data import (
     ANCHOR_POOL,
     INSTRUCTIONS,
@@ -30,6 +29,7 @@ from benchmarks.safety.methods import Method, Run, Setting
 from benchmarks.safety.tokens import context_reference, rarity, static_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
+from str_kernels.huggingface.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import Row
 
@@ -73,7 +73,7 @@ def finetune(
     features = features[: setting.pool]
 
     anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
-    held_only = without_labels(encode(tokenizer, anchors, setting.max_length))
+    held_only = encode(tokenizer, anchors, setting.max_length)
     known = [*features, *held_only]
 
     with ExitStack() as stack:
@@ -110,7 +110,8 @@ def _queue(
     own = batches(features, size=setting.batch, **order)
     if not held_only:
         return own
-    return joined(own, batches(held_only, size=2 * method.anchors, **order), method.positions, pad)
+    anchors = batches(held_only, size=2 * method.anchors, **order)
+    return (join_anchors(*both, method.positions, pad) for both in zip(own, anchors, strict=False))
 
 
 def _held(
