@@ -33,6 +33,9 @@ def cache(
     kind: Annotated[
         str, typer.Option(help="Of the run: mse, floor, logprob or kl.")
     ] = DEFAULT_KIND,
+    anchors: Annotated[
+        list[str] | None, typer.Option(help="Of the run: its files of rows to hold.")
+    ] = None,
     max_length: Annotated[
         int, typer.Option(help="Of the run: longest sequence, in tokens.")
     ] = 2048,
@@ -56,7 +59,8 @@ def cache(
         from str_kernels.training.model import load
         from str_kernels.training.settings import TrainSettings
 
-        run = {"tokens": tokens, "kind": kind, "max_length": max_length}
+        held = {"tokens": tokens, "kind": kind, "anchors": tuple(anchors or ())}
+        run = {**held, "max_length": max_length}
         settings = TrainSettings(model, data, str(out), batch=batch, dtype=dtype, **run)
         prepared = prepare_cache(settings, adapter=adapter)
     with stage("loading the model"):
@@ -100,6 +104,7 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
         say(f"next: patch_model(model, tokens.constraint(…), reference={settings.out!r})")
         return
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
+    words += [word for file in settings.anchors for word in ("--anchors", file)]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
     words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]

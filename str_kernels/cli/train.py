@@ -43,6 +43,13 @@ def train(
     positions: Annotated[
         str, typer.Option(help="all, labels, or a number k: the first k of each response.")
     ] = "all",
+    anchors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL like the data, of which a row joins every batch, held and not learned; "
+            "give refused requests in one file, benign look-alikes in another."
+        ),
+    ] = None,
     reference: Annotated[
         str, typer.Option(help="adapter_off, cache, or a cache file.")
     ] = "adapter_off",
@@ -80,6 +87,7 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     given["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name)
+    given["anchors"] = tuple(anchors or ())
     given["method"] = _method(no_safety, unpatched)
 
     from str_kernels.cli.training_view import run_training

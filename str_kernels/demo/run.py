@@ -176,7 +176,7 @@ def identify_tokens(
 
 def constraint(tokens: SafetyTokens, settings: DemoSettings) -> SafetyConstraint:
     """What STR holds."""
-    return SafetyConstraint(tokens.token_ids, settings.strength)
+    return SafetyConstraint(tokens.token_ids, settings.strength, "mse")
 
 
 def fine_tune(

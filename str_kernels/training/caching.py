@@ -31,13 +31,14 @@ def prepare_cache(settings: TrainSettings, *, adapter: str | None = None) -> Pre
         Faults: whatever is wrong, all of it.
     """
     collector = Collector()
-    config, tokenizer, data, tokens, context = read_inputs(collector, settings)
+    inputs = read_inputs(collector, settings)
+    config, tokenizer, data, anchors, tokens, context = inputs
     if adapter is not None:
         collector.attempt(check_adapter, adapter)
     if config is not None:
-        collector.attempt(check_vocabulary, settings, config, data, tokens)
+        collector.attempt(check_vocabulary, settings, config, inputs.files, tokens)
     collector.raise_faults()
-    return Prepared(settings, tokenizer, data, tokens, None, context)
+    return Prepared(settings, tokenizer, data, anchors, tokens, None, context)
 
 
 def cache_references(
@@ -47,7 +48,7 @@ def cache_references(
     path: str | os.PathLike,
     advance: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write the references of the data; ``advance`` is called after each of `batch_count`.
+    """Write the references of data and anchors; ``advance`` is called after each `batch_count`.
 
     Returns:
         How many sequences were stored: equal ones once.
@@ -57,12 +58,16 @@ def cache_references(
 
 def batch_count(prepared: Prepared) -> int:
     """How many forwards `cache_references` makes."""
-    return math.ceil(len(prepared.data.sequences) / prepared.settings.batch)
+    return math.ceil(len(_features(prepared)) / prepared.settings.batch)
+
+
+def _features(prepared: Prepared) -> list[dict[str, list[int]]]:
+    return [feature for file in prepared.files for feature in file.features()]
 
 
 def _batches(prepared: Prepared, advance: Callable[[], None]) -> Iterator[dict[str, torch.Tensor]]:
     """The data without labels, like lengths together, on the model's device."""
-    features = sorted(prepared.data.features(), key=lambda feature: len(feature["input_ids"]))
+    features = sorted(_features(prepared), key=lambda feature: len(feature["input_ids"]))
     device, size = resolve_device("auto"), prepared.settings.batch
     for start in range(0, len(features), size):
         batch = collate(

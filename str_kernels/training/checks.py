@@ -36,6 +36,7 @@ class Prepared:
         settings: as given.
         tokenizer: of the model, with a padding token and a chat template.
         data: the tokenised file.
+        anchors: the tokenised files of rows that are held and not learned.
         tokens: the safety tokens, if they come from a file or an earlier part of this run.
         checkpoint: where a resumed run goes on.
         context: the longest sequence the model takes; None where it does not say.
@@ -44,9 +45,15 @@ class Prepared:
     settings: TrainSettings
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
+    anchors: tuple[TrainingData, ...]
     tokens: SafetyTokens | None
     checkpoint: Path | None
     context: int | None
+
+    @property
+    def files(self) -> tuple[TrainingData, ...]:
+        """Everything that the model reads."""
+        return (self.data, *self.anchors)
 
     @property
     def default_template(self) -> bool:
@@ -67,14 +74,15 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
     collector = Collector()
     attempt = collector.attempt
     checkpoint = attempt(check_output, settings, resume)
-    config, tokenizer, data, tokens, context = read_inputs(collector, settings, resume=resume)
-    attempt(check_reference_file, settings, tokens, data)
+    inputs = read_inputs(collector, settings, resume=resume)
+    config, tokenizer, data, anchors, tokens, context = inputs
+    attempt(check_reference_file, settings, tokens, inputs.files)
     if config is not None:
-        attempt(check_model, settings, config, data, tokens)
+        attempt(check_model, settings, config, inputs.files, tokens)
     if resume and data is not None:
-        attempt(check_same_run, settings, data)
+        attempt(check_same_run, settings, inputs.files)
     collector.raise_faults()
-    return Prepared(settings, tokenizer, data, tokens, checkpoint, context)
+    return Prepared(settings, tokenizer, data, anchors, tokens, checkpoint, context)
 
 
 def check_output(settings: TrainSettings, resume: bool) -> Path | None:
@@ -106,11 +114,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_reference_file(
-    settings: TrainSettings, tokens: SafetyTokens | None, data: TrainingData | None
+    settings: TrainSettings, tokens: SafetyTokens | None, files: tuple[TrainingData, ...]
 ) -> None:
     """A reference that is neither of the names is a cache; of these tokens, if they are known.
 
-    It holds every row of the data.
+    It holds every row of the data and of the anchors.
     """
     reference = settings.reference
     if reference in ("adapter_off", "cache"):
@@ -123,24 +131,26 @@ def check_reference_file(
     if tokens is None:
         return
     cache = ReferenceCache(reference, tokens.constraint(settings.strength, kind=settings.kind))
-    ids = [] if data is None else [sequence.input_ids for sequence in data.sequences]
-    missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]
-    if missing:
-        raise ValueError(
-            f"reference={reference!r}: holds nothing for {len(missing)} of {len(ids)} rows of the "
-            f"data; the first is row {missing[0] + 1}, of {len(ids[missing[0]])} tokens. The data, "
-            "the chat template or the maximal length changed since it was made: make it again."
-        )
+    for file in files:
+        ids = [sequence.input_ids for sequence in file.sequences]
+        missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]
+        if missing:
+            raise ValueError(
+                f"reference={reference!r}: holds nothing for {len(missing)} of {len(ids)} rows of "
+                f"{file.source}; the first is row {missing[0] + 1}, of {len(ids[missing[0]])} "
+                "tokens. The file, the chat template or the maximal length changed since it was "
+                "made: make it again."
+            )
 
 
 def check_model(
     settings: TrainSettings,
     config: PretrainedConfig,
-    data: TrainingData | None,
+    files: tuple[TrainingData, ...],
     tokens: SafetyTokens | None,
 ) -> None:
     """All ids are rows of the head, the adapter fits the model, and the disk holds it."""
-    model = check_vocabulary(settings, config, data, tokens)
+    model = check_vocabulary(settings, config, files, tokens)
     _check_disk(settings, add_lora(model, settings))
 
 
@@ -157,14 +167,16 @@ def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
         )
 
 
-def check_same_run(settings: TrainSettings, data: TrainingData) -> None:
+def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> None:
     """A resumed run has the settings and the data of its first part."""
     path = settings.folder / DESCRIPTION
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         different = settings.differences(before["settings"])
-        if before["data"]["sha256"] != data.sha256:
-            different.append("the contents of the data file")
+        known = (before["data"], *before["anchors"])
+        for file, facts in zip(files, known, strict=False):
+            if facts["sha256"] != file.sha256:
+                different.append(f"the contents of {file.source}")
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}), so nothing can be resumed.") from error
     if different:

@@ -6,7 +6,7 @@ Stage: settings → files, tokenizer, configuration, tokenised data, safety toke
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,8 +28,14 @@ class Inputs(NamedTuple):
     config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase | None
     data: TrainingData | None
+    anchors: tuple[TrainingData, ...]
     tokens: SafetyTokens | None
     context: int | None
+
+    @property
+    def files(self) -> tuple[TrainingData, ...]:
+        """The data and the anchors, as far as they could be read."""
+        return (*(() if self.data is None else (self.data,)), *self.anchors)
 
 
 class Collector:
@@ -57,18 +63,21 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
     """Configuration, tokenizer, tokenised data and safety tokens; faults go to the collector."""
     attempt = collector.attempt
     attempt(check_device, settings)
-    rows = attempt(read_numbered, settings.data)
+    files = (settings.data, *settings.anchors)
+    rows = [attempt(read_numbered, file) for file in files]
     config = attempt(load_config, settings.model)
     tokenizer = attempt(load_tokenizer, settings.model) if config is not None else None
     context = None if config is None else context_length(config)
     attempt(check_length, settings, context)
-    data = tokens = None
+    tokens, encoded = None, [None] * len(files)
     if tokenizer is not None:
         tokens = attempt(_tokens, settings, tokenizer, resume)
-        if rows is not None:
-            limit = settings.max_length
-            data = attempt(encode_file, settings.data, rows, tokenizer, max_length=limit)
-    return Inputs(config, tokenizer, data, tokens, context)
+        encoded = [
+            found and attempt(encode_file, file, found, tokenizer, max_length=settings.max_length)
+            for file, found in zip(files, rows, strict=True)
+        ]
+    anchors = tuple(file for file in encoded[1:] if file is not None)
+    return Inputs(config, tokenizer, encoded[0], anchors, tokens, context)
 
 
 def check_device(settings: TrainSettings) -> None:
@@ -101,7 +110,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 def check_vocabulary(
     settings: TrainSettings,
     config: PretrainedConfig,
-    data: TrainingData | None,
+    files: Iterable[TrainingData],
     tokens: SafetyTokens | None,
 ) -> torch.nn.Module:
     """All ids are rows of the head; returns what says so, a copy without weights ("meta")."""
@@ -111,9 +120,8 @@ def check_vocabulary(
     if head is None:
         raise ValueError(f"model={settings.model!r}: has no output head.")
     rows = head.weight.shape[0]
-    _check_ids(
-        "data", max((max(s.input_ids) for s in data.sequences), default=0) if data else 0, rows
-    )
+    for file in files:
+        _check_ids(file.source, max(max(s.input_ids) for s in file.sequences), rows)
     _check_ids("tokens", max(tokens.token_ids) if tokens else 0, rows)
     return model
 

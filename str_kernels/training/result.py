@@ -95,6 +95,7 @@ def write_description(
         "settings": settings.as_dict(),
         "versions": versions(),
         "data": prepared.data.facts(),
+        "anchors": [file.facts() for file in prepared.anchors],
         "chat_template": prepared.tokenizer.chat_template,
         "safety_tokens": None
         if tokens is None

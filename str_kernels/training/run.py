@@ -5,6 +5,7 @@ Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.js
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
+from str_kernels.huggingface.anchors import AnchoredCollator
 from str_kernels.huggingface.filtering import watching_index
 from str_kernels.inputs.chat import collate
+from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
@@ -133,11 +136,22 @@ def _trainer(
         model=model,
         args=training_arguments(settings, len(features)),
         train_dataset=features,
-        data_collator=partial(collate, pad_token_id=prepared.tokenizer.pad_token_id),
+        data_collator=_collator(prepared),
         callbacks=[timer],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, timer, reporter, interrupt
+
+
+def _collator(prepared: Prepared) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    settings, pad = prepared.settings, prepared.tokenizer.pad_token_id
+    plain = partial(collate, pad_token_id=pad)
+    if not prepared.anchors:
+        return plain
+    pools = [file.features() for file in prepared.anchors]
+    return AnchoredCollator(
+        plain, *pools, pad_token_id=pad, positions=settings.positions, seed=settings.seed
+    )
 
 
 def _safety_tokens(
@@ -173,11 +187,12 @@ def _patch(
 
 def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
     facts = prepared.data.facts()
-    if facts["cut_responses"]:
-        progress.notice(
-            f"{facts['cut_responses']} of {facts['rows']} responses are cut at "
-            f"{prepared.settings.max_length} tokens."
-        )
+    for file in map(TrainingData.facts, prepared.files):
+        if file["cut_responses"]:
+            progress.notice(
+                f"{file['path']}: {file['cut_responses']} of {file['rows']} responses are cut at "
+                f"{prepared.settings.max_length} tokens."
+            )
     if facts["unlearned_turns"]:
         progress.notice(
             f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "

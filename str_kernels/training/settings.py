@@ -50,6 +50,9 @@ class TrainSettings:
             ``SafetyConstraint``); None: 0.5 with ``strength="auto"``, and the only choice without.
         kind: ``"mse"``, ``"floor"``, ``"logprob"`` or ``"kl"``.
         positions: ``"all"``, ``"labels"``, or the first k labelled positions of each sequence.
+        anchors: JSONL files like ``data``, of which every forward gets a row each, held and not
+            learned (see ``AnchoredCollator``): refused requests in one, benign look-alikes in
+            another, with the answers of the aligned model.
         reference: ``"adapter_off"``, ``"cache"`` (computed once, at the start) or a cache file.
         rank: LoRA rank.
         alpha: LoRA alpha; None: twice the rank.
@@ -87,6 +90,7 @@ class TrainSettings:
     drift_budget: float | None = None
     kind: str = DEFAULT_KIND
     positions: str | int = "all"
+    anchors: tuple[str, ...] = ()
     reference: str = "adapter_off"
     rank: int = 16
     alpha: float | None = None
@@ -109,7 +113,8 @@ class TrainSettings:
     logging_steps: int = 10
 
     def __post_init__(self) -> None:
-        """Check every field; freeze the module names."""
+        """Check every field; freeze the lists of names."""
+        object.__setattr__(self, "anchors", tuple(self.anchors))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.strength is None:
             # an unknown kind is reported below
@@ -123,10 +128,11 @@ class TrainSettings:
                 faults.append(f"positions={self.positions!r}: must be 'all', 'labels' or a number.")
         if isinstance(self.positions, int) and self.positions < 1:
             faults.append(f"positions={self.positions}: a number of positions must be 1 or more.")
-        if self.method != "str" and (self.tokens is not None or self.reference != "adapter_off"):
+        unheard = self.tokens is not None or self.anchors or self.reference != "adapter_off"
+        if self.method != "str" and unheard:
             faults.append(
-                f"method={self.method!r}: holds no safety tokens, so tokens and reference have no "
-                "use; leave them out."
+                f"method={self.method!r}: holds no safety tokens, so tokens, anchors and reference "
+                "have no use; leave them out."
             )
         if self.drift_budget is not None and (self.method, self.strength) != ("str", "auto"):
             faults.append(
@@ -164,7 +170,8 @@ class TrainSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        lists = {"target_modules": list(self.target_modules), "anchors": list(self.anchors)}
+        return {**dataclasses.asdict(self), **lists}
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps over ``rows`` sequences, counted as the trainer counts them."""

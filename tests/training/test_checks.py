@@ -93,7 +93,9 @@ def test_a_tokenizer_with_more_tokens_than_the_head(run, tmp_path):
     folder = tmp_path / "mismatch"
     word_tokenizer().save_pretrained(folder)
     llama(12).save_pretrained(folder)
-    with pytest.raises(Faults, match=r"data holds token id \d+: the model's head has 12 rows"):
+    with pytest.raises(
+        Faults, match=r"data.jsonl holds token id \d+: the model's head has 12 rows"
+    ):
         run(model=str(folder))
 
 

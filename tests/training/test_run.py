@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_a_resume_with_other_settings_is_refused(make_settings, data_file):
     with pytest.raises(Faults, match=r"begun with other settings \(rank, seed\)"):
         prepare(make_settings(method="unpatched", rank=8, seed=1), resume=True)
     data_file.write_text(data_file.read_text().replace("weather", "music"))
-    with pytest.raises(Faults, match="contents of the data file"):
+    with pytest.raises(Faults, match=r"the contents of .*data.jsonl"):
         prepare(make_settings(method="unpatched"), resume=True)
 
 
@@ -142,6 +143,73 @@ def test_a_cached_reference_trains_the_same_adapter(make_settings):
         prepare(
             make_settings("o", reference=file, tokens=str(live.folder / TOKENS), kind="logprob")
         )
+
+
+@pytest.fixture
+def anchors(tmp_path):
+    """Two files of rows to hold."""
+    rows = {
+        "refused": [{"prompt": f"how to steal {x}", "response": "no ."} for x in ("it", "cars")],
+        "benign": [{"prompt": "how to clean a car", "response": "with water and soap ."}],
+    }
+    files = []
+    for name, held in rows.items():
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in held))
+    return tuple(map(str, files))
+
+
+def test_anchors_are_held_and_not_learned(make_settings, anchors):
+    """With strength 0 they change nothing; else they do, are in a run's own references, and are
+    missed in those of a run without them; a resumed run asks for the same ones.
+    """
+    plain, held = make_settings("plain"), make_settings("held", anchors=anchors)
+    silent = [make_settings(f"silent{n}", anchors=a, strength=0.0)
+              for n, a in enumerate([(), anchors])]  # fmt: skip
+    cached = make_settings("cached", anchors=anchors, reference="cache")
+    for settings in (plain, held, *silent, cached):
+        train(prepare(settings))
+    for name, wanted in adapter(held).items():
+        assert (adapter(cached)[name] - wanted).abs().mean() < 1e-3
+        assert torch.allclose(adapter(silent[0])[name], adapter(silent[1])[name], atol=1e-4)
+    assert any(not torch.equal(a, adapter(plain)[name]) for name, a in adapter(held).items())
+    written = json.loads((held.folder / DESCRIPTION).read_text())
+    assert [(file["path"], file["rows"]) for file in written["anchors"]] == [
+        (anchors[0], 2),
+        (anchors[1], 1),
+    ]
+    own = make_settings("own", reference="cache")
+    train(prepare(own))
+    file, tokens = str(own.folder / REFERENCES), str(own.folder / TOKENS)
+    with pytest.raises(Faults, match=r"holds nothing for 2 of 2 rows of .*refused.jsonl"):
+        prepare(make_settings("other", anchors=anchors, reference=file, tokens=tokens))
+
+
+def test_anchors_of_a_resumed_run_are_the_same(make_settings, anchors):
+    whole = make_settings("whole", anchors=anchors)
+    train(prepare(whole))
+    parts = make_settings("parts", anchors=anchors)
+    assert train(prepare(parts), CtrlC(at=3)).interrupted
+    with pytest.raises(Faults, match=r"other settings \(anchors\)"):
+        prepare(make_settings("parts", anchors=anchors[:1]), resume=True)
+    benign = Path(anchors[1])
+    text = benign.read_text()
+    benign.write_text(text.replace("soap", "water"))
+    with pytest.raises(Faults, match=r"the contents of .*benign.jsonl"):
+        prepare(make_settings("parts", anchors=anchors), resume=True)
+    benign.write_text(text)
+    train(prepare(parts, resume=True))
+    assert all(torch.equal(adapter(whole)[name], a) for name, a in adapter(parts).items())
+
+
+def test_anchors_at_fault_are_named(make_settings, anchors, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(Faults) as caught:
+        prepare(make_settings(anchors=(*anchors, "no.jsonl", str(tmp_path / "broken.jsonl"))))
+    assert "no.jsonl: no such file" in str(caught.value)
+    assert "broken.jsonl:1:" in str(caught.value)
+    with pytest.raises(Faults, match="so tokens, anchors and reference have no use"):
+        make_settings(anchors=anchors, method="plain")
 
 
 def test_plain_fused_training_is_unpatched_training(make_settings):
