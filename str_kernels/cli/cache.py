@@ -77,13 +77,16 @@ def _facts(prepared: Prepared, out: Path, stored: int) -> dict[str, Any]:
     from str_kernels.safety.references import reference_unit
 
     safety = prepared.tokens.constraint(1.0, kind=prepared.settings.kind)
-    facts = prepared.data.facts()
+    files = [file.facts() for file in prepared.files]
+    rows, tokens, cut = (
+        sum(file[n] for file in files) for n in ("rows", "tokens", "cut_responses")
+    )
     return {
         "path": str(out),
-        "rows": facts["rows"],
+        "rows": rows,
         "sequences": stored,
-        "tokens": facts["tokens"],
-        "cut_responses": facts["cut_responses"],
+        "tokens": tokens,
+        "cut_responses": cut,
         "safety_tokens": len(prepared.tokens),
         "unit": reference_unit(safety),
         "bytes": out.stat().st_size,

@@ -75,6 +75,22 @@ def test_computed_once_and_trained_with(capsys, aligned_model_dir, files, rows, 
     assert "loading the model" not in refused.err
 
 
+def test_anchors_are_cached_and_trained_with(capsys, aligned_model_dir, files, tmp_path):
+    """They count as rows, and the command that it names next has them."""
+    pairs, anchors = exchanges(forbidden=True)[:3], tmp_path / "refused.jsonl"
+    write(anchors, [{"prompt": q, "response": a} for q, a in pairs])
+    out, more = tmp_path / "refs.safetensors", ("--anchors", anchors)
+    done = cache(capsys, aligned_model_dir, files, out, *more, "--json")
+    assert done.code == 0, done.err
+    assert (json.loads(done.out)["rows"], json.loads(done.out)["sequences"]) == (9, 8)
+    following = done.err.splitlines()[-1].removeprefix("next: str-kernels ")
+    words = shlex.split(following.replace("ADAPTER", str(tmp_path / "adapter")))
+    assert words[words.index("--anchors") + 1] == str(anchors)
+    trained = call(capsys, *words, *TRAIN)
+    assert trained.code == 0, trained.err
+    assert "safety_drift" in trained.err
+
+
 @pytest.mark.parametrize("kind", ["mse", "logprob"])
 def test_the_values_are_the_models(capsys, aligned_model_dir, files, tmp_path, kind):
     """Logits of the safety tokens, or log-probabilities, of every position; JSON tells the rest."""
