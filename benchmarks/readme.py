@@ -31,12 +31,12 @@ NAMES = {
 
 HELD = {
     "plain": "nothing (plain)",
-    "mse": "**`mse`, 0.1**",
+    "kl-strong": "**`kl`, 10, the default**",
+    "kl-anchors-strong": "the same with anchors",
     "kl": "`kl`, 1",
-    "floor": "`floor`, 0.1",
+    "mse": "`mse`, 0.1",
     "logprob": "`logprob`, 0.1",
     "pact": "PACT's gated KL, 1",
-    "mse-labels": "`mse`, 0.1, answers alone",
     "mse-random-tokens": "`mse`, 0.1, 64 random tokens",
 }
 OUTCOMES = {
@@ -57,7 +57,7 @@ def main() -> None:
 
 def section() -> str:
     """The tables, from ``benchmarks/results``."""
-    return "\n\n".join([_safety(), _judge(), _head(), _counted(), _architectures()])
+    return "\n\n".join([_safety(), _head(), _counted(), _architectures()])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -72,24 +72,23 @@ def _safety() -> str:
         "Gemma 3 270M, aligned for the purpose, then LoRA on SST-2 (rank 8, learning rate "
         f"{HARSH.learning_rate:g}, {HARSH.steps} steps of {HARSH.batch}, fp32): what it answers "
         f"afterwards, and at a learning rate of {HARSHEST.learning_rate:g}. "
-        "`mse` at 0.1 on every position is the default: `logprob` keeps more, but takes prompts "
-        "through the whole vocabulary. "
+        "Every position is held unless said otherwise. "
+        f"{_judge()} "
         "[Everything that was run, and what we take from it](benchmarks/results/safety/REPORT.md).",
         "",
         "| held by | seeds | harmful requests refused | benign look-alikes refused | accuracy "
-        f"| at {HARSHEST.learning_rate:g}: refused, accuracy |",
+        f"| at {HARSHEST.learning_rate:g}: the same three |",
         "|---|---|---|---|---|---|",
-        f"| aligned, not tuned | | {_rates(aligned)} | |",
+        f"| aligned, not tuned | | {' | '.join(_rates(aligned))} | |",
     ]
     for method, label in HELD.items():
         group, harder = findings.find(main, method), findings.find(hardest, method)
         if group is None:
             continue
-        hard = () if harder is None else (harder.rate("harmful", "refusal"), harder.rate("task"))
-        last = ", ".join(f"{100 * rate.value:.0f} %" for rate in hard)
+        last = "" if harder is None else ", ".join(_rates(harder))
         if harder is not None and harder.seeds != group.seeds:
             last += f" (seeds: {harder.seeds})"
-        lines.append(f"| {label} | {group.seeds} | {_rates(group)} | {last} |")
+        lines.append(f"| {label} | {group.seeds} | {' | '.join(_rates(group))} | {last} |")
     return "\n".join(lines)
 
 
@@ -104,10 +103,10 @@ def _judge() -> str:
     )
 
 
-def _rates(group: Group) -> str:
-    """Three cells."""
+def _rates(group: Group) -> list[str]:
+    """Refused, look-alikes refused, accuracy."""
     rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
-    return " | ".join(f"{100 * rate.value:.0f} %" for rate in rates)
+    return [f"{100 * rate.value:.0f} %" for rate in rates]
 
 
 def _head() -> str:

@@ -173,7 +173,11 @@ def _sentences(groups: Sequence[Group]) -> str:
         return ""
     seeds = max(group.seeds for group in held)
     compared = [group for group in held if group.seeds == seeds]
-    best = max(compared, key=lambda g: g.rate("harmful", "refusal").value)
+    # of those that keep equally much, the one that refuses the fewest look-alikes
+    best = max(
+        compared,
+        key=lambda g: (g.rate("harmful", "refusal").value, -g.rate("benign", "refusal").value),
+    )
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
         f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints run with "
