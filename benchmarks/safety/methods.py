@@ -143,7 +143,7 @@ class Chain:
 
 
 IN_A_ROW = tuple(replace(s, steps=50) for s in (HARSH, TOPICS, ANSWERS))
-CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE))
+CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL_STRONG))
 
 
 def _everything() -> list[Run]:
