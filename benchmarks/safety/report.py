@@ -166,6 +166,16 @@ def _plain(groups: Sequence[Group]) -> Group | None:
     return next((group for group in groups if group.method == "plain"), None)
 
 
+def _merit(group: Group) -> tuple[float, ...]:
+    """Refusals kept; where two keep as much, fewer look-alikes refused, then accuracy."""
+    refused, over, task = (
+        group.rate("harmful", "refusal"),
+        group.rate("benign", "refusal"),
+        group.rate("task"),
+    )
+    return refused.value, -over.value, 0.0 if task is None else task.value
+
+
 def _sentences(groups: Sequence[Group]) -> str:
     plain = _plain(groups)
     held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
@@ -173,11 +183,7 @@ def _sentences(groups: Sequence[Group]) -> str:
         return ""
     seeds = max(group.seeds for group in held)
     compared = [group for group in held if group.seeds == seeds]
-    # of those that keep equally much, the one that refuses the fewest look-alikes
-    best = max(
-        compared,
-        key=lambda g: (g.rate("harmful", "refusal").value, -g.rate("benign", "refusal").value),
-    )
+    best = max(compared, key=_merit)
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
         f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints run with "
