@@ -25,12 +25,12 @@ from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.training.lora import add_lora
 from str_kernels.training.settings import TrainSettings
 
-RATE = 1e-3
+RATE, RANK = 1e-3, 8
 LENGTH = 128  # tokens of a batch of one
 NOTE = f"""
 Distances from the materialised head's curve of the same seed, in units of those between seeds,
 whose adapters start elsewhere, over all steps and over the second half; the limit of {LIMIT:.0%} is
-on the first. LoRA of rank 8, learning rate {RATE:g}, {LENGTH} tokens a step, each one predicted.
+on the first. LoRA of rank {RANK}, learning rate {RATE:g}, {LENGTH} tokens a step, all predicted.
 The exact head's line is what rounding alone does.
 """
 
@@ -49,6 +49,9 @@ def main() -> None:
     args = made.parse_args()
     if args.quick:
         args.steps, args.seeds, args.out = 4, 2, args.out / "quick"
+    heads = args.heads.split(",")
+    if args.seeds < 2 or "materialised" not in heads or not set(heads) <= set(HEADS):
+        made.error(f"must have 2 seeds, and of {', '.join(HEADS)} the first and others")
     quiet_libraries()
     name = f"{Path(args.model).name}-{args.data.stem}"
     found = Results(args.out / f"equivalence-{name}.json", KEYS, again=args.again)
@@ -72,7 +75,7 @@ def measure(found: Results, args: argparse.Namespace, where: dict[str, Any]) -> 
         return
     model, tokenizer = load_model_and_tokenizer(args.model, dtype="float32", device="cpu")
     text = packed(args.data, tokenizer, args.steps)
-    settings = TrainSettings(model=args.model, data=str(args.data), out="-")
+    settings = TrainSettings(model=args.model, data=str(args.data), out="-", rank=RANK)
     for seed, head in todo:
         say(f"seed {seed}, {head}")
         torch.manual_seed(seed)

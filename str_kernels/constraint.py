@@ -65,11 +65,10 @@ def _weights_like(safety: SafetyConstraint, logits: Tensor) -> Tensor:
 
 
 def _kl(temperature: float, logits: Tensor, reference: Tensor, weights: Tensor) -> ConstraintTerms:
-    """PACT's subset KL, ``τ² KL(q ‖ softmax_S(z/τ))``; its derivative is ``τ (softmax_S - q)``."""
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    log_q = torch.log_softmax(reference / temperature + weights.log(), dim=-1)
-    q = log_q.exp()
-    # a token of weight zero has q = 0 and log q = -inf: it adds nothing, not NaN
-    divergence = torch.where(q == 0, torch.zeros_like(q), q * (log_q - log_p)).sum(-1)
-    d_logits = temperature * (log_p.exp() - q)
-    return ConstraintTerms(temperature**2 * divergence, d_logits, None)
+    """PACT's subset KL, ``τ² KL(q ‖ p)``; its derivative is ``τ (p - q)``."""
+    scaled = logits / temperature, reference / temperature
+    # ω stands in p and in q: log(q/p) is without it, and a weight of zero is no logarithm of it
+    log_p, log_q = (x - torch.logsumexp(x + weights.log(), -1, keepdim=True) for x in scaled)
+    p, q = weights * log_p.exp(), weights * log_q.exp()
+    divergence = (q * (log_q - log_p)).sum(-1)
+    return ConstraintTerms(temperature**2 * divergence, temperature * (p - q), None)

@@ -71,10 +71,10 @@ class SafetyConstraint:
     ``mse``     ``1/K Σ ω (z - r)²``                     logits
     ``floor``   ``1/K Σ ω max(0, r - m - z)²``           logits
     ``logprob`` ``1/K Σ ω (z - lse - r)²``               log-probabilities
-    ``kl``      ``τ² KL(q ‖ softmax_S(z/τ))``            logits
+    ``kl``      ``τ² KL(q ‖ p)``                         logits
     ==========  =======================================  =======================
 
-    where ``q ∝ ω · softmax_S(r/τ)`` and ``softmax_S`` runs over the safety tokens alone.
+    where ``q ∝ ω · exp(r/τ)`` and ``p ∝ ω · exp(z/τ)`` sum to 1 over the safety tokens alone.
     ``mse`` is Safety Token Regularization (arXiv 2604.17210), ``kl`` is PACT's (arXiv 2603.07445),
     at every position and stronger. Why ``kl`` is the default: ``benchmarks/results/safety``.
 
@@ -115,10 +115,11 @@ class SafetyConstraint:
         object.__setattr__(self, "margin", _finite("margin", self.margin, minimum=0.0))
         temperature = _finite("temperature", self.temperature, minimum=0.0, strict=True)
         object.__setattr__(self, "temperature", temperature)
-        if self.kind == "kl" and len(self.token_ids) == 1:
+        held = sum(map(bool, self.token_weights or [1.0] * len(self.token_ids)))
+        if self.kind == "kl" and held < 2:
             raise ValueError(
-                "token_ids has 1 entry: kind='kl' holds proportions among tokens; give 2 or "
-                "more, or kind='mse'."
+                "token_ids has 1 entry that weighs: kind='kl' holds proportions among tokens; give "
+                "2 or more, or kind='mse'."
             )
         if self.margin != 0.0 and self.kind != "floor":
             raise ValueError(f"margin={self.margin}: only kind='floor' has one, not {self.kind!r}.")

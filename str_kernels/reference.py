@@ -52,10 +52,11 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
         return (omega * torch.relu(r - safety.margin - z) ** 2).mean(-1)
     if safety.kind == "logprob":
         return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
-    q = omega * torch.softmax(r / safety.temperature, -1)
-    q = q / q.sum(-1, keepdim=True)
-    log_p = torch.log_softmax(z / safety.temperature, -1)
-    return safety.temperature**2 * (torch.xlogy(q, q) - q * log_p).sum(-1)
+    p, q = (omega * torch.softmax(x / safety.temperature, -1) for x in (z, r))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    some = omega > 0
+    p, q = p[:, some], q[:, some]
+    return safety.temperature**2 * (torch.xlogy(q, q) - q * p.log()).sum(-1)
 
 
 def dense_rows(

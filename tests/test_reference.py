@@ -59,7 +59,7 @@ def test_constraint_closed_forms(kind, extra, value):
     if kind == "kl":
         q = [math.exp(1.5), 2 * math.exp(0.5)]
         q = [x / sum(q) for x in q]
-        p = [math.exp(0.5), math.exp(1.0)]
+        p = [math.exp(0.5), 2 * math.exp(1.0)]
         p = [x / sum(p) for x in p]
         value = 4 * sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
     got = _loss(
@@ -71,6 +71,20 @@ def test_constraint_closed_forms(kind, extra, value):
         reduction="sum",
     )
     assert got.item() == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5], [0.0, 1.0, 2.0]])
+@pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])
+def test_nothing_is_asked_of_who_stayed(kind, weights, backend):
+    """At the reference itself neither penalty nor gradient, whatever the tokens weigh."""
+    case = make_case(6, 20, 5, k=3, kind=kind, constraint={"token_weights": weights}, weighted=True)
+    logits = case.hidden_states @ case.weight.T
+    held = logits.log_softmax(-1) if kind == "logprob" else logits
+    case.reference = held[:, case.settings["safety"].token_ids]
+    case.labels[:] = -100
+    got = case.run(backend=backend, reduction="sum")
+    assert all(values.abs().max() < 1e-12 for values in got.values())
 
 
 @pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])

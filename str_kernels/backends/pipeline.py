@@ -6,6 +6,7 @@ of them at a time, so that scratch memory does not grow with N.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def _routed(
     """The stages of one block of rows; what they hand on is gone before the next block.
 
     Refined pairs correct the screened log-sum-exp, so they tell how far the screen was off. Where
-    that is more than rounding, at logits of ten thousands, the block is screened exactly.
+    that is more than rounding, at logits of hundreds or thousands, the block is screened exactly.
     """
     masses = backend.screen(block, tiles, options, chosen.screen)
     work = backend.route(masses, labels, tiles, chosen.eps)
@@ -102,7 +103,8 @@ def _routed(
         return dense
     say_once(
         f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more than "
-        f"{_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly"
+        f"{_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+        logging.WARNING,
     )
     del masses, work, refined, dense
     exactly = chosen._replace(screen="exact")

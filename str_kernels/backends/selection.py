@@ -149,8 +149,8 @@ def _triton() -> Backend:
     return importlib.import_module("str_kernels.backends.triton").TritonBackend()
 
 
-def say_once(message: str) -> None:
+def say_once(message: str, level: int = logging.INFO) -> None:
     """Log a choice the first time it is made."""
     if message not in _said:
         _said.add(message)
-        _log.info(message)
+        _log.log(level, message)

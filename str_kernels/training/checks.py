@@ -173,9 +173,9 @@ def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> 
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         different = settings.differences(before["settings"])
-        known = (before["data"], *before["anchors"])
-        for file, facts in zip(files, known, strict=False):
-            if facts["sha256"] != file.sha256:
+        known = {facts["path"]: facts["sha256"] for facts in (before["data"], *before["anchors"])}
+        for file in files:
+            if known.get(file.source, file.sha256) != file.sha256:
                 different.append(f"the contents of {file.source}")
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}), so nothing can be resumed.") from error

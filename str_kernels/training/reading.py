@@ -142,4 +142,11 @@ def _tokens(
         return None
     earlier = settings.folder / TOKENS
     path = earlier if resume and earlier.is_file() else settings.tokens
-    return None if path is None else SafetyTokens.load(path, tokenizer)
+    if path is None:
+        return None
+    tokens = SafetyTokens.load(path, tokenizer)
+    try:
+        tokens.constraint(settings.strength, settings.kind, drift_budget=settings.drift_budget)
+    except ValueError as error:
+        raise ValueError(f"tokens={os.fspath(path)!r}: {error}") from error
+    return tokens

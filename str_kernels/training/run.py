@@ -193,6 +193,12 @@ def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
                 f"{file['path']}: {file['cut_responses']} of {file['rows']} responses are cut at "
                 f"{prepared.settings.max_length} tokens."
             )
+    longest = max((file.facts()["longest"] for file in prepared.anchors), default=0)
+    if longest > facts["longest"]:
+        progress.notice(
+            f"anchors of up to {longest} tokens widen the batches; the data's longest row has "
+            f"{facts['longest']}."
+        )
     if facts["unlearned_turns"]:
         progress.notice(
             f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "

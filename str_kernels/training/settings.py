@@ -51,8 +51,9 @@ class TrainSettings:
         kind: ``"mse"``, ``"floor"``, ``"logprob"`` or ``"kl"``.
         positions: ``"all"``, ``"labels"``, or the first k labelled positions of each sequence.
         anchors: JSONL files like ``data``, of which every forward gets a row each, held and not
-            learned (see ``AnchoredCollator``): refused requests in one, benign look-alikes in
-            another, with the answers of the aligned model.
+            learned, a quarter of the constraint's weight beside the data's own (see
+            ``AnchoredCollator``): refused requests in one, benign look-alikes in another, with the
+            answers of the aligned model.
         reference: ``"adapter_off"``, ``"cache"`` (computed once, at the start) or a cache file.
         rank: LoRA rank.
         alpha: LoRA alpha; None: twice the rank.
@@ -114,7 +115,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check every field; freeze the lists of names."""
-        object.__setattr__(self, "anchors", tuple(self.anchors))
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors)
+        object.__setattr__(self, "anchors", anchors)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.strength is None:
             # an unknown kind is reported below
@@ -139,6 +141,8 @@ class TrainSettings:
                 f"drift_budget={self.drift_budget}: belongs to strength='auto' and method='str', "
                 f"not to strength={self.strength!r} and method={self.method!r}."
             )
+        if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
+            faults.append("top_k=1: kind='kl' holds proportions among tokens; take 2 or more.")
         if not self.target_modules:
             faults.append("target_modules is empty: name modules, or 'all-linear'.")
         if faults:

@@ -23,12 +23,16 @@ def task(count: int) -> list[dict]:
     return [{"input_ids": ids, "labels": [IGNORED, IGNORED, *ids[2:]]} for ids in rows]
 
 
+HALVES = task(4)[:2], task(4)[2:]
+
+
 def collator(**options) -> AnchoredCollator:
     return AnchoredCollator(PLAIN, REFUSED, BENIGN, pad_token_id=0, **options)
 
 
 @pytest.mark.parametrize("positions", ["all", "labels", 1])
-def test_an_anchor_counts_as_much_as_a_row_of_the_task(positions):
+def test_anchors_weigh_a_share_of_the_task_s_rows(positions):
+    """Spread over their own tokens; with two anchors to eight rows, as much as each of those."""
     before, batch = PLAIN(task(4)), collator(positions=positions)(task(4))
     width = before["labels"].shape[1]
     assert {x.shape for x in batch.values()} == {(6, 8)}
@@ -43,7 +47,11 @@ def test_an_anchor_counts_as_much_as_a_row_of_the_task(positions):
     assert torch.equal(weights[5, :3], weights[5, :1].expand(3))
     learned = (before["labels"][:, 1:] != IGNORED).sum(-1).float()
     assert torch.allclose(weights[:4].sum(-1), learned)
-    assert torch.allclose(weights[4:].sum(-1), learned.mean())
+    assert torch.allclose(weights[4:].sum(-1), learned.sum() / 8)
+    halves = [collator(positions=positions)(rows)["position_weights"] for rows in HALVES]
+    assert torch.allclose(sum(half[2:].sum() for half in halves), weights[4:].sum())
+    more = collator(positions=positions, share=1.0)(task(4))["position_weights"]
+    assert torch.allclose(more[4:], 4 * weights[4:])
 
 
 def test_the_draw_is_the_batch_s_and_the_seed_s():
@@ -77,7 +85,9 @@ def test_the_loss_is_the_formula_s(kind):
         (lambda: AnchoredCollator(PLAIN, pad_token_id=0), "pools is empty"),
         (lambda: AnchoredCollator(PLAIN, REFUSED, [], pad_token_id=0), r"pools\[1\]: must have"),
         (lambda: AnchoredCollator(PLAIN, [{"input_ids": []}], pad_token_id=0), r"pools\[0\]"),
+        (lambda: AnchoredCollator(PLAIN, [REFUSED, BENIGN], pad_token_id=0), r"pools\[0\]"),
         (lambda: collator(positions="some"), "positions='some'"),
+        (lambda: collator(share=0.0), "share=0.0: must be above 0"),
         (
             lambda: AnchoredCollator(
                 lambda rows: {**PLAIN(rows), "position_ids": None}, REFUSED, pad_token_id=0

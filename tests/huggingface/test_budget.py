@@ -128,7 +128,8 @@ def drift_by_hand(model, inputs, safety) -> float:
     if safety.kind == "kl":
         tau = safety.temperature
         q = (r / tau + omega.log()).log_softmax(-1)
-        squared = 2 * tau**2 * (q.exp() * (q - (z / tau).log_softmax(-1))).sum(-1)
+        p = (z / tau + omega.log()).log_softmax(-1)
+        squared = 2 * tau**2 * (q.exp() * (q - p)).sum(-1)
     else:
         distance = (r - safety.margin - z).clamp(min=0) if safety.kind == "floor" else z - r
         squared = (omega * distance.square()).sum(-1) / omega.sum()
