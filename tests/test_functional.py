@@ -323,6 +323,7 @@ def test_module_is_the_function():
 def test_public_names():
     """The public interface is exactly this, and each name can be had."""
     assert set(str_kernels.__all__) == {
+        "AnchoredCollator",
         "LinearCrossEntropyLoss",
         "LossParts",
         "SafetyConstraint",
