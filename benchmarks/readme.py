@@ -33,11 +33,11 @@ HELD = {
     "plain": "nothing (plain)",
     "kl-strong": "**`kl`, 10, the default**",
     "kl-anchors-strong": "the same with anchors",
+    "kl-strong-random-tokens": "the same with 64 random tokens",
     "kl": "`kl`, 1",
     "mse": "`mse`, 0.1",
     "logprob": "`logprob`, 0.1",
     "pact": "PACT's gated KL, 1",
-    "mse-random-tokens": "`mse`, 0.1, 64 random tokens",
 }
 OUTCOMES = {
     "falls back": "its logits are stored, for they are not one head's product or are written into",
