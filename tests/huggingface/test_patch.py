@@ -74,7 +74,7 @@ def test_patching_twice():
         ({"reference": "nowhere.safetensors"}, "reference='nowhere.safetensors': no such file"),
         ({"positions": 0}, "positions=0: must be"),
         ({"positions": "prompt"}, "positions='prompt': must be"),
-        ({"safety": SafetyConstraint([96], 1.0)}, r"holds 96: the model's head has 96 rows"),
+        ({"safety": SafetyConstraint([3, 96], 1.0)}, r"holds 96: the model's head has 96 rows"),
         ({"safety": None, "reference": torch.zeros(2)}, "without safety"),
         ({"filter_eps": 2.0}, "filter_eps=2.0"),
         ({"screen": "fp4"}, "screen='fp4'"),
