@@ -196,8 +196,8 @@ def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
     longest = max((file.facts()["longest"] for file in prepared.anchors), default=0)
     if longest > facts["longest"]:
         progress.notice(
-            f"anchors of up to {longest} tokens widen the batches; the data's longest row has "
-            f"{facts['longest']}."
+            f"anchors of up to {longest} tokens widen every batch that meets them, and the data's "
+            f"longest row has {facts['longest']}: shorten them, or lower max_length."
         )
     if facts["unlearned_turns"]:
         progress.notice(

@@ -185,6 +185,15 @@ def test_anchors_are_held_and_not_learned(make_settings, anchors):
         prepare(make_settings("other", anchors=anchors, reference=file, tokens=tokens))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_anchors_that_widen_the_batches_are_told(make_settings, anchors, wide):
+    row = ROWS[0] if not wide else {**ROWS[0], "response": "with water and soap . " * 4}
+    Path(anchors[0]).write_text(json.dumps(row))
+    progress = CtrlC(at=1)
+    train(prepare(make_settings(anchors=anchors[:1])), progress)
+    assert any("widen every batch" in text for text in progress.notices) == wide
+
+
 def test_anchors_of_a_resumed_run_are_the_same(make_settings, anchors):
     whole = make_settings("whole", anchors=anchors)
     train(prepare(whole))
