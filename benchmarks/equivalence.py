@@ -54,15 +54,7 @@ def main() -> None:
     """Train every kind, seed and head; what is there already is kept."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--data", type=Path, help="plain text; else a synthetic language")
-    made.add_argument("--steps", type=int, default=200)
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--out", type=Path, default=RESULTS)
-    made.add_argument("--again", action="store_true", help="measure anew what is there")
-    made.add_argument("--quick", action="store_true", help="four steps, two seeds")
-    args = made.parse_args()
-    if args.quick:
-        args.steps, args.seeds, args.out = 4, 2, args.out / "quick"
-    quiet_libraries()
+    args = parse(made)
     tokens = synthetic_tokens(args.steps) if args.data is None else word_tokens(args.data)
     name = "synthetic" if args.data is None else args.data.name
     found = Results(args.out / "equivalence.json", KEYS, again=args.again)
@@ -71,6 +63,22 @@ def main() -> None:
     rows = [r for r in found.rows if (r["text"], r["steps"]) == (name, args.steps)]
     draw(rows, KINDS, args.out / f"equivalence-{name}.png")
     finish(args.out, "equivalence", table(rows, KINDS) + NOTE)
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add the options of every comparison of curves, and parse."""
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--again", action="store_true", help="measure anew what is there")
+    made.add_argument("--quick", action="store_true", help="four steps, two seeds")
+    args = made.parse_args()
+    if args.quick:
+        args.steps, args.seeds, args.out = 4, 2, args.out / "quick"
+    if args.seeds < 2:
+        made.error(f"--seeds {args.seeds}: must be 2 or more, whose distance is the yardstick")
+    quiet_libraries()
+    return args
 
 
 def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, finish
-from benchmarks.equivalence import HEADS, KEYS, LIMIT, draw, table, train
+from benchmarks.common import finish
+from benchmarks.equivalence import HEADS, KEYS, LIMIT, draw, parse, table, train
 from str_kernels.bench.report import Results
-from str_kernels.cli.console import quiet_libraries, say
+from str_kernels.cli.console import say
 from str_kernels.inputs.data import encode_file, read_numbered
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.training.lora import add_lora
@@ -41,18 +41,10 @@ def main() -> None:
     made.add_argument("--model", required=True, help="local folder or Hub id")
     made.add_argument("--data", type=Path, required=True, help=".jsonl of conversations")
     made.add_argument("--heads", default=",".join(HEADS), help="comma-separated")
-    made.add_argument("--steps", type=int, default=200)
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--out", type=Path, default=RESULTS)
-    made.add_argument("--again", action="store_true", help="measure anew what is there")
-    made.add_argument("--quick", action="store_true", help="four steps, two seeds")
-    args = made.parse_args()
-    if args.quick:
-        args.steps, args.seeds, args.out = 4, 2, args.out / "quick"
+    args = parse(made)
     heads = args.heads.split(",")
-    if args.seeds < 2 or "materialised" not in heads or not set(heads) <= set(HEADS):
-        made.error(f"must have 2 seeds, and of {', '.join(HEADS)} the first and others")
-    quiet_libraries()
+    if "materialised" not in heads or not set(heads) <= set(HEADS):
+        made.error(f"--heads {args.heads}: must be materialised and others of {', '.join(HEADS)}")
     name = f"{Path(args.model).name}-{args.data.stem}"
     found = Results(args.out / f"equivalence-{name}.json", KEYS, again=args.again)
     where = {"text": args.data.name, "kind": "model", "steps": args.steps}

@@ -19,7 +19,7 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- /measured -->"
 NAMES = {
     "ours": "**str_kernels**",
-    "ours-str": "**with STR, K = 64**",
+    "ours-str": "**with STR (`mse`), K = 64**",
     "ours-exact": "exact (`filter_eps=0`)",
     "transformers": "transformers, logits stored",
     "compiled": "the same, compiled",

@@ -64,7 +64,7 @@ class AnchoredCollator:
         if not pools:
             raise ValueError("pools is empty: give rows to hold, refused and benign ones apart.")
         for at, pool in enumerate(pools):
-            rows = all(isinstance(row, Mapping) and len(row["input_ids"]) for row in pool)
+            rows = all(isinstance(row, Mapping) and len(row.get("input_ids", ())) for row in pool)
             if not len(pool) or not rows:
                 raise ValueError(f"pools[{at}]: must have rows, each with input_ids.")
         validate_positions(positions)
@@ -74,7 +74,7 @@ class AnchoredCollator:
         self._pad, self._positions, self._seed = pad_token_id, positions, seed
 
     def __call__(self, features: list[Feature]) -> Batch:
-        """``[B + pools, T]``, with ``position_weights``."""
+        """The three entries ``[B + pools, T]``, int64, and their ``position_weights``, fp32."""
         batch = self._collator(features)
         draw = Random(f"{self._seed} {batch['input_ids'].tolist()}")
         drawn = [draw.choice(pool) for pool in self._pools]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from benchmarks import equivalence_model
 
 
@@ -32,3 +34,14 @@ def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):
     assert json.loads(file.read_text())["rows"] == measured
     assert "answers" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("--seeds", "1"), "--seeds 1: must be 2"), (("--heads", "exact"), "--heads exact: must be")],
+)
+def test_what_cannot_be_compared_is_refused(monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "argv", ["", "--model", "no", "--data", "no.jsonl", *given])
+    with pytest.raises(SystemExit):
+        equivalence_model.main()
+    assert message in capsys.readouterr().err

@@ -84,6 +84,7 @@ def test_the_loss_is_the_formula_s(kind):
     [
         (lambda: AnchoredCollator(PLAIN, pad_token_id=0), "pools is empty"),
         (lambda: AnchoredCollator(PLAIN, REFUSED, [], pad_token_id=0), r"pools\[1\]: must have"),
+        (lambda: AnchoredCollator(PLAIN, [{"prompt": "x"}], pad_token_id=0), r"pools\[0\]"),
         (lambda: AnchoredCollator(PLAIN, [{"input_ids": []}], pad_token_id=0), r"pools\[0\]"),
         (lambda: AnchoredCollator(PLAIN, [REFUSED, BENIGN], pad_token_id=0), r"pools\[0\]"),
         (lambda: collator(positions="some"), "positions='some'"),
