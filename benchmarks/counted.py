@@ -26,9 +26,9 @@ from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
 from str_kernels.cli.console import say
 from str_kernels.options import TILE, LossOptions
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
 
 KEYS = ("case", "dtype", "rows", "chip", "head", "screen")
-EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # GEMMs of frozen and trainable heads by what each peer must multiply.
 PEERS = {
     "materialised, chunked or Liger": ("2", "3", "logits, dH, dW"),
@@ -121,8 +121,6 @@ def exact_stages(shape: work.Shape, launches: dict) -> list[work.Work]:
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    from str_kernels.backends.triton.host import quantise_rows
-
     parts = (quantise_rows(part, dtype) for part in rows.split(4096))
     return torch.cat([quantised.float() * scale[:, None] for quantised, scale in parts])
 

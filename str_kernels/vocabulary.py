@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from str_kernels.options import TILE
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from str_kernels.validation import validate_weight
 
 SCHEMA = "str_kernels.vocabulary_index/1"
@@ -235,17 +236,13 @@ def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor
 
 
 def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tensor]:
-    """Rows in tile order, each scaled to the whole range of its 8 bits."""
-    dtype, top = (torch.int8, 127.0) if screen == "int8" else (torch.float8_e4m3fn, 448.0)
+    """Rows in tile order, for the screen of that name."""
+    dtype = EIGHT_BITS[screen]
     rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
     for start in range(0, len(weight), _BLOCK):
         where = slice(start, start + _BLOCK)
-        block = weight[order[where]].float()
-        scale = block.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / top
-        block = block / scale[:, None]
-        rows[where] = (block.round() if screen == "int8" else block).to(dtype)
-        scales[where] = scale
+        rows[where], scales[where] = quantise_rows(weight[order[where]], dtype)
     return rows, scales
 
 

@@ -78,7 +78,6 @@ def call(**changes):
         ({"backend": TorchBlocked}, "must be a name or a Backend instance"),
         ({"index": "index.safetensors"}, "index='index.safetensors': must be a VocabularyIndex"),
         ({"screen": "fp4"}, "screen='fp4'"),
-        ({"screen": "int8"}, "screen='int8': the torch backend has no int8 screen"),
         ({"screen": "fp8"}, "screen='fp8': the torch backend has no fp8 screen"),
         ({"screen": "bf16", "backend": "reference"}, "screen='bf16': backend='reference'"),
         ({"screen": "bf16", "filter_eps": 0.0}, "screen='bf16' with filter_eps=0.0"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Head
+from str_kernels.backends.products import product
 from str_kernels.options import LossOptions
 
 
@@ -64,7 +65,9 @@ def block_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
     """Logits ``[R, C]`` of a block of C head rows, all operands in the accumulator's dtype."""
-    products = torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+    products = product(hidden, weight.T)
+    if bias is not None:
+        products += bias
     return finish_logits(products, options)
 
 

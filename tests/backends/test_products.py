@@ -1,4 +1,4 @@
-"""A CPU without bf16 instructions never multiplies 16-bit matrices."""
+"""Matrix products: in the dtype that a CPU is fast in, by the library that is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends import products
 from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.products import dead_product, product_dtype
+from str_kernels.backends.products import dead_product, product, product_dtype
 from str_kernels.backends.torch_blocked.screen import screen_tiles
 from str_kernels.options import TILE, LossOptions
 from str_kernels.vocabulary import tile_means
@@ -17,7 +18,7 @@ from tests.oracle import relative_error
 
 CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addmm_"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addmm_", "_linear_pointwise"}
 
 
 class ProductDtypes(TorchDispatchMode):
@@ -34,8 +35,9 @@ class ProductDtypes(TorchDispatchMode):
 
 
 def instructions(monkeypatch, has: bool) -> None:
-    """Pretend that the CPU has bf16 instructions, or not."""
+    """Pretend that the CPU has bf16 instructions, or not; int8 ones it has not."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
 
 
@@ -46,7 +48,7 @@ def step(dtype, *, constrained: bool, trainable: bool, **settings) -> set[torch.
     weight = case.weight.requires_grad_(trainable)
     if settings.pop("indexed", False):
         settings["index"] = VocabularyIndex.build(weight, hidden)
-    with ProductDtypes() as products:
+    with ProductDtypes() as collected:
         linear_cross_entropy(
             hidden,
             weight,
@@ -57,7 +59,7 @@ def step(dtype, *, constrained: bool, trainable: bool, **settings) -> set[torch.
             backend="torch",
             **settings,
         ).backward()
-    return products.seen
+    return collected.seen
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -118,3 +120,64 @@ def test_dead_product_without_instructions_is_fp32(monkeypatch, operands):
     assert relative_error(dead_product(left, right, operands), truth) < 1e-6
     instructions(monkeypatch, True)
     assert relative_error(dead_product(left, right, operands), truth) > 1e-4
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """As on an AMD CPU with AVX-512, whatever this one is."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch is built without oneDNN")
+    monkeypatch.setattr(products, "_mkl_is_held_back", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(1, 1, 1), (1, 640, 128), (3, 7, 130), (65, 33, 5), (0, 4, 3)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_onednn_multiplies_alike(by_onednn, rows, inner, columns, turned):
+    """By oneDNN as by MKL, the right side as it lies or as a transposed view."""
+    g = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=g)
+    right = torch.randn(columns, inner, generator=g).T
+    right = right if turned else right.contiguous()
+    got = product(left, right)
+    assert got.shape == (rows, columns)
+    torch.testing.assert_close(got.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_keeps_what_is_not_finite(by_onednn):
+    """NaN and inf come out where they went in."""
+    left, right = torch.ones(2, 3), torch.ones(3, 4)
+    left[0, 0], right[1, 2] = float("nan"), float("inf")
+    torch.testing.assert_close(product(left, right), left @ right, equal_nan=True)
+
+
+@pytest.mark.parametrize("settings", [{"filter_eps": 0.0}, {"filter_eps": 2.0**-11}], ids=str)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_head_by_onednn_is_right(by_onednn, settings, trainable):
+    """Every product of a step is made by it, and the oracle's loss and gradients come out."""
+    case = clustered_case(bias=True).to(torch.float32)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    got = case.run(index=index, **settings)
+    bound = 1e-5 if settings["filter_eps"] == 0.0 else 0.01
+    assert relative_error(got["loss"], case.truth()["loss"]) < bound
+    assert relative_error(got["hidden_states"], case.truth()["hidden_states"]) < bound
+    seen = step(torch.float32, constrained=False, trainable=trainable, indexed=True)
+    assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "held_back"),
+    [
+        ("vendor_id\t: AuthenticAMD", "AVX512", True),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", True),
+        ("vendor_id\t: AuthenticAMD", "AVX2", False),
+        ("vendor_id\t: GenuineIntel", "AVX512", False),
+    ],
+)
+def test_where_mkl_is_held_back(monkeypatch, vendor, capability, held_back):
+    """On AMD with AVX-512 alone: elsewhere nothing was measured."""
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    has = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert products._mkl_is_held_back.__wrapped__() == (held_back and has)

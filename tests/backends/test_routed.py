@@ -325,15 +325,6 @@ def test_memory_of_wide_hidden_states(eps, kind):
     assert peak_bytes(forward, hidden.device).peak <= 2 * budget + handed_on
 
 
-def test_auto_screen_follows_the_instructions(monkeypatch):
-    """On x86 the bf16 screen needs the instructions; emulated products are slower than fp32's."""
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        chosen = TorchBlocked().auto_screen(torch.float32, torch.device("cpu"))
-        assert chosen == ("bf16" if has else "exact")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"label_smoothing": 0.1}], ids=str)
 def test_half_precision_operands(options, dtype):

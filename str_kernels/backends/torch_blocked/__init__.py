@@ -18,7 +18,11 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.products import multiplies_bf16
+from str_kernels.backends.products import (
+    multiplies_bf16,
+    multiplies_int8,
+    multiplies_tiles,
+)
 from str_kernels.backends.torch_blocked import blocks
 from str_kernels.backends.torch_blocked.exact import exact_pass
 from str_kernels.backends.torch_blocked.refine import refine_pairs
@@ -49,15 +53,19 @@ class TorchBlocked:
 
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
         """See ``Backend.refuses``."""
-        if screen in ("int8", "fp8"):
-            return f"the torch backend has no {screen} screen; use 'auto', 'exact' or 'bf16'"
+        if screen == "fp8":
+            return "the torch backend has no fp8 screen; use 'auto', 'exact', 'bf16' or 'int8'"
+        if screen == "int8" and device.type != "cpu":
+            return "the torch backend has an int8 screen on CPUs only; use 'auto' or 'exact'"
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
-        """bf16 in place of fp32 on a CPU with bf16 instructions, else the operands' own dtype."""
-        if device.type != "cpu" or dtype != torch.float32:
+        """int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
+        if device.type != "cpu" or dtype == torch.float64:
             return "exact"
-        return "bf16" if multiplies_bf16(device) else "exact"
+        if multiplies_int8(device) and not multiplies_tiles():
+            return "int8"
+        return "bf16" if dtype == torch.float32 and multiplies_bf16(device) else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """See ``Backend.row_block``."""

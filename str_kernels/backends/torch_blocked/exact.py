@@ -17,6 +17,7 @@ from str_kernels.backends.logits import (
     label_logits,
     softcap_slope,
 )
+from str_kernels.backends.products import product
 from str_kernels.backends.torch_blocked.blocks import head_rows, in_block, spans
 from str_kernels.options import LossOptions
 
@@ -76,9 +77,9 @@ class _RunningTotals:
             if slope is not None:
                 exponentials.mul_(slope)
             if self.expected is None:
-                self.expected = torch.mm(exponentials, weight)
+                self.expected = product(exponentials, weight)
             else:
-                self.expected.mul_(rescale[:, None]).addmm_(exponentials, weight)
+                self.expected.mul_(rescale[:, None]).add_(product(exponentials, weight))
         if self.wanted.probabilities:
             self.kept.append((exponentials, self.shift))
 

@@ -22,6 +22,7 @@ from str_kernels.backends.logits import (
     take_rows,
     weight_rows,
 )
+from str_kernels.backends.products import product, products
 from str_kernels.backends.torch_blocked.blocks import positions_of
 from str_kernels.options import TILE, LossOptions
 
@@ -103,7 +104,7 @@ class _Sums:
     def add(self, group: _Group) -> None:
         """Gathered rows of G tiles, ``[G, P, TILE]`` logits."""
         weight, bias, columns = self._weight(group.tiles)
-        logits = torch.bmm(take_rows(self.hidden, group.rows), weight.transpose(1, 2))
+        logits = products(take_rows(self.hidden, group.rows), weight.transpose(1, 2))
         masses, maxima, spread = self._exponentials(
             logits, bias, columns, self.positions[group.rows], self.shift[group.rows], group.live
         )
@@ -111,7 +112,7 @@ class _Sums:
         self.mass.index_add_(0, rows, masses.flatten())
         self.maximum.scatter_reduce_(0, rows, maxima.flatten(), "amax")
         if self.expected is not None:
-            self.expected.index_add_(0, rows, torch.bmm(spread, weight).flatten(0, 1))
+            self.expected.index_add_(0, rows, products(spread, weight).flatten(0, 1))
 
     def add_hot(self, tiles: list[int], lists: tuple[Tensor, ...]) -> None:
         """All rows of G tiles, ``[R, G * TILE]`` logits; dead pairs masked."""
@@ -120,7 +121,7 @@ class _Sums:
         live = torch.zeros(len(tiles), len(self.mass), dtype=torch.bool, device=weight.device)
         for mask, tile in zip(live, tiles, strict=True):
             mask[lists[tile]] = True
-        logits = torch.mm(self.hidden, weight.T).view(len(self.mass), len(tiles), TILE)
+        logits = product(self.hidden, weight.T).view(len(self.mass), len(tiles), TILE)
         masses, maxima, spread = self._exponentials(
             logits,
             None if bias is None else bias[:, 0],
@@ -132,7 +133,7 @@ class _Sums:
         self.mass += masses.sum(-1)
         torch.maximum(self.maximum, maxima.amax(-1), out=self.maximum)
         if self.expected is not None:
-            self.expected.addmm_(spread.flatten(1), weight)
+            self.expected += product(spread.flatten(1), weight)
 
     def _weight(self, tiles: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Rows ``[G, TILE, D]`` and bias ``[G, 1, TILE]`` of G tiles, and their columns' places."""

@@ -27,11 +27,11 @@ from str_kernels.backends.triton import exact, host, weight
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
+from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 96 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
-_EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
 
 
@@ -101,10 +101,10 @@ class TritonBackend:
             head = head._replace(hidden_states=head.hidden_states.bfloat16())
         with _on(head):
             given = host.operands(head, tiles.order)
-            if screen not in _EIGHT_BITS:
+            if screen not in EIGHT_BITS:
                 launch = self._launch(head, "screen")
                 return host.screen(given, options, launch)
-            dtype = _EIGHT_BITS[screen]
+            dtype = EIGHT_BITS[screen]
             if tiles.quantised is None or tiles.quantised.dtype != dtype:
                 raise ValueError(
                     f"screen={screen!r}: the index has no rows quantised for it; build it with "

@@ -17,6 +17,7 @@ from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
+from str_kernels.quantise import quantise_rows
 
 GROUP = 8  # blocks of rows that share a tile of W in L2
 
@@ -89,15 +90,6 @@ def common(given: Operands, options: LossOptions) -> dict[str, Any]:
 def tuning(launch: Launch) -> dict[str, int]:
     """Warps and stages, as a launch takes them."""
     return {"num_warps": launch.warps, "num_stages": launch.stages}
-
-
-def quantise_rows(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, D]`` in 8 bits and their scales ``[R]`` fp32."""
-    top = 127.0 if dtype == torch.int8 else 448.0
-    hidden = hidden.float()
-    scale = hidden.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / top
-    hidden = hidden / scale[:, None]
-    return (hidden.round() if dtype == torch.int8 else hidden).to(dtype), scale
 
 
 def screen(given: Operands, options: LossOptions, launch: Launch) -> TileMasses:

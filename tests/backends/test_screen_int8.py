@@ -1,0 +1,155 @@
+"""The int8 screen: what it multiplies, what it leaves to the refinement, and when it is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels.backends.contract import Head, Tiles
+from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.options import TILE, LossOptions
+from str_kernels.quantise import quantise_rows
+from str_kernels.vocabulary import tile_means
+from tests.backends.test_routed import clustered_case
+from tests.oracle import make_case, relative_error
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 129, 16), (3, 128, 77), (130, 5, 24), (64, 1, 8), (17, 700, 1), (70, 1100, 33)]
+
+
+def instructions(monkeypatch, *, int8: bool, amx: bool = False, bf16: bool = False) -> None:
+    """Pretend that the CPU has them, or not."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: int8)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+
+
+def rounded(rows: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of rows, fp64."""
+    eight, scales = quantise_rows(rows, torch.int8)
+    return eight.double() * scales.double()[:, None]
+
+
+@pytest.mark.parametrize("has", [True, False], ids=["instructions", "none"])
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+@pytest.mark.parametrize(("n", "vocab", "dim"), SHAPES)
+@pytest.mark.parametrize(
+    "options", [LossOptions(), LossOptions(softcap=20.0, logit_scale=0.7)], ids=["plain", "capped"]
+)
+def test_log_masses_are_those_of_the_rounded_operands(
+    monkeypatch, options, n, vocab, dim, kept, has
+):
+    """Only operands are rounded: log-masses equal fp64's of them, by either way to multiply."""
+    instructions(monkeypatch, int8=has)
+    case = make_case(n, vocab, dim, bias=True).to(torch.float32)
+    case.weight[0] = 0.0
+    index = VocabularyIndex.build(case.weight, screen="int8" if kept else None)
+    tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
+    head = Head(case.hidden_states, case.weight, case.bias)
+    got = screen_tiles(head, tiles, options, "int8", 2 * TILE)
+    logits = rounded(case.hidden_states) @ rounded(case.weight).T + case.bias.double()
+    logits = options.logit_scale * logits
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    parts = logits[:, index.order].split(TILE, 1)
+    want = torch.stack([torch.logsumexp(part, -1) for part in parts], 1)
+    assert (got.log_mass - want).abs().max() < 2e-5
+    if options.softcap is not None:
+        slopes = [(torch.softmax(z, -1) * (1 - (z / options.softcap) ** 2)).sum(-1) for z in parts]
+        assert (got.slope - torch.stack(slopes, 1)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 20.0, "logit_scale": 0.7}])
+def test_rounding_is_refined_away(options, dtype):
+    """The error of a screened logit (1/127 of a row's largest) is left in dead mass alone.
+
+    Dead tiles hold a few times ε = 2⁻¹¹ of the open mass between them: the loss is off by their
+    mass times the screen's error, below 1e-3, and the gradient by at most twice their mass; 16-bit
+    gradients are rounded once, by 2⁻⁹ a number.
+    """
+    case = clustered_case(48, 900, 32, **options).to(dtype)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    hidden = case.hidden_states.clone().requires_grad_()
+    loss, parts = linear_cross_entropy(
+        hidden,
+        case.weight,
+        case.labels,
+        bias=case.bias,
+        screen="int8",
+        index=index,
+        return_parts=True,
+        **case.settings,
+    )
+    loss.backward()
+    truth = case.truth()
+    assert 0 < parts.dead_mass.max() < 0.05
+    assert relative_error(loss, truth["loss"]) < 1e-3
+    assert relative_error(hidden.grad, truth["hidden_states"]) < 5e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["weight", "hidden_states"])
+def test_what_is_not_finite_is_screened_exactly(where, value):
+    """NaN and inf have no 8 bits: the block is screened exactly, with the exact screen's result."""
+    case = clustered_case(20, 500).to(torch.float32)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    getattr(case, where)[1, 3] = value  # row 1 has a label
+    runs = [
+        linear_cross_entropy(
+            case.hidden_states,
+            case.weight.clone().requires_grad_(),
+            case.labels,
+            screen=screen,
+            index=index,
+            reduction="none",
+        ).detach()
+        for screen in ("exact", "int8")
+    ]
+    torch.testing.assert_close(*runs, equal_nan=True, rtol=1e-3, atol=1e-3)
+    assert not runs[0].isfinite().all()
+
+
+def test_a_row_of_one_large_number_is_still_right():
+    """An outlier leaves the other numbers of its row no bits; refined pairs do not care."""
+    case = clustered_case(48, 900, 32).to(torch.float32)
+    case.weight[:, 5] *= 30.0
+    case.hidden_states[:, 5] *= 0.05
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    got = case.run(screen="int8", index=index)
+    assert relative_error(got["loss"], case.truth()["loss"]) < 5e-3
+
+
+def test_it_is_chosen_where_it_is_faster(monkeypatch):
+    """int8 with its instructions, unless matrix tiles multiply bf16 as fast."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def chosen(**has: bool) -> list[str]:
+        instructions(monkeypatch, **has)
+        return [TorchBlocked().auto_screen(dtype, CPU) for dtype in dtypes]
+
+    assert chosen(int8=True, bf16=True) == ["int8", "int8", "int8", "exact"]
+    assert chosen(int8=True) == ["int8", "int8", "int8", "exact"]
+    assert chosen(int8=True, amx=True, bf16=True) == ["bf16", "exact", "exact", "exact"]
+    assert chosen(int8=False, bf16=True) == ["bf16", "exact", "exact", "exact"]
+    assert chosen(int8=False) == ["exact"] * 4
+
+
+def test_only_cpus_have_it():
+    """Torch multiplies int8 on GPUs under conditions that blocks do not meet: refused by name."""
+    refusal = TorchBlocked().refuses("int8", torch.float32, torch.device("cuda"))
+    assert "CPU" in refusal
+    assert TorchBlocked().refuses("int8", torch.float32, CPU) is None
+
+
+def test_quantised_rows_without_an_index():
+    """In token order, mean rows and all: ``screen='int8'`` by name filters there too."""
+    case = clustered_case(48, 900, 32).to(torch.float32)
+    head = Head(case.hidden_states, case.weight, None)
+    tiles = Tiles(None, None, tile_means(case.weight, None))
+    got = screen_tiles(head, tiles, LossOptions(), "int8", TILE).log_mass
+    exact = screen_tiles(head, tiles, LossOptions(), "exact", TILE).log_mass
+    assert 1e-4 < (got - exact).abs().max() < 0.3
