@@ -117,7 +117,7 @@ def _devices() -> dict[str, str]:
 
 
 def _choices(name: str) -> list[dict[str, Any]]:
-    """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
+    """What runs by default: backend, screen, filter, products and loops, for fp32 and bf16."""
     import torch
 
     from str_kernels.backends.products import product_dtype
@@ -137,6 +137,7 @@ def _choices(name: str) -> list[dict[str, Any]]:
                 "device": name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "products": str(products).removeprefix("torch."),
+                "loops": _loops(backend.name, name),
                 "backend": backend.name,
                 "backend_reason": why_backend,
                 "screen": screen,
@@ -147,17 +148,27 @@ def _choices(name: str) -> list[dict[str, Any]]:
     return choices
 
 
+def _loops(backend: str, device: str) -> str:
+    """What runs between the products of a large head."""
+    from str_kernels.backends.torch_blocked.reduce import fused_reduction
+    from str_kernels.options import LossOptions
+
+    if backend == "torch" and device == "cpu":
+        return "torch calls" if fused_reduction(LossOptions()) is None else "compiled"
+    return backend
+
+
 def _show(found: dict[str, Any]) -> None:
     versions = [[name, value or "not installed"] for name, value in found["versions"].items()]
     print_table("versions", ["package", "version"], versions)
     print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
-    columns = ["device", "dtype", "products", "backend", "screen", "filter_eps", "why"]
+    columns = ["device", "dtype", "products", "loops", "backend", "screen", "filter_eps", "why"]
     print_table(
         "what runs by default, with a vocabulary index",
         columns,
         [
             [
-                *(choice[name] for name in columns[:5]),
+                *(choice[name] for name in columns[:6]),
                 f"{choice['filter_eps']:.3g}",
                 f"{choice['backend_reason']}; {choice['screen_reason']}",
             ]

@@ -36,6 +36,16 @@ def test_doctor_says_how_bf16_is_multiplied(capsys, monkeypatch, has):
     assert products == {"float32": "float32", "bfloat16": "bfloat16" if has else "float32"}
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_doctor_says_whether_loops_are_compiled(capsys, monkeypatch, works):
+    """Where there is no compiler the same numbers come from torch calls: said."""
+    loop = (lambda *args: None) if works else None
+    monkeypatch.setattr("str_kernels.backends.torch_blocked.reduce.compiled", lambda *args: loop)
+    found = json.loads(call(capsys, "doctor", "--json").out)
+    loops = {choice["loops"] for choice in found["choices"] if choice["device"] == "cpu"}
+    assert loops == {"compiled" if works else "torch calls"}
+
+
 def test_doctor_shows_tables(capsys):
     """For people: the errors are printed, and the next command named."""
     called = call(capsys, "doctor")

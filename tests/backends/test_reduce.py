@@ -1,0 +1,164 @@
+"""The two ways to reduce a block of logits, and the compiler that one of them needs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex
+from str_kernels.backends.contract import Head, Tiles
+from str_kernels.backends.torch_blocked import compiled as compiling
+from str_kernels.backends.torch_blocked import screen as screening
+from str_kernels.backends.torch_blocked.compiled import compiled
+from str_kernels.backends.torch_blocked.reduce import (
+    FusedReduction,
+    Products,
+    _log_masses,
+    fused_reduction,
+    reduce_eagerly,
+)
+from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.options import TILE, LossOptions
+from tests.backends.test_routed import clustered_case
+
+TILES = 3
+
+
+def quantised_products(rows: int = 5) -> tuple[Products, torch.Tensor]:
+    """Integers with scales, and the logits that they stand for in fp64."""
+    g = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-9000, 9000, (rows, TILES * TILE), generator=g, dtype=torch.int32)
+    made = Products(
+        numbers, torch.rand(TILES * TILE, generator=g), 2e-3 * torch.rand(rows, 1, generator=g)
+    )
+    return made, numbers.double() * made.column_scales.double() * made.row_scales.double()
+
+
+def log_masses(logits: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(logits.double().unflatten(1, (-1, TILE)), -1)
+
+
+def ready(shift: torch.Tensor, logit_scale: float = 1.0) -> FusedReduction:
+    """The loop as torch runs it uncompiled, after a first block."""
+    fused = FusedReduction(_log_masses, logit_scale)
+    fused.see(shift)
+    return fused
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+def test_both_ways_are_right(logit_scale):
+    """Of quantised products: fp64's log-masses, scaled."""
+    made, logits = quantised_products()
+    want = log_masses(logit_scale * logits)
+    fused, eager = torch.empty(5, TILES), torch.empty(5, TILES)
+    assert ready(want.float()[:, :1], logit_scale)(made, fused)
+    reduce_eagerly(made, None, LossOptions(logit_scale=logit_scale), eager, None)
+    torch.testing.assert_close(fused.double(), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(eager.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_floats(dtype):
+    """Without scales: the products are the logits."""
+    g = torch.Generator().manual_seed(1)
+    logits = (5 * torch.randn(4, TILES * TILE, generator=g)).to(dtype)
+    got, want = torch.empty(4, TILES), log_masses(logits)
+    assert ready(torch.zeros(4, 1))(Products(logits.clone()), got)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+def test_the_shift_is_the_largest_so_far():
+    """Block after block it rises, so that growing logits do not overflow; it never falls."""
+    fused, out = FusedReduction(_log_masses, 1.0), torch.empty(1, 1)
+    for level in (0.0, 80.0, 160.0, 20.0):
+        products = Products(torch.full((1, TILE), level))
+        if fused.shift is not None:
+            assert fused(products, out)
+            want = level + torch.tensor(float(TILE)).log()
+            if level == 20.0:  # exp(-140) is no number of fp32
+                want = torch.tensor(-float("inf"))
+            torch.testing.assert_close(out[0, 0], want)
+        else:
+            assert not fused(products, out)
+            reduce_eagerly(products, None, LossOptions(), out, None)
+        fused.see(out)
+
+
+@pytest.mark.parametrize("level", [100.0, float("inf"), float("nan")])
+def test_what_overflows_is_left_to_the_other_way(level):
+    """100 nats above the shift, inf and NaN: seen, and nothing written."""
+    out = torch.full((1, 1), 7.0)
+    assert not ready(torch.zeros(1, 1))(Products(torch.full((1, TILE), level)), out)
+    assert out.item() == 7.0
+
+
+def test_a_ragged_tile_is_left_to_the_other_way():
+    assert not ready(torch.zeros(1, 1))(Products(torch.zeros(1, TILE + 5)), torch.empty(1, 2))
+
+
+def test_a_softcap_is_left_to_the_other_way():
+    assert fused_reduction(LossOptions(softcap=30.0)) is None
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_no_compiler_is_said_once(monkeypatch, caplog):
+    """A toolchain that is missing or broken costs one attempt and one line."""
+
+    def broken(function, **options):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nwith many more lines")
+
+        return call
+
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.INFO, logger="str_kernels"):
+        assert compiled(twice, torch.ones(2)) is None
+        assert compiled(twice, torch.ones(2)) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "str_kernels: torch.compile failed, loops run as torch calls (no C++ compiler)"
+    ]
+
+
+def test_a_disabled_dynamo_compiles_nothing():
+    """``TORCHDYNAMO_DISABLE=1`` would run the function as it is, many times slower."""
+    with torch._dynamo.config.patch(disable=True):
+        assert compiled(twice, torch.ones(2)) is None
+
+
+@pytest.mark.parametrize(
+    ("screen", "dtype"),
+    [
+        ("int8", torch.float32),
+        pytest.param("int8", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("bf16", torch.float32, marks=pytest.mark.slow),
+        pytest.param("exact", torch.float32, marks=pytest.mark.slow),
+        pytest.param("exact", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_compiled_screen_equals_the_other(monkeypatch, screen, dtype):
+    """The whole screen, its loops compiled, at several block widths and numbers of threads."""
+    if fused_reduction(LossOptions()) is None:
+        pytest.skip("torch.compile does not work here")
+    case = clustered_case(70, 1100, 33).to(dtype)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    tiles = Tiles(index.order, index.inverse, index.mean_rows)
+    threads = torch.get_num_threads()
+    try:
+        for rows, columns, count in ((70, TILE, 1), (33, 4 * TILE, 2), (1, 2 * TILE, 1)):
+            torch.set_num_threads(count)
+            head = Head(case.hidden_states[:rows], case.weight, None)
+            options = LossOptions(logit_scale=0.7)
+            monkeypatch.setattr(screening, "COMPILED_FROM", 1 << 60)
+            eager = screen_tiles(head, tiles, options, screen, columns).log_mass
+            monkeypatch.setattr(screening, "COMPILED_FROM", 1)
+            fused = screen_tiles(head, tiles, options, screen, columns).log_mass
+            torch.testing.assert_close(fused, eager, rtol=0, atol=3e-5)
+    finally:
+        torch.set_num_threads(threads)
