@@ -101,10 +101,14 @@ def _devices() -> dict[str, str]:
     """Name of every device that torch can use, and what it is."""
     import torch
 
+    from str_kernels.backends.torch_blocked.reduce import fused_reduction
+    from str_kernels.options import LossOptions
+
     capability = torch.backends.cpu.get_cpu_capability()
+    loops = "as torch calls" if fused_reduction(LossOptions()) is None else "compiled"
     devices = {
         "cpu": f"{platform.processor() or platform.machine()}, {capability}, "
-        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, loops {loops}"
     }
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
@@ -117,7 +121,7 @@ def _devices() -> dict[str, str]:
 
 
 def _choices(name: str) -> list[dict[str, Any]]:
-    """What runs by default: backend, screen, filter, products and loops, for fp32 and bf16."""
+    """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
     import torch
 
     from str_kernels.backends.products import product_dtype
@@ -137,7 +141,6 @@ def _choices(name: str) -> list[dict[str, Any]]:
                 "device": name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "products": str(products).removeprefix("torch."),
-                "loops": _loops(backend.name, name),
                 "backend": backend.name,
                 "backend_reason": why_backend,
                 "screen": screen,
@@ -148,27 +151,17 @@ def _choices(name: str) -> list[dict[str, Any]]:
     return choices
 
 
-def _loops(backend: str, device: str) -> str:
-    """What runs between the products of a large head."""
-    from str_kernels.backends.torch_blocked.reduce import fused_reduction
-    from str_kernels.options import LossOptions
-
-    if backend == "torch" and device == "cpu":
-        return "torch calls" if fused_reduction(LossOptions()) is None else "compiled"
-    return backend
-
-
 def _show(found: dict[str, Any]) -> None:
     versions = [[name, value or "not installed"] for name, value in found["versions"].items()]
     print_table("versions", ["package", "version"], versions)
     print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
-    columns = ["device", "dtype", "products", "loops", "backend", "screen", "filter_eps", "why"]
+    columns = ["device", "dtype", "products", "backend", "screen", "filter_eps", "why"]
     print_table(
         "what runs by default, with a vocabulary index",
         columns,
         [
             [
-                *(choice[name] for name in columns[:6]),
+                *(choice[name] for name in columns[:5]),
                 f"{choice['filter_eps']:.3g}",
                 f"{choice['backend_reason']}; {choice['screen_reason']}",
             ]
