@@ -61,7 +61,7 @@ def _all(case: Case, args: Any) -> Iterator[dict[str, Any]]:
     for name, index in indices.items():
         for eps in EPSILONS:
             yield {"what": "eps", "index": name, **filtered(case, truth, index, eps, "auto")}
-    for screen in ("exact", "bf16"):
+    for screen in ("exact", "bf16", "int8"):
         row = filtered(case, truth, case.index, DEFAULT_EPS, screen)
         yield {"what": "screen", "index": "like text", **row}
     largest = (case.hidden_states[:64].float() @ case.weight.float().T).abs().max().item()
