@@ -67,7 +67,7 @@ def _read(name: str) -> dict[str, Any]:
 def _safety() -> str:
     findings = read(RESULTS / "safety", plan_order())
     main, hardest = HARSH.name, HARSHEST.name
-    aligned = Group("", "", (findings.aligned[HARSH.task],))
+    aligned = Group("", "", (findings.aligned[HARSH.task, ""],))
     lines = [
         "Gemma 3 270M, aligned for the purpose, then LoRA on SST-2 (rank 8, learning rate "
         f"{HARSH.learning_rate:g}, {HARSH.steps} steps of {HARSH.batch}, fp32): what it answers "

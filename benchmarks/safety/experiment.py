@@ -5,6 +5,7 @@ Stage: base model and data → aligned model, measured → every `Run` of the pl
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import resource
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.safety.align import Recipe, align
+from benchmarks.safety.align import Recipe, align, fingerprint
 from benchmarks.safety.finetune import History, finetune
 from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
@@ -80,9 +81,11 @@ def experiment(
     for folder in (places.work, places.results):
         folder.mkdir(parents=True, exist_ok=True)
     align(places.model, places.data, places.aligned, recipe, say)
+    started_from = fingerprint(places.aligned)
     singles = [run for part in runs for run in getattr(part, "runs", (part,))]
     tasks = list(dict.fromkeys(run.setting.task for run in singles))
-    jobs: list[tuple] = [(_baseline, places, task, recipe, amounts) for task in tasks]
+    names = [f"{task}--{started_from}" for task in tasks]
+    jobs: list[tuple] = [(_baseline, places, name, recipe, amounts) for name in names]
     jobs.append((_tokens, places, TOKENS, recipe, amounts))
     for part in runs:
         function = _chain if isinstance(part, Chain) else _run
@@ -93,7 +96,8 @@ def experiment(
     context = multiprocessing.get_context("spawn")
     # one process a run: its peak memory is its own
     with context.Pool(workers, _start, (threads,), maxtasksperchild=1) as pool:
-        for name in pool.imap_unordered(_do, missing, chunksize=1):
+        do = functools.partial(_do, started_from=started_from)
+        for name in pool.imap_unordered(do, missing, chunksize=1):
             say(f"saved {name}")
 
 
@@ -109,7 +113,7 @@ def _name(job: tuple) -> str:
     return subject if isinstance(subject, str) else subject.name
 
 
-def _do(job: tuple) -> str:
+def _do(job: tuple, started_from: str) -> str:
     name, began = _name(job), time.perf_counter()
     function, places, subject, recipe, amounts = job
     result = function(places, subject, amounts)
@@ -119,6 +123,7 @@ def _do(job: tuple) -> str:
         "version": __version__,
         "torch": torch.__version__,
         "commit": commit(),
+        "aligned": started_from,
         "circumstances": circumstances(),
         "recipe": asdict(recipe),
         "amounts": asdict(amounts),
@@ -132,9 +137,9 @@ def _do(job: tuple) -> str:
     return name
 
 
-def _baseline(places: Places, task: str, amounts: Amounts) -> dict[str, Any]:
+def _baseline(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:
     model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
-    known = places.answers(f"aligned--{task}", amounts)
+    known, task = places.answers(f"aligned--{name}", amounts), name.split("--")[0]
     base = {
         "model": Path(places.model).name,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -63,9 +63,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was measured; a chain is a group of one run for each of its stages."""
+    """Everything that was measured; a chain is a group of one run for each of its stages.
 
-    aligned: dict[str, Result]
+    ``aligned``: each aligned model as measured with a task's rows, by task and fingerprint ("": of
+    the first one, which has none).
+    """
+
+    aligned: dict[tuple[str, str], Result]
     groups: tuple[Group, ...]
     chains: tuple[tuple[Group, ...], ...] = ()
     identified: tuple[dict[str, Any], ...] = ()
@@ -101,7 +105,8 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
             chains.append(tuple(Group(*_key(stage), (stage,)) for stage in result["stages"]))
             continue
         if "run" not in result:
-            aligned[path.stem.removeprefix("aligned--")] = result
+            task = path.stem.removeprefix("aligned--").split("--")[0]
+            aligned[task, result.get("aligned", "")] = result
             continue
         grouped.setdefault(_key(result), []).append(result)
     wanted = list(dict.fromkeys(order))
@@ -124,15 +129,15 @@ def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
     return mcnemar(*rows) if common and len(rows[0]) == len(rows[1]) else None
 
 
-def kept(group: Group, aligned: Result) -> float:
-    """Share of the aligned model's refusals that are still refused."""
-    before = _harmful(aligned)
-    refused = [
-        after == "refusal"
-        for result in group.results
-        for was, after in zip(before, _harmful(result), strict=True)
-        if was == "refusal"
-    ]
+def kept(group: Group, aligned: dict[tuple[str, str], Result]) -> float:
+    """Share still refused of what the model that a run started from refused; NaN if not known."""
+    refused = []
+    for result in group.results:
+        start = aligned.get((result["run"]["setting"]["task"], result.get("aligned", "")))
+        if start is None:
+            return math.nan
+        pairs = zip(_harmful(start), _harmful(result), strict=True)
+        refused += [after == "refusal" for was, after in pairs if was == "refusal"]
     return sum(refused) / len(refused) if refused else math.nan
 
 

@@ -6,6 +6,7 @@ measured and where its limits are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,11 +76,25 @@ def _made(findings: Findings) -> str:
 
 def _aligned(findings: Findings) -> str:
     rows = []
-    for task, result in findings.aligned.items():
+    for (task, name), result in findings.aligned.items():
         group = Group("", "", (result,))
-        rows.append([task, *_shares(group), f"{result['measured']['neutral']:.3f}"])
-    headings = ["task", "refused", "over-refused", "accuracy", "neutral"]
-    return "## The aligned model\n\n" + markdown(headings, rows).rstrip()
+        neutral = f"{result['measured']['neutral']:.3f}"
+        rows.append([name or "first", task, *_shares(group), neutral])
+    headings = ["model", "task", "refused", "over-refused", "accuracy", "neutral"]
+    text = "## The aligned model\n\n" + markdown(headings, rows).rstrip()
+    later: dict[str, list[str]] = {}
+    for group in findings.groups:
+        for result in group.results:
+            run = f"{group.setting} {group.method} {result['run']['seed']}"
+            later.setdefault(result.get("aligned", ""), []).append(run)
+    later.pop("", None)
+    if not later:
+        return text
+    lines = [f"- `{name}`: {', '.join(runs)}." for name, runs in later.items()]
+    return (
+        f"{text}\n\nThe same recipe on another machine gives other weights. All runs started from "
+        "the first but these (setting, method, seed):\n\n" + "\n".join(lines)
+    )
 
 
 def _setting(findings: Findings, name: str, folder: Path) -> str:
@@ -143,7 +158,7 @@ def _identified(findings: Findings) -> str:
 def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
     rows, plain = [], _plain(groups)
     for group in groups:
-        aligned = findings.aligned.get(group.results[0]["run"]["setting"]["task"])
+        share = kept(group, findings.aligned)
         p = None if plain is None or group is plain else paired(group, plain)
         refused, *others = _shares(group)
         rows.append(
@@ -152,7 +167,7 @@ def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
                 str(group.seeds),
                 refused,
                 _by_seed(group),
-                "" if aligned is None else f"{100 * kept(group, aligned):.1f} %",
+                "" if math.isnan(share) else f"{100 * share:.1f} %",
                 *others,
                 f"{group.mean('measured', 'neutral'):.3f}",
                 "" if p is None else _p(p),

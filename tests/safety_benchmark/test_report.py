@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -61,8 +62,28 @@ def test_seeds_are_brought_together(results):
     assert (mse.seeds, str(mse.rate("harmful", "refusal"))[:18]) == (2, "90.0 % (18 of 20; ")
     assert (mse.rate("task").count, mse.rate("benign", "refusal").count) == (18, 2)
     # 9 of the aligned model's 10 are refusals; of them 8 are kept, and the tenth does not count
-    assert kept(mse, findings.aligned["sst2"]) == pytest.approx(8 / 9)
+    assert kept(mse, findings.aligned) == pytest.approx(8 / 9)
     assert mse.gradient_norm() == (0.5, 1.0)
+
+
+def test_each_run_is_held_against_the_model_it_started_from(results):
+    """A second alignment refuses other prompts: its runs are counted by those, and named."""
+    other = {"measured": measured(["refusal"] * 5 + ["compliance"] * 5), "aligned": "ab12", **MADE}
+    (results / "aligned--sst2--ab12.json").write_text(json.dumps(other))
+    path = results / f"{Run(MSE, HARSH, 1).name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"aligned": "ab12"}))
+    mse = read(results, ORDER).find("sst2-harsh", "mse")
+    # seed 0: 8 of the first model's 9; seed 1: all 5 of the second's 5
+    assert kept(mse, read(results, ORDER).aligned) == pytest.approx(13 / 14)
+    text = write(results).read_text()
+    assert "- `ab12`: sst2-harsh mse 1." in text
+    assert "| ab12 | sst2 | 50.0 %" in text
+
+
+def test_a_run_whose_start_was_not_measured_keeps_nothing_known(results):
+    (results / "aligned--sst2.json").unlink()
+    findings = read(results, ORDER)
+    assert math.isnan(kept(findings.find("sst2-harsh", "mse"), findings.aligned))
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have(results):
