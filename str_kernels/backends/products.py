@@ -40,12 +40,15 @@ def product_dtype(operands: torch.dtype, device: torch.device) -> torch.dtype:
     return operands
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, both ``[·, ·]``; ``right`` may be a transposed view."""
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left @ right``, both ``[·, ·]``; ``right`` may be a transposed view.
+
+    ``out`` is where the result may be put: only torch's own product can.
+    """
     on_cpu = left.dtype == torch.float32 and left.device.type == "cpu"
     if on_cpu and torch.backends.mkldnn.is_available() and _mkl_is_held_back():
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-    return torch.mm(left, right)
+    return torch.mm(left, right, out=out)
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

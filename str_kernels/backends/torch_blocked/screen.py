@@ -11,7 +11,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Head, TileMasses, Tiles
 from str_kernels.backends.logits import accumulator, weight_rows
-from str_kernels.backends.products import integer_product, product_dtype
+from str_kernels.backends.products import integer_product, product, product_dtype
 from str_kernels.backends.torch_blocked.blocks import spans
 from str_kernels.backends.torch_blocked.compiled import compiled
 from str_kernels.backends.torch_blocked.reduce import (
@@ -72,7 +72,7 @@ class _Rounded:
         """Of the block's columns, in a buffer that the next block takes."""
         weight = weight_rows(self.head, _tokens(self.tiles, block), self.rounded).to(self.dtype)
         out = _shaped(self.buffer, self.hidden, weight)
-        return Products(torch.mm(self.hidden, weight.T, out=out))
+        return Products(product(self.hidden, weight.T, out))
 
 
 class _Quantised:
