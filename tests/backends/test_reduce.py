@@ -125,6 +125,24 @@ def test_no_compiler_is_said_once(monkeypatch, caplog):
     ]
 
 
+def test_a_compiler_that_fails_later_costs_no_step(monkeypatch):
+    """Another dtype is compiled anew: where that fails the function runs as it is, then never."""
+
+    def fails_on_fp64(function, **options):
+        def call(x):
+            if x.dtype == torch.float64:
+                raise RuntimeError("disk full")
+            return function(x)
+
+        return call
+
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", fails_on_fp64)
+    loop = compiled(twice, torch.ones(2))
+    assert loop(torch.ones(2, dtype=torch.float64)).tolist() == [2.0, 2.0]
+    assert compiled(twice, torch.ones(2)) is None
+
+
 def test_a_disabled_dynamo_compiles_nothing():
     """``TORCHDYNAMO_DISABLE=1`` would run the function as it is, many times slower."""
     with torch._dynamo.config.patch(disable=True):

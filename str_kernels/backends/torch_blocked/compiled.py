@@ -26,18 +26,24 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
     if torch._dynamo.config.disable:  # it would run as it is, many times slower than blocked calls
         return None
     if function not in _made:
-        _made[function] = _tried(function, trial)
-    return _made[function]
-
-
-def _tried(function: Callable[..., Any], trial: tuple[Tensor, ...]) -> Callable[..., Any] | None:
-    # else the number of threads is that of the first call
-    made = torch.compile(function, dynamic=True, options={"cpp.dynamic_threads": True})
-    try:
+        # else the number of threads is that of the first call
+        options = {"cpp.dynamic_threads": True}
+        _made[function] = torch.compile(function, dynamic=True, options=options)
         with torch.no_grad():
-            made(*trial)
-    except Exception as error:  # whatever a missing or broken toolchain raises
-        first = (str(error).strip().splitlines() or [""])[0]
-        _log.info("str_kernels: torch.compile failed, loops run as torch calls (%s)", first)
+            _call(function, trial)
+    if _made[function] is None:
         return None
-    return made
+    return lambda *args: _call(function, args)
+
+
+def _call(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
+    """Compiled if it can be, as it is where that fails: here at first, or for another dtype."""
+    made = _made[function]
+    if made is not None:
+        try:
+            return made(*args)
+        except Exception as error:  # whatever a missing or broken toolchain raises
+            _made[function] = None
+            first = (str(error).strip().splitlines() or [""])[0]
+            _log.info("str_kernels: torch.compile failed, loops run as torch calls (%s)", first)
+    return function(*args)
