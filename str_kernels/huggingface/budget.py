@@ -82,7 +82,9 @@ class DriftBudget:
         return terms._replace(penalty=self.strength * terms.penalty)
 
     def _add(self, penalty: Tensor, weights: Tensor) -> None:
-        added = torch.stack([self._scale * penalty.sum().float(), weights.sum().float()])
+        # a KL that is zero may round to just below it
+        distance = self._scale * penalty.sum().float().clamp_min(0.0)
+        added = torch.stack([distance, weights.sum().float()])
         if self._sums is None:
             self._sums, self._steps = added, Freshness.optimizer_steps()
         else:
