@@ -48,7 +48,7 @@ class Truth:
     def statistics(self) -> dict[str, float]:
         """How certain the rows are: to compare inputs by."""
         quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-        entropy = self.entropy[: self.spread]
+        entropy = self.entropy[: self.spread].cpu()
         return {
             "loss": self.loss,
             "entropy": entropy.mean().item(),

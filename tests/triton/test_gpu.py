@@ -20,7 +20,8 @@ pytestmark = [
 ]
 # As in tests/triton/interpreted: rounding of the operands; tf32 needs torch's own setting.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-OF_WEIGHT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**-9.5}
+# fp16 also has no room for the smallest gradients.
+OF_WEIGHT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**-9}
 
 
 def on_gpu(case: Case) -> Case:
@@ -30,13 +31,21 @@ def on_gpu(case: Case) -> Case:
     return Case(*(None if x is None else x.cuda() for x in moved), case.settings)
 
 
-def check(case: Case, **overrides) -> None:
-    """Loss and gradients within the tolerances of the case's dtype."""
+def check(case: Case, cost: dict[str, float] | None = None, **overrides) -> None:
+    """Loss and gradients within the tolerances of the case's dtype, and what a filter may cost."""
     dtype = case.hidden_states.dtype
     got, truth = case.run(backend="triton", **overrides), case.truth()
     for name, want in truth.items():
         limit = OF_WEIGHT[dtype] if name in ("weight", "bias") else TOLERANCE[dtype]
+        limit += 0.0 if cost is None else 1.1 * cost[name]
         assert relative_error(got[name], want) <= limit, (name, relative_error(got[name], want))
+
+
+def cost_of_filter(case: Case, **overrides) -> dict[str, float]:
+    """Its own error by name, in fp32 on the torch backend; large where a softcap flattens."""
+    plain = case.to(torch.float32)
+    got, truth = plain.run(backend="torch", **overrides), plain.truth()
+    return {name: relative_error(got[name], want) for name, want in truth.items()}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -47,8 +56,8 @@ def test_options(options, dtype):
     index = VocabularyIndex.build(case.weight, case.hidden_states)
     check(case, filter_eps=0.0)
     check(case, filter_eps=ALL_LIVE, index=index)
-    if dtype != torch.float32:
-        check(case, filter_eps=DEFAULT_EPS, index=index)
+    filtered = {"filter_eps": DEFAULT_EPS, "index": index}
+    check(case, cost_of_filter(case, **filtered), **filtered)
 
 
 @pytest.mark.parametrize("screen", ["bf16", "int8", "fp8"])
