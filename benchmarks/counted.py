@@ -117,7 +117,7 @@ def exact_stages(shape: work.Shape, launches: dict) -> list[work.Work]:
     """The exact path with the backend's own budget."""
     from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 
-    return work.exact(shape, launches, DEFAULT_BYTE_BUDGET)
+    return work.exact(shape, launches, DEFAULT_BYTE_BUDGET // 2)
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,6 +160,7 @@ def kept_for_backward(
     kept = {
         **{name: _savable(x) for name, x in rows._asdict().items()},
         "rows": done.rows,
+        "safety_alone": done.safety_alone,
         "weight": head.weight,
         # outputs are handed out as they are: saved here too, autograd notices an in-place change
         "lse": done.lse,
@@ -231,7 +232,7 @@ class _Upstream:
                 gradient += self._safety_part(rows)
             out[rows] = gradient.to(dtype)
         if self.beta is not None:
-            for rows in (self.plan.safety & ~self.plan.dense).nonzero()[:, 0].split(size):
+            for rows in self.saved["safety_alone"].split(size):
                 out[rows] = self._safety_part(rows).to(dtype)
         return out
 

@@ -231,6 +231,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         saved = {
             **rows._asdict(),
             "rows": dense,
+            "safety_alone": (plan.safety & ~plan.dense).nonzero()[:, 0],
             "weight": head.weight,
             "hidden_states": head.hidden_states,
             "bias": head.bias,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the name of the screen
-_TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_LEAST = 1e-30  # the largest of a row; the reciprocal of its scale is still finite
+TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LEAST = 1e-30  # the largest of a row; the reciprocal of its scale is still finite
 
 
 def quantise_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -17,6 +17,6 @@ def quantise_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     rows = rows.float()
     scales = torch.maximum(rows.amax(-1), -rows.amin(-1))
-    scales = scales.clamp_(min=_LEAST).div_(_TOP[dtype])
+    scales = scales.clamp_(min=LEAST).div_(TOP[dtype])
     rows = rows * scales.reciprocal()[:, None]  # twice as fast as a division
     return (rows.round_() if dtype == torch.int8 else rows).to(dtype), scales

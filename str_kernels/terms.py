@@ -130,6 +130,7 @@ def resolve(
         entropy=entropy,
         dtype=flat.dtype,
         device=flat.device,
+        rows=len(flat),
     )
     tiles = None
     if resolved.eps:

@@ -108,6 +108,21 @@ class Refined(NamedTuple):
     maximum: Tensor
 
 
+class OpenRows(NamedTuple):
+    """``∂lse/∂h [R, D]`` without the label's own term, ``Σ_{v ≠ y} p_v · slope_v · w_v``.
+
+    Not yet added up, for whoever adds the label's row can do it in the same pass: ``scale [R]``
+    times the sum of ``parts``, each ``[R, D]``.
+    """
+
+    parts: tuple[Tensor, ...]
+    scale: Tensor
+
+    def total(self) -> Tensor:
+        """Added up."""
+        return self.scale[:, None] * sum(self.parts)
+
+
 class Dense(NamedTuple):
     """What R rows know of the whole vocabulary, fp32 (fp64 for fp64 inputs).
 
@@ -119,8 +134,7 @@ class Dense(NamedTuple):
         live_share: ``[R]``, the share of the tiles that was computed exactly.
         logit_sum: ``[R]`` Σ_v z, with label smoothing only.
         entropy: ``[R]`` nats, only when wanted.
-        open_gradient: ``[R, D]`` or None: ∂lse/∂h without the label's own term,
-            ``Σ_{v ≠ y} p_v · slope_v · w_v``.
+        opened: ∂lse/∂h without the label's own term; only when hidden gradients are wanted.
         open_mass: ``[R]``, ``1 - p_y`` summed without cancellation; 1 without a label.
         smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
@@ -135,12 +149,25 @@ class Dense(NamedTuple):
     live_share: Tensor
     logit_sum: Tensor | None
     entropy: Tensor | None
-    open_gradient: Tensor | None
+    opened: OpenRows | None
     open_mass: Tensor
     smooth_gradient: Tensor | None
     masses: Tensor | None
     slope: Tensor | None
     probabilities: Tensor | None = None
+
+
+class RowShares(NamedTuple):
+    """``shares.opened · ∂lse/∂h without the label + shares.label · w_label + also``.
+
+    ``opened [R]``; ``label [R]``, 0 where there is none; ``also [D]`` or ``[R, D]``; rows in
+    ``silent [R]`` bool become zero, whatever stood there.
+    """
+
+    opened: Tensor
+    label: Tensor
+    also: Tensor | None = None
+    silent: Tensor | None = None
 
 
 class Coefficients(NamedTuple):
@@ -198,8 +225,8 @@ class Backend(Protocol):
         """Why it cannot run this screen on operands of this dtype here; None if it can."""
         ...
 
-    def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The screen that ``"auto"`` means for operands of this dtype here."""
+    def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+        """The screen that ``"auto"`` means for so many rows of operands of this dtype here."""
         ...
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
@@ -228,6 +255,21 @@ class Backend(Protocol):
         wanted: Wanted,
     ) -> Refined:
         """Live pairs exactly, from the original operands, accumulated in fp32."""
+        ...
+
+    def combine(
+        self,
+        head: Head,
+        labels: Tensor,
+        opened: OpenRows,
+        shares: RowShares,
+        *,
+        spare: bool,
+    ) -> Tensor:
+        """``∂/∂h [R, D]`` of what has these shares, in ``kept_dtype``.
+
+        ``spare``: the opened rows will not be needed again, and may be used up.
+        """
         ...
 
     def weight_gradients(

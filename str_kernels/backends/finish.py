@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Dense, Head, Refined, TileMasses, Tiles, Wanted, Worklist
+from str_kernels.backends.contract import (
+    Dense,
+    Head,
+    OpenRows,
+    Refined,
+    TileMasses,
+    Tiles,
+    Wanted,
+    Worklist,
+)
 from str_kernels.backends.logits import label_logits
 from str_kernels.backends.products import dead_product
 from str_kernels.options import TILE, LossOptions
@@ -33,12 +42,11 @@ def join_pairs(
     of_label = torch.where(labels < 0, 0.0, torch.exp(label_logit - work.shift))
     lse = work.shift + torch.log(others + of_label)
     rescale = torch.exp(work.shift - lse)
-    gradient = None
+    opened = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
         dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
-        gradient = dead_part.add_(refined.expected)
-        gradient.mul_((options.logit_scale * rescale)[:, None])
+        opened = OpenRows((refined.expected, dead_part), options.logit_scale * rescale)
     kept_masses, live = None, work.live()
     if wanted.masses:
         kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
@@ -51,7 +59,7 @@ def join_pairs(
         live_share=live.mean(-1, dtype=lse.dtype),
         logit_sum=logit_sum,
         entropy=None,
-        open_gradient=gradient,
+        opened=opened,
         open_mass=others * rescale,
         smooth_gradient=smooth_gradient,
         masses=kept_masses,
@@ -74,15 +82,14 @@ def join_sums(
 ) -> Dense:
     """``Dense`` of an exact pass; its sums leave the label out and are relative to ``exp(shift)``.
 
-    ``mass [R]`` Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w (scaled here, in place),
+    ``mass [R]`` Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w,
     ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` the largest logit. The last two are finished.
     """
     labelled = labels >= 0
     others = shift + mass.log()
     lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
     rescale = torch.exp(shift - lse)
-    if expected is not None:
-        expected.mul_((options.logit_scale * rescale)[:, None])
+    opened = None if expected is None else OpenRows((expected,), options.logit_scale * rescale)
     entropy = None
     if weighted is not None:
         of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
@@ -95,7 +102,7 @@ def join_sums(
         live_share=torch.ones_like(lse),
         logit_sum=logit_sum,
         entropy=entropy,
-        open_gradient=expected,
+        opened=opened,
         open_mass=mass * rescale,
         smooth_gradient=smooth_gradient,
         masses=None,

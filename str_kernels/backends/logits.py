@@ -13,6 +13,8 @@ from str_kernels.backends.contract import Head
 from str_kernels.backends.products import product
 from str_kernels.options import LossOptions
 
+_SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: fp32, or fp64 for fp64 operands."""
@@ -82,7 +84,10 @@ def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
     """Exact logit ``[R]`` of each row's label ``[R]``; NaN where the label is negative."""
     dtype = accumulator(head.hidden_states.dtype)
     target = labels.clamp(min=0)
-    products = (head.hidden_states.to(dtype) * weight_rows(head, target, dtype)).sum(-1)
+    size = max(1, _SCRATCH // head.weight.shape[1])
+    blocks = zip(head.hidden_states.split(size), target.split(size), strict=True)
+    parts = [(hidden.to(dtype) * weight_rows(head, its, dtype)).sum(-1) for hidden, its in blocks]
+    products = parts[0] if len(parts) == 1 else torch.cat(parts)
     if head.bias is not None:
         products = products + head.bias[target].to(dtype)
     return finish_logits(products, options).masked_fill(labels < 0, float("nan"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
 from str_kernels.backends.finish import join_pairs
-from str_kernels.backends.logits import accumulator, kept_dtype, safety_logits
+from str_kernels.backends.logits import accumulator, safety_logits
 from str_kernels.backends.rows import RowPlan, cross_entropy, row_blocks, row_gradients
 from str_kernels.backends.selection import Filter, say_once
 from str_kernels.options import LossOptions
@@ -27,12 +27,14 @@ class Forward(NamedTuple):
     """What the forward knows of N rows, of which R (``rows [R]``) met the vocabulary.
 
     ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
-    ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed.
+    ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed;
+    ``safety_alone [S]``: the rows that have these and did not meet the vocabulary.
     ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in
     ``kept_dtype``, ``open_mass``, ``masses``, ``slope``, ``probabilities``.
     """
 
     rows: Tensor
+    safety_alone: Tensor | None
     cross_entropy: Tensor
     lse: Tensor
     entropy: Tensor | None
@@ -65,19 +67,43 @@ def run_forward(
     tiles: Tiles | None,
     wanted: Wanted,
 ) -> Forward:
-    """Run every stage over blocks of rows; ``tiles`` is None on the exact path."""
-    rows = plan.dense.nonzero()[:, 0]
-    collected = _Collected(head, rows, plan, options)
+    """Run every stage over blocks of rows; ``tiles`` is None on the exact path.
+
+    What must be read from a device is read before the first block or after the last, so that the
+    blocks follow one another without a pause. Refined pairs correct the screened log-sum-exp, so
+    they tell how far the screen was off. Where that is more than rounding, at logits of hundreds
+    or thousands, the block is screened again, exactly.
+    """
+    collected = _Collected(head, plan, options)
+    rows, off = collected.rows, []
     size = backend.row_block(head, len(rows), routed=tiles is not None)
-    for _, part in row_blocks(rows, len(plan.labels), size):
-        block = head._replace(hidden_states=head.hidden_states[part].contiguous())
-        labels = plan.labels[part]
+    parts = [part for _, part in row_blocks(rows, len(plan.labels), size)]
+    for part in parts:
+        block, labels = _block(head, part), plan.labels[part]
         if tiles is None:
             dense = backend.exact(block, labels, options, wanted)
         else:
-            dense = _routed(backend, block, labels, options, chosen, tiles, wanted)
-        collected.add(block, labels, dense)
+            dense, error = _routed(backend, block, labels, options, chosen, tiles, wanted)
+            # NaN is off as well
+            off.append(~(error <= _SCREEN_ERROR).all())
+        collected.blocks.append(_finished(backend, block, labels, dense, options))
+    if tiles is None or chosen.screen == "exact":
+        return collected.result()
+    exactly = chosen._replace(screen="exact")
+    for place in torch.stack(off).nonzero()[:, 0].tolist():
+        say_once(
+            f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more "
+            f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+            logging.WARNING,
+        )
+        block, labels = _block(head, parts[place]), plan.labels[parts[place]]
+        dense, _ = _routed(backend, block, labels, options, exactly, tiles, wanted)
+        collected.blocks[place] = _finished(backend, block, labels, dense, options)
     return collected.result()
+
+
+def _block(head: Head, part: Tensor | slice) -> Head:
+    return head._replace(hidden_states=head.hidden_states[part].contiguous())
 
 
 def _routed(
@@ -88,57 +114,57 @@ def _routed(
     chosen: Filter,
     tiles: Tiles,
     wanted: Wanted,
-) -> Dense:
-    """The stages of one block of rows; what they hand on is gone before the next block.
+) -> tuple[Dense, Tensor]:
+    """The stages of one block of rows, and how far off ``[R]`` its screen was, in nats.
 
-    Refined pairs correct the screened log-sum-exp, so they tell how far the screen was off. Where
-    that is more than rounding, at logits of hundreds or thousands, the block is screened exactly.
+    What they hand on is gone before the next block.
     """
     masses = backend.screen(block, tiles, options, chosen.screen)
     work = backend.route(masses, labels, tiles, chosen.eps)
     refined = backend.refine(block, labels, tiles, work, options, wanted)
     dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
-    # NaN is off as well
-    if chosen.screen == "exact" or bool(((dense.lse - work.shift).abs() <= _SCREEN_ERROR).all()):
-        return dense
-    say_once(
-        f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more than "
-        f"{_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
-        logging.WARNING,
-    )
-    del masses, work, refined, dense
-    exactly = chosen._replace(screen="exact")
-    return _routed(backend, block, labels, options, exactly, tiles, wanted)
+    return dense, (dense.lse - work.shift).abs()
+
+
+class _Finished(NamedTuple):
+    """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``."""
+
+    dense: Dense
+    loss: Tensor
+    ce_gradient: Tensor | None
+    lse_gradient: Tensor | None
+
+
+def _finished(
+    backend: Backend, block: Head, labels: Tensor, dense: Dense, options: LossOptions
+) -> _Finished:
+    loss, ce, lse = cross_entropy(dense, options, block.weight.shape[0]), None, None
+    if dense.opened is not None:
+        ce, lse = row_gradients(backend, block, labels, dense, options)
+    # row gradients stand for these two from here on
+    return _Finished(dense._replace(opened=None, smooth_gradient=None), loss, ce, lse)
 
 
 class _Collected:
-    """Blocks of ``Dense`` put together."""
+    """Finished blocks put together; finds out which rows there are, and waits for the device."""
 
-    def __init__(self, head: Head, rows: Tensor, plan: RowPlan, options: LossOptions) -> None:
-        self.head, self.rows, self.plan, self.options = head, rows, plan, options
-        self.blocks: list[Dense] = []
-        self.losses: list[Tensor] = []
-        self.ce_gradients: list[Tensor] = []
-        self.lse_gradients: list[Tensor] = []
-
-    def add(self, block: Head, labels: Tensor, dense: Dense) -> None:
-        self.losses.append(cross_entropy(dense, self.options, block.weight.shape[0]))
-        if dense.open_gradient is not None:
-            ce, lse = row_gradients(block, labels, dense, self.options)
-            kept = kept_dtype(block.hidden_states.dtype)
-            self.ce_gradients.append(ce.to(kept))
-            if lse is not None:
-                self.lse_gradients.append(lse.to(kept))
-        # row gradients stand for these two from here on
-        self.blocks.append(dense._replace(open_gradient=None, smooth_gradient=None))
+    def __init__(self, head: Head, plan: RowPlan, options: LossOptions) -> None:
+        self.head, self.plan, self.options = head, plan, options
+        self.rows = plan.dense.nonzero()[:, 0]
+        self.safety_rows = self.safety_alone = None
+        if options.safety is not None:
+            self.safety_rows = plan.safety.nonzero()[:, 0]
+            self.safety_alone = (plan.safety & ~plan.dense).nonzero()[:, 0]
+        self.blocks: list[_Finished] = []
 
     def result(self) -> Forward:
         head, plan = self.head, self.plan
         dtype = accumulator(head.hidden_states.dtype)
-        losses = self._spread(torch.cat(self.losses), 0.0)
+        losses = self._spread(_joined([block.loss for block in self.blocks]), 0.0)
         entropy = self._field("entropy")
         return Forward(
             rows=self.rows,
+            safety_alone=self.safety_alone,
             cross_entropy=torch.where(plan.labelled, losses, 0.0),
             lse=self._spread(self._field("lse"), float("nan")),
             entropy=None if entropy is None else self._spread(entropy, float("nan")),
@@ -146,8 +172,8 @@ class _Collected:
             dead_mass=self._spread(self._field("dead_mass"), 0.0),
             live_share=self._spread(self._field("live_share"), float("nan")),
             safety_logits=self._safety_logits(dtype),
-            ce_gradient=torch.cat(self.ce_gradients) if self.ce_gradients else None,
-            lse_gradient=torch.cat(self.lse_gradients) if self.lse_gradients else None,
+            ce_gradient=_joined([block.ce_gradient for block in self.blocks]),
+            lse_gradient=_joined([block.lse_gradient for block in self.blocks]),
             open_mass=self._field("open_mass"),
             masses=self._field("masses"),
             slope=self._field("slope"),
@@ -155,10 +181,7 @@ class _Collected:
         )
 
     def _field(self, name: str) -> Tensor | None:
-        values = [getattr(block, name) for block in self.blocks]
-        if len(values) == 1:
-            return values[0]
-        return None if values[0] is None else torch.cat(values)
+        return _joined([getattr(block.dense, name) for block in self.blocks])
 
     def _spread(self, values: Tensor, fill: float | bool) -> Tensor:
         """Back to all N rows."""
@@ -167,7 +190,7 @@ class _Collected:
     def _safety_logits(self, dtype: torch.dtype) -> Tensor | None:
         if self.options.safety is None:
             return None
-        head, rows = self.head, self.plan.safety.nonzero()[:, 0]
+        head, rows = self.head, self.safety_rows
         ids = torch.tensor(self.options.safety.token_ids, device=head.weight.device)
         shape = (len(self.plan.labels), len(ids))
         out = torch.full(shape, float("nan"), dtype=dtype, device=ids.device)
@@ -175,3 +198,10 @@ class _Collected:
             block = head._replace(hidden_states=head.hidden_states[part])
             out[part] = safety_logits(block, ids, self.options)
         return out
+
+
+def _joined(values: list[Tensor | None]) -> Tensor | None:
+    """One after the other; None of nothing, and a single one as it is."""
+    if len(values) == 1:
+        return values[0]
+    return None if values[0] is None else torch.cat(values)

@@ -98,11 +98,11 @@ def integer_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def dead_product(left: Tensor, right: Tensor, operands: torch.dtype) -> Tensor:
-    """``left @ right`` of what stands for dead pairs, in the dtype of ``left``.
+    """``left @ right`` of what stands for dead pairs, in the dtype that it is made in.
 
     For 16-bit operands the product is made in bf16: its rounding is small beside the approximation,
     and an fp32 product of this size would cost a GPU a tenth of the whole loss.
     """
     if operands in HALVES and multiplies_bf16(left.device):
-        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
+        return left.bfloat16() @ right.bfloat16()
     return product(left, right.to(left.dtype))

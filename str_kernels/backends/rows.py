@@ -20,8 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Coefficients, Dense, Head
-from str_kernels.backends.logits import logit_slope, weight_rows
+from str_kernels.backends.contract import (
+    Backend,
+    Coefficients,
+    Dense,
+    Head,
+    OpenRows,
+    RowShares,
+)
+from str_kernels.backends.logits import kept_dtype, logit_slope, weight_rows
 from str_kernels.constraint import needs_lse
 from str_kernels.options import LossOptions
 
@@ -68,30 +75,44 @@ def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor
 
 
 def row_gradients(
-    head: Head, labels: Tensor, dense: Dense, options: LossOptions
+    backend: Backend, head: Head, labels: Tensor, dense: Dense, options: LossOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; fp32 or fp64.
+    """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
-    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``open_gradient`` is used
-    up: ``[R, D]`` is large.
+    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``opened`` is used up:
+    ``[R, D]`` is large.
     """
     epsilon, unlabelled = options.label_smoothing, labels < 0
-    label_row = weight_rows(head, labels.clamp(min=0), dense.lse.dtype)
     slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
     by_lse = None
     if options.safety is not None and needs_lse(options.safety):
-        share = slope * (1.0 - dense.open_mass)
-        by_lse = torch.addcmul(dense.open_gradient, share[:, None], label_row)
+        shares = RowShares(torch.ones_like(dense.lse), slope * (1.0 - dense.open_mass))
+        by_lse = backend.combine(head, labels, dense.opened, shares, spare=False)
     alpha = 1.0 + 2.0 * options.z_loss * dense.lse
     # α p_y - (1 - ε), with p_y = 1 - open mass
-    label_share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
-    gradient = dense.open_gradient
-    if options.z_loss:
-        gradient.mul_(alpha[:, None])
-    gradient.addcmul_(label_share[:, None], label_row)
+    share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
+    smooth = None
     if epsilon:
-        gradient.sub_(dense.smooth_gradient, alpha=epsilon / head.weight.shape[0])
-    return silence(gradient, unlabelled), by_lse
+        smooth = dense.smooth_gradient.mul_(-epsilon / head.weight.shape[0])
+    whole = RowShares(alpha, share, smooth, unlabelled)
+    return backend.combine(head, labels, dense.opened, whole, spare=True), by_lse
+
+
+def combine_rows(
+    head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
+) -> Tensor:
+    """`Backend.combine` in torch's own passes."""
+    first, *others = opened.parts
+    total = first if spare else first.clone()
+    for part in others:
+        total.add_(part.to(total.dtype))
+    total.mul_((opened.scale * shares.opened)[:, None])
+    total.addcmul_(shares.label[:, None], weight_rows(head, labels.clamp(min=0), total.dtype))
+    if shares.also is not None:
+        total.add_(shares.also)
+    if shares.silent is not None:
+        silence(total, shares.silent)
+    return total.to(kept_dtype(head.hidden_states.dtype))
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ OLDEST_TRITON = (3, 4)
 # The share of a row's open probability below which a tile is approximated by its mean row: on ten
 # real sets 0.05 to 0.33 % error in the gradient, a third of a bf16 head's at most.
 DEFAULT_EPS = 2.0**-11
+MANY_ROWS = 4096  # where nobody says how many there are
 _TORCH = TorchBlocked()
 
 
@@ -82,6 +83,7 @@ def select_filter(
     entropy: bool,
     dtype: torch.dtype,
     device: torch.device,
+    rows: int = MANY_ROWS,
 ) -> Filter:
     """Resolve ``filter_eps`` and ``screen``.
 
@@ -108,9 +110,9 @@ def select_filter(
         choice = Filter(0.0, "exact", reason)
     else:
         screen = options.screen
-        choice = Filter(
-            eps, backend.auto_screen(dtype, device) if screen == "auto" else screen, reason
-        )
+        if screen == "auto":
+            screen = backend.auto_screen(dtype, device, rows)
+        choice = Filter(eps, screen, reason)
     say_once(f"str_kernels: filter_eps={choice.eps:g}, screen={choice.screen} ({reason})")
     return choice
 

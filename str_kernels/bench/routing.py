@@ -42,7 +42,8 @@ def live_pairs(
     backend, options = TorchBlocked(), LossOptions()
     head = Head(case.hidden_states, case.weight, None)
     if screen == "auto":
-        screen = backend.auto_screen(head.hidden_states.dtype, head.hidden_states.device)
+        hidden = head.hidden_states
+        screen = backend.auto_screen(hidden.dtype, hidden.device, len(hidden))
     tiles = tiles_of(case.weight, case.index if index == "own" else index, fresh=False)
     rows = torch.arange(len(case.labels), device=case.labels.device)
     pairs, dead = 0, 0.0

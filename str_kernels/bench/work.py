@@ -91,15 +91,24 @@ def gemms(works: Iterable[Work], shape: Shape) -> float:
 
 
 def routed(
-    shape: Shape, counts: Tensor, launches: dict[str, Launch], *, eight_bits: bool = False
+    shape: Shape,
+    counts: Tensor,
+    launches: dict[str, Launch],
+    *,
+    eight_bits: bool = False,
+    kept: bool = False,
 ) -> list[Work]:
-    """Forward and backward with a frozen head, of one block of rows: ``counts [T]`` live rows."""
+    """Forward and backward with a frozen head, of one block of rows: ``counts [T]`` live rows.
+
+    ``eight_bits``: of the screen; ``kept``: the index keeps W's quantised rows.
+    """
     return [
-        *([_quantise(shape)] if eight_bits else []),
+        *([_quantise(shape, kept)] if eight_bits else []),
         _screen(shape, launches["screen"], eight_bits),
         _route(shape, counts),
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
+        _combine(shape, parts=2),
     ]
 
 
@@ -145,7 +154,7 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         0,
         logits + shape.head + 2 * sums,
     )
-    return [softmax, expected]
+    return [softmax, expected, _combine(shape, parts=1)]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
@@ -154,9 +163,18 @@ def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
     return _weight(shape, every, launches, 0, ordered=False)
 
 
-def _quantise(shape: Shape) -> Work:
-    stored = shape.rows * (shape.dim + 4)
-    return Work("quantise", "fp32", 0, shape.states, stored, 0, shape.states + stored)
+def _quantise(shape: Shape, kept: bool) -> Work:
+    """Every row is read twice, the second time from a cache."""
+    rows = shape.rows + (0 if kept else shape.vocab)
+    read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
+    order = 0 if kept else 8 * shape.vocab
+    return Work("quantise", "fp32", 0, 2 * read + order, stored, 0, read + order + stored)
+
+
+def _combine(shape: Shape, parts: int) -> Work:
+    """Expected rows, dead pairs' where there are two parts, and the label's; out in one pass."""
+    loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
+    return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
 
 
 def _screen(shape: Shape, launch: Launch, eight_bits: bool) -> Work:
@@ -205,8 +223,8 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
 
 def _dead(stage: str, shape: Shape) -> Work:
     """``[R, T] @ [T, D]``, a product of torch's; in bf16 where the operands have 16 bits."""
-    sums = 4 * shape.rows * shape.dim
-    loaded = 4 * shape.pairs + 4 * shape.tiles * shape.dim + sums
+    sums = shape.states
+    loaded = 4 * shape.pairs + 4 * shape.tiles * shape.dim
     operations = 2 * shape.pairs * shape.dim
     unit = "operands" if shape.size == 2 else "fp32"
     return Work(stage, unit, operations, loaded, sums, 0, loaded + sums)

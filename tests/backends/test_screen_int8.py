@@ -129,7 +129,7 @@ def test_it_is_chosen_where_it_is_faster(monkeypatch):
 
     def chosen(**has: bool) -> list[str]:
         instructions(monkeypatch, **has)
-        return [TorchBlocked().auto_screen(dtype, CPU) for dtype in dtypes]
+        return [TorchBlocked().auto_screen(dtype, CPU, 2048) for dtype in dtypes]
 
     assert chosen(int8=True, bf16=True) == ["int8", "int8", "int8", "exact"]
     assert chosen(int8=True) == ["int8", "int8", "int8", "exact"]

@@ -10,6 +10,8 @@ import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS, select_backend
+from str_kernels.backends.triton import host
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from tests.backends.test_exact import OPTIONS
 from tests.backends.test_routed import ALL_LIVE, clustered_case
 from tests.oracle import Case, make_case, relative_error
@@ -22,6 +24,9 @@ pytestmark = [
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # fp16 also has no room for the smallest gradients.
 OF_WEIGHT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**-9}
+
+
+CUDA = torch.device("cuda")
 
 
 def on_gpu(case: Case) -> Case:
@@ -81,6 +86,21 @@ def test_screens(screen):
     truth = case.truth()
     assert relative_error(loss, truth["loss"]) < 1e-3
     assert relative_error(hidden.grad, truth["hidden_states"]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_quantised_rows(name):
+    """Through an order, as torch rounds, but where a product's last bit decides."""
+    if select_backend("triton", CUDA).backend.refuses(name, torch.bfloat16, CUDA):
+        pytest.skip("this GPU has no fp8")
+    rows = torch.randn(3001, 1200, device="cuda", dtype=torch.bfloat16)
+    order = torch.randperm(3001, device="cuda")
+    eight, scales = host.quantised(rows, EIGHT_BITS[name], order, range(512, 3001))
+    want, want_scales = quantise_rows(rows[order[512:]], EIGHT_BITS[name])
+    torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
+    differ = (eight.float() - want.float()).abs()
+    assert (differ > 0).float().mean() < 0.02
+    assert (differ <= (want.float().abs() / 8).clamp(min=1.0)).all()
 
 
 def test_offsets_beyond_31_bits():

@@ -51,6 +51,15 @@ def test_fp8_needs_a_chip_that_has_it(capability):
         assert backend.refuses("int8", torch.bfloat16, CUDA) is None
 
 
+def test_auto_screen(capability):
+    """int8 where it was measured, on Hopper, and for rows that repay quantising W."""
+    backend = selection._triton()
+    for major, minor, screen in ((8, 0, "exact"), (9, 0, "int8"), (10, 0, "exact")):
+        capability(major, minor)
+        assert backend.auto_screen(torch.bfloat16, CUDA, 4096) == screen
+        assert backend.auto_screen(torch.float32, CUDA, 100) == "exact"
+
+
 def test_without_a_usable_triton(monkeypatch):
     """An absent or old Triton means torch with the reason, and an error when asked for by name."""
     for fake, said in ((None, "not installed"), ("3.3.1", "older than 3.4")):

@@ -10,7 +10,9 @@ from str_kernels.backends.contract import (
     Dense,
     Gradients,
     Head,
+    OpenRows,
     Refined,
+    RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
@@ -23,6 +25,7 @@ from str_kernels.backends.products import (
     multiplies_int8,
     multiplies_tiles,
 )
+from str_kernels.backends.rows import combine_rows
 from str_kernels.backends.torch_blocked import blocks
 from str_kernels.backends.torch_blocked.exact import exact_pass
 from str_kernels.backends.torch_blocked.refine import refine_pairs
@@ -59,7 +62,7 @@ class TorchBlocked:
             return "the torch backend has an int8 screen on CPUs only; use 'auto' or 'exact'"
         return None
 
-    def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
+    def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
         if device.type != "cpu" or dtype == torch.float64:
             return "exact"
@@ -96,6 +99,12 @@ class TorchBlocked:
     ) -> Refined:
         """See ``Backend.refine``."""
         return refine_pairs(head, labels, tiles, work, options, wanted, self.byte_budget // 8)
+
+    def combine(
+        self, head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
+    ) -> Tensor:
+        """See ``Backend.combine``."""
+        return combine_rows(head, labels, opened, shares, spare=spare)
 
     def weight_gradients(
         self,

@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.launch import Launch, Stage, launch_for
+from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
@@ -51,7 +53,10 @@ _TYPES = {
 }
 # Pointers that are not of the operands' type (``hidden``, ``weight``, ``share``, ``slope``, …).
 _POINTERS = {
-    **dict.fromkeys(("order_ptr",), "i64"),
+    "order_ptr": "i64",
+    "eight_ptr": "i8",
+    "token_ptr": "i64",
+    "silent_ptr": "i1",
     **dict.fromkeys(("list_ptr", "plan_ptr", "label_ptr", "count_ptr", "safety_slot_ptr"), "i32"),
     **dict.fromkeys(
         (
@@ -71,6 +76,10 @@ _POINTERS = {
             "spread_ptr",
             "safety_ptr",
             "bias_grad_ptr",
+            "first_ptr",
+            "also_ptr",
+            "opened_ptr",
+            "label_share_ptr",
         ),
         "fp32",
     ),
@@ -122,6 +131,10 @@ def cases(
     for dtype in eight:
         yield _case("screen", arch, screen_kernel, dtype, constants, ("order_ptr", *off), GROUP=8)
     alone = Launch(0, 0, warps=4)
+    sizes, scaling = {"dim": dim, "BLOCK_R": 4, "BLOCK_D": 1024}, {"top": 127.0, "least": 1e-30}
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Case("quantise", quantise_kernel, dtype, alone, sizes | scaling)
+        yield Case("combine", combine_kernel, dtype, alone, sizes, () if full else ("also_ptr",))
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, {"BLOCK_R": 32, "BLOCK_T": 32}),
         ("route", route_kernel, {"BLOCK": 1024}),

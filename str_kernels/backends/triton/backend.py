@@ -15,7 +15,9 @@ from str_kernels.backends.contract import (
     Dense,
     Gradients,
     Head,
+    OpenRows,
     Refined,
+    RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
@@ -29,9 +31,10 @@ from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
-DEFAULT_BYTE_BUDGET = 96 << 20
+DEFAULT_BYTE_BUDGET = 160 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
+_ROWS_FOR_INT8 = 512
 _AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
 
 
@@ -72,30 +75,30 @@ class TritonBackend:
             return "this GPU has no fp8 (e4m3) instructions; use 'int8', 'exact' or 'auto'"
         return None
 
-    def auto_screen(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The operands' own dtype: what 8 bits gain has not been measured on a GPU."""
-        return "exact"
+    def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+        """int8 where it was measured, on Hopper, and for rows enough to quantise W for."""
+        return "int8" if arch_of(device) == 90 and rows >= _ROWS_FOR_INT8 else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
-        """Per row: two 4-byte entries a tile, and five fp32 rows of D while they are finished."""
+        """Per row two 4-byte entries a tile and two fp32 rows of D; blocks of about one size."""
         vocab, dim = head.weight.shape
-        size = 20 * dim + (8 * -(-vocab // TILE) if routed else 0)
-        fitting = self.byte_budget // size // _ROWS_OF_A_BLOCK * _ROWS_OF_A_BLOCK
-        return max(1, min(rows, _MAX_ROWS, max(_ROWS_OF_A_BLOCK, fitting)))
+        size = 8 * dim + (8 * -(-vocab // TILE) if routed else 0)
+        fitting = min(_MAX_ROWS, self.byte_budget // size) // _ROWS_OF_A_BLOCK
+        most = max(1, fitting) * _ROWS_OF_A_BLOCK
+        blocks = -(-rows // most)
+        even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
+        return max(1, min(rows, even))
 
     def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         self._require(head, "exact")
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
         with _on(head):
-            return exact.exact_pass(head, labels, options, wanted, launches, self.byte_budget)
+            budget = self.byte_budget // 2  # the sums have the other half
+            return exact.exact_pass(head, labels, options, wanted, launches, budget)
 
     def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
-        """See ``Backend.screen``.
-
-        Raises:
-            ValueError: an 8-bit screen without rows quantised for it.
-        """
+        """See ``Backend.screen``."""
         self._require(head, screen)
         if screen == "bf16":
             head = head._replace(hidden_states=head.hidden_states.bfloat16())
@@ -105,14 +108,8 @@ class TritonBackend:
                 launch = self._launch(head, "screen")
                 return host.screen(given, options, launch)
             dtype = EIGHT_BITS[screen]
-            if tiles.quantised is None or tiles.quantised.dtype != dtype:
-                raise ValueError(
-                    f"screen={screen!r}: the index has no rows quantised for it; build it with "
-                    f"VocabularyIndex.build(..., screen={screen!r}), and not for a weight that is "
-                    "being trained, whose quantised rows would go stale."
-                )
             launch = self._launch(head, "screen", dtype)
-            return host.screen_quantised(given, tiles, options, launch)
+            return host.screen_quantised(given, tiles, options, launch, dtype, self.byte_budget)
 
     def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
         """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""
@@ -137,6 +134,13 @@ class TritonBackend:
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
                 return host.refine_in_order(*arguments, self.byte_budget)
             return host.refine(*arguments)
+
+    def combine(
+        self, head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
+    ) -> Tensor:
+        """See ``Backend.combine``; nothing is used up."""
+        with _on(head):
+            return host.combine(head, labels, opened, shares)
 
     def weight_gradients(
         self,

@@ -10,14 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Head, Refined, TileMasses, Tiles, Wanted, Worklist
+from str_kernels.backends.contract import (
+    Head,
+    OpenRows,
+    Refined,
+    RowShares,
+    TileMasses,
+    Tiles,
+    Wanted,
+    Worklist,
+)
+from str_kernels.backends.logits import kept_dtype
 from str_kernels.backends.torch_blocked.blocks import positions_of
+from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.launch import Launch
+from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import quantise_rows
+from str_kernels.quantise import LEAST, TOP
 
 GROUP = 8  # blocks of rows that share a tile of W in L2
 
@@ -94,16 +106,72 @@ def tuning(launch: Launch) -> dict[str, int]:
 
 def screen(given: Operands, options: LossOptions, launch: Launch) -> TileMasses:
     """Log-masses from the operands' own dtype (W is cast to that of H)."""
-    return _screen(given, (None, None), options, launch)
+    found = _empty_masses(given, options)
+    _screen(given, (None, None), options, launch, found)
+    return _by_rows(found)
 
 
 def screen_quantised(
-    given: Operands, tiles: Tiles, options: LossOptions, launch: Launch
+    given: Operands,
+    tiles: Tiles,
+    options: LossOptions,
+    launch: Launch,
+    dtype: torch.dtype,
+    byte_budget: int,
 ) -> TileMasses:
-    """Log-masses from the index's 8-bit rows."""
-    hidden, scale = quantise_rows(given.hidden, tiles.quantised.dtype)
-    given = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
-    return _screen(given, (scale, tiles.row_scales), options, launch)
+    """Log-masses from 8-bit operands: the index's rows, or W's quantised some tiles at a time."""
+    found, (hidden, scale) = _empty_masses(given, options), quantised(given.hidden, dtype)
+    if tiles.quantised is not None and tiles.quantised.dtype == dtype:
+        kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
+        _screen(kept, (scale, tiles.row_scales), options, launch, found)
+        return _by_rows(found)
+    step = max(1, byte_budget // (TILE * given.dim))
+    for first in range(0, given.tiles, step):
+        places = range(first * TILE, min((first + step) * TILE, given.vocab))
+        weight, scales = quantised(given.weight, dtype, given.order, places)
+        bias = None if given.bias is None else given.bias[places.start : places.stop]
+        part = Operands(hidden, weight, None, bias, given.precision)
+        here = [None if x is None else x[first : first + step] for x in found]
+        _screen(part, (scale, scales), options, launch, here)
+    return _by_rows(found)
+
+
+def quantised(
+    rows: Tensor,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+    places: range | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows at these places, all by default, in 8 bits, and their scales."""
+    places = range(len(rows)) if places is None else places
+    eight = torch.empty(len(places), rows.shape[1], dtype=dtype, device=rows.device)
+    scales = torch.empty(len(places), dtype=torch.float32, device=rows.device)
+    quantise_kernel[(-(-len(places) // 4),)](
+        rows,
+        order,
+        eight,
+        scales,
+        places.start,
+        places.stop,
+        rows.shape[1],
+        TOP[dtype],
+        LEAST,
+        BLOCK_R=4,
+        BLOCK_D=1024,
+        num_warps=4,
+    )
+    return eight, scales
+
+
+def _empty_masses(given: Operands, options: LossOptions) -> list[Tensor | None]:
+    """Of log-masses and slopes, ``[T, R]`` both; no slopes without a softcap."""
+    log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
+    return [log_mass, None if options.softcap is None else torch.empty_like(log_mass)]
+
+
+def _by_rows(found: list[Tensor | None]) -> TileMasses:
+    log_mass, slope = found
+    return TileMasses(log_mass.T, None if slope is None else slope.T)
 
 
 def _screen(
@@ -111,10 +179,8 @@ def _screen(
     scales: tuple[Tensor | None, Tensor | None],
     options: LossOptions,
     launch: Launch,
-) -> TileMasses:
-    shape = (given.tiles, given.rows)
-    log_mass = torch.empty(shape, dtype=torch.float32, device=given.hidden.device)
-    slope = None if options.softcap is None else torch.empty_like(log_mass)
+    found: list[Tensor | None],
+) -> None:
     screen_kernel[(-(-given.rows // launch.block_r) * given.tiles,)](
         given.hidden,
         scales[0],
@@ -122,8 +188,7 @@ def _screen(
         scales[1],
         given.order,
         given.bias,
-        log_mass,
-        slope,
+        *found,
         given.rows,
         **common(given, options),
         BLOCK_R=launch.block_r,
@@ -131,7 +196,6 @@ def _screen(
         GROUP=GROUP,
         **tuning(launch),
     )
-    return TileMasses(log_mass.T, None if slope is None else slope.T)
 
 
 def label_places(labels: Tensor, order_inverse: Tensor | None) -> Tensor:
@@ -232,6 +296,34 @@ def refine_in_order(
         if expected is not None:
             expected.index_add_(0, rows, slots[2])
     return Refined(mass, expected, maximum)
+
+
+def combine(head: Head, labels: Tensor, opened: OpenRows, shares: RowShares) -> Tensor:
+    """A row gradient ``[R, D]`` in ``kept_dtype``."""
+    first, second = (*opened.parts, None)[:2]
+    rows, dim = first.shape
+    weight, also = head.weight.contiguous(), shares.also
+    out = first.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+    block_r, block_d = 4, 1024
+    combine_kernel[(-(-rows // block_r) * -(-dim // block_d),)](
+        first,
+        second,
+        also,
+        opened.scale * shares.opened,
+        shares.label,
+        shares.silent,
+        head.hidden_states,
+        weight,
+        labels,
+        out,
+        rows,
+        dim if also is not None and also.dim() == 2 else 0,
+        dim,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return out
 
 
 def _refine(

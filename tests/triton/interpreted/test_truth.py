@@ -86,13 +86,6 @@ def test_low_precision_screens_are_refined_away(screen, options, backend):
     assert relative_error(hidden.grad, truth["hidden_states"]) < 5e-3
 
 
-def test_eight_bits_need_their_rows(backend):
-    """An 8-bit screen without an index that has the rows is refused by name, not replaced."""
-    case = make_case().to(torch.float32)
-    with pytest.raises(ValueError, match=r"screen='int8'.*build"):
-        case.run(backend=backend, screen="int8", index=index_of(case))
-
-
 @pytest.mark.parametrize(
     ("n", "vocab", "dim"), [(1, 129, 16), (3, 128, 77), (130, 5, 24), (64, 1, 8), (300, 257, 1)]
 )

@@ -1,0 +1,56 @@
+"""Combine: what the stages summed and the label's own row → a row gradient, in one pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine_kernel(
+    first_ptr,
+    second_ptr,
+    also_ptr,
+    opened_ptr,
+    label_share_ptr,
+    silent_ptr,
+    hidden_ptr,
+    weight_ptr,
+    token_ptr,
+    out_ptr,
+    rows,
+    also_stride,
+    dim: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_R rows × BLOCK_D columns of ``out [R, D]``, which it alone writes.
+
+    In: ``first [R, D]`` fp32, ``second [R, D]`` or None, ``also [R, D]`` or ``[D]`` (stride 0) or
+    None, ``opened [R]`` and ``label_share [R]`` fp32, ``silent [R]`` bool or None, ``weight
+    [V, D]``, ``token [R]`` int64, -1 where there is none; of ``hidden`` only its dtype, which W is
+    cast to.
+    Out: ``opened · (first + second) + label_share · W[token] + also``, 0 on silent rows.
+    """
+    wide = tl.cdiv(dim, BLOCK_D)
+    row = tl.program_id(0) // wide * BLOCK_R + tl.arange(0, BLOCK_R)
+    along = tl.program_id(0) % wide * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = row < rows
+    inside = live[:, None] & (along < dim)[None, :]
+    at = row.to(tl.int64)[:, None] * dim + along[None, :]
+    total = tl.load(first_ptr + at, mask=inside, other=0.0)
+    if second_ptr is not None:
+        total += tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total *= tl.load(opened_ptr + row, mask=live, other=0.0)[:, None]
+    token = tl.load(token_ptr + row, mask=live, other=-1)
+    its = weight_ptr + tl.maximum(token, 0)[:, None] * dim + along[None, :]
+    w = tl.load(its, mask=inside & (token >= 0)[:, None], other=0.0)
+    w = w.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+    total += tl.load(label_share_ptr + row, mask=live, other=0.0)[:, None] * w
+    if also_ptr is not None:
+        there = also_ptr + row.to(tl.int64)[:, None] * also_stride + along[None, :]
+        total += tl.load(there, mask=inside, other=0.0)
+    if silent_ptr is not None:
+        silent = tl.load(silent_ptr + row, mask=live, other=1)
+        total = tl.where((silent != 0)[:, None], 0.0, total)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

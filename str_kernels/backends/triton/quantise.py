@@ -1,0 +1,52 @@
+"""Quantise: rows of H, or of W through the order → 8 bits and a scale each.
+
+The numbers of ``str_kernels.quantise``, in one pass over memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from str_kernels.backends.triton.tiles import rows_at
+
+
+@triton.jit
+def quantise_kernel(
+    rows_ptr,
+    order_ptr,
+    eight_ptr,
+    scale_ptr,
+    first,
+    stop,
+    dim: tl.constexpr,
+    top: tl.constexpr,
+    least: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_R rows, read twice, the second time from a cache. It alone writes them.
+
+    In: ``rows [*, D]``, ``order`` int64 or None; the places ``first`` to ``stop`` are taken. Out:
+    ``eight [stop - first, D]`` int8 or fp8, ``scale [stop - first]`` fp32: the largest magnitude
+    of a row, at least ``least``, is ``top``; NaN for a row that has NaN or inf.
+    """
+    place, along = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    inside = place < stop - first
+    row = rows_ptr + rows_at(order_ptr, first + place, stop)[:, None] * dim + along[None, :]
+    largest = tl.full([BLOCK_R], least, tl.float32)
+    odd = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        x = tl.load(row + start, mask=(start + along < dim)[None, :], other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        odd += tl.sum(x * 0.0, 1)  # NaN of NaN and of inf, which a maximum may pass over
+    scale = largest / top
+    inverse = 1.0 / scale
+    out = eight_ptr + place.to(tl.int64)[:, None] * dim + along[None, :]
+    for start in range(0, dim, BLOCK_D):
+        within = (start + along < dim)[None, :]
+        x = tl.load(row + start, mask=within, other=0.0).to(tl.float32) * inverse[:, None]
+        if eight_ptr.dtype.element_ty == tl.int8:
+            x = tl.floor(x + 0.5)
+        tl.store(out + start, x.to(eight_ptr.dtype.element_ty), mask=inside[:, None] & within)
+    tl.store(scale_ptr + place, scale + odd, mask=inside)

@@ -1,0 +1,82 @@
+"""Rows in 8 bits on the device: the numbers of ``quantise_rows``, kept by an index or made anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex
+from str_kernels.backends.contract import Head, Tiles
+from str_kernels.backends.triton import host
+from str_kernels.options import TILE, LossOptions
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
+from tests.backends.test_routed import clustered_case
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS.values(), ids=str)
+@pytest.mark.parametrize(("count", "dim"), [(1, 1), (7, 77), (130, 64), (5, 2050)])
+def test_the_numbers(count, dim, dtype):
+    """As torch rounds; a row of zeros and one of huge numbers among them."""
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(dim)).bfloat16()
+    rows[0] = 0.0
+    rows[-1] *= 1e30
+    (eight, scales), (want, want_scales) = host.quantised(rows, dtype), quantise_rows(rows, dtype)
+    torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
+    differ = (eight.float() - want.float()).abs()
+    if dtype == torch.int8:
+        # where a product lies on the edge between two numbers, its last bit decides
+        assert (differ > 0).float().mean() < 0.02
+        assert differ.max() <= 1.0
+    else:  # the interpreter loses the carry that rounds 127 to 128; a GPU's numbers: test_gpu.py
+        near = differ <= (want.float().abs() / 8).clamp(min=2.0**-6)
+        assert near.float().mean() > 0.95
+
+
+def test_through_an_order():
+    """Places of the order, from anywhere to the end of the vocabulary."""
+    rows = torch.randn(300, 40)
+    order = torch.randperm(300)
+    eight, scales = host.quantised(rows, torch.int8, order, range(128, 300))
+    want, want_scales = host.quantised(rows[order[128:]].contiguous(), torch.int8)
+    assert torch.equal(eight, want)
+    assert torch.equal(scales, want_scales)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    """Its row's scale is no number, and no other's: the guard sees it in the log-sum-exp."""
+    rows = torch.randn(6, 33)
+    rows[2, 5] = value
+    _, scales = host.quantised(rows, torch.int8)
+    assert scales.isfinite().tolist() == [row != 2 for row in range(6)]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
+    """Some tiles at a time, the last of them ragged; masses and slopes are the same."""
+    case = clustered_case(40, 5 * TILE + 19, 72, **options).to(torch.bfloat16)
+    index = VocabularyIndex.build(case.weight, case.hidden_states if ordered else None)
+    order, inverse = (index.order, index.inverse) if ordered else (None, None)
+    rows = case.weight if order is None else case.weight[order]
+    kept = Tiles(order, inverse, index.mean_rows, *host.quantised(rows, torch.int8))
+    head = Head(case.hidden_states, case.weight, case.bias)
+    small = type(backend)(byte_budget=2 * TILE * 72)
+    settings = LossOptions(softcap=options.get("softcap"))
+    got = small.screen(head, kept._replace(quantised=None, row_scales=None), settings, "int8")
+    want = backend.screen(head, kept, settings, "int8")
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_screen_needs_no_index(ordered, backend):
+    """``screen="int8"`` by name: the products of quantised rows, whoever keeps them."""
+    case = clustered_case(64, 1000, 48).to(torch.float32)
+    index = VocabularyIndex.build(case.weight, case.hidden_states) if ordered else None
+    got, truth = case.run(backend=backend, screen="int8", index=index), case.truth()
+    assert (got["loss"] - truth["loss"]).abs() < 1e-3
+    assert (got["hidden_states"] - truth["hidden_states"]).norm() < 2e-2 * truth[
+        "hidden_states"
+    ].norm()
