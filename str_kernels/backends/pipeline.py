@@ -69,8 +69,8 @@ def run_forward(
 ) -> Forward:
     """Run every stage over blocks of rows; ``tiles`` is None on the exact path.
 
-    What must be read from a device is read before the first block or after the last, so that the
-    blocks follow one another without a pause. Refined pairs correct the screened log-sum-exp, so
+    What must be read from a device is read before the first block or after everything else, so that
+    a device pauses for nothing in between. Refined pairs correct the screened log-sum-exp, so
     they tell how far the screen was off. Where that is more than rounding, at logits of hundreds
     or thousands, the block is screened again, exactly.
     """
@@ -87,10 +87,12 @@ def run_forward(
             # NaN is off as well
             off.append(~(error <= _SCREEN_ERROR).all())
         collected.blocks.append(_finished(backend, block, labels, dense, options))
+    done = collected.result()
     if tiles is None or chosen.screen == "exact":
-        return collected.result()
+        return done
+    again = torch.stack(off).nonzero()[:, 0].tolist()
     exactly = chosen._replace(screen="exact")
-    for place in torch.stack(off).nonzero()[:, 0].tolist():
+    for place in again:
         say_once(
             f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more "
             f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
@@ -99,7 +101,7 @@ def run_forward(
         block, labels = _block(head, parts[place]), plan.labels[parts[place]]
         dense, _ = _routed(backend, block, labels, options, exactly, tiles, wanted)
         collected.blocks[place] = _finished(backend, block, labels, dense, options)
-    return collected.result()
+    return collected.result() if again else done
 
 
 def _block(head: Head, part: Tensor | slice) -> Head:

@@ -204,7 +204,7 @@ def _from_memory(shape: Shape, launch: Launch) -> int:
 def _route(shape: Shape, counts: Tensor) -> Work:
     """The masses are read twice and written once; the rest is lists and rows."""
     pairs, listed = 4 * shape.pairs, 4 * int(counts.sum())
-    loaded = 5 * pairs + 4 * shape.rows
+    loaded = 5 * pairs + 4 * shape.rows + 4 * shape.tiles * (shape.tiles + 1)
     stored = pairs + listed + 8 * shape.rows + 4 * shape.tiles
     return Work("route", "fp32", 0, loaded, stored, 0, 3 * pairs + listed)
 
@@ -218,7 +218,8 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
     touched = int((counts > 0).sum()) * TILE * dim * shape.size
     memory = touched + shape.states + 8 * shape.rows * dim
     added = live * (4 * dim + 8)
-    return Work("refine", "operands", forward + back, loaded, 0, added, memory)
+    plan = 12 * chunks + 4
+    return Work("refine", "operands", forward + back, loaded, plan, added, memory)
 
 
 def _dead(stage: str, shape: Shape) -> Work:

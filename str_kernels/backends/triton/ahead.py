@@ -24,7 +24,7 @@ from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_k
 from str_kernels.backends.triton.launch import Launch, Stage, launch_for
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import route_kernel, threshold_kernel
+from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.weight_kernels import (
     live_kernel,
@@ -138,6 +138,7 @@ def cases(
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, {"BLOCK_R": 32, "BLOCK_T": 32}),
         ("route", route_kernel, {"BLOCK": 1024}),
+        ("plan", plan_kernel, {"CHUNK": 64, "BLOCK": 1024}),
         ("live", live_kernel, {"BLOCK": 1024}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)

@@ -26,7 +26,7 @@ from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import route_kernel, threshold_kernel
+from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import LEAST, TOP
@@ -221,17 +221,12 @@ def route(masses: TileMasses, labels: Tensor, tiles: Tiles, log_eps: float) -> W
 def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:
     """Chunks of at most ``block`` live rows: ``[1 + C, 3]`` int32, as ``refine_kernel`` reads it.
 
-    C is the bound; how many there are stands in the first row and stays on the device.
+    C is the bound; how many there are stands in the first row and stays on the device, and beyond
+    them stands nothing.
     """
-    needed = (counts + (block - 1)) // block
-    ends = needed.cumsum(0)
-    chunk = torch.arange(len(counts) * -(-rows // block), device=counts.device)
-    tile = torch.searchsorted(ends, chunk, right=True).clamp_(max=len(counts) - 1)
-    offset = (chunk - (ends - needed)[tile]) * block
-    stop = torch.minimum(offset + block, counts[tile])
-    plan = torch.zeros(len(chunk) + 1, 3, dtype=torch.int32, device=counts.device)
-    plan[0, 0] = ends[-1]
-    plan[1:] = torch.stack([tile, tile * rows + offset, tile * rows + stop], 1)
+    most = len(counts) * -(-rows // block)
+    plan = torch.empty(1 + most, 3, dtype=torch.int32, device=counts.device)
+    plan_kernel[(len(counts),)](counts, plan, len(counts), rows, CHUNK=block, BLOCK=1024)
     return plan
 
 

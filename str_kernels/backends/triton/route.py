@@ -97,3 +97,38 @@ def route_kernel(
         tl.store(log_mass_ptr + base + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + tile, count)
+
+
+@triton.jit
+def plan_kernel(
+    count_ptr,
+    plan_ptr,
+    tiles,
+    rows,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one tile, whose chunks it alone writes; the first tells how many all have.
+
+    In: ``count [T]`` int32 live rows of each tile. Out: ``plan [1 + C, 3]`` int32: first row: how
+    many chunks of at most CHUNK rows there are; then of each its tile, and the first and the end of
+    its rows in ``list [T·R]``.
+    """
+    tile = tl.program_id(0)
+    before, number = 0, 0
+    for start in range(0, tiles, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        count = tl.load(count_ptr + other, mask=other < tiles, other=0)
+        chunks = (count + CHUNK - 1) // CHUNK
+        number += tl.sum(chunks, 0)
+        before += tl.sum(tl.where(other < tile, chunks, 0), 0)
+    if tile == 0:
+        tl.store(plan_ptr, number)
+    stop = tile * rows + tl.load(count_ptr + tile)
+    for offset in range(0, tl.load(count_ptr + tile), CHUNK * 16):
+        chunk = offset // CHUNK + tl.arange(0, 16)
+        first = tile * rows + chunk * CHUNK
+        out, live = plan_ptr + 3 * (1 + before + chunk), first < stop
+        tl.store(out, tile + tl.zeros_like(chunk), mask=live)
+        tl.store(out + 1, first, mask=live)
+        tl.store(out + 2, tl.minimum(first + CHUNK, stop), mask=live)
