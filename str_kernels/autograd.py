@@ -75,6 +75,7 @@ class FusedRows(Function):
         done, penalty = forward_rows(head, rows, settings, needs)
         if any(needs):
             ctx.settings, ctx.needs = settings, needs
+            ctx.set_materialize_grads(False)  # six statistics have none either
             kept = kept_for_backward(head, rows, done, needs)
             ctx.names = tuple(kept)
             ctx.save_for_backward(*kept.values())
@@ -90,7 +91,9 @@ class FusedRows(Function):
         return (done.cross_entropy, penalty, *statistics)
 
     @staticmethod
-    def backward(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *_: Any) -> tuple:
+    def backward(
+        ctx: Any, grad_cross_entropy: Tensor | None, grad_penalty: Tensor | None, *_: Any
+    ) -> tuple:
         """Gradients of the head from an arbitrary upstream gradient on each row's two terms."""
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -98,7 +101,11 @@ class FusedRows(Function):
                 "derivative; use backend='reference' for one."
             )
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        gradients = backward_rows(ctx.settings, ctx.needs, saved, grad_cross_entropy, grad_penalty)
+        upstream = [
+            torch.zeros_like(saved["lse"]) if grad is None else grad
+            for grad in (grad_cross_entropy, grad_penalty)
+        ]
+        gradients = backward_rows(ctx.settings, ctx.needs, saved, *upstream)
         return *gradients, None, None
 
 

@@ -187,6 +187,8 @@ class _Collected:
 
     def _spread(self, values: Tensor, fill: float | bool) -> Tensor:
         """Back to all N rows."""
+        if len(self.rows) == len(self.plan.labels):
+            return values
         return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
 
     def _safety_logits(self, dtype: torch.dtype) -> Tensor | None:

@@ -57,6 +57,8 @@ def test_auto_screen(capability):
     for major, minor, screen in ((8, 0, "exact"), (9, 0, "int8"), (10, 0, "exact")):
         capability(major, minor)
         assert backend.auto_screen(torch.bfloat16, CUDA, 4096) == screen
+        assert backend.auto_screen(torch.bfloat16, CUDA, 2048) == "exact"
+        assert backend.auto_screen(torch.float32, CUDA, 2048) == screen
         assert backend.auto_screen(torch.float32, CUDA, 100) == "exact"
 
 

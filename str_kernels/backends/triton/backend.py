@@ -34,7 +34,7 @@ from str_kernels.quantise import EIGHT_BITS
 DEFAULT_BYTE_BUDGET = 160 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
-_ROWS_FOR_INT8 = 512
+_ROWS_FOR_INT8: dict[Kind, int] = {"half": 3072, "single": 256}
 _AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
 
 
@@ -77,7 +77,8 @@ class TritonBackend:
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """int8 where it was measured, on Hopper, and for rows enough to quantise W for."""
-        return "int8" if arch_of(device) == 90 and rows >= _ROWS_FOR_INT8 else "exact"
+        enough = _ROWS_FOR_INT8[kind_of(dtype)]
+        return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Per row two 4-byte entries a tile and two fp32 rows of D; blocks of about one size."""
