@@ -29,6 +29,16 @@ NAMES = {
     "liger": "Liger",
 }
 
+ON_GPU = {
+    "ours": "**str_kernels**",
+    "ours-str": "with STR",
+    "ours-exact": "exact",
+    "transformers": "transformers",
+    "compiled": "the same compiled",
+    "cce": "CCE",
+    "trl": "TRL",
+    "liger": "Liger",
+}
 HELD = {
     "plain": "nothing (plain)",
     "kl-strong": "**`kl`, 10, the default**",
@@ -57,7 +67,7 @@ def main() -> None:
 
 def section() -> str:
     """The tables, from ``benchmarks/results``."""
-    return "\n\n".join([_safety(), _head(), _counted(), _architectures()])
+    return "\n\n".join([_safety(), _head(), f"{_gpu()} {_counted()}", _architectures()])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -150,6 +160,22 @@ def _cell(row: dict | None, name: str, form: str) -> str:
     return form.format(row[name]) if row.get(name) is not None else "–"
 
 
+def _gpu() -> str:
+    content = _read("h200/head.json")
+    shapes: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        if row.get("gemms") and row["contender"] in ON_GPU:
+            shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
+            cells = f"{row['gemms']:.2f} and {row['peak_bytes'] / 2**20:,.0f} MiB"
+            shapes.setdefault(shape, []).append(f"{ON_GPU[row['contender']]} {cells}")
+    lists = "; ".join(f"{shape}: {', '.join(found)}" for shape, found in shapes.items())
+    return (
+        f"On one {content['circumstances']['device']}, bf16, synthetic states as uncertain as a "
+        f"trained model's, GEMMs and extra memory: {lists}. "
+        "[Errors, stages, few rows, LoRA steps](benchmarks/results/h200/NOTES.md)."
+    )
+
+
 def _counted() -> str:
     rows = [row for row in _read("counted.json")["rows"] if row["rows"] == 2048]
     found = {}
@@ -157,7 +183,7 @@ def _counted() -> str:
         values = [r["gemms"] for r in rows if r["head"] == head and r["screen"] == screen]
         found[head, screen] = f"{min(values):.2f} to {max(values):.2f}"
     return (
-        "The Triton kernels, counted and not timed (operations that they issue, padding included; "
+        "Counted and not timed (operations that the kernels issue, padding included; "
         f"{len({row['case'] for row in rows})} real sets, N 2,048, 16-bit operands): "
         f"{found['frozen', 'exact']} GEMMs with a frozen head, {found['frozen', 'int8']} with an "
         f"8-bit screen, {found['trainable', 'exact']} with a trainable head. Stored logits take 2 "

@@ -43,7 +43,8 @@ class TritonBackend:
 
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums);
-            gradients come on top. Blocks follow from it alone, never from free memory.
+            gradients come on top, and a quarter for W's rows in an 8-bit screen. Blocks follow from
+            it alone, never from free memory.
         launches: sizes to use instead of the table's, by stage and kind of operand; see ``launch``.
     """
 
@@ -110,7 +111,8 @@ class TritonBackend:
                 return host.screen(given, options, launch)
             dtype = EIGHT_BITS[screen]
             launch = self._launch(head, "screen", dtype)
-            return host.screen_quantised(given, tiles, options, launch, dtype, self.byte_budget)
+            budget = self.byte_budget // 4  # on top of the block's own
+            return host.screen_quantised(given, tiles, options, launch, dtype, budget)
 
     def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
         """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""

@@ -61,7 +61,7 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     rows = case.weight if order is None else case.weight[order]
     kept = Tiles(order, inverse, index.mean_rows, *host.quantised(rows, torch.int8))
     head = Head(case.hidden_states, case.weight, case.bias)
-    small = type(backend)(byte_budget=2 * TILE * 72)
+    small = type(backend)(byte_budget=8 * TILE * 72)
     settings = LossOptions(softcap=options.get("softcap"))
     got = small.screen(head, kept._replace(quantised=None, row_scales=None), settings, "int8")
     want = backend.screen(head, kept, settings, "int8")
