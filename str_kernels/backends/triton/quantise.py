@@ -12,9 +12,20 @@ from str_kernels.backends.triton.tiles import rows_at
 
 
 @triton.jit
+def columns_of(row, column_ptr, column, start, dim: tl.constexpr):
+    """``[BLOCK_R, BLOCK_D]`` fp32 from ``start`` on: what is to be quantised, 0 past the end."""
+    inside = column < dim
+    x = tl.load(row + start, mask=inside[None, :], other=0.0).to(tl.float32)
+    if column_ptr is not None:
+        x *= tl.load(column_ptr + column, mask=inside, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
 def quantise_kernel(
     rows_ptr,
     order_ptr,
+    column_ptr,
     eight_ptr,
     scale_ptr,
     first,
@@ -27,7 +38,8 @@ def quantise_kernel(
 ):
     """One program: BLOCK_R rows, read twice, the second time from a cache. It alone writes them.
 
-    In: ``rows [*, D]``, ``order`` int64 or None; the places ``first`` to ``stop`` are taken. Out:
+    In: ``rows [*, D]``, ``order`` int64 or None, ``column [D]`` fp32, what columns are multiplied
+    by, or None; the places ``first`` to ``stop`` are taken. Out:
     ``eight [stop - first, D]`` int8 or fp8, ``scale [stop - first]`` fp32: the largest magnitude
     of a row, at least ``least``, is ``top``; NaN for a row that has NaN or inf.
     """
@@ -37,7 +49,7 @@ def quantise_kernel(
     largest = tl.full([BLOCK_R], least, tl.float32)
     odd = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, dim, BLOCK_D):
-        x = tl.load(row + start, mask=(start + along < dim)[None, :], other=0.0).to(tl.float32)
+        x = columns_of(row, column_ptr, start + along, start, dim)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
         odd += tl.sum(x * 0.0, 1)  # NaN of NaN and of inf, which a maximum may pass over
     scale = largest / top
@@ -45,7 +57,7 @@ def quantise_kernel(
     out = eight_ptr + place.to(tl.int64)[:, None] * dim + along[None, :]
     for start in range(0, dim, BLOCK_D):
         within = (start + along < dim)[None, :]
-        x = tl.load(row + start, mask=within, other=0.0).to(tl.float32) * inverse[:, None]
+        x = columns_of(row, column_ptr, start + along, start, dim) * inverse[:, None]
         if eight_ptr.dtype.element_ty == tl.int8:
             x = tl.floor(x + 0.5)
         tl.store(out + start, x.to(eight_ptr.dtype.element_ty), mask=inside[:, None] & within)
