@@ -165,6 +165,8 @@ def _everything() -> list[Run]:
         *(Run(KL_STRONG, ORDINARY, seed) for seed in seeds),
         *(Run(KL_STRONG, task, 0) for task in (TOPICS, ANSWERS, OBEYING)),
         *(Run(KL_STRONG_RANDOM, setting, 0) for setting in (HARSH, HARSHEST)),
+        *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL_STRONG)),
+        *(Run(KL_STRONG_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
 
