@@ -26,7 +26,7 @@ from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
 from str_kernels.cli.console import say
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import EIGHT_BITS, quantise_rows
+from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 
 KEYS = ("case", "dtype", "rows", "chip", "head", "screen")
 # GEMMs of frozen and trainable heads by what each peer must multiply.
@@ -100,13 +100,16 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
     """
     backend, index = TorchBlocked(), case.index
     hidden, weight = case.hidden_states.float(), case.weight.float()
-    if screen in EIGHT_BITS:
-        hidden, weight = (_rounded(x, EIGHT_BITS[screen]) for x in (hidden, weight))
     tiles, found = tiles_of(case.weight, index, fresh=False), []
     for rows in _blocks(case):
         counts = torch.zeros(len(tiles.mean_rows), dtype=torch.int64)
-        for part in rows.split(1024):
-            head = Head(hidden[part], weight, None)
+        states, head_rows = hidden[rows], weight
+        if screen in EIGHT_BITS:
+            columns = balance(states, weight)
+            states = _rounded(states, EIGHT_BITS[screen], 1 / columns)
+            head_rows = _rounded(weight, EIGHT_BITS[screen], columns)
+        for part, block in zip(rows.split(1024), states.split(1024), strict=True):
+            head = Head(block, head_rows, None)
             masses = backend.screen(head, tiles, LossOptions(), "exact")
             counts += backend.route(masses, case.labels[part], tiles, DEFAULT_EPS).counts.cpu()
         found.append(counts)
@@ -120,8 +123,8 @@ def exact_stages(shape: work.Shape, launches: dict) -> list[work.Work]:
     return work.exact(shape, launches, DEFAULT_BYTE_BUDGET // 2)
 
 
-def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    parts = (quantise_rows(part, dtype) for part in rows.split(4096))
+def _rounded(rows: Tensor, dtype: torch.dtype, columns: Tensor) -> Tensor:
+    parts = (quantise_rows(part, dtype, columns) for part in rows.split(4096))
     return torch.cat([quantised.float() * scale[:, None] for quantised, scale in parts])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the name of the screen
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SAMPLED = 1024  # rows of W, or a few more
-_LEAST_RATIO = 1e-4
+_MOST = 9.0  # a column's logarithm: e⁹ from the mean is beyond what 8 bits can tell apart
 LEAST = 1e-30  # the largest of a row; the reciprocal of its scale is still finite
 
 
@@ -17,13 +17,17 @@ def balance(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
     ``√(rms of H's column / rms of W's)``, over a thousand rows of W: the product is the same, and a
     column that is large in one of them alone takes no bits from the others. On a real model that
-    halves the error of a screened logit. SmoothQuant (arXiv 2211.10438) balances maxima. A column
-    of zeros, or with NaN or inf, is left as it is.
+    halves the error of a screened logit. SmoothQuant (arXiv 2211.10438) balances maxima. Only the
+    columns' proportions matter: their geometric mean is 1, and one of zeros, or with NaN or inf, is
+    as the mean.
     """
     some = weight.detach()[:: max(1, len(weight) // _SAMPLED)]
     of_hidden, of_weight = (rows.float().square().mean(0) for rows in (hidden_states, some))
-    ratio = of_hidden.div_(of_weight).sqrt_().sqrt_()
-    return torch.where((ratio > _LEAST_RATIO) & (ratio < 1 / _LEAST_RATIO), ratio, 1.0)
+    logs = of_hidden.div_(of_weight).log_().mul_(0.25)
+    known = logs.isfinite()
+    logs = torch.where(known, logs, 0.0)
+    mean = logs.sum() / known.sum().clamp(min=1)
+    return torch.where(known, (logs - mean).clamp_(-_MOST, _MOST), 0.0).exp_()
 
 
 def quantise_rows(

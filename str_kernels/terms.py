@@ -130,7 +130,6 @@ def resolve(
         entropy=entropy,
         dtype=flat.dtype,
         device=flat.device,
-        rows=len(flat),
     )
     tiles = None
     if resolved.eps:

@@ -81,7 +81,9 @@ class VocabularyIndex:
         Args:
             weight: ``[V, D]``.
             hidden_states: ``[..., D]``, a few hundred typical ones; None: not whitened.
-            screen: also keep rows quantised for this 8-bit screen.
+            screen: also keep rows quantised for this 8-bit screen: it need not make them in every
+                step then, but takes V·D bytes, and is twice as coarse, for their columns cannot be
+                balanced against hidden states that are yet to come.
             progress: called with the number of rows that have their place, and V; first with 0,
                 last with V.
 

@@ -7,7 +7,7 @@
 
     Dense ──rows.py──▶ losses, row gradients [R, D], Coefficients ──weight_gradients──▶ Gradients
 
-A backend brings screen, route, refine, exact and weight_gradients; the rest is shared.
+A backend brings screen, route, refine, exact, combine and weight_gradients; the rest is shared.
 
 Two backends can so be compared stage by stage. Everything here speaks of R rows, those of the N
 positions that need the whole vocabulary; shapes otherwise use the symbols of ``options``. A
@@ -226,7 +226,7 @@ class Backend(Protocol):
         ...
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        """The screen that ``"auto"`` means for so many rows of operands of this dtype here."""
+        """The screen that ``"auto"`` means for so many rows that meet the vocabulary."""
         ...
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:

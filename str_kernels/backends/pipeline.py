@@ -75,57 +75,34 @@ def run_forward(
     or thousands, the block is screened again, exactly.
     """
     collected = _Collected(head, plan, options)
-    rows, off = collected.rows, []
+    rows = collected.rows
+    if chosen.auto:  # only now is it known how many rows there are
+        operands = head.hidden_states
+        screen = backend.auto_screen(operands.dtype, operands.device, len(rows))
+        chosen = chosen._replace(screen=screen)
     size = backend.row_block(head, len(rows), routed=tiles is not None)
     parts = [part for _, part in row_blocks(rows, len(plan.labels), size)]
+    stages = _Stages(backend, head, plan, options, tiles, wanted)
+    off = []
     for part in parts:
-        block, labels = _block(head, part), plan.labels[part]
-        if tiles is None:
-            dense = backend.exact(block, labels, options, wanted)
-        else:
-            dense, error = _routed(backend, block, labels, options, chosen, tiles, wanted)
-            # NaN is off as well
-            off.append(~(error <= _SCREEN_ERROR).all())
-        collected.blocks.append(_finished(backend, block, labels, dense, options))
+        finished, error = stages.run(part, chosen)
+        collected.blocks.append(finished)
+        if chosen.screen != "exact":
+            off.append(~(error <= _SCREEN_ERROR).all())  # NaN is off as well
     done = collected.result()
-    if tiles is None or chosen.screen == "exact":
+    again = torch.stack(off).nonzero()[:, 0].tolist() if off else []
+    if not again:
         return done
-    again = torch.stack(off).nonzero()[:, 0].tolist()
-    exactly = chosen._replace(screen="exact")
+    del done, finished
+    say_once(
+        f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more "
+        f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+        logging.WARNING,
+    )
     for place in again:
-        say_once(
-            f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more "
-            f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
-            logging.WARNING,
-        )
-        block, labels = _block(head, parts[place]), plan.labels[parts[place]]
-        dense, _ = _routed(backend, block, labels, options, exactly, tiles, wanted)
-        collected.blocks[place] = _finished(backend, block, labels, dense, options)
-    return collected.result() if again else done
-
-
-def _block(head: Head, part: Tensor | slice) -> Head:
-    return head._replace(hidden_states=head.hidden_states[part].contiguous())
-
-
-def _routed(
-    backend: Backend,
-    block: Head,
-    labels: Tensor,
-    options: LossOptions,
-    chosen: Filter,
-    tiles: Tiles,
-    wanted: Wanted,
-) -> tuple[Dense, Tensor]:
-    """The stages of one block of rows, and how far off ``[R]`` its screen was, in nats.
-
-    What they hand on is gone before the next block.
-    """
-    masses = backend.screen(block, tiles, options, chosen.screen)
-    work = backend.route(masses, labels, tiles, chosen.eps)
-    refined = backend.refine(block, labels, tiles, work, options, wanted)
-    dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
-    return dense, (dense.lse - work.shift).abs()
+        collected.blocks[place] = None
+        collected.blocks[place], _ = stages.run(parts[place], chosen._replace(screen="exact"))
+    return collected.result()
 
 
 class _Finished(NamedTuple):
@@ -147,6 +124,39 @@ def _finished(
     return _Finished(dense._replace(opened=None, smooth_gradient=None), loss, ce, lse)
 
 
+class _Stages(NamedTuple):
+    """From a block of rows to its row gradients; what lies between does not outlive the block."""
+
+    backend: Backend
+    head: Head
+    plan: RowPlan
+    options: LossOptions
+    tiles: Tiles | None
+    wanted: Wanted
+
+    def run(self, part: Tensor | slice, chosen: Filter) -> tuple[_Finished, Tensor | None]:
+        """A finished block, and how far off ``[R]`` its screen was, in nats, if it had one."""
+        block = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
+        labels, error = self.plan.labels[part], None
+        if self.tiles is None:
+            dense = self.backend.exact(block, labels, self.options, self.wanted)
+        else:
+            dense, error = self._routed(block, labels, chosen)
+        loss, ce, lse = cross_entropy(dense, self.options, block.weight.shape[0]), None, None
+        if dense.opened is not None:
+            ce, lse = row_gradients(self.backend, block, labels, dense, self.options)
+        # row gradients stand for these two from here on
+        return _Finished(dense._replace(opened=None, smooth_gradient=None), loss, ce, lse), error
+
+    def _routed(self, block: Head, labels: Tensor, chosen: Filter) -> tuple[Dense, Tensor]:
+        backend, tiles, options, wanted = self.backend, self.tiles, self.options, self.wanted
+        masses = backend.screen(block, tiles, options, chosen.screen)
+        work = backend.route(masses, labels, tiles, chosen.eps)
+        refined = backend.refine(block, labels, tiles, work, options, wanted)
+        dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
+        return dense, (dense.lse - work.shift).abs()
+
+
 class _Collected:
     """Finished blocks put together; finds out which rows there are, and waits for the device."""
 
@@ -157,7 +167,7 @@ class _Collected:
         if options.safety is not None:
             self.safety_rows = plan.safety.nonzero()[:, 0]
             self.safety_alone = (plan.safety & ~plan.dense).nonzero()[:, 0]
-        self.blocks: list[_Finished] = []
+        self.blocks: list[_Finished | None] = []
 
     def result(self) -> Forward:
         head, plan = self.head, self.plan

@@ -23,7 +23,7 @@ OLDEST_TRITON = (3, 4)
 # The share of a row's open probability below which a tile is approximated by its mean row: on ten
 # real sets 0.05 to 0.33 % error in the gradient, a third of a bf16 head's at most.
 DEFAULT_EPS = 2.0**-11
-MANY_ROWS = 4096  # where nobody says how many there are
+MANY_ROWS = 4096  # what is said of "auto" is said of so many; few may be screened otherwise
 _TORCH = TorchBlocked()
 
 
@@ -35,11 +35,15 @@ class Selection(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """The resolved precision: ``eps`` 0 is the exact pass, else ``screen`` names the screen."""
+    """The resolved precision: ``eps`` 0 is the exact pass, else ``screen`` names the screen.
+
+    ``auto``: the screen was left to the backend, and may depend on how many rows there are.
+    """
 
     eps: float
     screen: str
     reason: str
+    auto: bool = False
 
 
 def check_backend(backend: str | Backend) -> None:
@@ -83,7 +87,6 @@ def select_filter(
     entropy: bool,
     dtype: torch.dtype,
     device: torch.device,
-    rows: int = MANY_ROWS,
 ) -> Filter:
     """Resolve ``filter_eps`` and ``screen``.
 
@@ -111,8 +114,8 @@ def select_filter(
     else:
         screen = options.screen
         if screen == "auto":
-            screen = backend.auto_screen(dtype, device, rows)
-        choice = Filter(eps, screen, reason)
+            screen = backend.auto_screen(dtype, device, MANY_ROWS)
+        choice = Filter(eps, screen, reason, auto=options.screen == "auto")
     say_once(f"str_kernels: filter_eps={choice.eps:g}, screen={choice.screen} ({reason})")
     return choice
 

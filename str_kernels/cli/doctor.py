@@ -132,7 +132,7 @@ def _choices(name: str) -> list[dict[str, Any]]:
     backend, why_backend = select_backend("auto", device)
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
-        eps, screen, why = select_filter(
+        eps, screen, why, _ = select_filter(
             LossOptions(), backend, indexed=True, entropy=False, dtype=dtype, device=device
         )
         products = product_dtype(dtype, device) if backend.name == "torch" else dtype

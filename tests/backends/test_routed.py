@@ -125,6 +125,61 @@ def test_logits_too_large_for_a_bf16_screen(options, size):
     assert_close(got, exactly, 1e-4 if size == 640 else 1e-12)
 
 
+class Recorder(TorchBlocked):
+    """Takes 20 rows at once, and notes how each block was screened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.screens: list[str] = []
+
+    def row_block(self, head, rows, *, routed):
+        return 20
+
+    def screen(self, head, tiles, options, screen):
+        self.screens.append(screen)
+        return super().screen(head, tiles, options, screen)
+
+
+def test_only_the_block_that_is_off_is_screened_again():
+    """Its results take the place of the first ones; the others' stay."""
+    case = clustered_case(60, ignored=0.0).to(torch.float32)
+    index, backend = index_of(case), Recorder()
+    case.hidden_states[20:40] *= 1e4
+    arguments = {"filter_eps": DEFAULT_EPS, "index": index}
+    got = case.run(backend=backend, screen="bf16", **arguments)
+    assert backend.screens == ["bf16", "bf16", "bf16", "exact"]
+    exactly = case.run(backend=Recorder(), screen="exact", **arguments)
+    there = slice(20, 40)
+    torch.testing.assert_close(got["hidden_states"][there], exactly["hidden_states"][there])
+    assert_close(got, exactly, 1e-3)
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, DEFAULT_EPS])
+@pytest.mark.parametrize("kind", ["mse", "logprob"])
+def test_one_term_alone_has_its_gradient(kind, filter_eps):
+    """Penalty or cross-entropy without the other: nobody asks for the other's gradient."""
+    case = clustered_case(30, k=7, kind=kind)
+    safety = case.settings["safety"]
+    for term in ("penalty", "cross_entropy"):
+        gradients = []
+        for backend, options in (
+            ("torch", LossOptions(safety=safety, filter_eps=filter_eps, screen="exact")),
+            ("reference", LossOptions(safety=safety)),
+        ):
+            hidden = case.hidden_states.clone().requires_grad_()
+            rows = row_terms(
+                hidden,
+                case.weight,
+                case.labels,
+                options,
+                reference=case.reference,
+                position_weights=case.position_weights,
+                backend=backend,
+            )
+            gradients += torch.autograd.grad(getattr(rows, term).sum(), hidden)
+        assert relative_error(*gradients) < (1e-9 if not filter_eps else 0.02)
+
+
 @pytest.mark.parametrize("n", [20, 60, 200])
 def test_token_accuracy_and_entropy(n):
     """Labels are compared with the largest logit of cold, warm and hot tiles; entropy is exact."""

@@ -134,15 +134,29 @@ def test_a_large_column_takes_no_bits_from_the_others():
     assert outlier_plain > 3 * outlier
 
 
-def test_balance_leaves_what_it_cannot_read():
-    """Columns of zeros or with NaN, inf or numbers beyond fp32's squares are not scaled."""
-    hidden, weight = torch.rand(5, 6) + 1, torch.rand(3000, 6) + 1
+def test_balance_of_what_it_cannot_read():
+    """Columns of zeros, with NaN, inf or beyond fp32's squares count as the mean of the others."""
+    hidden, weight = torch.rand(5, 8) + 1, torch.rand(3000, 8) + 1
     hidden[:, 0], weight[:, 1] = 0.0, 0.0
     hidden[1, 2], weight[0, 3], hidden[0, 4] = float("nan"), float("inf"), 1e30
     columns = balance(hidden, weight)
     assert columns[:5].tolist() == [1.0] * 5
-    assert columns[5] != 1.0
-    assert columns.isfinite().all()
+    assert columns[5:].log().sum().abs() < 1e-5
+    assert (columns[5:] != 1.0).all()
+    assert torch.equal(balance(torch.zeros(3, 4), torch.zeros(3, 4)), torch.ones(4))
+
+
+def test_balance_is_of_proportions():
+    """Of H a million times as large nothing changes; a column of W that is zero costs no bits."""
+    case = clustered_case(48, 900, 32).to(torch.float32)
+    hidden, weight = case.hidden_states, case.weight
+    torch.testing.assert_close(balance(1e6 * hidden, weight), balance(hidden, weight))
+    weight[:, 3] = 0.0
+    columns, truth = balance(hidden, weight), hidden.double() @ weight.double().T
+    got = rounded(hidden, 1 / columns) @ rounded(weight, columns).T
+    assert relative_error(got, truth) < 1.05 * relative_error(
+        rounded(hidden) @ rounded(weight).T, truth
+    )
 
 
 def test_a_row_of_one_large_number_is_still_right():

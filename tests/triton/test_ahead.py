@@ -58,6 +58,13 @@ def test_sixteen_and_eight_bits_compile(arch):
             check(arch, case)
 
 
+@pytest.mark.parametrize("arch", [80, 86, 90])
+def test_a_wide_weight_fits(arch):
+    """W in fp32 under bf16 autocast, whose tiles take twice the shared memory."""
+    for case in ahead.cases(arch, wide_weight=True):
+        check(arch, case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("arch", ahead.ARCHS)

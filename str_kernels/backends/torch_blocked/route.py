@@ -3,7 +3,8 @@
 Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds more than ``eps`` of the
 row's open probability, what lies outside the label's tile. Relative to the row, because a confident
 row's gradient is small and would be lost at an absolute threshold; never relative to the batch, so
-that a row's result does not depend on its neighbours, while the screen holds for all of them.
+that a row's result does not depend on its neighbours, while the screen holds for all of them; but
+for the last digits of an 8-bit screen, whose balance of columns they share.
 """
 
 from __future__ import annotations

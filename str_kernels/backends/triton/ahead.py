@@ -90,7 +90,10 @@ _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mf
 
 
 class Case(NamedTuple):
-    """A kernel and how it is specialised; ``off`` names the options (pointers) that are None."""
+    """A kernel and how it is specialised; ``off`` names the options (pointers) that are None.
+
+    ``wide_weight``: W is in fp32, whatever the dtype of the others.
+    """
 
     name: str
     kernel: JITFunction
@@ -98,6 +101,7 @@ class Case(NamedTuple):
     launch: Launch
     constants: dict[str, Any]
     off: tuple[str, ...] = ()
+    wide_weight: bool = False
 
 
 class Compiled(NamedTuple):
@@ -118,14 +122,24 @@ class Compiled(NamedTuple):
 
 
 def cases(
-    arch: int | str, *, dim: int = 4096, precision: str = "ieee", full: bool = False
+    arch: int | str,
+    *,
+    dim: int = 4096,
+    precision: str = "ieee",
+    full: bool = False,
+    wide_weight: bool = False,
 ) -> Iterator[Case]:
     """Every kernel with the launch table's choice for a chip: bf16, fp32 and the 8-bit screens.
 
-    ``precision`` is that of fp32 operands; ``full`` adds bias, softcap and their outputs.
+    ``precision`` is that of fp32 operands; ``full`` adds bias, softcap and their outputs;
+    ``wide_weight``: those alone that read W, bf16 operands with W in fp32, as under autocast.
     """
     constants = {"dim": dim, "precision": precision, "softcap": 30.0 if full else None}
     off = () if full else ("bias_ptr", "slope_ptr")
+    if wide_weight:
+        stages = _stages(arch, torch.bfloat16, constants, off, wide_weight=True)
+        yield from (case for case in stages if "weight_ptr" in case.kernel.arg_names)
+        return
     for dtype in (torch.bfloat16, torch.float32):
         yield from _stages(arch, dtype, constants, off)
     eight = (torch.int8, torch.float8_e4m3fn) if arch in (89, 90, 100, 120) else (torch.int8,)
@@ -146,17 +160,24 @@ def cases(
 
 
 def _stages(
-    arch: int | str, dtype: torch.dtype, constants: dict[str, Any], off: tuple[str, ...]
+    arch: int | str,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    off: tuple[str, ...],
+    *,
+    wide_weight: bool = False,
 ) -> Iterator[Case]:
-    scales = ("hidden_scale_ptr", "weight_scale_ptr")
-    yield _case("screen", arch, screen_kernel, dtype, constants, (*scales, *off), GROUP=8)
+    def case(stage: Stage, kernel: JITFunction, off: tuple[str, ...], **more: Any) -> Case:
+        return _case(stage, arch, kernel, dtype, constants, off, wide_weight=wide_weight, **more)
+
+    yield case("screen", screen_kernel, ("hidden_scale_ptr", "weight_scale_ptr", *off), GROUP=8)
     for atomic in (True, False):
         if not atomic or arch != "gfx90a":  # which never takes the atomics
-            yield _case("refine", arch, refine_kernel, dtype, constants, off, ATOMIC=atomic)
-    yield _case("softmax", arch, softmax_kernel, dtype, constants, off, GROUP=8)
-    yield _case("softmax", arch, logit_gradient_kernel, dtype, constants, off, GROUP=8)
-    yield _case("expected", arch, expected_kernel, dtype, constants, ())
-    yield _case("weight", arch, weight_kernel, dtype, constants, ())
+            yield case("refine", refine_kernel, off, ATOMIC=atomic)
+    yield case("softmax", softmax_kernel, off, GROUP=8)
+    yield case("softmax", logit_gradient_kernel, off, GROUP=8)
+    yield case("expected", expected_kernel, ())
+    yield case("weight", weight_kernel, ())
 
 
 def _case(
@@ -166,13 +187,16 @@ def _case(
     dtype: torch.dtype,
     constants: dict[str, Any],
     off: tuple[str, ...],
+    *,
+    wide_weight: bool = False,
     **more: Any,
 ) -> Case:
-    launch = launch_for(arch, stage, dtype)
+    launch = launch_for(arch, stage, dtype, wide_weight=wide_weight)
     name = kernel.__name__.removesuffix("_kernel").replace("_", " ")
     if more.get("ATOMIC") is False:
         name += " in order"
-    return Case(name, kernel, dtype, launch, {**constants, **_blocks(launch), **more}, off)
+    constants = {**constants, **_blocks(launch), **more}
+    return Case(name, kernel, dtype, launch, constants, off, wide_weight)
 
 
 def _blocks(launch: Launch) -> dict[str, int]:
@@ -186,7 +210,8 @@ def compile_case(case: Case, arch: int | str) -> Compiled:
         if name in case.off:
             signature[name], constants[name] = "constexpr", None
         elif name.endswith("_ptr"):
-            signature[name] = "*" + _POINTERS.get(name, _TYPES[case.dtype])
+            of_wide = name == "weight_ptr" and case.wide_weight
+            signature[name] = "*" + _POINTERS.get(name, "fp32" if of_wide else _TYPES[case.dtype])
         elif name in case.constants:
             signature[name], constants[name] = "constexpr", case.constants[name]
         else:

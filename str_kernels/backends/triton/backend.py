@@ -171,8 +171,11 @@ class TritonBackend:
             )
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
-        dtype = head.hidden_states.dtype if dtype is None else dtype
-        table = launch_for(arch_of(head.weight.device), stage, dtype)
+        """Of a stage; ``dtype``: of its operands if they are not those of H and W."""
+        arch, operands = arch_of(head.weight.device), head.hidden_states.dtype
+        wide = dtype is None and head.weight.dtype.itemsize > operands.itemsize
+        dtype = operands if dtype is None else dtype
+        table = launch_for(arch, stage, dtype, wide_weight=wide)
         return self.launches.get((stage, kind_of(dtype)), table)
 
     def _require(self, head: Head, screen: str) -> None:

@@ -107,7 +107,15 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "byte" if dtype.itemsize == 1 else "half"
 
 
-def launch_for(arch: int | str, stage: Stage, dtype: torch.dtype) -> Launch:
-    """The table's choice, or the default where the chip has none of its own."""
+def launch_for(
+    arch: int | str, stage: Stage, dtype: torch.dtype, *, wide_weight: bool = False
+) -> Launch:
+    """The table's choice, or the default where the chip has none of its own.
+
+    ``wide_weight``: W's numbers are wider than the operands' (fp32 under autocast), and so are its
+    tiles in shared memory, in which the table's sizes would not fit: the default.
+    """
     key = (stage, kind_of(dtype))
+    if wide_weight:
+        return DEFAULT[key]
     return TABLE.get(family(arch), {}).get(key, DEFAULT[key])
