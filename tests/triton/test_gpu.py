@@ -65,6 +65,19 @@ def test_options(options, dtype):
     check(case, cost_of_filter(case, **filtered), **filtered)
 
 
+@pytest.mark.parametrize("filter_eps", [0.0, ALL_LIVE])
+def test_a_weight_in_fp32_under_autocast(filter_eps):
+    """Its tiles take twice the shared memory, at a D where the table's sizes would not fit."""
+    case = on_gpu(clustered_case(300, 3001, 1024).to(torch.bfloat16))
+    plain = case.run(backend="triton", filter_eps=filter_eps)
+    case.weight = case.weight.float()
+    case.hidden_states = case.hidden_states.float()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        wide = case.run(backend="triton", filter_eps=filter_eps)
+    assert relative_error(wide["loss"], plain["loss"]) < 1e-5
+    assert relative_error(wide["hidden_states"], plain["hidden_states"]) < 1e-2
+
+
 @pytest.mark.parametrize("screen", ["bf16", "int8", "fp8"])
 def test_screens(screen):
     """Low-precision screens are refined away; a chip without fp8 refuses it by name."""
@@ -90,13 +103,14 @@ def test_screens(screen):
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_quantised_rows(name):
-    """Through an order, as torch rounds, but where a product's last bit decides."""
+    """Through an order, columns scaled, as torch rounds but where a product's last bit decides."""
     if select_backend("triton", CUDA).backend.refuses(name, torch.bfloat16, CUDA):
         pytest.skip("this GPU has no fp8")
     rows = torch.randn(3001, 1200, device="cuda", dtype=torch.bfloat16)
     order = torch.randperm(3001, device="cuda")
-    eight, scales = host.quantised(rows, EIGHT_BITS[name], order, range(512, 3001))
-    want, want_scales = quantise_rows(rows[order[512:]], EIGHT_BITS[name])
+    columns = torch.rand(1200, device="cuda") + 0.1
+    eight, scales = host.quantised(rows, EIGHT_BITS[name], order, range(512, 3001), columns)
+    want, want_scales = quantise_rows(rows[order[512:]], EIGHT_BITS[name], columns)
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
     differ = (eight.float() - want.float()).abs()
     assert (differ > 0).float().mean() < 0.02
