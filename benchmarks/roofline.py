@@ -117,7 +117,7 @@ def text(rows: list[dict]) -> str:
         "# Predictions, not measurements\n\nMilliseconds of forward and backward at published "
         "dense peaks: a lower bound for every row. *a to b*: the refinement's atomics stay in L2, "
         "or all go to memory and back. In brackets: the time in bare products.\n\n"
-        "An 8-bit screen halves operations and bytes alike, and quantising costs a pass over W: with "
+        "An 8-bit screen halves operations and bytes alike, quantising costs a pass over W: with "
         "many rows it pays wherever 8-bit products run faster than the rate that is named, in "
         "16-bit peaks. *L2*: TB/s that it must deliver to the 16-bit screen and to the int8 one at "
         "their peaks; makers publish none, and where L2 has less both are slower than here.\n"
