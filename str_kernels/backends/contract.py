@@ -118,10 +118,6 @@ class OpenRows(NamedTuple):
     parts: tuple[Tensor, ...]
     scale: Tensor
 
-    def total(self) -> Tensor:
-        """Added up."""
-        return self.scale[:, None] * sum(self.parts)
-
 
 class Dense(NamedTuple):
     """What R rows know of the whole vocabulary, fp32 (fp64 for fp64 inputs).

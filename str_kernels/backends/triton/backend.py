@@ -82,7 +82,9 @@ class TritonBackend:
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
-        """Per row two 4-byte entries a tile and two fp32 rows of D; blocks of about one size."""
+        """Per row two 4-byte entries a tile (under a softcap four, which are not planned for) and
+        two fp32 rows of D; blocks of about one size.
+        """
         vocab, dim = head.weight.shape
         size = 8 * dim + (8 * -(-vocab // TILE) if routed else 0)
         fitting = min(_MAX_ROWS, self.byte_budget // size) // _ROWS_OF_A_BLOCK
