@@ -82,8 +82,9 @@ class TritonBackend:
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
-        """Per row two 4-byte entries a tile (under a softcap four, which are not planned for) and
-        two fp32 rows of D; blocks of about one size.
+        """Two 4-byte entries a tile and two fp32 rows of D; blocks of about one size.
+
+        Under a softcap there are four entries a tile: the budget is passed by that much.
         """
         vocab, dim = head.weight.shape
         size = 8 * dim + (8 * -(-vocab // TILE) if routed else 0)
