@@ -24,8 +24,6 @@ pytestmark = [
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # fp16 also has no room for the smallest gradients.
 OF_WEIGHT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**-9}
-
-
 CUDA = torch.device("cuda")
 
 
@@ -67,7 +65,7 @@ def test_options(options, dtype):
 
 @pytest.mark.parametrize("filter_eps", [0.0, ALL_LIVE])
 def test_a_weight_in_fp32_under_autocast(filter_eps):
-    """Its tiles take twice the shared memory, at a D where the table's sizes would not fit."""
+    """Its tiles take twice the shared memory: the table's sizes would not fit everywhere."""
     case = on_gpu(clustered_case(300, 3001, 1024).to(torch.bfloat16))
     plain = case.run(backend="triton", filter_eps=filter_eps)
     case.weight = case.weight.float()
@@ -75,7 +73,7 @@ def test_a_weight_in_fp32_under_autocast(filter_eps):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         wide = case.run(backend="triton", filter_eps=filter_eps)
     assert relative_error(wide["loss"], plain["loss"]) < 1e-5
-    assert relative_error(wide["hidden_states"], plain["hidden_states"]) < 1e-2
+    assert relative_error(wide["hidden_states"], plain["hidden_states"]) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("screen", ["bf16", "int8", "fp8"])
