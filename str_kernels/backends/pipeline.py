@@ -79,6 +79,8 @@ def run_forward(
     if chosen.auto:  # only now is it known how many rows there are
         operands = head.hidden_states
         screen = backend.auto_screen(operands.dtype, operands.device, len(rows))
+        if screen != chosen.screen:
+            say_once(f"str_kernels: with few rows screen={screen}, not {chosen.screen}")
         chosen = chosen._replace(screen=screen)
     size = backend.row_block(head, len(rows), routed=tiles is not None)
     parts = [part for _, part in row_blocks(rows, len(plan.labels), size)]
