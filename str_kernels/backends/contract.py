@@ -112,10 +112,11 @@ class OpenRows(NamedTuple):
     """``∂lse/∂h [R, D]`` without the label's own term, ``Σ_{v ≠ y} p_v · slope_v · w_v``.
 
     Not yet added up, for whoever adds the label's row can do it in the same pass: ``scale [R]``
-    times the sum of ``parts``, each ``[R, D]``.
+    times the sum of ``live [R, D]`` and ``dead [R, D]``, None after an exact pass.
     """
 
-    parts: tuple[Tensor, ...]
+    live: Tensor
+    dead: Tensor | None
     scale: Tensor
 
 

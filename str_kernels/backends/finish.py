@@ -46,7 +46,7 @@ def join_pairs(
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
         dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
-        opened = OpenRows((refined.expected, dead_part), options.logit_scale * rescale)
+        opened = OpenRows(refined.expected, dead_part, options.logit_scale * rescale)
     kept_masses, live = None, work.live()
     if wanted.masses:
         kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
@@ -89,7 +89,9 @@ def join_sums(
     others = shift + mass.log()
     lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
     rescale = torch.exp(shift - lse)
-    opened = None if expected is None else OpenRows((expected,), options.logit_scale * rescale)
+    opened = None
+    if expected is not None:
+        opened = OpenRows(expected, None, options.logit_scale * rescale)
     entropy = None
     if weighted is not None:
         of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)

@@ -79,8 +79,8 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
-    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``opened`` is used up:
-    ``[R, D]`` is large.
+    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``opened`` and
+    ``smooth_gradient`` are used up: ``[R, D]`` is large.
     """
     epsilon, unlabelled = options.label_smoothing, labels < 0
     slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
@@ -102,10 +102,9 @@ def combine_rows(
     head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
 ) -> Tensor:
     """`Backend.combine` in torch's own passes."""
-    first, *others = opened.parts
-    total = first if spare else first.clone()
-    for part in others:
-        total.add_(part.to(total.dtype))
+    total = opened.live if spare else opened.live.clone()
+    if opened.dead is not None:
+        total.add_(opened.dead.to(total.dtype))
     total.mul_((opened.scale * shares.opened)[:, None])
     total.addcmul_(shares.label[:, None], weight_rows(head, labels.clamp(min=0), total.dtype))
     if shares.also is not None:

@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_kernel
-from str_kernels.backends.triton.launch import Launch, Stage, launch_for
+from str_kernels.backends.triton.launch import ROWWISE, Launch, Stage, launch_for
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
@@ -31,6 +31,7 @@ from str_kernels.backends.triton.weight_kernels import (
     logit_gradient_kernel,
     weight_kernel,
 )
+from str_kernels.quantise import LEAST, TOP
 
 ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
 # What one program may have, KiB.
@@ -146,10 +147,10 @@ def cases(
     for dtype in eight:
         yield _case("screen", arch, screen_kernel, dtype, constants, ("order_ptr", *off), GROUP=8)
     alone = Launch(0, 0, warps=4)
-    sizes, scaling = {"dim": dim, "BLOCK_R": 4, "BLOCK_D": 1024}, {"top": 127.0, "least": 1e-30}
+    sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
-        yield Case("quantise", quantise_kernel, dtype, alone, sizes | scaling)
-        yield Case("combine", combine_kernel, dtype, alone, sizes, () if full else ("also_ptr",))
+        yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
+        yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, {"BLOCK_R": 32, "BLOCK_T": 32}),
         ("route", route_kernel, {"BLOCK": 1024}),

@@ -23,7 +23,7 @@ from str_kernels.backends.contract import (
 from str_kernels.backends.logits import kept_dtype
 from str_kernels.backends.torch_blocked.blocks import positions_of
 from str_kernels.backends.triton.combine import combine_kernel
-from str_kernels.backends.triton.launch import Launch
+from str_kernels.backends.triton.launch import ROWWISE, Launch
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
@@ -150,7 +150,7 @@ def quantised(
     places = range(len(rows)) if places is None else places
     eight = torch.empty(len(places), rows.shape[1], dtype=dtype, device=rows.device)
     scales = torch.empty(len(places), dtype=torch.float32, device=rows.device)
-    quantise_kernel[(-(-len(places) // 4),)](
+    quantise_kernel[(-(-len(places) // ROWWISE.block_r),)](
         rows,
         order,
         columns,
@@ -161,9 +161,9 @@ def quantised(
         rows.shape[1],
         TOP[dtype],
         LEAST,
-        BLOCK_R=4,
-        BLOCK_D=1024,
-        num_warps=4,
+        BLOCK_R=ROWWISE.block_r,
+        BLOCK_D=ROWWISE.block_d,
+        **tuning(ROWWISE),
     )
     return eight, scales
 
@@ -300,14 +300,12 @@ def refine_in_order(
 
 def combine(head: Head, labels: Tensor, opened: OpenRows, shares: RowShares) -> Tensor:
     """A row gradient ``[R, D]`` in ``kept_dtype``."""
-    first, second = (*opened.parts, None)[:2]
-    rows, dim = first.shape
+    rows, dim = opened.live.shape
     weight, also = head.weight.contiguous(), shares.also
-    out = first.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
-    block_r, block_d = 4, 1024
-    combine_kernel[(-(-rows // block_r) * -(-dim // block_d),)](
-        first,
-        second,
+    out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+    combine_kernel[(-(-rows // ROWWISE.block_r) * -(-dim // ROWWISE.block_d),)](
+        opened.live,
+        opened.dead,
         also,
         opened.scale * shares.opened,
         shares.label,
@@ -319,9 +317,9 @@ def combine(head: Head, labels: Tensor, opened: OpenRows, shares: RowShares) -> 
         rows,
         dim if also is not None and also.dim() == 2 else 0,
         dim,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        num_warps=4,
+        BLOCK_R=ROWWISE.block_r,
+        BLOCK_D=ROWWISE.block_d,
+        **tuning(ROWWISE),
     )
     return out
 

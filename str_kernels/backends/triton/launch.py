@@ -26,6 +26,9 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
+# For kernels that pass over rows of D and multiply nothing.
+ROWWISE = Launch(4, 1024, warps=4)
+
 # Safe wherever a chip has 64 KiB of shared memory: two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "half"): Launch(128, 64),

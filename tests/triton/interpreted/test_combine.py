@@ -24,15 +24,15 @@ def test_it_is_what_torch_makes_of_the_same(hidden_dtype, parts, also, silent):
 
     head = Head(random(rows, dim).to(hidden_dtype), random(vocab, dim), None)
     labels = torch.tensor([3, -1, 0, 39, 5, -1, 3])
-    opened = [random(rows, dim)] + [random(rows, dim).bfloat16()] * (parts - 1)
-    opened[0][1] = float("nan")
+    live, dead = random(rows, dim), random(rows, dim).bfloat16() if parts == 2 else None
+    live[1] = float("nan")
     shares = RowShares(
         random(rows),
         torch.where(labels < 0, 0.0, random(rows)),
         None if also is None else random(*((rows, dim) if also == 2 else (dim,))),
         labels < 0 if silent else None,
     )
-    whole = OpenRows(tuple(opened), random(rows))
+    whole = OpenRows(live, dead, random(rows))
     got = host.combine(head, labels, whole, shares)
     want = combine_rows(head, labels, whole, shares, spare=False)
     assert got.dtype == want.dtype
