@@ -116,16 +116,6 @@ class _Finished(NamedTuple):
     lse_gradient: Tensor | None
 
 
-def _finished(
-    backend: Backend, block: Head, labels: Tensor, dense: Dense, options: LossOptions
-) -> _Finished:
-    loss, ce, lse = cross_entropy(dense, options, block.weight.shape[0]), None, None
-    if dense.opened is not None:
-        ce, lse = row_gradients(backend, block, labels, dense, options)
-    # row gradients stand for these two from here on
-    return _Finished(dense._replace(opened=None, smooth_gradient=None), loss, ce, lse)
-
-
 class _Stages(NamedTuple):
     """From a block of rows to its row gradients; what lies between does not outlive the block."""
 

@@ -177,7 +177,9 @@ def test_one_term_alone_has_its_gradient(kind, filter_eps):
                 backend=backend,
             )
             gradients += torch.autograd.grad(getattr(rows, term).sum(), hidden)
-        assert relative_error(*gradients) < (1e-9 if not filter_eps else 0.02)
+        # mse reads its K columns alone, which no filter touches
+        exact = not filter_eps or (kind, term) == ("mse", "penalty")
+        assert relative_error(*gradients) < (1e-9 if exact else 1e-4)
 
 
 @pytest.mark.parametrize("n", [20, 60, 200])
