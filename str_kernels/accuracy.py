@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Backend
-from str_kernels.backends.products import product_dtype
+from str_kernels.engine.products import product_dtype
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from str_kernels.vocabulary import VocabularyIndex

@@ -14,6 +14,7 @@ LAYERS = [
     {"version", "options", "quantise"},
     {"validation", "constraint", "reference"},
     {"vocabulary"},
+    {"engine"},
     {"backends"},
     {"autograd"},
     {"terms"},

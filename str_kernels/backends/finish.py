@@ -21,7 +21,7 @@ from str_kernels.backends.contract import (
     Worklist,
 )
 from str_kernels.backends.logits import label_logits
-from str_kernels.backends.products import dead_product
+from str_kernels.engine.products import dead_product
 from str_kernels.options import TILE, LossOptions
 
 

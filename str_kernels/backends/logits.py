@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.contract import Head
-from str_kernels.backends.products import product
+from str_kernels.engine.products import product
 from str_kernels.options import LossOptions
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from str_kernels.bench.measure import Row
+from str_kernels.engine.cpu import processor_field
 
 SCHEMA = "str_kernels.bench/1"
 _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
@@ -178,9 +179,4 @@ def commit() -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return processor_field("model name") or platform.processor() or platform.machine()

@@ -124,8 +124,8 @@ def _choices(name: str) -> list[dict[str, Any]]:
     """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
     import torch
 
-    from str_kernels.backends.products import product_dtype
     from str_kernels.backends.selection import select_backend, select_filter
+    from str_kernels.engine.products import product_dtype
     from str_kernels.options import LossOptions
 
     device = torch.device(name)

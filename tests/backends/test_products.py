@@ -7,13 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends import products
 from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.products import dead_product, product, product_dtype
 from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.engine.products import dead_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_routed import clustered_case
+from tests.cpus import set_cpu
 from tests.oracle import relative_error
 
 CPU = torch.device("cpu")
@@ -32,13 +32,6 @@ class ProductDtypes(TorchDispatchMode):
         if func.__name__.split(".")[0] in PRODUCTS:
             self.seen |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
         return func(*args, **(kwargs or {}))
-
-
-def instructions(monkeypatch, has: bool) -> None:
-    """Pretend that the CPU has bf16 instructions, or not; int8 ones it has not."""
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
 
 
 def step(dtype, *, constrained: bool, trainable: bool, **settings) -> set[torch.dtype]:
@@ -70,13 +63,13 @@ def step(dtype, *, constrained: bool, trainable: bool, **settings) -> set[torch.
 )
 def test_no_product_in_16_bit(monkeypatch, dtype, constrained, trainable, settings):
     """Exact, filtered and screened, frozen and trained, with and without the constraint."""
-    instructions(monkeypatch, False)
+    set_cpu(monkeypatch)
     assert step(dtype, constrained=constrained, trainable=trainable, **settings) == {torch.float32}
 
 
 def test_products_in_bf16_where_the_cpu_has_them(monkeypatch):
     """The collector sees them: the filter's screen and dead pairs use the instructions."""
-    instructions(monkeypatch, True)
+    set_cpu(monkeypatch, bf16=True)
     seen = step(torch.bfloat16, constrained=False, trainable=False, indexed=True)
     assert torch.bfloat16 in seen
 
@@ -84,7 +77,7 @@ def test_products_in_bf16_where_the_cpu_has_them(monkeypatch):
 @pytest.mark.parametrize("has", [True, False])
 def test_the_dtype_of_a_product(monkeypatch, has):
     """fp16 is never multiplied as such, bf16 with instructions only, fp32 and fp64 always."""
-    instructions(monkeypatch, has)
+    set_cpu(monkeypatch, bf16=has)
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     want = [torch.float64, torch.float32, torch.bfloat16 if has else torch.float32, torch.float32]
     assert [product_dtype(dtype, CPU) for dtype in dtypes] == want
@@ -102,10 +95,10 @@ def test_the_bf16_screen_rounds_alike_with_and_without_instructions(monkeypatch)
     def log_mass(screen: str) -> torch.Tensor:
         return screen_tiles(head, tiles, LossOptions(), screen, TILE).log_mass
 
-    instructions(monkeypatch, False)
+    set_cpu(monkeypatch)
     emulated, exact = log_mass("bf16"), log_mass("exact")
     assert 1e-4 < (emulated - exact).abs().max() < 0.1
-    instructions(monkeypatch, True)
+    set_cpu(monkeypatch, bf16=True)
     assert (log_mass("bf16") - emulated).abs().max() < 0.1
 
 
@@ -116,9 +109,9 @@ def test_dead_product_without_instructions_is_fp32(monkeypatch, operands):
     left = torch.rand(64, 32, generator=g)
     right = torch.rand(32, 16, generator=g).to(operands)
     truth = left.double() @ right.double()
-    instructions(monkeypatch, False)
+    set_cpu(monkeypatch)
     assert relative_error(dead_product(left, right, operands), truth) < 1e-6
-    instructions(monkeypatch, True)
+    set_cpu(monkeypatch, bf16=True)
     assert relative_error(dead_product(left, right, operands), truth) > 1e-4
 
 
@@ -127,7 +120,7 @@ def by_onednn(monkeypatch):
     """As on an AMD CPU with AVX-512, whatever this one is."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch is built without oneDNN")
-    monkeypatch.setattr(products, "_mkl_is_held_back", lambda: True)
+    set_cpu(monkeypatch, onednn_fp32=True)
 
 
 @pytest.mark.parametrize(
@@ -164,20 +157,3 @@ def test_a_head_by_onednn_is_right(by_onednn, settings, trainable):
     assert relative_error(got["hidden_states"], case.truth()["hidden_states"]) < bound
     seen = step(torch.float32, constrained=False, trainable=trainable, indexed=True)
     assert seen == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("vendor", "capability", "held_back"),
-    [
-        ("vendor_id\t: AuthenticAMD", "AVX512", True),
-        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", True),
-        ("vendor_id\t: AuthenticAMD", "AVX2", False),
-        ("vendor_id\t: GenuineIntel", "AVX512", False),
-    ],
-)
-def test_where_mkl_is_held_back(monkeypatch, vendor, capability, held_back):
-    """On AMD with AVX-512 alone: elsewhere nothing was measured."""
-    monkeypatch.setattr(products, "_vendor", lambda: vendor)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    has = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    assert products._mkl_is_held_back.__wrapped__() == (held_back and has)

@@ -13,18 +13,11 @@ from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_routed import clustered_case
+from tests.cpus import set_cpu
 from tests.oracle import make_case, relative_error
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 129, 16), (3, 128, 77), (130, 5, 24), (64, 1, 8), (17, 700, 1), (70, 1100, 33)]
-
-
-def instructions(monkeypatch, *, int8: bool, amx: bool = False, bf16: bool = False) -> None:
-    """Pretend that the CPU has them, or not."""
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: int8)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
 
 
 def rounded(rows: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,7 +36,7 @@ def test_log_masses_are_those_of_the_rounded_operands(
     monkeypatch, options, n, vocab, dim, kept, has
 ):
     """Only operands are rounded: log-masses equal fp64's of them, by either way to multiply."""
-    instructions(monkeypatch, int8=has)
+    set_cpu(monkeypatch, int8=has)
     case = make_case(n, vocab, dim, bias=True).to(torch.float32)
     case.weight[0] = 0.0
     index = VocabularyIndex.build(case.weight, screen="int8" if kept else None)
@@ -174,7 +167,7 @@ def test_it_is_chosen_where_it_is_faster(monkeypatch):
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def chosen(**has: bool) -> list[str]:
-        instructions(monkeypatch, **has)
+        set_cpu(monkeypatch, **has)
         return [TorchBlocked().auto_screen(dtype, CPU, 2048) for dtype in dtypes]
 
     assert chosen(int8=True, bf16=True) == ["int8", "int8", "int8", "exact"]

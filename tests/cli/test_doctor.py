@@ -9,6 +9,7 @@ import torch
 from str_kernels.cli import doctor as doctor_module
 from str_kernels.cli import self_check as checking
 from tests.cli.calling import call
+from tests.cpus import set_cpu
 
 
 def test_doctor_reports_and_passes(capsys):
@@ -30,7 +31,7 @@ def test_doctor_reports_and_passes(capsys):
 @pytest.mark.parametrize("has", [True, False])
 def test_doctor_says_how_bf16_is_multiplied(capsys, monkeypatch, has):
     """A CPU without bf16 instructions multiplies bf16 operands in fp32: said, in both forms."""
-    monkeypatch.setattr("str_kernels.backends.products.multiplies_bf16", lambda device: has)
+    set_cpu(monkeypatch, bf16=has)
     found = json.loads(call(capsys, "doctor", "--json").out)
     products = {c["dtype"]: c["products"] for c in found["choices"] if c["device"] == "cpu"}
     assert products == {"float32": "float32", "bfloat16": "bfloat16" if has else "float32"}

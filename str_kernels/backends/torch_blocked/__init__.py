@@ -20,11 +20,6 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.products import (
-    multiplies_bf16,
-    multiplies_int8,
-    multiplies_tiles,
-)
 from str_kernels.backends.rows import combine_rows
 from str_kernels.backends.torch_blocked import blocks
 from str_kernels.backends.torch_blocked.exact import exact_pass
@@ -32,6 +27,7 @@ from str_kernels.backends.torch_blocked.refine import refine_pairs
 from str_kernels.backends.torch_blocked.route import route_pairs
 from str_kernels.backends.torch_blocked.screen import screen_tiles
 from str_kernels.backends.torch_blocked.weight import weight_gradients
+from str_kernels.engine.cpu import this_cpu
 from str_kernels.options import LossOptions
 
 DEFAULT_BYTE_BUDGET = 64 << 20
@@ -66,9 +62,10 @@ class TorchBlocked:
         """int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
         if device.type != "cpu" or dtype == torch.float64:
             return "exact"
-        if multiplies_int8(device) and not multiplies_tiles():
+        cpu = this_cpu()
+        if cpu.int8 and not cpu.amx:
             return "int8"
-        return "bf16" if dtype == torch.float32 and multiplies_bf16(device) else "exact"
+        return "bf16" if dtype == torch.float32 and cpu.bf16 else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """See ``Backend.row_block``."""

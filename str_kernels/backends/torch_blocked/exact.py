@@ -17,8 +17,8 @@ from str_kernels.backends.logits import (
     label_logits,
     softcap_slope,
 )
-from str_kernels.backends.products import product
 from str_kernels.backends.torch_blocked.blocks import head_rows, in_block, spans
+from str_kernels.engine.products import product
 from str_kernels.options import LossOptions
 
 

@@ -22,8 +22,8 @@ from str_kernels.backends.logits import (
     take_rows,
     weight_rows,
 )
-from str_kernels.backends.products import product, products
 from str_kernels.backends.torch_blocked.blocks import positions_of
+from str_kernels.engine.products import product, products
 from str_kernels.options import TILE, LossOptions
 
 _HOT_SHARE = 0.5  # of the rows: gathering the others would cost what it saves

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from str_kernels.backends.contract import Head, TileMasses, Tiles
 from str_kernels.backends.logits import accumulator, weight_rows
-from str_kernels.backends.products import integer_product, product, product_dtype
 from str_kernels.backends.torch_blocked.blocks import spans
 from str_kernels.backends.torch_blocked.compiled import compiled
 from str_kernels.backends.torch_blocked.reduce import (
@@ -19,6 +18,7 @@ from str_kernels.backends.torch_blocked.reduce import (
     fused_reduction,
     reduce_eagerly,
 )
+from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows
 

@@ -1,0 +1,1 @@
+"""The engine: the stages that every backend shares, from hidden states to the gradients."""
