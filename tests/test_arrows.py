@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "options", "quantise"},
+    {"version", "files", "options", "quantise"},
     {"validation", "constraint", "reference"},
     {"vocabulary"},
     {"engine"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"evaluation"},
     {"integrations"},
     {"training"},
     {"demo", "bench"},

@@ -11,7 +11,7 @@ from str_kernels.cli.console import print_table
 from str_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from str_kernels.safety.evaluation import Evaluation
+    from str_kernels.evaluation.evaluation import Evaluation
 
 MEANINGS = {
     "refusal_rate": "refuses what it should",
@@ -31,7 +31,7 @@ def record(
     measured: Evaluation,
 ) -> dict[str, Any]:
     """What was measured, on what, with which settings and versions, as plain JSON types."""
-    from str_kernels.safety.evaluation import SCHEMA
+    from str_kernels.evaluation.evaluation import SCHEMA
 
     files = {
         name: {
