@@ -14,8 +14,8 @@ from str_kernels.cli.console import (
     quiet_libraries,
     say,
     stage,
-    write_json,
 )
+from str_kernels.files import write_json
 
 if TYPE_CHECKING:
     from str_kernels.demo.run import DemoResult

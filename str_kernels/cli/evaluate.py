@@ -14,9 +14,9 @@ from str_kernels.cli.console import (
     quiet_libraries,
     say,
     stage,
-    write_json,
 )
 from str_kernels.cli.evaluation_view import next_command, record, show
+from str_kernels.files import write_json
 
 if TYPE_CHECKING:
     from str_kernels.evaluation.evaluation import Evaluation

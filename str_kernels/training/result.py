@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from str_kernels.files import write_json
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checks import DESCRIPTION, Prepared
 from str_kernels.version import __version__
@@ -102,7 +101,4 @@ def write_description(
         else {"token_ids": list(tokens.token_ids), "tokens": list(tokens.tokens)},
         "result": None if result is None else result.as_dict(),
     }
-    path = settings.folder / DESCRIPTION
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)
+    write_json(settings.folder / DESCRIPTION, description, indent=2)
