@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from str_kernels.files import write_json
 from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
@@ -157,7 +157,7 @@ class SafetyTokens:
 
     def constraint(
         self,
-        strength: float | Literal["auto"] | None = None,
+        strength: float | None = None,
         kind: ConstraintKind = DEFAULT_KIND,
         **options: Any,
     ) -> SafetyConstraint:
