@@ -31,7 +31,7 @@ from str_kernels.vocabulary import VocabularyIndex
 _SETTINGS = (
     "int ignore_index, float logit_scale, float? softcap, float label_smoothing, float z_loss, "
     "float filter_eps, str screen, int[]? token_ids, float strength, str kind, "
-    "float[]? token_weights, float margin, float temperature, str backend, bool[] needs"
+    "float[]? token_weights, float temperature, str backend, bool[] needs"
 )
 _INPUTS = (
     "Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, Tensor? reference, "
@@ -95,7 +95,6 @@ def traced_terms(
         0.0 if safety is None else safety.strength,
         "mse" if safety is None else safety.kind,
         None if safety is None or safety.token_weights is None else list(safety.token_weights),
-        0.0 if safety is None else safety.margin,
         1.0 if safety is None else safety.temperature,
         backend,
         needs,
@@ -120,14 +119,13 @@ def _options(
     strength: float,
     kind: str,
     token_weights: list[float] | None,
-    margin: float,
     temperature: float,
     backend: str,
     needs: list[bool],
 ) -> LossOptions:
     safety = None
     if token_ids is not None:
-        safety = SafetyConstraint(token_ids, strength, kind, token_weights, margin, temperature)
+        safety = SafetyConstraint(token_ids, strength, kind, token_weights, temperature)
     eps = "auto" if filter_eps == -1.0 else filter_eps
     if any(needs[1:]):
         if eps != 0.0:

@@ -104,8 +104,10 @@ def test_bad_input_is_named(changes, message):
         (([1], 1.0, "l2"), "kind='l2'"),
         (([1], 1.0, "mse", [1.0, 2.0]), "token_weights has 2 entries"),
         (([1], 1.0, "mse", [0.0]), "all zero"),
-        (([1], 1.0, "mse", None, 0.5), "margin=0.5: only kind='floor'"),
-        (([1], 1.0, "mse", None, 0.0, 2.0), "temperature=2.0: only kind='kl'"),
+        (([1], 1.0, "floor"), "kind='floor' was removed in 0.2: .* use kind='kl'"),
+        (([1], "auto", "mse"), "strength='auto' was removed in 0.2: .*give a number"),
+        (([1], "much", "mse"), "strength='much'"),
+        (([1], 1.0, "mse", None, 2.0), "temperature=2.0: only kind='kl'"),
     ],
 )
 def test_bad_constraints_are_named(arguments, message):
@@ -169,7 +171,7 @@ def test_broken_hidden_states_show(bad, eps):
     assert got["hidden_states"][clean].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
 def test_broken_constrained_positions_show(kind):
     """NaN at a position that is only constrained shows in its penalty and in its gradient."""
     case = make_case(8, 300, 6, ignored=1.0, k=3, kind=kind, reduction="none")

@@ -112,7 +112,7 @@ def test_opcheck():
                 *(tensors[0], tensors[1], case.labels, tensors[2], case.reference),
                 *(None, None, None, None, None, None),
                 *(-100, 1.0, None, 0.0, 0.0, -1.0, "auto", list(safety.token_ids)),
-                *(safety.strength, safety.kind, None, 0.0, 1.0, "torch", needs),
+                *(safety.strength, safety.kind, None, 1.0, "torch", needs),
             ),
         )
 

@@ -28,7 +28,7 @@ OPTIONS = [
     {"bias": True, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.7},
     {"k": 1, "static": True},
     {"k": 7, "kind": "mse", "weighted": True, "uneven": True},
-    {"k": 7, "kind": "floor", "constraint": {"margin": 0.5}, "softcap": 5.0},
+    {"k": 7, "kind": "mse", "softcap": 5.0},
     {"k": 7, "kind": "logprob", "weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
     {"k": 7, "kind": "logprob", "softcap": 5.0, "bias": True},
     {"k": 7, "kind": "kl", "constraint": {"temperature": 2.0}, "weighted": True},
@@ -155,7 +155,7 @@ def test_logits_far_below_zero():
     assert_close(case.run(backend=TorchBackend(1)), case.truth(), 2.0**-12)
 
 
-@pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
 def test_prompt_rows_meet_the_vocabulary_only_for_logprob(kind):
     """Without a label a constrained position costs K columns, unless its kind reads the lse."""
     case = make_case(k=5, kind=kind)
