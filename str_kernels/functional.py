@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
 from str_kernels.backends.selection import check_backend
+from str_kernels.engine.contract import Backend
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.terms import RowTerms, row_terms
@@ -103,7 +103,7 @@ def linear_cross_entropy(
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
         backend: ``"auto"`` (Triton on CUDA and ROCm, torch elsewhere), ``"triton"``, ``"torch"``,
-            ``"reference"`` (materialises) or a ``Backend``.
+            ``"dense"`` (materialises) or a ``Backend``.
         return_parts: also return ``LossParts``.
 
     Returns:
@@ -131,7 +131,7 @@ def linear_cross_entropy(
         "backend": backend,
     }
     validate_num_items(num_items_in_batch, reduction)
-    if torch.compiler.is_compiling() and backend != "reference":
+    if torch.compiler.is_compiling() and backend != "dense":
         rows = traced_terms(hidden_states, weight, labels, safety, settings, **tensors)
     else:
         options = LossOptions(safety=safety, **settings)

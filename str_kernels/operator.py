@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from str_kernels.autograd import (
+from str_kernels.backends.selection import select_backend
+from str_kernels.engine.autograd import (
     RowInputs,
     Settings,
     backward_rows,
     forward_rows,
 )
-from str_kernels.backends.contract import Backend, Head
-from str_kernels.backends.logits import accumulator, kept_dtype
-from str_kernels.backends.rows import plan_rows
-from str_kernels.backends.selection import say_once, select_backend
+from str_kernels.engine.contract import Backend, Head
+from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.rows import plan_rows
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import RowTerms, check_inputs, flatten, resolve, unflatten
 from str_kernels.vocabulary import VocabularyIndex
@@ -155,9 +156,7 @@ def _prepare(
     check_inputs(hidden, weight, labels, options, bias, reference, position_weights, index)
     chosen = select_backend(backend, hidden.device, hidden.dtype).backend
     if chosen is None:
-        raise ValueError(
-            "backend='reference': is plain torch code; compiled code needs no operator."
-        )
+        raise ValueError("backend='dense': is plain torch code; compiled code needs no operator.")
     resolved = resolve(chosen, options, hidden, weight, index, entropy=False, grad=any(needs))
     return Head(hidden, weight, bias), RowInputs(labels, reference, position_weights), resolved
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
 from str_kernels.backends.selection import select_backend
+from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.head import find_head, vocabulary_size
 from str_kernels.huggingface.patch import PATCH, Index, Patch, Reference
 from str_kernels.huggingface.positions import Positions, validate_positions

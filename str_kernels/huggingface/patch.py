@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.deferred import DeferredLogits
 from str_kernels.huggingface.head import deferring
 from str_kernels.huggingface.recording import Fold

@@ -15,7 +15,7 @@ def _loss(logits: torch.Tensor, labels: list[int], **settings) -> torch.Tensor:
     """The oracle on given logits: hidden states are the logits, the head is the identity."""
     head = torch.eye(logits.shape[1], dtype=torch.float64)
     return linear_cross_entropy(
-        logits.double(), head, torch.tensor(labels), backend="reference", **settings
+        logits.double(), head, torch.tensor(labels), backend="dense", **settings
     )
 
 
@@ -72,7 +72,7 @@ def test_constraint_closed_forms(kind, extra, value):
     assert got.item() == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["dense", "torch"])
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5], [0.0, 1.0, 2.0]])
 @pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
 def test_nothing_is_asked_of_who_stayed(kind, weights, backend):
@@ -117,5 +117,5 @@ def test_gradcheck(kind):
             **case.settings,
         )
 
-    assert torch.autograd.gradcheck(loss("reference"), leaves)
+    assert torch.autograd.gradcheck(loss("dense"), leaves)
     assert torch.autograd.gradcheck(loss("torch"), leaves)
