@@ -1,4 +1,4 @@
-"""Options of a command that come from the fields of its settings."""
+"""Options that several commands have, and those that come from the fields of settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+ModelName = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
+DataFile = Annotated[
+    str, typer.Argument(help='JSONL: {"prompt", "response"} or {"messages"} on each line.')
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+BatchSize = Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-def options_of(settings: type) -> Callable[[Callable], Callable]:
-    """Give a command an option for each field that has a help text, in place of ``**keywords``.
 
-    Options of the command itself keep their place before them; a last ``as_json`` stays the last.
+def options_of(settings: type, *names: str) -> Callable[[Callable], Callable]:
+    """Give a command options for fields of its settings, in place of its ``**keywords``.
+
+    They come after the command's own options, except for ``as_json``, which stays last.
+
+    Args:
+        settings: a dataclass whose fields ``setting`` made.
+        names: the fields; none for every field that has a help text.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -22,9 +37,9 @@ def options_of(settings: type) -> Callable[[Callable], Callable]:
         kept = [p for p in own if p.kind is not Parameter.VAR_KEYWORD and p.name != "as_json"]
         last = [p for p in own if p.name == "as_json"]
         types = get_type_hints(settings)
-        made = [_option(f, types[f.name]) for f in fields(settings) if "help" in f.metadata]
-        keywords = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*made, *last)]
-        command.__signature__ = inspect.Signature([*kept, *keywords])
+        chosen = [f for f in fields(settings) if "help" in f.metadata]
+        made = [_option(f, types[f.name]) for f in chosen if not names or f.name in names]
+        command.__signature__ = inspect.Signature([*kept, *made, *last])
         return command
 
     return decorate

@@ -6,16 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from str_kernels.cli.options import options_of
+from str_kernels.cli.options import AsJson, DataFile, ModelName, options_of
 from str_kernels.training.settings import TrainSettings
 
 
 @options_of(TrainSettings)
 def train(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")],
-    data: Annotated[
-        str, typer.Argument(help='JSONL: {"prompt", "response"} or {"messages"} on each line.')
-    ],
+    model: ModelName,
+    data: DataFile,
+    *,
     out: Annotated[str, typer.Option(help="Folder for the adapter and its description.")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
@@ -26,12 +25,10 @@ def train(
     unpatched: Annotated[
         bool, typer.Option("--unpatched", help="Use the model's own head, for comparison.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
-    ] = False,
+    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Fine-tune a LoRA adapter, and keep the logits of the safety tokens near the aligned model's.
+    """Fine-tune a LoRA adapter while the constraint holds the logits of the safety tokens.
 
     Only responses are learned. Ctrl-C finishes the step and saves; --resume continues from there.
     """
