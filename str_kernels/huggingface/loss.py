@@ -115,7 +115,7 @@ class LabelledForward:
         if self._inside:
             self.fused = True
             if tokens is not None:
-                if terms.entropy is None:
+                if terms.statistics.entropy is None:
                     terms = terms._replace(entropy=entropy_of(arguments, options, inputs))
                 tokens.record(terms, labels != ignore_index, rows, self._batch_shape(fold))
             patch.observe(terms, parts, (reference, weights) if constrain else None)

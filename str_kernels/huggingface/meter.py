@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from str_kernels.engine.contract import RowTerms
 from str_kernels.functional import LossParts
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.references import reference_unit
-from str_kernels.terms import RowTerms
 
 
 class LossMeter:
@@ -21,7 +21,12 @@ class LossMeter:
 
     def add(self, terms: RowTerms, parts: LossParts) -> None:
         """Add one loss, detached and without synchronising."""
-        sums = (terms.cross_entropy, terms.penalty, terms.dead_mass, terms.live_share.nan_to_num())
+        sums = (
+            terms.cross_entropy,
+            terms.penalty,
+            terms.statistics.dead_mass,
+            terms.statistics.live_share.nan_to_num(),
+        )
         counts = (parts.num_correct, parts.num_labels)
         added = torch.stack(
             [*(x.detach().sum().float() for x in sums), *(n.float() for n in counts)]
@@ -70,9 +75,9 @@ class LossMeter:
 @torch.no_grad()
 def _drift(terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor) -> Tensor:
     """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference."""
-    values = terms.safety_logits.float()
+    values = terms.statistics.safety_logits.float()
     if reference_unit(safety) == "logprobs":
-        values = values - terms.lse.float()[:, None]
+        values = values - terms.statistics.lse.float()[:, None]
     weights = weights.float()
     distance = (values - reference).float().square().mean(-1)
     distance = torch.where(weights > 0, weights * distance, 0.0)  # the other rows may be NaN

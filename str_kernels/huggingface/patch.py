@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from str_kernels.engine.contract import Backend
+from str_kernels.engine.contract import Backend, RowTerms
 from str_kernels.functional import LossParts
 from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head
@@ -45,7 +45,6 @@ from str_kernels.huggingface.sft import (
 )
 from str_kernels.options import LossOptions
 from str_kernels.safety.references import ReferenceCache
-from str_kernels.terms import RowTerms
 from str_kernels.vocabulary import VocabularyIndex
 
 if TYPE_CHECKING:

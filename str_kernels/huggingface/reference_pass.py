@@ -217,9 +217,9 @@ def safety_reference(
             position_weights=wanted.float(),
             backend=backend,
         )
-        values = terms.safety_logits
+        values = terms.statistics.safety_logits
         if safety.kind == "logprob":
-            values = values - terms.lse[:, None]
+            values = values - terms.statistics.lse[:, None]
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.selection import select_backend, select_filter
+from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.engine.contract import RowTerms
 from str_kernels.huggingface.instance import has_own_forward
 from str_kernels.huggingface.rules import METADATA, name_of
 from str_kernels.options import LossOptions
-from str_kernels.terms import RowTerms, row_terms
+from str_kernels.terms import row_terms
 
 if TYPE_CHECKING:
     from str_kernels.huggingface.patch import Patch
@@ -125,8 +126,8 @@ class TokenTerms:
             )
         found = {
             "loss": terms.cross_entropy + terms.penalty,
-            "entropy": torch.where(labelled, terms.entropy, 0.0).detach(),
-            "is_top1": terms.correct & labelled,
+            "entropy": torch.where(labelled, terms.statistics.entropy, 0.0).detach(),
+            "is_top1": terms.statistics.correct & labelled,
             "label_mask": labelled,
         }
         for name, values in found.items():
@@ -214,14 +215,8 @@ def entropy_is_free(states: Tensor, options: LossOptions, inputs: dict[str, Any]
     chosen = select_backend(inputs["backend"], states.device, states.dtype).backend
     if chosen is None:
         return True
-    resolved = select_filter(
-        options,
-        chosen,
-        indexed=inputs["index"] is not None,
-        entropy=False,
-        dtype=states.dtype,
-        device=states.device,
-    )
+    indexed = inputs["index"] is not None
+    resolved = resolve(options, chosen, dtype=states.dtype, device=states.device, indexed=indexed)
     return resolved.eps == 0.0
 
 
@@ -240,4 +235,4 @@ def entropy_of(
         terms = row_terms(
             *arguments, exact, bias=inputs["bias"], backend=inputs["backend"], entropy=True
         )
-    return terms.entropy
+    return terms.statistics.entropy
