@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from str_kernels.huggingface.anchors import join_anchors
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
@@ -29,7 +30,6 @@ from benchmarks.safety.methods import Method, Run, Setting
 from benchmarks.safety.tokens import context_reference, rarity, static_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
-from str_kernels.huggingface.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import Row
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from str_kernels.safety.references import content_key
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety.methods import Method
@@ -16,7 +17,6 @@ from str_kernels.huggingface import build_reference_cache
 from str_kernels.inputs.data import Row
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.inference import last_logits, prompt_token_ids, reading
-from str_kernels.safety.references import content_key
 from str_kernels.safety.templates import REFUSED_REQUESTS, REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState
 
-from str_kernels.huggingface.callback import SafetyLogCallback
+from str_kernels.huggingface.patch.callback import SafetyLogCallback
 from str_kernels.integrations.settings import PatchSettings
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from str_kernels.huggingface.install import patch_model
-from str_kernels.huggingface.patch import Patch
-from str_kernels.huggingface.positions import Positions, validate_positions
+from str_kernels.huggingface.constraint.positions import Positions, validate_positions
+from str_kernels.huggingface.patch.install import patch_model
+from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import (
     DEFAULT_KIND,
     REMOVED,

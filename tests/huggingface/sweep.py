@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from str_kernels.huggingface import DeferredLogits, patch_model, recording, unpatch_model
-from str_kernels.huggingface.loss import LabelledForward
+from str_kernels.huggingface import DeferredLogits, patch_model, unpatch_model
+from str_kernels.huggingface.deferred import recording
+from str_kernels.huggingface.patch.loss import LabelledForward
 from tests.huggingface.tiny_configs import VOCAB, build_architecture
 
 ROWS, LENGTH, NEW = 2, 12, 5
