@@ -25,8 +25,8 @@ from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
 from str_kernels.bench.report import circumstances, commit
 from str_kernels.cli.console import quiet_libraries, say
+from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.inputs.loading import load_model_and_tokenizer
-from str_kernels.safety.answers import AnswerFile
 from str_kernels.version import __version__
 
 SCHEMA = "str_kernels.safety_experiment/1"

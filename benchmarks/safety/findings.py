@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from str_kernels.safety.rates import Rate, mcnemar
+from str_kernels.evaluation.rates import Rate, mcnemar
 
 Result = dict[str, Any]
 

@@ -153,7 +153,8 @@ class LabelledForward:
         loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if tokens is not None:
             if terms.statistics.entropy is None:
-                terms = terms._replace(entropy=entropy_of(operands, options, inputs))
+                found = terms.statistics._replace(entropy=entropy_of(operands, options, inputs))
+                terms = terms._replace(statistics=found)
             tokens.record(terms, labels != ignore_index, rows, _batch_shape(context, fold))
         if self._inside:
             self._fused = True
