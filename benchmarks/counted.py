@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import cases, finish, parse, parser, results
-from str_kernels.backends.contract import Head
-from str_kernels.backends.pipeline import tiles_of
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench import work
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
 from str_kernels.cli.console import say
+from str_kernels.engine.contract import Head
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 
@@ -98,7 +98,7 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
     Operands are rounded as the screen rounds them and then multiplied in fp32, as the kernels'
     accumulators do; torch's own half-precision product would round the logits too.
     """
-    backend, index = TorchBlocked(), case.index
+    backend, index = TorchBackend(), case.index
     hidden, weight = case.hidden_states.float(), case.weight.float()
     tiles, found = tiles_of(case.weight, index, fresh=False), []
     for rows in _blocks(case):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.engine.products import product_dtype
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms

@@ -1,4 +1,4 @@
-"""The four constraints: their value at a position and its derivative.
+"""The three constraints: their value at a position and its derivative.
 
 Stage: safety logits ``z [N, K]`` (and the row's log-sum-exp) → ``C [N]``, ``∂C/∂z [N, K]``,
 ``∂C/∂lse [N]``. Formulas: the table of ``SafetyConstraint``.
@@ -47,12 +47,8 @@ def constraint_terms(
     if safety.kind == "kl":
         return _kl(safety.temperature, logits, reference, weights)
     weights = weights / len(safety.token_ids)
-    if safety.kind == "mse":
-        distance = logits - reference
-    elif safety.kind == "floor":
-        distance = (logits - (reference - safety.margin)).clamp(max=0.0)
-    else:
-        distance = logits - lse[:, None] - reference
+    values = logits - lse[:, None] if needs_lse(safety) else logits
+    distance = values - reference
     value = (weights * distance.square()).sum(-1)
     d_logits = 2.0 * weights * distance
     return ConstraintTerms(value, d_logits, -d_logits.sum(-1) if needs_lse(safety) else None)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
 from str_kernels.backends.selection import check_backend
+from str_kernels.engine.contract import Backend
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.terms import RowTerms, row_terms
-from str_kernels.validation import validate_fixed_strength, validate_num_items
+from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
 
 
@@ -85,7 +85,7 @@ def linear_cross_entropy(
         weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes.
         labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
         bias: ``[V]``.
-        safety: the constraint, of a fixed strength, or None.
+        safety: the constraint, or None.
         reference: what the safety logits are held to, ``[..., K]`` or ``[K]``; a constant.
         position_weights: w ``[...]``, finite and 0 or more; None: 1 where there is a label.
         ignore_index: the label of positions without a target.
@@ -103,7 +103,7 @@ def linear_cross_entropy(
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
         backend: ``"auto"`` (Triton on CUDA and ROCm, torch elsewhere), ``"triton"``, ``"torch"``,
-            ``"reference"`` (materialises) or a ``Backend``.
+            ``"dense"`` (materialises) or a ``Backend``.
         return_parts: also return ``LossParts``.
 
     Returns:
@@ -131,8 +131,7 @@ def linear_cross_entropy(
         "backend": backend,
     }
     validate_num_items(num_items_in_batch, reduction)
-    validate_fixed_strength(safety)
-    if torch.compiler.is_compiling() and backend != "reference":
+    if torch.compiler.is_compiling() and backend != "dense":
         rows = traced_terms(hidden_states, weight, labels, safety, settings, **tensors)
     else:
         options = LossOptions(safety=safety, **settings)
@@ -217,7 +216,6 @@ class LinearCrossEntropyLoss(nn.Module):
             "screen": screen,
         }
         LossOptions(**settings)
-        validate_fixed_strength(safety)
         check_backend(backend)
         self._settings: dict[str, Any] = {
             **settings,

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from str_kernels.autograd import (
+from str_kernels.backends.selection import select_backend
+from str_kernels.engine.autograd import (
     RowInputs,
     Settings,
     backward_rows,
     forward_rows,
 )
-from str_kernels.backends.contract import Backend, Head
-from str_kernels.backends.logits import accumulator, kept_dtype
-from str_kernels.backends.rows import plan_rows
-from str_kernels.backends.selection import say_once, select_backend
+from str_kernels.engine.contract import Backend, Head
+from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.rows import plan_rows
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import RowTerms, check_inputs, flatten, resolve, unflatten
 from str_kernels.vocabulary import VocabularyIndex
@@ -30,7 +31,7 @@ from str_kernels.vocabulary import VocabularyIndex
 _SETTINGS = (
     "int ignore_index, float logit_scale, float? softcap, float label_smoothing, float z_loss, "
     "float filter_eps, str screen, int[]? token_ids, float strength, str kind, "
-    "float[]? token_weights, float margin, float temperature, str backend, bool[] needs"
+    "float[]? token_weights, float temperature, str backend, bool[] needs"
 )
 _INPUTS = (
     "Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, Tensor? reference, "
@@ -94,7 +95,6 @@ def traced_terms(
         0.0 if safety is None else safety.strength,
         "mse" if safety is None else safety.kind,
         None if safety is None or safety.token_weights is None else list(safety.token_weights),
-        0.0 if safety is None else safety.margin,
         1.0 if safety is None else safety.temperature,
         backend,
         needs,
@@ -119,14 +119,13 @@ def _options(
     strength: float,
     kind: str,
     token_weights: list[float] | None,
-    margin: float,
     temperature: float,
     backend: str,
     needs: list[bool],
 ) -> LossOptions:
     safety = None
     if token_ids is not None:
-        safety = SafetyConstraint(token_ids, strength, kind, token_weights, margin, temperature)
+        safety = SafetyConstraint(token_ids, strength, kind, token_weights, temperature)
     eps = "auto" if filter_eps == -1.0 else filter_eps
     if any(needs[1:]):
         if eps != 0.0:
@@ -157,9 +156,7 @@ def _prepare(
     check_inputs(hidden, weight, labels, options, bias, reference, position_weights, index)
     chosen = select_backend(backend, hidden.device, hidden.dtype).backend
     if chosen is None:
-        raise ValueError(
-            "backend='reference': is plain torch code; compiled code needs no operator."
-        )
+        raise ValueError("backend='dense': is plain torch code; compiled code needs no operator.")
     resolved = resolve(chosen, options, hidden, weight, index, entropy=False, grad=any(needs))
     return Head(hidden, weight, bias), RowInputs(labels, reference, position_weights), resolved
 

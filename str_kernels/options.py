@@ -16,21 +16,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-ConstraintKind = Literal["mse", "floor", "logprob", "kl"]
+ConstraintKind = Literal["mse", "logprob", "kl"]
 Reduction = Literal["mean", "sum", "none"]
 Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
-DRIFT_BUDGET = 0.5  # logit units; of ``strength="auto"`` without a budget of its own
 # What kept most of a real model's refusals at the least cost (benchmarks/results/safety); the
 # squares of logits are larger than divergences, and take a smaller λ.
 DEFAULT_KIND: ConstraintKind = "kl"
-DEFAULT_STRENGTHS = {"mse": 0.1, "floor": 0.1, "logprob": 0.1, "kl": 10.0}
+DEFAULT_STRENGTHS = {"mse": 0.1, "logprob": 0.1, "kl": 10.0}
 TILE = 128
+
+# What version 0.2 took away, and why; code and files written for 0.1 may still name it.
+REMOVED = {
+    "kind='floor'": "it did not keep refusals; use kind='kl' or kind='mse'",
+    "margin": "only kind='floor' had one, which did not keep refusals; use kind='kl' or kind='mse'",
+    "strength='auto'": "the task was hardly learned with it; give a number",
+    "drift_budget": "it belonged to strength='auto', with which the task was hardly learned; give "
+    "strength a number",
+    "a fixed reference tensor": "it kept no refusals and ruined neutral text; use 'adapter_off' or "
+    "a cache file",
+}
+
+
+def removed(name: str) -> str:
+    """The sentence of an error that names something of ``REMOVED``."""
+    return f"{name} was removed in 0.2: {REMOVED[name]}."
 
 
 def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
@@ -62,14 +77,13 @@ def _as_list(name: str, value: Any) -> list:
 class SafetyConstraint:
     """What is held in place while the model learns: the logits of K safety tokens.
 
-    With logits ``z``, reference ``r``, token weights ``ω`` and ``m = margin``, ``τ = temperature``,
-    a constrained position costs
+    With logits ``z``, reference ``r``, token weights ``ω`` and ``τ = temperature``, a constrained
+    position costs
 
     ==========  =======================================  =======================
     kind        C                                        reference r
     ==========  =======================================  =======================
     ``mse``     ``1/K Σ ω (z - r)²``                     logits
-    ``floor``   ``1/K Σ ω max(0, r - m - z)²``           logits
     ``logprob`` ``1/K Σ ω (z - lse - r)²``               log-probabilities
     ``kl``      ``τ² KL(q ‖ p)``                         logits
     ==========  =======================================  =======================
@@ -81,38 +95,29 @@ class SafetyConstraint:
     Args:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
         strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None for 10
-            with ``kl`` and 0.1 with the others. ``"auto"``, on a patched model alone, adapts λ
-            while it trains so that the drift stays at ``drift_budget``; at most 100 with ``kl``
-            and 10 with the others, and a warning where that is too little.
+            with ``kl`` and 0.1 with the others.
         kind: one of the table above.
         token_weights: K non-negative numbers ω, not all zero; None for 1 each.
-        margin: how far below the reference ``floor`` lets a logit fall; 0 or more, logit units.
         temperature: τ of ``kl``; above 0.
-        drift_budget: how far the safety logits may drift, in logit units, above 0; None for 0.5
-            with ``strength="auto"``, and the only choice without. The drift is ``√(a · mean C)``
-            over the constrained positions by their weights, with ``a = K / Σ ω``: the rms of what
-            the table squares. For ``kl`` a is 2: the rms difference of logits under q, a shift of
-            all of them left out, which ``√(2 C)`` is as long as it is small.
 
     Raises:
         ValueError: an argument outside these rules, or one that ``kind`` would ignore.
     """
 
     token_ids: tuple[int, ...]
-    strength: float | Literal["auto"] | None = None
+    strength: float | None = None
     kind: ConstraintKind = DEFAULT_KIND
     token_weights: tuple[float, ...] | None = None
-    margin: float = 0.0
     temperature: float = 1.0
-    drift_budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field and freeze sequences into tuples."""
         object.__setattr__(self, "token_ids", self._checked_ids())
+        if self.kind == "floor":
+            raise ValueError(removed("kind='floor'"))
         _choice("kind", self.kind, get_args(ConstraintKind))
-        self._check_strength()
+        object.__setattr__(self, "strength", self._checked_strength())
         object.__setattr__(self, "token_weights", self._checked_weights())
-        object.__setattr__(self, "margin", _finite("margin", self.margin, minimum=0.0))
         temperature = _finite("temperature", self.temperature, minimum=0.0, strict=True)
         object.__setattr__(self, "temperature", temperature)
         held = sum(map(bool, self.token_weights or [1.0] * len(self.token_ids)))
@@ -121,38 +126,17 @@ class SafetyConstraint:
                 "token_ids has 1 entry that weighs: kind='kl' holds proportions among tokens; give "
                 "2 or more, or kind='mse'."
             )
-        if self.margin != 0.0 and self.kind != "floor":
-            raise ValueError(f"margin={self.margin}: only kind='floor' has one, not {self.kind!r}.")
         if self.temperature != 1.0 and self.kind != "kl":
             raise ValueError(
                 f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}."
             )
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether the strength is found while training, from the drift budget."""
-        return self.strength == "auto"
-
-    def at(self, strength: float) -> SafetyConstraint:
-        """The same constraint with a fixed strength."""
-        return replace(self, strength=strength, drift_budget=None)
-
-    def _check_strength(self) -> None:
+    def _checked_strength(self) -> float:
         if self.strength is None:
-            object.__setattr__(self, "strength", DEFAULT_STRENGTHS[self.kind])
-        if isinstance(self.strength, str):
-            if self.strength != "auto":
-                raise ValueError(f"strength={self.strength!r}: must be 'auto' or a number.")
-            given = DRIFT_BUDGET if self.drift_budget is None else self.drift_budget
-            budget = _finite("drift_budget", given, minimum=0.0, strict=True)
-            object.__setattr__(self, "drift_budget", budget)
-            return
-        object.__setattr__(self, "strength", _finite("strength", self.strength, minimum=0.0))
-        if self.drift_budget is not None:
-            raise ValueError(
-                f"drift_budget={self.drift_budget!r} with strength={self.strength!r}: a fixed "
-                "strength has no budget; give strength='auto'."
-            )
+            return DEFAULT_STRENGTHS[self.kind]
+        if isinstance(self.strength, str) and self.strength == "auto":
+            raise ValueError(removed("strength='auto'"))
+        return _finite("strength", self.strength, minimum=0.0)
 
     def _checked_ids(self) -> tuple[int, ...]:
         ids = _as_list("token_ids", self.token_ids)
@@ -239,4 +223,4 @@ class LossOptions:
     @property
     def constrained(self) -> bool:
         """Whether the constraint can change the loss at all."""
-        return self.safety is not None and (self.safety.adaptive or self.safety.strength > 0.0)
+        return self.safety is not None and self.safety.strength > 0.0

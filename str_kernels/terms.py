@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels import reference as oracle
-from str_kernels.autograd import FusedRows, RowInputs, Settings
-from str_kernels.backends.contract import Backend
-from str_kernels.backends.pipeline import tiles_of
+from str_kernels import oracle
 from str_kernels.backends.selection import select_backend, select_filter
+from str_kernels.engine.autograd import FusedRows, RowInputs, Settings
+from str_kernels.engine.contract import Backend
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions
 from str_kernels.validation import validate_loss_inputs
 from str_kernels.vocabulary import VocabularyIndex
@@ -58,7 +58,7 @@ def row_terms(
         if chosen is None:
             if options.screen not in ("auto", "exact"):
                 raise ValueError(
-                    f"screen={options.screen!r}: backend='reference' computes every logit in full "
+                    f"screen={options.screen!r}: backend='dense' computes every logit in full "
                     "and screens none; leave screen='auto'."
                 )
             rows = _dense_terms(flat, weight, bias, constants, options)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.options import LossOptions
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -141,7 +141,6 @@ def _validate_reference(
         if reference is not None:
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return
-    validate_fixed_strength(options.safety)
     largest, count = max(options.safety.token_ids), len(options.safety.token_ids)
     if largest >= vocab_size:
         raise ValueError(
@@ -181,20 +180,6 @@ def _validate_position_weights(
         raise ValueError(
             f"position_weights{position}={weights[tuple(position)].item()}: must be finite and "
             "0 or more."
-        )
-
-
-def validate_fixed_strength(safety: SafetyConstraint | None) -> None:
-    """A loss by itself has no training steps over which a strength could be found.
-
-    Raises:
-        ValueError: the strength is ``"auto"``.
-    """
-    if safety is not None and safety.adaptive:
-        raise ValueError(
-            "safety.strength='auto': is found over the steps of a training run, which one loss "
-            "does not know; give a number, or train a model that patch_model (of "
-            "str_kernels.huggingface) patched with this constraint."
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 import str_kernels
 from str_kernels import LinearCrossEntropyLoss, SafetyConstraint, linear_cross_entropy
-from str_kernels.backends import TorchBlocked
+from str_kernels.backends import TorchBackend
 from str_kernels.options import DEFAULT_STRENGTHS
 from str_kernels.training.settings import TrainSettings
 from tests.oracle import assert_close, make_case, relative_error
@@ -75,11 +75,11 @@ def call(**changes):
         ({"num_items_in_batch": float("inf")}, "num_items_in_batch=inf"),
         ({"num_items_in_batch": 4, "reduction": "sum"}, "denominator of reduction='mean'"),
         ({"backend": "cuda"}, "backend='cuda': must be one of"),
-        ({"backend": TorchBlocked}, "must be a name or a Backend instance"),
+        ({"backend": TorchBackend}, "must be a name or a Backend instance"),
         ({"index": "index.safetensors"}, "index='index.safetensors': must be a VocabularyIndex"),
         ({"screen": "fp4"}, "screen='fp4'"),
         ({"screen": "fp8"}, "screen='fp8': the torch backend has no fp8 screen"),
-        ({"screen": "bf16", "backend": "reference"}, "screen='bf16': backend='reference'"),
+        ({"screen": "bf16", "backend": "dense"}, "screen='bf16': backend='dense'"),
         ({"screen": "bf16", "filter_eps": 0.0}, "screen='bf16' with filter_eps=0.0"),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, str) else "",
@@ -104,8 +104,10 @@ def test_bad_input_is_named(changes, message):
         (([1], 1.0, "l2"), "kind='l2'"),
         (([1], 1.0, "mse", [1.0, 2.0]), "token_weights has 2 entries"),
         (([1], 1.0, "mse", [0.0]), "all zero"),
-        (([1], 1.0, "mse", None, 0.5), "margin=0.5: only kind='floor'"),
-        (([1], 1.0, "mse", None, 0.0, 2.0), "temperature=2.0: only kind='kl'"),
+        (([1], 1.0, "floor"), "kind='floor' was removed in 0.2: .* use kind='kl'"),
+        (([1], "auto", "mse"), "strength='auto' was removed in 0.2: .*give a number"),
+        (([1], "much", "mse"), "strength='much'"),
+        (([1], 1.0, "mse", None, 2.0), "temperature=2.0: only kind='kl'"),
     ],
 )
 def test_bad_constraints_are_named(arguments, message):
@@ -169,7 +171,7 @@ def test_broken_hidden_states_show(bad, eps):
     assert got["hidden_states"][clean].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["mse", "floor", "logprob", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
 def test_broken_constrained_positions_show(kind):
     """NaN at a position that is only constrained shows in its penalty and in its gradient."""
     case = make_case(8, 300, 6, ignored=1.0, k=3, kind=kind, reduction="none")
@@ -223,7 +225,7 @@ def test_tied_weight_gets_both_gradients():
     table = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(0, 30, (12,))
     results = []
-    for backend in ("torch", "reference"):
+    for backend in ("torch", "dense"):
         loss = linear_cross_entropy(table[ids], table, ids.roll(-1), backend=backend)
         results.append(torch.autograd.grad(loss, table)[0])
     torch.testing.assert_close(*results)

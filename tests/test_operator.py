@@ -112,7 +112,7 @@ def test_opcheck():
                 *(tensors[0], tensors[1], case.labels, tensors[2], case.reference),
                 *(None, None, None, None, None, None),
                 *(-100, 1.0, None, 0.0, 0.0, -1.0, "auto", list(safety.token_ids)),
-                *(safety.strength, safety.kind, None, 0.0, 1.0, "torch", needs),
+                *(safety.strength, safety.kind, None, 1.0, "torch", needs),
             ),
         )
 
@@ -121,9 +121,9 @@ def test_an_exact_pass_is_said(caplog):
     """A filter that compiled code cannot honour for a trainable head is announced."""
     import logging
 
-    from str_kernels.backends import selection
+    from str_kernels import notices
 
-    selection._said.clear()
+    notices._said.clear()
     with caplog.at_level(logging.INFO, logger="str_kernels"):
         assert_close(*compiled(make_case(), filter_eps=0.0), 1e-12)
         assert "takes the exact pass" not in caplog.text

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import re
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from str_kernels.backends.contract import Backend
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
+from str_kernels.engine.contract import Backend, Filter
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 
-_log = logging.getLogger("str_kernels")
-_said: set[str] = set()
-
-BACKEND_NAMES = ("auto", "triton", "torch", "reference")
+BACKEND_NAMES = ("auto", "triton", "torch", "dense")
 OLDEST_TRITON = (3, 4)
 # The share of a row's open probability below which a tile is approximated by its mean row: on ten
 # real sets 0.05 to 0.33 % error in the gradient, a third of a bf16 head's at most.
 DEFAULT_EPS = 2.0**-11
 MANY_ROWS = 4096  # what is said of "auto" is said of so many; few may be screened otherwise
-_TORCH = TorchBlocked()
+_TORCH = TorchBackend()
 
 
 class Selection(NamedTuple):
@@ -32,18 +29,6 @@ class Selection(NamedTuple):
 
     backend: Backend | None
     reason: str
-
-
-class Filter(NamedTuple):
-    """The resolved precision: ``eps`` 0 is the exact pass, else ``screen`` names the screen.
-
-    ``auto``: the screen was left to the backend, and may depend on how many rows there are.
-    """
-
-    eps: float
-    screen: str
-    reason: str
-    auto: bool = False
 
 
 def check_backend(backend: str | Backend) -> None:
@@ -56,6 +41,8 @@ def check_backend(backend: str | Backend) -> None:
         raise ValueError(f"backend={backend!r}: must be a name or a Backend instance.")
     if isinstance(backend, str) and backend not in BACKEND_NAMES:
         allowed = ", ".join(map(repr, BACKEND_NAMES))
+        if backend == "reference":
+            raise ValueError("backend='reference': has been called 'dense' since version 0.2.")
         raise ValueError(f"backend={backend!r}: must be one of {allowed}, or a Backend instance.")
 
 
@@ -74,7 +61,7 @@ def select_backend(
         choice = _by_name(backend, device, dtype)
     else:
         choice = Selection(backend, "given as an instance")
-    name = "reference" if choice.backend is None else choice.backend.name
+    name = "dense" if choice.backend is None else choice.backend.name
     say_once(f"str_kernels runs the {name} backend ({choice.reason})")
     return choice
 
@@ -123,7 +110,7 @@ def select_filter(
 def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> Selection:
     if name == "torch":
         return Selection(_TORCH, "asked for by name")
-    if name == "reference":
+    if name == "dense":
         return Selection(None, "asked for by name: materialises every logit")
     if name == "auto" and device.type != "cuda":
         return Selection(_TORCH, f"'auto' on {device.type}: Triton is for CUDA and ROCm")
@@ -152,10 +139,3 @@ def _no_triton() -> str | None:
 @cache
 def _triton() -> Backend:
     return importlib.import_module("str_kernels.backends.triton").TritonBackend()
-
-
-def say_once(message: str, level: int = logging.INFO) -> None:
-    """Log a choice the first time it is made."""
-    if message not in _said:
-        _said.add(message)
-        _log.log(level, message)

@@ -6,11 +6,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from str_kernels.backends.contract import Head
-from str_kernels.backends.pipeline import tiles_of
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.inputs import Case
+from str_kernels.engine.contract import Head
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions, Screen
 from str_kernels.vocabulary import VocabularyIndex
 
@@ -39,7 +39,7 @@ def live_pairs(
     index: VocabularyIndex | Literal["own"] | None = "own",
 ) -> Live:
     """Screen and route every row, refine none; ``"own"`` is the case's own index."""
-    backend, options = TorchBlocked(), LossOptions()
+    backend, options = TorchBackend(), LossOptions()
     head = Head(case.hidden_states, case.weight, None)
     if screen == "auto":
         hidden = head.hidden_states

@@ -99,7 +99,7 @@ def constraint_gradient(
         reference=reference[rows].double(),
         position_weights=torch.ones_like(rows, dtype=torch.float64),
         num_items_in_batch=len(case.hidden_states),
-        backend="reference",
+        backend="dense",
     )
     return torch.autograd.grad(loss, hidden)[0]
 

@@ -30,9 +30,7 @@ def cache(
     ],
     tokens: Annotated[str, typer.Option(help="Safety tokens file.")],
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
-    kind: Annotated[
-        str, typer.Option(help="Of the run: mse, floor, logprob or kl.")
-    ] = DEFAULT_KIND,
+    kind: Annotated[str, typer.Option(help="Of the run: mse, logprob or kl.")] = DEFAULT_KIND,
     anchors: Annotated[
         list[str] | None, typer.Option(help="Of the run: its files of rows to hold.")
     ] = None,

@@ -101,7 +101,7 @@ def _devices() -> dict[str, str]:
     """Name of every device that torch can use, and what it is."""
     import torch
 
-    from str_kernels.backends.torch_blocked.reduce import fused_reduction
+    from str_kernels.backends.torch.reduce import fused_reduction
     from str_kernels.options import LossOptions
 
     capability = torch.backends.cpu.get_cpu_capability()

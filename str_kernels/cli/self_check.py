@@ -33,7 +33,7 @@ def self_check(device: str) -> list[dict[str, Any]]:
         "reference": torch.randn(rows, len(tokens), generator=make).to(device),
     }
     others = {"labels": labels.to(device), "safety": SafetyConstraint(tokens, strength=0.5)}
-    truth = _loss_and_gradients(tensors, torch.float64, backend="reference", **others)
+    truth = _loss_and_gradients(tensors, torch.float64, backend="dense", **others)
     index = VocabularyIndex.build(tensors["weight"], tensors["hidden_states"])
     exact = _loss_and_gradients(tensors, torch.float32, filter_eps=0.0, **others)
     filtered = _loss_and_gradients(tensors, torch.float32, index=index, **others)

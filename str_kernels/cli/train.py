@@ -30,16 +30,9 @@ def train(
     top_k: Annotated[int, typer.Option(help="How many tokens to identify.")] = 64,
     strength: Annotated[
         str | None,
-        typer.Option(
-            help="Weight of the constraint; default: 10 for kl, 0.1 for the others; auto: found "
-            "from the drift budget."
-        ),
+        typer.Option(help="Weight of the constraint; default: 10 for kl, 0.1 for the others."),
     ] = None,
-    drift_budget: Annotated[
-        float | None,
-        typer.Option(help="Logit units that the safety logits may drift, with --strength auto."),
-    ] = None,
-    kind: Annotated[str, typer.Option(help="mse, floor, logprob or kl.")] = DEFAULT_KIND,
+    kind: Annotated[str, typer.Option(help="mse, logprob or kl.")] = DEFAULT_KIND,
     positions: Annotated[
         str, typer.Option(help="all, labels, or a number k: the first k of each response.")
     ] = "all",

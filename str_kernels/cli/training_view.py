@@ -20,8 +20,6 @@ LOGGED = (
     "cross_entropy",
     "safety_penalty",
     "safety_drift",
-    "safety_strength",
-    "budgeted_drift",
     "token_accuracy",
     "grad_norm",
 )
@@ -114,9 +112,6 @@ def _rows(result: Result) -> list[list[str]]:
         rows.append(["cross-entropy (last log)", f"{result.cross_entropy:.4f}"])
     if result.safety_penalty is not None:
         rows.append(["safety penalty (last log)", f"{result.safety_penalty:.4f}"])
-    if result.safety_strength is not None:
-        rows.append(["strength found", f"{result.safety_strength:.4g}"])
-        rows.append(["drift (logit units)", f"{result.budgeted_drift:.4f}"])
     return rows
 
 

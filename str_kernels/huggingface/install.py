@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
 from str_kernels.backends.selection import select_backend
+from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.head import find_head, vocabulary_size
 from str_kernels.huggingface.patch import PATCH, Index, Patch, Reference
 from str_kernels.huggingface.positions import Positions, validate_positions
 from str_kernels.huggingface.verify import verify_patch
-from str_kernels.options import LossOptions, SafetyConstraint, Screen
+from str_kernels.options import LossOptions, SafetyConstraint, Screen, removed
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.vocabulary import VocabularyIndex
 
@@ -22,7 +22,7 @@ def patch_model(
     model: nn.Module,
     safety: SafetyConstraint | None = None,
     *,
-    reference: str | os.PathLike | Tensor | tuple[Literal["static"], Tensor] = "adapter_off",
+    reference: str | os.PathLike = "adapter_off",
     positions: Positions = "all",
     filter_eps: float | Literal["auto"] = "auto",
     screen: Screen = "auto",
@@ -47,9 +47,9 @@ def patch_model(
         model: a transformers causal LM, PEFT-wrapped or not; only this instance is touched.
         safety: the constraint, or None for the fused cross-entropy alone.
         reference: ``"adapter_off"`` (the same model with its adapters disabled, one no-grad pass a
-            step), a static tensor ``[K]`` (also as ``("static", tensor)``), or the path of a cache
-            that ``build_reference_cache`` wrote. That there is an adapter to switch off, and that
-            nothing else is trained, is checked in the forwards, for PEFT may come after the patch.
+            step), or the path of a cache that ``build_reference_cache`` wrote. The forwards check
+            that there is an adapter to switch off and that nothing else is trained, for PEFT may
+            come after the patch.
         positions: ``"all"`` (prompt too, padding not), ``"labels"``, or k, the first k labelled
             positions of each sequence; the weights w of a sequence always sum to its labels. A
             batch may carry weights w of its own beside its labels, ``position_weights [B, T]``
@@ -147,14 +147,14 @@ def _validate_index(index: Any) -> None:
 def _validate_reference(
     reference: Any, safety: SafetyConstraint | None, vocab_size: int
 ) -> Reference:
-    if isinstance(reference, tuple) and len(reference) == 2 and reference[0] == "static":
-        reference = reference[1]
-    if not isinstance(reference, str | os.PathLike | Tensor):
+    if isinstance(reference, tuple | Tensor) or reference == "static":
+        raise ValueError(removed("a fixed reference tensor"))
+    if not isinstance(reference, str | os.PathLike):
         raise ValueError(
-            f"reference={reference!r}: must be 'adapter_off', a tensor [K] or the path of a cache."
+            f"reference={reference!r}: must be 'adapter_off' or the path of a cache file."
         )
     if safety is None:
-        if isinstance(reference, Tensor) or reference != "adapter_off":
+        if reference != "adapter_off":
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return reference
     largest = max(safety.token_ids)
@@ -163,17 +163,4 @@ def _validate_reference(
             f"safety.token_ids holds {largest}: the model's head has {vocab_size} rows, 0 to "
             f"{vocab_size - 1}; were the tokens identified with another tokenizer?"
         )
-    if isinstance(reference, Tensor):
-        return _validate_static(reference, len(safety.token_ids))
-    if reference == "static":
-        raise ValueError("reference='static': pass the tensor [K] itself, or ('static', tensor).")
     return reference if reference == "adapter_off" else ReferenceCache(reference, safety)
-
-
-def _validate_static(reference: Tensor, count: int) -> Tensor:
-    if reference.shape != (count,) or not reference.is_floating_point():
-        raise ValueError(
-            f"reference {list(reference.shape)} {reference.dtype}: a static one must be "
-            f"[K={count}] floating point."
-        )
-    return reference.detach()

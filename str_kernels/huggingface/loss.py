@@ -17,7 +17,6 @@ from str_kernels.huggingface.positions import position_weights
 from str_kernels.huggingface.recording import Fold
 from str_kernels.huggingface.reference_pass import safety_reference
 from str_kernels.huggingface.sft import TokenTerms, entropy_is_free, entropy_of
-from str_kernels.options import SafetyConstraint
 from str_kernels.safety.references import ReferenceCache
 from str_kernels.terms import row_terms
 
@@ -89,7 +88,7 @@ class LabelledForward:
             label_smoothing=label_smoothing,
             logit_scale=fold.logit_scale,
             softcap=fold.softcap,
-            safety=self._constraint() if constrain else None,
+            safety=patch.options.safety if constrain else None,
         )
         _require_whole(fold.weight)
         labels, rows = target.reshape(-1), fold.rows.reshape(-1)
@@ -112,8 +111,6 @@ class LabelledForward:
             entropy=tokens is not None and entropy_is_free(arguments[0], options, inputs),
             **inputs,
         )
-        if constrain:
-            terms = patch.weigh(terms, weights)
         loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
         if self._inside:
             self.fused = True
@@ -124,11 +121,6 @@ class LabelledForward:
             patch.observe(terms, parts, (reference, weights) if constrain else None)
             patch.check_accuracy(arguments, options=options, **inputs)
         return loss.reshape(target.shape) if reduction == "none" else loss
-
-    def _constraint(self) -> SafetyConstraint:
-        """What the rows are computed with: a strength that is found comes after them."""
-        budget = self._patch.budget
-        return self._patch.options.safety if budget is None else budget.constraint
 
     def _joins_constraint(self) -> bool:
         """Whether this cross-entropy is the model's own loss, of which there can be one."""
@@ -187,17 +179,15 @@ class LabelledForward:
         return shape
 
     def _reference(self, fold: Fold, rows: Tensor, constrained: Tensor) -> Tensor:
-        """``[n, K]`` for these rows, or the static ``[K]``."""
+        """``[n, K]`` for these rows."""
         patch = self._patch
-        if isinstance(patch.reference, Tensor):
-            return patch.reference.to(fold.device)
         if isinstance(patch.reference, ReferenceCache):
             return self._cached(fold, patch.reference)[rows]
         if self._aligned.batch_shape != fold.batch_shape:
             raise ValueError(
                 f"reference='adapter_off': with labels the head is called with rows "
                 f"{list(fold.batch_shape)}, without them {list(self._aligned.batch_shape)}; use a "
-                "static reference or a cache file."
+                "cache file."
             )
         return safety_reference(self._aligned, constrained, patch.options, patch.backend)[rows]
 

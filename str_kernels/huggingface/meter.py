@@ -36,7 +36,7 @@ class LossMeter:
         Args:
             terms: of the loss, ``[n]`` rows.
             safety: its constraint.
-            reference: ``[n, K]`` or ``[K]``, NaN on rows of weight zero or not.
+            reference: ``[n, K]``, NaN on rows of weight zero or not.
             weights: ``[n]``, of the rows in the constraint.
         """
         added = _drift(terms, safety, reference, weights)

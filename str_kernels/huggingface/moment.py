@@ -68,12 +68,6 @@ class Freshness:
                 "forward (an optimizer step?): read outputs.logits before the step."
             )
 
-    @classmethod
-    def optimizer_steps(cls) -> int:
-        """How often any optimizer has stepped since somebody first asked."""
-        cls._count_steps()
-        return cls._steps
-
     @staticmethod
     def _state(tensors: tuple[Tensor | None, ...]) -> tuple:
         versions = (None if x is None or x.is_inference() else x._version for x in tensors)

@@ -36,15 +36,6 @@ class Notices:
             f"{instead}. An index made from other text or another weight does this."
         )
 
-    def say_over_budget(self, drift: float, budget: float, strength: float) -> None:
-        """The strength is at its bound."""
-        self._say(
-            f"The safety tokens drift by {drift:.3g} logits, past drift_budget={budget:g}, and the "
-            f"strength is at its bound of {strength:g}: lower the learning rate or raise the "
-            "budget.",
-            once_for="budget",
-        )
-
     def say_bypassed(self) -> None:
         """Somebody else's forward computes the loss."""
         self._say(

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
-from str_kernels.huggingface.budget import DriftBudget
 from str_kernels.huggingface.filtering import AccuracyGuard, AutoIndex, fall_back
 from str_kernels.huggingface.head import defer_head, deferring, find_head
 from str_kernels.huggingface.instance import (
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 PATCH = "_str_kernels_patch"
 
-Reference = Literal["adapter_off"] | Tensor | ReferenceCache
+Reference = Literal["adapter_off"] | ReferenceCache
 Index = VocabularyIndex | Literal["auto"] | None
 
 
@@ -64,14 +63,13 @@ class Patch:
     Attributes:
         model: the causal language model inside, without PEFT's wrapper.
         options: ``LossOptions`` of its loss, the constraint among them.
-        reference: ``"adapter_off"``, a tensor ``[K]`` or a ``ReferenceCache``.
+        reference: ``"adapter_off"`` or a ``ReferenceCache``.
         positions: what is constrained.
         index: a ``VocabularyIndex``, ``"auto"`` or None.
         backend: as in ``linear_cross_entropy``.
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
         meter: sums of the losses in training mode since somebody last took them.
-        budget: finds λ if the strength is ``"auto"``, else None; ``budget.strength`` is the latest.
         verification: what the trial of the patch on this model found; None: there was none.
     """
 
@@ -95,10 +93,7 @@ class Patch:
         self.guard = AccuracyGuard(check_accuracy_every)
         self._auto_index = AutoIndex()
         self.last_parts: LossParts | None = None
-        safety = options.safety
         self.meter, self.notices = LossMeter(), Notices()
-        adaptive = safety is not None and safety.adaptive
-        self.budget = DriftBudget(safety, self.notices) if adaptive else None
         self._running = False
         install_forward(model, _patched_forward)
         defer_head(find_head(model))
@@ -144,13 +139,6 @@ class Patch:
         advice = self.guard.after_loss(arguments, **inputs)
         if advice is not None:
             self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
-
-    def weigh(self, terms: RowTerms, weights: Tensor) -> RowTerms:
-        """The terms of rows in the constraint with its strength, also one that is found."""
-        if self.budget is None:
-            return terms
-        learning = self.model.training and torch.is_grad_enabled()
-        return self.budget.apply(terms, weights, learning=learning)
 
     def observe(
         self, terms: RowTerms, parts: LossParts, held: tuple[Tensor, Tensor] | None

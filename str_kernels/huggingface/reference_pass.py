@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.deferred import DeferredLogits
 from str_kernels.huggingface.head import deferring
 from str_kernels.huggingface.recording import Fold
@@ -34,7 +35,7 @@ class _NoLoss:
     def logits_read(self, by: str, size: int) -> None:
         raise ValueError(
             f"reference='adapter_off': the model's own {by} needs its real logits, which the "
-            "reference pass does not make; use a static reference or a cache file."
+            "reference pass does not make; use a cache file."
         )
 
 
@@ -56,7 +57,7 @@ def reference_fold(
     if arguments.get("past_key_values") is not None:
         raise ValueError(
             "past_key_values: reference='adapter_off' runs the body twice and would extend the "
-            "cache twice; train without a cache, or use a static or cached reference."
+            "cache twice; train without a cache, or use a cache file."
         )
     kept = {name: x for name, x in arguments.items() if name not in _NOT_FOR_REFERENCE}
     if model.training and _checkpoints(model):
@@ -70,7 +71,7 @@ def reference_fold(
     if not isinstance(logits, DeferredLogits) or logits.fold is None:
         raise ValueError(
             f"reference='adapter_off': the logits of {type(model).__name__} cannot be deferred, so "
-            "its reference cannot be computed; use a static reference or a cache file."
+            "its reference cannot be computed; use a cache file."
         )
     return logits.fold
 
@@ -144,8 +145,8 @@ def require_fixed_base(model: nn.Module) -> None:
         raise ValueError(
             f"reference='adapter_off': parameters outside the adapters are trained "
             f"({', '.join(moving[:_SHOWN])}{more}), and the reference would move with them; freeze "
-            "them, train copies of them (modules_to_save of peft), or pass reference=<tensor [K]> "
-            "or a cache file made before training."
+            "them, train copies of them (modules_to_save of peft), or pass reference=<a cache file "
+            "made before training>."
         )
 
 
@@ -163,8 +164,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError(
             "reference='adapter_off': the model has no adapter to switch off, so training would "
-            "move its own reference; wrap it with peft.get_peft_model, or pass reference=<tensor "
-            "[K]> or a cache file."
+            "move its own reference; wrap it with peft.get_peft_model, or pass reference=<a cache "
+            "file>."
         )
     if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError(
@@ -195,7 +196,7 @@ def safety_reference(
         options: of the training loss: its constraint, filter and screen.
         backend: as in ``linear_cross_entropy``.
     """
-    rows, safety = fold.rows.reshape(-1), options.safety.at(1.0)
+    rows, safety = fold.rows.reshape(-1), replace(options.safety, strength=1.0)
     options = LossOptions(
         safety=safety,
         logit_scale=fold.logit_scale,

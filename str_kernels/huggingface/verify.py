@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from str_kernels.backends.contract import Backend
+from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.deferred import DeferredLogits
 from str_kernels.huggingface.head import find_head, vocabulary_size
 from str_kernels.huggingface.patch import Patch

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.trainer_callback import ExportableState
+
 from str_kernels.huggingface.callback import SafetyLogCallback
 from str_kernels.integrations.settings import PatchSettings
 
 
-class PatchCallback(SafetyLogCallback):
+class PatchCallback(SafetyLogCallback, ExportableState):
     """Patches the model when training begins, logs, and takes the patch off at the end.
 
     After a training that an error ended, the patch stays on until the next one begins.
@@ -36,7 +38,7 @@ class PatchCallback(SafetyLogCallback):
 
     def state(self) -> dict:
         """For the trainer's checkpoint: what it takes to make this callback again."""
-        return {**super().state(), "args": self._config}
+        return {"args": self._config, "attributes": {}}
 
     def on_train_begin(
         self,
@@ -51,6 +53,8 @@ class PatchCallback(SafetyLogCallback):
         self._unpatch()
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._patch = self._settings.patch(model, tokenizer)
+        # the trainer renews only the entries that it finds, and an older checkpoint has none
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from str_kernels.huggingface.install import patch_model
 from str_kernels.huggingface.patch import Patch
 from str_kernels.huggingface.positions import Positions, validate_positions
-from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
+from str_kernels.options import (
+    DEFAULT_KIND,
+    REMOVED,
+    ConstraintKind,
+    SafetyConstraint,
+    removed,
+)
 from str_kernels.safety.tokens import SafetyTokens
 
 if TYPE_CHECKING:
@@ -28,8 +34,6 @@ class PatchSettings:
             cross-entropy alone, and none of the following but ``check_accuracy_every``.
         strength: as in ``SafetyConstraint``.
         kind: as in ``SafetyConstraint``.
-        drift_budget: as in ``SafetyConstraint``.
-        margin: as in ``SafetyConstraint``.
         temperature: as in ``SafetyConstraint``.
         reference: ``"adapter_off"`` or the path of a cache, as ``str-kernels cache`` writes it.
         positions: as in ``patch_model``.
@@ -40,10 +44,8 @@ class PatchSettings:
     """
 
     tokens: str | None = None
-    strength: float | Literal["auto"] | None = None
+    strength: float | None = None
     kind: ConstraintKind = DEFAULT_KIND
-    drift_budget: float | None = None
-    margin: float = 0.0
     temperature: float = 1.0
     reference: str = "adapter_off"
     positions: Positions = "all"
@@ -73,6 +75,8 @@ class PatchSettings:
             raise ValueError(f"str_kernels={config!r}: must be a section of settings by name.")
         known = [field.name for field in fields(cls)]
         for name in config or {}:
+            if name in REMOVED:
+                raise ValueError(f"str_kernels.{removed(name)}")
             if name not in known:
                 raise ValueError(f"str_kernels.{name}: is not a setting; there are {known}.")
         return cls(**(config or {}))
@@ -88,11 +92,7 @@ class PatchSettings:
         if self.tokens is None:
             return None
         return SafetyTokens.load(self.tokens, tokenizer).constraint(
-            self.strength,
-            self.kind,
-            drift_budget=self.drift_budget,
-            margin=self.margin,
-            temperature=self.temperature,
+            self.strength, self.kind, temperature=self.temperature
         )
 
     def patch(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Patch:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
 from str_kernels.safety.vocabulary import fingerprint, is_word, special_ids, token_text
@@ -156,7 +156,7 @@ class SafetyTokens:
 
     def constraint(
         self,
-        strength: float | Literal["auto"] | None = None,
+        strength: float | None = None,
         kind: ConstraintKind = DEFAULT_KIND,
         **options: Any,
     ) -> SafetyConstraint:

@@ -146,7 +146,7 @@ def _tokens(
         return None
     tokens = SafetyTokens.load(path, tokenizer)
     try:
-        tokens.constraint(settings.strength, settings.kind, drift_budget=settings.drift_budget)
+        tokens.constraint(settings.strength, settings.kind)
     except ValueError as error:
         raise ValueError(f"tokens={os.fspath(path)!r}: {error}") from error
     return tokens

@@ -33,8 +33,6 @@ class Result:
         loss: average of the last log, as are the next two.
         cross_entropy: the first term.
         safety_penalty: the second term, strength included; None without a constraint.
-        safety_strength: λ in the end, where it was found; None where it was given.
-        budgeted_drift: the drift it was found for, in logit units; None likewise.
         peak_process_mib: largest resident size of the process.
         peak_device_mib: largest allocation on the accelerator; None on a CPU.
     """
@@ -47,8 +45,6 @@ class Result:
     loss: float | None
     cross_entropy: float | None
     safety_penalty: float | None
-    safety_strength: float | None
-    budgeted_drift: float | None
     peak_process_mib: float
     peak_device_mib: float | None
 

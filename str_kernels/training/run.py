@@ -175,7 +175,7 @@ def _patch(
         return None
     if tokens is None:
         return patch_model(model)
-    safety = tokens.constraint(settings.strength, settings.kind, drift_budget=settings.drift_budget)
+    safety = tokens.constraint(settings.strength, settings.kind)
     reference = settings.reference
     if reference == "cache":
         reference = settings.folder / REFERENCES
@@ -224,8 +224,6 @@ def _result(
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
-        safety_strength=last.get("safety_strength"),
-        budgeted_drift=last.get("budgeted_drift"),
         **peak_memory(),
     )
 

@@ -10,11 +10,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from str_kernels.options import DEFAULT_KIND, DEFAULT_STRENGTHS
+from str_kernels.options import DEFAULT_KIND, DEFAULT_STRENGTHS, REMOVED, ConstraintKind, removed
 
-KINDS = ("mse", "floor", "logprob", "kl")
+KINDS = get_args(ConstraintKind)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
@@ -44,11 +44,8 @@ class TrainSettings:
             ``"unpatched"`` (the model's own head, for comparison).
         tokens: a file of safety tokens; None: identified with the model before training.
         top_k: how many tokens are identified.
-        strength: λ, the weight of the constraint; ``"auto"``: found while training; None: 10 with
-            ``kl``, 0.1 with the others.
-        drift_budget: how far the safety logits may drift, in logit units (see
-            ``SafetyConstraint``); None: 0.5 with ``strength="auto"``, and the only choice without.
-        kind: ``"mse"``, ``"floor"``, ``"logprob"`` or ``"kl"``.
+        strength: λ, the weight of the constraint; None: 10 with ``kl``, 0.1 with the others.
+        kind: ``"mse"``, ``"logprob"`` or ``"kl"``.
         positions: ``"all"``, ``"labels"``, or the first k labelled positions of each sequence.
         anchors: JSONL files like ``data``, of which every forward gets a row each, held and not
             learned, a quarter of the constraint's weight beside the data's own (see
@@ -88,7 +85,6 @@ class TrainSettings:
     tokens: str | None = None
     top_k: int = 64
     strength: float | str | None = None
-    drift_budget: float | None = None
     kind: str = DEFAULT_KIND
     positions: str | int = "all"
     anchors: tuple[str, ...] = ()
@@ -136,11 +132,6 @@ class TrainSettings:
                 f"method={self.method!r}: holds no safety tokens, so tokens, anchors and reference "
                 "have no use; leave them out."
             )
-        if self.drift_budget is not None and (self.method, self.strength) != ("str", "auto"):
-            faults.append(
-                f"drift_budget={self.drift_budget}: belongs to strength='auto' and method='str', "
-                f"not to strength={self.strength!r} and method={self.method!r}."
-            )
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             faults.append("top_k=1: kind='kl' holds proportions among tokens; take 2 or more.")
         if not self.target_modules:
@@ -151,10 +142,12 @@ class TrainSettings:
     def _fault(self, rule: tuple[str, str, Any]) -> str | None:
         name, text, holds = rule
         value = getattr(self, name)
-        if value is None and name in ("alpha", "steps", "drift_budget"):
+        if value is None and name in ("alpha", "steps"):
             return None
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name}={value}: must be a finite number."
+        if f"{name}={value!r}" in REMOVED:
+            return removed(f"{name}={value!r}")
         return None if holds(value) else f"{name}={value!r}: must be {text}."
 
     @property
@@ -217,8 +210,7 @@ def _above_zero(name: str) -> tuple[str, str, Any]:
 _RULES = (
     _one_of("method", METHODS),
     ("top_k", "1 to 1024", lambda value: 1 <= value <= 1024),
-    ("strength", "'auto' or 0 or more", lambda x: x == "auto" if isinstance(x, str) else x >= 0),
-    _above_zero("drift_budget"),
+    ("strength", "a number of 0 or more", lambda x: not isinstance(x, str) and x >= 0),
     _one_of("kind", KINDS),
     _at_least("rank", 1),
     _above_zero("alpha"),

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.backends.torch.screen import screen_tiles
+from str_kernels.engine.contract import Head, Tiles
 from str_kernels.engine.products import dead_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.vocabulary import tile_means

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from str_kernels import VocabularyIndex
-from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.torch_blocked import compiled as compiling
-from str_kernels.backends.torch_blocked import screen as screening
-from str_kernels.backends.torch_blocked.compiled import compiled
-from str_kernels.backends.torch_blocked.reduce import (
+from str_kernels.backends.torch import compiled as compiling
+from str_kernels.backends.torch import screen as screening
+from str_kernels.backends.torch.compiled import compiled
+from str_kernels.backends.torch.reduce import (
     FusedReduction,
     Products,
     _log_masses,
     fused_reduction,
     reduce_eagerly,
 )
-from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.backends.torch.screen import screen_tiles
+from str_kernels.engine.contract import Head, Tiles
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case
 

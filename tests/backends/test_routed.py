@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends.contract import Head, Tiles, Wanted
-from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.memory import peak_bytes
+from str_kernels.engine.contract import Head, Tiles, Wanted
+from str_kernels.engine.finish import join_pairs
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from str_kernels.vocabulary import tile_means
@@ -125,7 +125,7 @@ def test_logits_too_large_for_a_bf16_screen(options, size):
     assert_close(got, exactly, 1e-4 if size == 640 else 1e-12)
 
 
-class Recorder(TorchBlocked):
+class Recorder(TorchBackend):
     """Takes 20 rows at once, and notes how each block was screened."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ def test_one_term_alone_has_its_gradient(kind, filter_eps):
         gradients = []
         for backend, options in (
             ("torch", LossOptions(safety=safety, filter_eps=filter_eps, screen="exact")),
-            ("reference", LossOptions(safety=safety)),
+            ("dense", LossOptions(safety=safety)),
         ):
             hidden = case.hidden_states.clone().requires_grad_()
             rows = row_terms(
@@ -259,7 +259,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 def stages(case: Case, eps: float, labels: torch.Tensor | None = None):
     """Run the stages one by one on the case's rows in token order."""
-    backend, options = TorchBlocked(), LossOptions()
+    backend, options = TorchBackend(), LossOptions()
     head = Head(case.hidden_states, case.weight, None)
     labels = case.labels.masked_fill(case.labels == -100, -1) if labels is None else labels
     tiles = Tiles(None, None, tile_means(case.weight, None))
@@ -345,7 +345,7 @@ def test_memory_follows_the_budget(live, trainable):
 
     def step():
         linear_cross_entropy(
-            hidden, weight, case.labels, screen="exact", backend=TorchBlocked(budget), **settings
+            hidden, weight, case.labels, screen="exact", backend=TorchBackend(budget), **settings
         ).backward()
 
     handed_on = 2 * hidden.nbytes
@@ -375,7 +375,7 @@ def test_memory_of_wide_hidden_states(eps, kind):
             reference=case.reference,
             filter_eps=eps,
             screen="exact",
-            backend=TorchBlocked(budget),
+            backend=TorchBackend(budget),
             safety=case.settings.get("safety"),
         )
 

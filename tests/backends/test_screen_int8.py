@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.torch_blocked import TorchBlocked
-from str_kernels.backends.torch_blocked.screen import screen_tiles
+from str_kernels.backends.torch import TorchBackend
+from str_kernels.backends.torch.screen import screen_tiles
+from str_kernels.engine.contract import Head, Tiles
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows
 from str_kernels.vocabulary import tile_means
@@ -168,7 +168,7 @@ def test_it_is_chosen_where_it_is_faster(monkeypatch):
 
     def chosen(**has: bool) -> list[str]:
         set_cpu(monkeypatch, **has)
-        return [TorchBlocked().auto_screen(dtype, CPU, 2048) for dtype in dtypes]
+        return [TorchBackend().auto_screen(dtype, CPU, 2048) for dtype in dtypes]
 
     assert chosen(int8=True, bf16=True) == ["int8", "int8", "int8", "exact"]
     assert chosen(int8=True) == ["int8", "int8", "int8", "exact"]
@@ -179,9 +179,9 @@ def test_it_is_chosen_where_it_is_faster(monkeypatch):
 
 def test_only_cpus_have_it():
     """Torch multiplies int8 on GPUs under conditions that blocks do not meet: refused by name."""
-    refusal = TorchBlocked().refuses("int8", torch.float32, torch.device("cuda"))
+    refusal = TorchBackend().refuses("int8", torch.float32, torch.device("cuda"))
     assert "CPU" in refusal
-    assert TorchBlocked().refuses("int8", torch.float32, CPU) is None
+    assert TorchBackend().refuses("int8", torch.float32, CPU) is None
 
 
 def test_quantised_rows_without_an_index():

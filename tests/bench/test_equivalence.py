@@ -18,7 +18,7 @@ from benchmarks.equivalence import (
     with_lora,
     word_tokens,
 )
-from str_kernels.backends import finish
+from str_kernels.engine import finish
 
 STEPS = 24
 SLOW = pytest.mark.slow

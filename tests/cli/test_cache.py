@@ -56,7 +56,7 @@ def test_computed_once_and_trained_with(capsys, aligned_model_dir, files, rows, 
     there is named before the training.
     """
     out, data = tmp_path / "refs.safetensors", files[0]
-    done = cache(capsys, aligned_model_dir, files, out, "--kind", "floor", "--dtype", "float32")
+    done = cache(capsys, aligned_model_dir, files, out, "--kind", "mse", "--dtype", "float32")
     assert done.code == 0, done.err
     assert "batches of references: 3 of 3" in done.err
     assert "Traceback" not in done.err

@@ -41,7 +41,7 @@ def test_doctor_says_how_bf16_is_multiplied(capsys, monkeypatch, has):
 def test_doctor_says_whether_loops_are_compiled(capsys, monkeypatch, works):
     """Where there is no compiler the same numbers come from torch calls: said."""
     loop = (lambda *args: None) if works else None
-    monkeypatch.setattr("str_kernels.backends.torch_blocked.reduce.compiled", lambda *args: loop)
+    monkeypatch.setattr("str_kernels.backends.torch.reduce.compiled", lambda *args: loop)
     found = json.loads(call(capsys, "doctor", "--json").out)
     assert found["devices"]["cpu"].endswith("loops compiled" if works else "loops as torch calls")
 
@@ -62,7 +62,7 @@ def test_a_wrong_result_fails(capsys, monkeypatch, fault):
 
     def wrong(hidden_states, weight, labels, **options):
         loss = real(hidden_states, weight, labels, **options)
-        if options.get("backend") == "reference":
+        if options.get("backend") == "dense":
             return loss
         if fault == "loss":
             return loss + 0.02 * loss.detach()

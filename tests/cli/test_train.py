@@ -129,22 +129,3 @@ def test_ctrl_c_saves_and_resume_finishes(run, tiny_model_dir, data_file, tmp_pa
     code, out, err = run(*given, "--resume")
     assert code == 0, err
     assert "3 of 3" in out
-
-
-def test_a_strength_by_budget(run, tiny_model_dir, data_file, tmp_path):
-    """The strength found and its drift are logged and in the result, the budget lies beside the
-    adapter; a budget without ``auto`` is refused by name.
-    """
-    given = ("train", tiny_model_dir, data_file, "--top-k", 4, *QUICK, "--drift-budget", 0.05)
-    code, _, err = run(*given, "--out", tmp_path / "none")
-    assert code == 1
-    assert "drift_budget=0.05" in err
-    out = tmp_path / "adapter"
-    code, text, err = run(*given, "--out", out, "--strength", "auto", "--json")
-    assert code == 0, err
-    result = json.loads(text)
-    assert 0 < result["safety_strength"] != 1.0
-    assert f"safety_strength {result['safety_strength']:.4f}" in err
-    assert "budgeted_drift" in err
-    settings = json.loads((out / "str_kernels.json").read_text())["settings"]
-    assert (settings["strength"], settings["drift_budget"]) == ("auto", 0.05)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from str_kernels import SafetyConstraint
+from str_kernels.safety.references import content_key, real_tokens, save_reference_cache
 
 
 def dense_loss(
@@ -62,6 +65,16 @@ def _constraint(z: Tensor, r: Tensor, safety: SafetyConstraint) -> Tensor:
         tau = safety.temperature
         q, p = (r / tau).log_softmax(-1), (z / tau).log_softmax(-1)
         return tau**2 * (q.exp() * (q - p)).sum(-1)
-    if safety.kind == "floor":
-        return (r - safety.margin - z).clamp(min=0).square().mean(-1)
     return (z - r).square().mean(-1)
+
+
+def constant_cache(path, inputs, safety: SafetyConstraint, values: Tensor, *more) -> Path:
+    """A reference cache of these batches that has ``values [K]`` at every position."""
+    sequences = [
+        ids
+        for batch in (inputs, *more)
+        for _, ids in real_tokens(batch["input_ids"], batch.get("attention_mask"))
+    ]
+    references = {content_key(ids): values.expand(len(ids), -1) for ids in sequences}
+    save_reference_cache(path, references, safety)
+    return path

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
-from tests.huggingface.dense import weights
+from tests.huggingface.dense import constant_cache, weights
 from tests.huggingface.models import batch, build
 from tests.huggingface.test_architectures import assert_same, relative
 from tests.huggingface.test_constraint import gradients
@@ -70,7 +70,7 @@ WAYS = ["sliced", "words second", "log probabilities", "labelled only", "flat he
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("positions", ["labels", "all", 2])
-def test_rows_find_their_positions(way, positions):
+def test_rows_find_their_positions(way, positions, tmp_path):
     """However the model arranges its rows, each is held to its own reference and weight."""
     model, inputs = own(way), batch()
     outputs = model(**inputs)
@@ -86,7 +86,8 @@ def test_rows_find_their_positions(way, positions):
     drift = (logits[..., SAFETY.token_ids] - REFERENCE).square().mean(-1)
     count = (shifted != -100).sum()
     want = gradients(model, outputs.loss + SAFETY.strength * (table * drift).sum() / count)
-    with patch_model(model, SAFETY, reference=REFERENCE, positions=positions):
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, REFERENCE)
+    with patch_model(model, SAFETY, reference=cache, positions=positions):
         got = gradients(model, model(**inputs).loss)
     assert_same(got, want, 2e-5)
 
@@ -95,18 +96,19 @@ def test_rows_find_their_positions(way, positions):
     ("way", "message"),
     [("twice", "more than one cross-entropy"), ("by hand", "constraint took no part")],
 )
-def test_losses_that_the_constraint_cannot_join(way, message):
+def test_losses_that_the_constraint_cannot_join(way, message, tmp_path):
     """Refused with a constraint; without one, right."""
     model, inputs = own(way), batch()
     want = gradients(model, model(**inputs).loss)
-    with patch_model(model, SAFETY, reference=REFERENCE), pytest.raises(ValueError, match=message):
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, REFERENCE)
+    with patch_model(model, SAFETY, reference=cache), pytest.raises(ValueError, match=message):
         model(**inputs)
     with patch_model(model):
         assert_same(gradients(model, model(**inputs).loss), want)
 
 
 @pytest.mark.parametrize("positions", ["labels", "all", 2])
-def test_packed_rows_weigh_as_alone(positions):
+def test_packed_rows_weigh_as_alone(positions, tmp_path):
     """Sequences packed into one row by position ids: both terms of the same sequences apart."""
     model, inputs = build(), batch()
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -115,16 +117,18 @@ def test_packed_rows_weigh_as_alone(positions):
     packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     packed["use_cache"] = False  # with a cache transformers does not see the packing
     items = sum(int((part["labels"] != -100).sum()) for part in parts)
-    with patch_model(model, SAFETY, reference=REFERENCE, positions=positions):
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, REFERENCE, packed)
+    with patch_model(model, SAFETY, reference=cache, positions=positions):
         alone = ({k: x[None] for k, x in part.items()} for part in parts)
         want = sum(model(**part, num_items_in_batch=items).loss for part in alone)
         got = model(**packed, num_items_in_batch=items).loss
     assert relative(got, want) < 1e-5
 
 
-def test_a_compiled_model_keeps_its_constraint():
+def test_a_compiled_model_keeps_its_constraint(tmp_path):
     """torch.compile of the whole model does not lose the penalty."""
     model, inputs = build(), batch()
-    with patch_model(model, SAFETY, reference=REFERENCE):
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, REFERENCE)
+    with patch_model(model, SAFETY, reference=cache):
         want = model(**inputs).loss
         assert torch.compile(model, backend="eager")(**inputs).loss == want

@@ -18,7 +18,7 @@ from str_kernels.huggingface.reference_pass import (
     trainable_base,
 )
 from str_kernels.options import LossOptions
-from tests.huggingface.dense import dense_loss
+from tests.huggingface.dense import constant_cache, dense_loss
 from tests.huggingface.models import batch, build, loss_and_gradients
 from tests.huggingface.test_architectures import assert_same
 from tests.huggingface.test_constraint import gradients
@@ -131,7 +131,7 @@ def test_autocast_does_not_lose_gradients():
 
 
 @pytest.mark.parametrize("part", ["norm", "embed_tokens", "all"])
-def test_a_trained_base_is_refused(part):
+def test_a_trained_base_is_refused(part, tmp_path):
     """Parameters outside the adapters would move the reference: named, whenever they are thawed;
     frozen again, or held to a reference that does not move, they train.
     """
@@ -147,7 +147,8 @@ def test_a_trained_base_is_refused(part):
         thawed.requires_grad_(False)
         model(**inputs)
     thawed.requires_grad_()
-    with patch_model(model, SAFETY, reference=torch.zeros(len(SAFETY.token_ids))):
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, torch.zeros(len(SAFETY.token_ids)))
+    with patch_model(model, SAFETY, reference=cache):
         model(**inputs).loss.backward()
     with patch_model(model):
         model(**inputs).loss.backward()

@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 
 from str_kernels.huggingface import DeferredLogits, patch_model
-from tests.huggingface.dense import dense_loss
+from tests.huggingface.dense import constant_cache, dense_loss
 from tests.huggingface.models import batch, build, loss_and_gradients
 from tests.huggingface.test_architectures import assert_same, relative
 from tests.huggingface.test_constraint import gradients
@@ -51,14 +51,13 @@ def test_ia3_with_a_constraint():
 
 
 def test_prompts_with_a_constraint(tmp_path):
-    """Soft prompts cannot be switched off below: refused; a static reference works."""
+    """Soft prompts cannot be switched off below: a cache has no row of them: refused."""
     model, inputs = prompts(), batch()
     with patch_model(model, SAFETY), pytest.raises(ValueError, match="no adapter to switch off"):
         model(**inputs)
-    static = torch.zeros(len(SAFETY.token_ids))
-    with patch_model(model, SAFETY, reference=static, positions="labels") as patch:
-        model(**inputs).loss.backward()
-        assert patch.last_parts.penalty > 0
+    cache = constant_cache(tmp_path / "refs", inputs, SAFETY, torch.zeros(len(SAFETY.token_ids)))
+    with patch_model(model, SAFETY, reference=cache), pytest.raises(ValueError, match="input_ids:"):
+        model(**inputs)
 
 
 def two_adapters():

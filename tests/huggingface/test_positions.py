@@ -9,6 +9,7 @@ from transformers import DataCollatorWithFlattening
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.positions import position_weights
+from tests.huggingface.dense import constant_cache
 from tests.huggingface.dense import weights as by_hand
 from tests.huggingface.models import build
 
@@ -125,7 +126,7 @@ def test_other_masks(mask):
 
 
 @pytest.mark.parametrize("kept", ["position_ids", "cu_seq_lens_q", "both", "neither"])
-def test_the_collator_of_transformers(kept):
+def test_the_collator_of_transformers(kept, tmp_path):
     """Flattened batches: the first label of each sequence holds the whole of its weight."""
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collate([{"input_ids": list(range(3, 3 + n))} for n in (5, 3, 6)])
@@ -135,7 +136,8 @@ def test_the_collator_of_transformers(kept):
         batch.pop("cu_seq_lens_q")
     safety, reference = SafetyConstraint([3, 17, 40], 2.0, "mse"), torch.tensor([0.5, -1.0, 2.0])
     model = build()
-    with patch_model(model, safety, reference=reference, positions=1, verify=False) as patch:
+    cache = constant_cache(tmp_path / "refs", batch, safety, reference)
+    with patch_model(model, safety, reference=cache, positions=1, verify=False) as patch:
         model(**batch)
     weights = torch.zeros(1, 14)
     firsts = {0: 13 - 2} if kept == "neither" else {0: 4, 5: 2, 8: 5}

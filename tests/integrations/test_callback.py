@@ -62,7 +62,7 @@ def test_again_after_an_error(tokens, tmp_path):
 
 def test_a_checkpoint_can_make_it_again(tokens, tmp_path):
     """The trainer saves what the callback was made of, and makes it anew on resuming."""
-    callback = PatchCallback(tokens=tokens, strength="auto", drift_budget=0.3)
+    callback = PatchCallback(tokens=tokens, strength=3.0)
     trainer = llama_factory([callback], tmp_path, save_strategy="steps", save_steps=1)
     path = tmp_path / "checkpoint-1" / "trainer_state.json"
     saved = json.loads(path.read_text())["stateful_callbacks"]["PatchCallback"]
@@ -70,16 +70,20 @@ def test_a_checkpoint_can_make_it_again(tokens, tmp_path):
     again = PatchCallback.from_state(saved)
     assert again.state()["args"] == callback.state()["args"]
     resumed = trainer_of(lora_model(), tmp_path)
-    resumed.add_callback(PatchCallback(tokens=tokens, strength="auto", drift_budget=0.3))
+    resumed.add_callback(PatchCallback(tokens=tokens, strength=3.0))
     resumed.train(resume_from_checkpoint=str(path.parent))
-    want = logs_of(trainer)[1]["safety_strength"]
-    assert logs_of(resumed)[1]["safety_strength"] == pytest.approx(want, rel=1e-4)
+    want = logs_of(trainer)[1]["loss"]
+    assert logs_of(resumed)[1]["loss"] == pytest.approx(want, rel=1e-4)
 
 
 def test_wrong_settings(tokens, tmp_path):
     """What can be known at once is refused at once; another tokenizer when training begins."""
     with pytest.raises(ValueError, match=r"str_kernels\.strenght"):
         PatchCallback(strenght=1.0)
+    with pytest.raises(ValueError, match=r"str_kernels\.drift_budget was removed in 0\.2"):
+        PatchCallback(tokens=tokens, drift_budget=0.3)
+    with pytest.raises(ValueError, match=r"strength='auto' was removed in 0\.2"):
+        PatchCallback(tokens=tokens, strength="auto")
     with pytest.raises(ValueError, match=r"missing\.json"):
         PatchCallback(tokens=str(tmp_path / "missing.json"))
     trainer = trainer_of(lora_model(), tmp_path)

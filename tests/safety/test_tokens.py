@@ -182,8 +182,8 @@ def test_from_strings_refuses_one_string_and_none(aligned):
 
 def test_constraint(found):
     """The constraint holds exactly these tokens, with the options of SafetyConstraint."""
-    constraint = found.constraint(0.5, "floor", margin=1.0)
-    assert constraint == SafetyConstraint(found.token_ids, 0.5, "floor", margin=1.0)
+    constraint = found.constraint(0.5, "kl", temperature=2.0)
+    assert constraint == SafetyConstraint(found.token_ids, 0.5, "kl", temperature=2.0)
 
 
 def test_save_and_load(found, aligned, tmp_path):

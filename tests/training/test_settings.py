@@ -25,10 +25,6 @@ def test_all_faults_are_reported_together():
         {"strength": -1.0},
         {"strength": "much"},
         {"strength": float("nan")},
-        {"drift_budget": 0.0, "strength": "auto"},
-        {"drift_budget": float("inf"), "strength": "auto"},
-        {"drift_budget": 0.5},
-        {"drift_budget": 0.5, "strength": "auto", "method": "plain"},
         {"kind": "mae"},
         {"positions": 0},
         {"dtype": "int8"},
@@ -44,12 +40,17 @@ def test_a_wrong_value_is_refused_by_name(changes):
         settings(**changes)
 
 
-def test_a_strength_is_a_number_or_auto():
-    """As a command line gives it, too; a budget goes with the word alone."""
+def test_a_strength_is_a_number():
+    """A command line gives it as a string."""
     assert settings(strength="0.25").strength == 0.25
-    found = settings(strength="auto", drift_budget=0.3)
-    assert (found.strength, found.drift_budget) == ("auto", 0.3)
-    assert settings(strength="auto").drift_budget is None
+
+
+@pytest.mark.parametrize("changes", [{"strength": "auto"}, {"kind": "floor"}], ids=str)
+def test_what_was_removed_is_refused_with_the_reason(changes):
+    """The error says since when, and what to use."""
+    ((name, value),) = changes.items()
+    with pytest.raises(Faults, match=f"{name}='{value}' was removed in 0.2: "):
+        settings(**changes)
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def test_deterministic_repeats_bitwise():
 
 def test_forward_does_not_wait_for_the_device():
     """Screen, route and refine enqueue without a host synchronisation."""
-    from str_kernels.backends.contract import Head, Tiles, Wanted
     from str_kernels.backends.triton import TritonBackend
+    from str_kernels.engine.contract import Head, Tiles, Wanted
     from str_kernels.options import LossOptions
     from str_kernels.vocabulary import tile_means
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from str_kernels.backends.contract import (
+from str_kernels.backends.triton import exact, host, weight
+from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.engine.contract import (
     Coefficients,
     Dense,
     Gradients,
@@ -25,9 +28,6 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.triton import exact, host, weight
-from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
-from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 

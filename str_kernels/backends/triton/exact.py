@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Dense, Head, Wanted
-from str_kernels.backends.finish import join_sums
-from str_kernels.backends.logits import label_logits
 from str_kernels.backends.triton import host
 from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.tiles import LOWEST
+from str_kernels.engine.contract import Dense, Head, Wanted
+from str_kernels.engine.finish import join_sums
+from str_kernels.engine.logits import label_logits
 from str_kernels.options import TILE, LossOptions
 
 

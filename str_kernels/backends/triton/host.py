@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import (
+from str_kernels.backends.torch.blocks import positions_of
+from str_kernels.backends.triton.combine import combine_kernel
+from str_kernels.backends.triton.launch import ROWWISE, Launch
+from str_kernels.backends.triton.quantise import quantise_kernel
+from str_kernels.backends.triton.refine import refine_kernel
+from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
+from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
@@ -20,14 +27,7 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.logits import kept_dtype
-from str_kernels.backends.torch_blocked.blocks import positions_of
-from str_kernels.backends.triton.combine import combine_kernel
-from str_kernels.backends.triton.launch import ROWWISE, Launch
-from str_kernels.backends.triton.quantise import quantise_kernel
-from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
-from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.engine.logits import kept_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import LEAST, TOP, balance
 

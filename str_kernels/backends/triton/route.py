@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from str_kernels.backends.torch_blocked.route import LEAST_OPEN
+from str_kernels.backends.torch.route import LEAST_OPEN
 from str_kernels.backends.triton.tiles import LOWEST, TILE
 
 # The bits of -0.0, whose sign a literal loses in Triton 3.4.

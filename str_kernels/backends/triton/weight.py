@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
-from str_kernels.backends.dead import dead_share, silent_rows
 from str_kernels.backends.triton import host
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.weight_kernels import (
@@ -22,6 +20,8 @@ from str_kernels.backends.triton.weight_kernels import (
     logit_gradient_kernel,
     weight_kernel,
 )
+from str_kernels.engine.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
+from str_kernels.engine.dead import dead_share, silent_rows
 from str_kernels.options import TILE, LossOptions
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels.backends.contract import Head, OpenRows, RowShares
-from str_kernels.backends.rows import combine_rows
 from str_kernels.backends.triton import host
+from str_kernels.engine.contract import Head, OpenRows, RowShares
+from str_kernels.engine.rows import combine_rows
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

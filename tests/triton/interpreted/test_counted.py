@@ -8,13 +8,13 @@ import torch
 from triton.runtime import interpreter
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends import products
-from str_kernels.backends.contract import Head
-from str_kernels.backends.pipeline import tiles_of
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 from str_kernels.backends.triton.launch import launch_for
 from str_kernels.bench import work
+from str_kernels.engine import products
+from str_kernels.engine.contract import Head
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions
 from tests.backends.test_routed import clustered_case
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from str_kernels import VocabularyIndex
-from str_kernels.backends.contract import Head, Tiles
-from str_kernels.backends.pipeline import tiles_of
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.engine.contract import Head, Tiles
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from tests.backends.test_routed import clustered_case
@@ -89,7 +89,7 @@ def test_columns_are_balanced_as_a_cpu_does(options, ordered):
     )
     settings = LossOptions(softcap=options.get("softcap"))
     got = TritonBackend(byte_budget=8 * TILE * 72).screen(head, tiles, settings, "int8")
-    want = TorchBlocked().screen(head, tiles, settings, "int8")
+    want = TorchBackend().screen(head, tiles, settings, "int8")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=0.0, atol=1e-4)
     assert (got.slope is None) == (want.slope is None)
     if got.slope is not None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
-from str_kernels.backends.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
-from str_kernels.backends.finish import join_pairs
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.backends.torch_blocked import TorchBlocked
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.triton import TritonBackend, host
 from str_kernels.backends.triton.launch import launch_for
+from str_kernels.engine.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
+from str_kernels.engine.finish import join_pairs
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import relative_error
@@ -35,7 +35,7 @@ def setting(request):
 def test_screen(setting, backend):
     """Log-masses, and with a softcap the tiles' mean slopes."""
     head, _, tiles, options = setting
-    want = TorchBlocked().screen(head, tiles, options, "exact")
+    want = TorchBackend().screen(head, tiles, options, "exact")
     got = backend.screen(head, tiles, options, "exact")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=TOLERANCE, atol=TOLERANCE)
     if want.slope is not None:
@@ -46,8 +46,8 @@ def test_screen(setting, backend):
 def test_route(setting, eps, backend):
     """The same pairs live, listed tile by tile in ascending order; the same dead shares."""
     head, labels, tiles, options = setting
-    masses = TorchBlocked().screen(head, tiles, options, "exact")
-    want = TorchBlocked().route(masses, labels, tiles, eps)
+    masses = TorchBackend().screen(head, tiles, options, "exact")
+    want = TorchBackend().route(masses, labels, tiles, eps)
     copy = masses._replace(log_mass=masses.log_mass.clone())
     got = backend.route(copy, labels, tiles, eps)
     assert torch.equal(got.live(), want.live())
@@ -62,7 +62,7 @@ def test_route(setting, eps, backend):
 def test_refine(setting, deterministic):
     """Masses, expected rows and largest logits of the live pairs, with and without atomics."""
     head, labels, tiles, options = setting
-    reference, backend = TorchBlocked(), TritonBackend(1 << 16)
+    reference, backend = TorchBackend(), TritonBackend(1 << 16)
     masses = reference.screen(head, tiles, options, "exact")
     torch_work = reference.route(masses, labels, tiles, 0.01)
     want = reference.refine(head, labels, tiles, torch_work, options, ALL)
@@ -85,7 +85,7 @@ def test_exact(setting, backend):
     """Every field of ``Dense``."""
     head, labels, _, options = setting
     wanted = Wanted(hidden=True, masses=False, entropy=True)
-    want = TorchBlocked().exact(head, labels, options, wanted)
+    want = TorchBackend().exact(head, labels, options, wanted)
     got = backend.exact(head, labels, options, wanted)
     opened = [dense.opened.scale[:, None] * dense.opened.live for dense in (got, want)]
     torch.testing.assert_close(*opened, rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def test_weight_gradients(setting, routed, needs, smoothed):
     head, labels, tiles, options = setting
     if head.bias is None:
         head = head._replace(bias=torch.zeros(head.weight.shape[0]))
-    reference, backend = TorchBlocked(), TritonBackend(1 << 18)
+    reference, backend = TorchBackend(), TritonBackend(1 << 18)
     if routed:
         masses = reference.screen(head, tiles, options, "exact")
         work = reference.route(masses, labels, tiles, DEFAULT_EPS)

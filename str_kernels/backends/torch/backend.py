@@ -1,11 +1,17 @@
-"""The portable backend: blocked torch calls on any device, within a byte budget."""
+"""`TorchBackend`: the stages in blocked torch calls, within a byte budget."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import (
+from str_kernels.backends.torch import blocks
+from str_kernels.backends.torch.exact import exact_pass
+from str_kernels.backends.torch.refine import refine_pairs
+from str_kernels.backends.torch.route import route_pairs
+from str_kernels.backends.torch.screen import screen_tiles
+from str_kernels.backends.torch.weight import weight_gradients
+from str_kernels.engine.contract import (
     Coefficients,
     Dense,
     Gradients,
@@ -20,20 +26,14 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.rows import combine_rows
-from str_kernels.backends.torch_blocked import blocks
-from str_kernels.backends.torch_blocked.exact import exact_pass
-from str_kernels.backends.torch_blocked.refine import refine_pairs
-from str_kernels.backends.torch_blocked.route import route_pairs
-from str_kernels.backends.torch_blocked.screen import screen_tiles
-from str_kernels.backends.torch_blocked.weight import weight_gradients
 from str_kernels.engine.cpu import this_cpu
+from str_kernels.engine.rows import combine_rows
 from str_kernels.options import LossOptions
 
 DEFAULT_BYTE_BUDGET = 64 << 20
 
 
-class TorchBlocked:
+class TorchBackend:
     """Bounded memory on any device; ``Backend`` documents every stage.
 
     Args:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from str_kernels.backends.logits import finish_logits, softcap_slope
-from str_kernels.backends.torch_blocked.blocks import spans
-from str_kernels.backends.torch_blocked.compiled import compiled
+from str_kernels.backends.torch.blocks import spans
+from str_kernels.backends.torch.compiled import compiled
+from str_kernels.engine.logits import finish_logits, softcap_slope
 from str_kernels.options import TILE, LossOptions
 
 _PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from str_kernels.backends.contract import (
+from str_kernels.constraint import constraint_terms
+from str_kernels.engine.contract import (
     Backend,
     Coefficients,
+    Filter,
     Head,
     SafetyTerm,
     Saved,
     Tiles,
     Wanted,
 )
-from str_kernels.backends.logits import accumulator, logit_slope
-from str_kernels.backends.pipeline import Forward, run_forward
-from str_kernels.backends.rows import RowPlan, plan_rows, row_blocks, silence, weight_coefficients
-from str_kernels.backends.selection import Filter
-from str_kernels.constraint import constraint_terms
+from str_kernels.engine.forward import Forward, run_forward
+from str_kernels.engine.logits import accumulator, logit_slope
+from str_kernels.engine.rows import RowPlan, plan_rows, row_blocks, silence, weight_coefficients
 from str_kernels.options import LossOptions
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the backward
@@ -98,7 +98,7 @@ class FusedRows(Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_cross_entropy is differentiable once: create_graph=True asks for a second "
-                "derivative; use backend='reference' for one."
+                "derivative; use backend='dense' for one."
             )
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         upstream = [

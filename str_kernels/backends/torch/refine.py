@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Head, Refined, Tiles, Wanted, Worklist
-from str_kernels.backends.logits import (
+from str_kernels.backends.torch.blocks import positions_of
+from str_kernels.engine.contract import Head, Refined, Tiles, Wanted, Worklist
+from str_kernels.engine.logits import (
     accumulator,
     finish_logits,
     softcap_slope,
     take_rows,
     weight_rows,
 )
-from str_kernels.backends.torch_blocked.blocks import positions_of
 from str_kernels.engine.products import product, products
 from str_kernels.options import TILE, LossOptions
 

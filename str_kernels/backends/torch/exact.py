@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Dense, Head, Wanted
-from str_kernels.backends.finish import join_sums
-from str_kernels.backends.logits import (
+from str_kernels.backends.torch.blocks import head_rows, in_block, spans
+from str_kernels.engine.contract import Dense, Head, Wanted
+from str_kernels.engine.finish import join_sums
+from str_kernels.engine.logits import (
     accumulator,
     block_logits,
     label_logits,
     softcap_slope,
 )
-from str_kernels.backends.torch_blocked.blocks import head_rows, in_block, spans
 from str_kernels.engine.products import product
 from str_kernels.options import LossOptions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Head
+from str_kernels.engine.contract import Head
 from str_kernels.engine.products import product
 from str_kernels.options import LossOptions
 

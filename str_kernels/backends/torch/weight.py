@@ -12,16 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
-from str_kernels.backends.dead import dead_share, silent_rows
-from str_kernels.backends.logits import accumulator, block_logits, softcap_slope
-from str_kernels.backends.torch_blocked.blocks import (
+from str_kernels.backends.torch.blocks import (
     MAX_ROWS,
     head_rows,
     in_block,
     positions_of,
     spans,
 )
+from str_kernels.engine.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
+from str_kernels.engine.dead import dead_share, silent_rows
+from str_kernels.engine.logits import accumulator, block_logits, softcap_slope
 from str_kernels.options import TILE, LossOptions
 
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import (
+from str_kernels.constraint import needs_lse
+from str_kernels.engine.contract import (
     Backend,
     Coefficients,
     Dense,
@@ -28,8 +29,7 @@ from str_kernels.backends.contract import (
     OpenRows,
     RowShares,
 )
-from str_kernels.backends.logits import kept_dtype, logit_slope, weight_rows
-from str_kernels.constraint import needs_lse
+from str_kernels.engine.logits import kept_dtype, logit_slope, weight_rows
 from str_kernels.options import LossOptions
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import (
+from str_kernels.engine.contract import (
     Dense,
     Head,
     OpenRows,
@@ -20,7 +20,7 @@ from str_kernels.backends.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.backends.logits import label_logits
+from str_kernels.engine.logits import label_logits
 from str_kernels.engine.products import dead_product
 from str_kernels.options import TILE, LossOptions
 

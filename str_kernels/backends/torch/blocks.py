@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Head
-from str_kernels.backends.logits import accumulator, weight_rows
+from str_kernels.engine.contract import Head
+from str_kernels.engine.logits import accumulator, weight_rows
 from str_kernels.options import TILE
 
 # Taller blocks of rows amortise a GEMM's packing of the weight; beyond this nothing was gained.

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Head, TileMasses, Tiles
-from str_kernels.backends.logits import accumulator, weight_rows
-from str_kernels.backends.torch_blocked.blocks import spans
-from str_kernels.backends.torch_blocked.compiled import compiled
-from str_kernels.backends.torch_blocked.reduce import (
+from str_kernels.backends.torch.blocks import spans
+from str_kernels.backends.torch.compiled import compiled
+from str_kernels.backends.torch.reduce import (
     Products,
     fused_reduction,
     reduce_eagerly,
 )
+from str_kernels.engine.contract import Head, TileMasses, Tiles
+from str_kernels.engine.logits import accumulator, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows

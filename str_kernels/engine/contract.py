@@ -65,6 +65,18 @@ class Wanted(NamedTuple):
     probabilities: bool = False
 
 
+class Filter(NamedTuple):
+    """The resolved precision: ``eps`` 0 is the exact pass, else ``screen`` names the screen.
+
+    ``auto``: the screen was left to the backend, and may depend on how many rows there are.
+    """
+
+    eps: float
+    screen: str
+    reason: str
+    auto: bool = False
+
+
 class TileMasses(NamedTuple):
     """From the screen: ``log_mass [R, T]`` fp32, log Σ exp(z) over each tile.
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Backend, Dense, Head, Tiles, Wanted
-from str_kernels.backends.finish import join_pairs
-from str_kernels.backends.logits import accumulator, safety_logits
-from str_kernels.backends.rows import RowPlan, cross_entropy, row_blocks, row_gradients
-from str_kernels.backends.selection import Filter, say_once
+from str_kernels.engine.contract import Backend, Dense, Filter, Head, Tiles, Wanted
+from str_kernels.engine.finish import join_pairs
+from str_kernels.engine.logits import accumulator, safety_logits
+from str_kernels.engine.rows import RowPlan, cross_entropy, row_blocks, row_gradients
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 

@@ -48,8 +48,6 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
     omega = z.new_tensor(safety.token_weights or [1.0] * len(ids))
     if safety.kind == "mse":
         return (omega * (z - r) ** 2).mean(-1)
-    if safety.kind == "floor":
-        return (omega * torch.relu(r - safety.margin - z) ** 2).mean(-1)
     if safety.kind == "logprob":
         return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
     p, q = (omega * torch.softmax(x / safety.temperature, -1) for x in (z, r))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import TileMasses, Tiles, Worklist
-from str_kernels.backends.torch_blocked.blocks import positions_of
+from str_kernels.backends.torch.blocks import positions_of
+from str_kernels.engine.contract import TileMasses, Tiles, Worklist
 from str_kernels.options import TILE
 
 # A row whose label's tile holds all but this much is right already; less is rounding.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.backends.contract import Coefficients, Head, Saved
-from str_kernels.backends.logits import accumulator
-from str_kernels.backends.rows import silence
+from str_kernels.engine.contract import Coefficients, Head, Saved
+from str_kernels.engine.logits import accumulator
 from str_kernels.engine.products import dead_product
+from str_kernels.engine.rows import silence
 from str_kernels.options import TILE, LossOptions
 
 _ROWS = 2048  # of the scratch
