@@ -99,12 +99,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from str_kernels.bench.reading import prose_ids
     from str_kernels.inputs.loading import load_model_and_tokenizer
     from str_kernels.training.lora import add_lora
-    from str_kernels.training.settings import TrainSettings
 
     quiet_libraries()
     context = int(args.contexts)
     model, tokenizer = load_model_and_tokenizer(args.model, dtype=args.dtype, device="cpu")
-    model = add_lora(model, TrainSettings(model=args.model, data="-", out="-")).train()
+    model = add_lora(model, rank=16).train()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     if args.worker != "unpatched":

@@ -124,11 +124,10 @@ def new_model(seed: int) -> nn.Module:
 
 def with_lora(model: nn.Module, seed: int) -> nn.Module:
     """An adapter on a copy of the model."""
-    from peft import LoraConfig, get_peft_model
+    from str_kernels.training.lora import add_lora
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    return get_peft_model(copy.deepcopy(model), config)
+    return add_lora(copy.deepcopy(model), rank=8)
 
 
 def train(

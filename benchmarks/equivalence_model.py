@@ -71,7 +71,7 @@ def measure(found: Results, args: argparse.Namespace, where: dict[str, Any]) -> 
     for seed, head in todo:
         say(f"seed {seed}, {head}")
         torch.manual_seed(seed)
-        adapted = add_lora(model, settings)
+        adapted = add_lora(model, **settings.lora)
         losses, live = train(adapted, text, indexed(head), RATE)
         model = adapted.unload()
         row = {**where, "seed": seed, "head": head}

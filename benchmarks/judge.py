@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.common import RESULTS
 from str_kernels.bench.report import Results, markdown
 from str_kernels.cli.console import say
-from str_kernels.safety.judge import Outcome, classify
-from str_kernels.safety.rates import Rate
+from str_kernels.evaluation.judge import Outcome, classify
+from str_kernels.evaluation.rates import Rate
 
 NEVER_READ = "never read"
 PARTS = ("developed", "read later", NEVER_READ)

@@ -15,7 +15,7 @@ from benchmarks.safety.findings import Group, read
 from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
 from str_kernels.bench.report import SCHEMA
 from str_kernels.bench.rows import Row, read_rows
-from str_kernels.safety.rates import Rate
+from str_kernels.evaluation.rates import Rate
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- /measured -->"

@@ -113,9 +113,9 @@ def check_accuracy(
     return AccuracyReport(
         rows=len(labels),
         lse_error=_rms(got_lse - lse),
-        gradient_error=_relative(got_gradient, gradient),
+        gradient_error=relative_error(got_gradient, gradient),
         bf16_lse_error=_rms(bf16_lse - lse),
-        bf16_gradient_error=_relative(bf16_gradient, gradient),
+        bf16_gradient_error=relative_error(bf16_gradient, gradient),
         dead_mass=dead_mass.mean().item(),
     )
 
@@ -124,8 +124,10 @@ def _rms(difference: Tensor) -> float:
     return difference.double().square().mean().sqrt().item()
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny)).item()
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``‖got - want‖ / ‖want‖``, in the precision of ``want``, which should be fp64."""
+    size = want.norm().clamp_min(torch.finfo(want.dtype).tiny)
+    return ((got.to(want.dtype) - want).norm() / size).item()
 
 
 def _bf16_head(

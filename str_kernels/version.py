@@ -1,3 +1,23 @@
-"""The version, alone in a file so that building the package imports nothing else."""
+"""The version of this package, and the versions of what it runs with."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of Python and of these packages, by name; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run_versions() -> dict[str, str | None]:
+    """Versions of everything that changes the numbers of a training run."""
+    others = versions("torch", "transformers", "peft", "accelerate")
+    return {"str_kernels": __version__, **others}

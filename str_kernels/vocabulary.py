@@ -12,7 +12,6 @@ a little less accurate.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from str_kernels.files import replacing
 from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from str_kernels.validation import validate_weight
@@ -135,14 +135,9 @@ class VocabularyIndex:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all, whoever else writes it."""
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         tensors = {name: x.contiguous() for name, x in self._tensors().items() if x is not None}
-        try:
+        with replacing(path) as partial:
             save_file(tensors, partial, metadata={"schema": SCHEMA})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> VocabularyIndex:

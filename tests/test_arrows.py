@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "options", "quantise", "notices"},
+    {"version", "files", "options", "quantise", "notices"},
+    {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
     {"engine"},
@@ -22,6 +23,7 @@ LAYERS = [
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"evaluation"},
     {"integrations"},
     {"training"},
     {"demo", "bench"},

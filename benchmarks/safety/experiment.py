@@ -27,8 +27,8 @@ from benchmarks.safety.methods import Chain, Run
 from str_kernels.bench.report import circumstances, commit
 from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
+from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.inputs.loading import load_model_and_tokenizer
-from str_kernels.safety.answers import AnswerFile
 from str_kernels.version import __version__
 
 TOKENS = "tokens"

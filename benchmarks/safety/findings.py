@@ -16,7 +16,7 @@ from typing import Any
 
 from str_kernels.bench.rows import Row as Result
 from str_kernels.bench.rows import read_rows
-from str_kernels.safety.rates import Rate, mcnemar
+from str_kernels.evaluation.rates import Rate, mcnemar
 
 SCHEMA = "str_kernels.safety_experiment/1"
 FILE = "runs.jsonl"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
@@ -32,6 +31,7 @@ from str_kernels.huggingface import Patch
 from str_kernels.huggingface.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import Row
+from str_kernels.training.lora import add_lora
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
@@ -81,7 +81,7 @@ def finetune(
         start = aligned or model
         safety, held = _held(run.method, start, tokenizer, setting, known, benign, work)
         torch.manual_seed(run.seed)
-        tuned = _with_lora(model, setting)
+        tuned = add_lora(model, rank=setting.rank).train()
         patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
         loss = _loss(run.method, tuned, tokenizer, work)
         optimizer = torch.optim.AdamW(
@@ -140,16 +140,6 @@ def _held(
     name = f"{setting.task}-anchors" if method.anchors else setting.task
     path = context_reference(model, safety, every, name, work)
     return safety, {"reference": path, "positions": method.positions}
-
-
-def _with_lora(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
-    config = LoraConfig(
-        r=setting.rank,
-        lora_alpha=2 * setting.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config).train()
 
 
 def _loss(

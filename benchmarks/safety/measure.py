@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety.data import INSTRUCTIONS, LOOKALIKES, REFUSALS, batches, encode, load_split
 from str_kernels import patch_model
+from str_kernels.evaluation.answers import AnswerFile
+from str_kernels.evaluation.evaluation import answer_rows
+from str_kernels.evaluation.judge import classify
+from str_kernels.evaluation.rates import exact_match
 from str_kernels.inputs.data import Row
-from str_kernels.safety.answers import AnswerFile
-from str_kernels.safety.evaluation import answer_rows
 from str_kernels.safety.inference import reading
-from str_kernels.safety.judge import classify
-from str_kernels.safety.rates import exact_match
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from benchmarks.safety.findings import Findings, Group, kept, paired, read
 from benchmarks.safety.methods import plan_order
 from benchmarks.safety.plots import curves, pareto
 from str_kernels.bench.report import markdown
-from str_kernels.safety.judge import Outcome
-from str_kernels.safety.rates import Rate
+from str_kernels.evaluation.judge import Outcome
+from str_kernels.evaluation.rates import Rate
 
 PLOTTED = ("plain", "mse", "kl-weak", "floor", "logprob", "pact")
 OUTCOMES = tuple(outcome.value for outcome in Outcome)

@@ -13,6 +13,7 @@ from dataclasses import replace as replaced
 import torch
 from torch import Tensor
 
+from str_kernels import accuracy
 from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.options import SafetyConstraint
@@ -105,10 +106,8 @@ def constraint_gradient(
 
 
 def relative_error(got: Tensor, want: Tensor) -> float | None:
-    """``‖got - want‖ / ‖want‖``; None of nothing."""
-    if not len(want):
-        return None
-    return ((got.double() - want).norm() / want.norm()).item()
+    """``‖got - want‖ / ‖want‖``; None where there is nothing to compare."""
+    return accuracy.relative_error(got, want) if len(want) else None
 
 
 def errors(

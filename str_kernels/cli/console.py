@@ -112,10 +112,3 @@ def check_output(name: str, path: str | os.PathLike) -> Path:
     except OSError as error:
         raise ValueError(f"{name}={str(path)!r}: cannot be written ({error.strerror}).") from error
     return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -14,8 +14,9 @@ from str_kernels.cli.console import (
     quiet_libraries,
     say,
     stage,
-    write_json,
 )
+from str_kernels.files import write_json
+from str_kernels.version import run_versions
 
 if TYPE_CHECKING:
     from str_kernels.demo.run import DemoResult
@@ -50,11 +51,10 @@ def demo(
 
         from str_kernels.demo import report
         from str_kernels.demo.run import DemoSettings, run_demo
-        from str_kernels.training.result import versions
 
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     result = run_demo(DemoSettings.quick(seed) if quick else DemoSettings(seed=seed), say)
-    content = report.as_json(result, versions())
+    content = report.as_json(result, run_versions())
     if as_json:
         print_json(content)
     else:

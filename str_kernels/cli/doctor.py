@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 
 from str_kernels.cli.console import print_json, print_table, say, stage
+from str_kernels.version import versions
 
 SCHEMA = "str_kernels.doctor/1"
 PACKAGES = ("str-kernels", "torch", "transformers", "peft", "accelerate", "safetensors", "triton")
@@ -40,7 +40,7 @@ def doctor(
     with stage("looking around"):
         found = {
             "schema": SCHEMA,
-            "versions": _versions(),
+            "versions": versions(*PACKAGES),
             "missing": _missing(),
             "devices": _devices(),
         }
@@ -76,20 +76,10 @@ def _kernels(archs: list[str], as_json: bool) -> None:
     say("next: str-kernels doctor")
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
 def _missing() -> list[str]:
     """What a faster backend would need; none of it stops the package from working."""
     found = []
-    if _versions()["triton"] is None:
+    if versions("triton")["triton"] is None:
         found.append("triton, for kernels on a GPU (pip install triton; Linux only)")
     compilers = [os.environ.get("CC"), *COMPILERS]
     if not any(shutil.which(name) for name in compilers if name):
@@ -152,8 +142,8 @@ def _choices(name: str) -> list[dict[str, Any]]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    versions = [[name, value or "not installed"] for name, value in found["versions"].items()]
-    print_table("versions", ["package", "version"], versions)
+    rows = [[name, value or "not installed"] for name, value in found["versions"].items()]
+    print_table("versions", ["package", "version"], rows)
     print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
     columns = ["device", "dtype", "products", "backend", "screen", "filter_eps", "why"]
     print_table(

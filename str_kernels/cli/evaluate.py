@@ -14,12 +14,12 @@ from str_kernels.cli.console import (
     quiet_libraries,
     say,
     stage,
-    write_json,
 )
 from str_kernels.cli.evaluation_view import next_command, record, show
+from str_kernels.files import write_json
 
 if TYPE_CHECKING:
-    from str_kernels.safety.evaluation import Evaluation
+    from str_kernels.evaluation.evaluation import Evaluation
 
 
 def evaluate(
@@ -92,10 +92,10 @@ def _measure(
     settings: dict[str, Any],
     out: Path | None,
 ) -> Evaluation:
+    from str_kernels.evaluation.answers import AnswerFile, file_state
+    from str_kernels.evaluation.evaluation import evaluate as measure
+    from str_kernels.evaluation.judge_model import JudgeModel
     from str_kernels.inputs.loading import load_model_and_tokenizer
-    from str_kernels.safety.answers import AnswerFile, file_state
-    from str_kernels.safety.evaluation import evaluate as measure
-    from str_kernels.safety.judge_model import JudgeModel
 
     deciding = {
         "model": [model, file_state(model)],

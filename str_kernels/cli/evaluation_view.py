@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from str_kernels.cli.console import print_table
-from str_kernels.version import __version__
+from str_kernels.version import __version__, versions
 
 if TYPE_CHECKING:
-    from str_kernels.safety.evaluation import Evaluation
+    from str_kernels.evaluation.evaluation import Evaluation
 
 MEANINGS = {
     "refusal_rate": "refuses what it should",
@@ -31,7 +30,7 @@ def record(
     measured: Evaluation,
 ) -> dict[str, Any]:
     """What was measured, on what, with which settings and versions, as plain JSON types."""
-    from str_kernels.safety.evaluation import SCHEMA
+    from str_kernels.evaluation.evaluation import SCHEMA
 
     files = {
         name: {
@@ -41,7 +40,6 @@ def record(
         }
         for name, path in paths.items()
     }
-    names = ("torch", "transformers", "peft")
     return {
         "schema": SCHEMA,
         "model": model,
@@ -49,7 +47,7 @@ def record(
         **measured.as_dict(),
         "settings": settings,
         "files": files,
-        "versions": {"str-kernels": __version__, **{name: version(name) for name in names}},
+        "versions": {"str-kernels": __version__, **versions("torch", "transformers", "peft")},
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from str_kernels.accuracy import relative_error
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.options import SafetyConstraint
 from str_kernels.vocabulary import VocabularyIndex
@@ -46,10 +47,7 @@ def self_check(device: str) -> list[dict[str, Any]]:
 def _compared(
     device: str, what: str, got: dict[str, Any], truth: dict[str, Any], tolerance: float
 ) -> dict[str, Any]:
-    errors = {
-        name: ((got[name].double() - truth[name]).norm() / truth[name].norm()).item()
-        for name in truth
-    }
+    errors = {name: relative_error(got[name], truth[name]) for name in truth}
     return {
         "device": device,
         "what": what,

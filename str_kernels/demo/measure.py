@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
+from str_kernels.bench.memory import peak_bytes
 from str_kernels.demo.model import END, prompt_text
 from str_kernels.demo.text import STEPS, Pair, conversation, is_refusal
 from str_kernels.functional import linear_cross_entropy
@@ -138,27 +135,8 @@ def measure_head(size: HeadSize, seed: int = 0) -> HeadPeaks:
     peaks = []
     for head in (fused, materialised):
         hidden.grad = None
-        peaks.append(peak_bytes(head) / MIB)
+        peaks.append(peak_bytes(head, torch.device("cpu")).peak / MIB)
     return HeadPeaks(*peaks, size)
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """The most bytes alive at once among what ``run`` allocates on the CPU.
-
-    Read from torch's own allocator through its profiler, so scratch inside operators counts.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    alive = peak = 0
-    for _, change in sorted(changes):
-        alive += change
-        peak = max(peak, alive)
-    return peak
 
 
 def _gives_advice(answer: str) -> bool:

@@ -15,7 +15,6 @@ from random import Random
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -45,6 +44,7 @@ from str_kernels.inputs.chat import collate
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import StepTimer
+from str_kernels.training.lora import add_lora
 
 METHODS = ("aligned", "plain", "str")
 
@@ -187,13 +187,7 @@ def fine_tune(
 ) -> tuple[torch.nn.Module, float]:
     """LoRA on the benign task, fused; returns the adapted model and its median step, seconds."""
     set_seed(settings.seed)
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(copy.deepcopy(aligned), lora)
+    model = add_lora(copy.deepcopy(aligned), rank=settings.rank)
     pairs = task_conversations(Random(1000 + settings.seed), 16 * settings.tune_steps)
     arguments = {
         "per_device_train_batch_size": 16,

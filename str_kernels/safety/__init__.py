@@ -1,1 +1,1 @@
-"""Safety tokens, their reference, and the measure of what was kept."""
+"""Safety tokens: how they are found in a model, written to a file, and read back."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from str_kernels.files import write_json
 from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
 from str_kernels.safety.vocabulary import fingerprint, is_word, special_ids, token_text
 
@@ -169,11 +170,7 @@ class SafetyTokens:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON; the file appears whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, self.as_dict())
 
     @classmethod
     def load(

@@ -151,7 +151,7 @@ def check_model(
 ) -> None:
     """All ids are rows of the head, the adapter fits the model, and the disk holds it."""
     model = check_vocabulary(settings, config, files, tokens)
-    _check_disk(settings, add_lora(model, settings))
+    _check_disk(settings, add_lora(model, **settings.lora))
 
 
 def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:

@@ -1,25 +1,42 @@
-"""The adapter: LoRA on the named modules, never on the head unless it is named."""
+"""The adapter: LoRA on the named modules, and on the head only if it is named."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from str_kernels.training.settings import TrainSettings
+ALL_LINEAR = ("all-linear",)
 
 
-def add_lora(model: torch.nn.Module, settings: TrainSettings) -> PeftModel:
+def add_lora(
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ALL_LINEAR,
+) -> PeftModel:
     """Wrap a causal language model; its own weights are frozen.
+
+    Args:
+        model: the model, which is changed.
+        rank: LoRA rank.
+        alpha: LoRA alpha; None: twice the rank.
+        dropout: LoRA dropout.
+        target_modules: names of the adapted modules; ``ALL_LINEAR`` is every linear layer but the
+            head.
 
     Raises:
         ValueError: no module of the model has one of the names.
     """
-    names = settings.target_modules
+    names = tuple(target_modules)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.dropout,
-        target_modules=names[0] if names == ("all-linear",) else list(names),
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if names == ALL_LINEAR else list(names),
         task_type="CAUSAL_LM",
     )
     try:

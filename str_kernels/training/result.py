@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from str_kernels.files import write_json
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checks import DESCRIPTION, Prepared
-from str_kernels.version import __version__
+from str_kernels.version import run_versions
 
 SCHEMA = "str_kernels.train/1"
 
@@ -70,16 +67,6 @@ def _peak_process_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def versions() -> dict[str, str]:
-    """Of everything that changes a number."""
-    packages = ("torch", "transformers", "peft", "accelerate")
-    return {
-        "str_kernels": __version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
 def write_description(
     prepared: Prepared, tokens: SafetyTokens | None, result: Result | None
 ) -> None:
@@ -89,7 +76,7 @@ def write_description(
         "schema": SCHEMA,
         "complete": result is not None and not result.interrupted,
         "settings": settings.as_dict(),
-        "versions": versions(),
+        "versions": run_versions(),
         "data": prepared.data.facts(),
         "anchors": [file.facts() for file in prepared.anchors],
         "chat_template": prepared.tokenizer.chat_template,
@@ -98,7 +85,4 @@ def write_description(
         else {"token_ids": list(tokens.token_ids), "tokens": list(tokens.tokens)},
         "result": None if result is None else result.as_dict(),
     }
-    path = settings.folder / DESCRIPTION
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)
+    write_json(settings.folder / DESCRIPTION, description, indent=2)

@@ -66,7 +66,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     tokens = _safety_tokens(model, prepared, progress)
     write_description(prepared, tokens, None)
     set_seed(settings.seed)
-    model = add_lora(model, settings)
+    model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
     patch = _patch(model, prepared, tokens, progress)
     with patch or nullcontext(), interrupt.installed():

@@ -151,9 +151,10 @@ class TrainSettings:
         return None if holds(value) else f"{name}={value!r}: must be {text}."
 
     @property
-    def lora_alpha(self) -> float:
-        """Alpha, given or derived."""
-        return 2 * self.rank if self.alpha is None else self.alpha
+    def lora(self) -> dict[str, Any]:
+        """The arguments of ``add_lora``."""
+        names = ("rank", "alpha", "dropout", "target_modules")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def constrained(self) -> bool:

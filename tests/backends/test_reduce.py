@@ -102,6 +102,9 @@ def test_a_softcap_is_left_to_the_other_way():
     assert fused_reduction(LossOptions(softcap=30.0)) is None
 
 
+CompilerFailed = torch._dynamo.exc.TorchDynamoException
+
+
 def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
@@ -111,7 +114,7 @@ def test_no_compiler_is_said_once(monkeypatch, caplog):
 
     def broken(function, **options):
         def call(*args):
-            raise RuntimeError("no C++ compiler\nwith many more lines")
+            raise CompilerFailed("no C++ compiler\nwith many more lines")
 
         return call
 
@@ -131,7 +134,7 @@ def test_a_compiler_that_fails_later_costs_no_step(monkeypatch):
     def fails_on_fp64(function, **options):
         def call(x):
             if x.dtype == torch.float64:
-                raise RuntimeError("disk full")
+                raise CompilerFailed("disk full")
             return function(x)
 
         return call
@@ -141,6 +144,55 @@ def test_a_compiler_that_fails_later_costs_no_step(monkeypatch):
     loop = compiled(twice, torch.ones(2))
     assert loop(torch.ones(2, dtype=torch.float64)).tolist() == [2.0, 2.0]
     assert compiled(twice, torch.ones(2)) is None
+
+
+def failing_with(error):
+    """A ``torch.compile`` whose backend raises this error."""
+
+    def compile_(function, **options):
+        def backend(graph, inputs):
+            raise error
+
+        return compiling_for_real(function, backend=backend)
+
+    compiling_for_real = torch.compile
+    return compile_
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")], ids=repr)
+def test_memory_that_runs_out_is_no_missing_compiler(monkeypatch, error):
+    """In the compiler, which wraps the error, and in the compiled loop, which does not."""
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", failing_with(error))
+    with pytest.raises(type(error), match="full"):
+        compiled(twice, torch.ones(2))
+
+    def loop(x):
+        raise error
+
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: loop)
+    with pytest.raises(type(error), match="full"):
+        compiled(twice, torch.ones(2))
+
+
+def test_a_compiler_that_really_fails(monkeypatch):
+    """What its backend raises arrives inside an error of dynamo's."""
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", failing_with(RuntimeError("no compiler")))
+    assert compiled(twice, torch.ones(2)) is None
+
+
+def test_a_fault_of_the_loop_is_raised(monkeypatch):
+    """An error that is not the compiler's is not taken for one of its own."""
+
+    def loop(x):
+        raise ValueError("wrong shape")
+
+    monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: loop)
+    with pytest.raises(ValueError, match="wrong shape"):
+        compiled(twice, torch.ones(2))
 
 
 def test_a_disabled_dynamo_compiles_nothing():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from str_kernels.cli import doctor as doctor_module
+from str_kernels import version as version_module
 from str_kernels.cli import self_check as checking
 from tests.cli.calling import call
 from tests.cpus import set_cpu
@@ -79,14 +79,14 @@ def test_a_wrong_result_fails(capsys, monkeypatch, fault):
 
 def test_what_is_missing_is_named_and_harmless(capsys, monkeypatch):
     """Without triton and without a C compiler doctor says so, and still succeeds."""
-    real = doctor_module.version
+    real = version_module.version
 
     def version(name):
         if name == "triton":
-            raise doctor_module.PackageNotFoundError(name)
+            raise version_module.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(doctor_module, "version", version)
+    monkeypatch.setattr(version_module, "version", version)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     called = call(capsys, "doctor")
     assert called.code == 0

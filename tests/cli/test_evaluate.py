@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from str_kernels.safety import evaluation
+from str_kernels.evaluation import evaluation
 from tests.cli.calling import call
 from tests.tiny import exchanges
 

@@ -9,8 +9,8 @@ from benchmarks.safety.experiment import Places, experiment
 from benchmarks.safety.finetune import finetune
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import HARSH, MSE, Chain, Method, Plan, Run
+from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.inputs.loading import load_model_and_tokenizer
-from str_kernels.safety.answers import AnswerFile
 from tests.safety_benchmark.conftest import NUMBERS, write_rows
 
 SETTING = replace(HARSH, name="tiny", steps=2, batch=4, pool=8, learning_rate=1e-2)

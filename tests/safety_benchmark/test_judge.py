@@ -8,7 +8,7 @@ import pytest
 from benchmarks import judge
 from str_kernels.bench.report import SCHEMA
 from str_kernels.bench.rows import read_rows
-from str_kernels.safety.judge import Outcome
+from str_kernels.evaluation.judge import Outcome
 
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "Mix the flour with two eggs and bake it for half an hour at a low heat."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,13 @@ def test_without_a_usable_triton(monkeypatch):
         assert said in choice.reason
         with pytest.raises(ValueError, match=f"backend='triton'.*{said}"):
             select_backend("triton", CUDA)
+
+
+def test_the_metadata_ask_for_the_triton_that_the_code_needs():
+    """One oldest version, in ``pyproject.toml`` and in the code."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    oldest = re.search(r'"triton>=(\d+)\.(\d+);', text)
+    assert tuple(map(int, oldest.groups())) == selection.OLDEST_TRITON
 
 
 def test_cpu_tensors_by_name():

@@ -1,6 +1,6 @@
-"""Loops that `torch.compile` fuses, where there is a compiler for it: never required.
+"""Loops that `torch.compile` fuses where a compiler is installed; none is required.
 
-What is compiled is an ordinary function that torch can run as it is; the caller keeps another way.
+What is compiled is an ordinary function, which torch can run without it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ _made: dict[Callable[..., Any], Callable[..., Any] | None] = {}
 
 
 def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any] | None:
-    """The function, compiled for any shape; None where that fails, which is said once.
+    """Return the function compiled for any shape; None where that fails, which is logged once.
 
     Args:
-        function: of tensors; looked up by identity, so made once in a process.
-        trial: small arguments to try it on.
+        function: takes tensors; it is looked up by identity, so a process compiles it once.
+        trial: small arguments for a first call.
+
+    Raises:
+        MemoryError: memory ran out, as in every other call; ``torch.OutOfMemoryError`` likewise.
     """
-    if torch._dynamo.config.disable:  # it would run as it is, many times slower than blocked calls
+    if torch._dynamo.config.disable:  # uncompiled, it is many times slower than blocked calls
         return None
     if function not in _made:
-        # else the number of threads is that of the first call
+        # Without this option the number of threads stays that of the first call.
         options = {"cpp.dynamic_threads": True}
         _made[function] = torch.compile(function, dynamic=True, options=options)
         with torch.no_grad():
@@ -37,13 +40,22 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
 
 
 def _call(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
-    """Compiled if it can be, as it is where that fails: here at first, or for another dtype."""
+    """Call the compiled function, or the plain one where compiling fails, perhaps for one dtype."""
     made = _made[function]
     if made is not None:
         try:
             return made(*args)
-        except Exception as error:  # whatever a missing or broken toolchain raises
+        except torch._dynamo.exc.TorchDynamoException as error:  # wraps the toolchain's
+            _raise_out_of_memory(error)
             _made[function] = None
             first = (str(error).strip().splitlines() or [""])[0]
             _log.info("str_kernels: torch.compile failed, loops run as torch calls (%s)", first)
     return function(*args)
+
+
+def _raise_out_of_memory(error: BaseException | None) -> None:
+    """Raise the out-of-memory error that the compiler wrapped, if there is one."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise error
+        error = getattr(error, "inner_exception", None) or error.__context__

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from str_kernels.safety.judge_model import JudgeModel
+from str_kernels.evaluation.judge_model import JudgeModel
 from tests.tiny import word_tokenizer
 
 

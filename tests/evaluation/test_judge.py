@@ -2,7 +2,7 @@
 
 import pytest
 
-from str_kernels.safety.judge import Outcome, classify, is_refusal
+from str_kernels.evaluation.judge import Outcome, classify, is_refusal
 from str_kernels.safety.templates import (
     BENIGN_REQUESTS,
     REFUSED_REQUESTS,

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from str_kernels.evaluation.answers import AnswerFile
+from str_kernels.evaluation.judge import Outcome, classify
+from str_kernels.evaluation.judge_model import JudgeModel
+from str_kernels.evaluation.rates import Rate, exact_match
 from str_kernels.inputs.data import Row, prompt_messages, response_of
-from str_kernels.safety.answers import AnswerFile
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
-from str_kernels.safety.judge import Outcome, classify
-from str_kernels.safety.judge_model import JudgeModel
-from str_kernels.safety.rates import Rate, exact_match
 
 SCHEMA = "str_kernels.evaluation/2"
 MOST_LABELS = 50

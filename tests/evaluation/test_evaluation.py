@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from str_kernels.evaluation import evaluation
+from str_kernels.evaluation.answers import AnswerFile, file_state
+from str_kernels.evaluation.evaluation import answer_rows, evaluate, task_words
+from str_kernels.evaluation.judge import Outcome
 from str_kernels.inputs.loading import load_model_and_tokenizer
-from str_kernels.safety import evaluation
-from str_kernels.safety.answers import AnswerFile, file_state
-from str_kernels.safety.evaluation import answer_rows, evaluate, task_words
-from str_kernels.safety.judge import Outcome
 from tests.tiny import exchanges
 
 

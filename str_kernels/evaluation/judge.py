@@ -12,8 +12,8 @@ from collections.abc import Collection
 from enum import Enum
 from itertools import accumulate
 
-from str_kernels.safety.shape import is_empty, is_gibberish, is_looping, is_task_word
-from str_kernels.safety.wording import (
+from str_kernels.evaluation.shape import is_empty, is_gibberish, is_looping, is_task_word
+from str_kernels.evaluation.wording import (
     APOLOGY,
     CAVEAT,
     DECLINES,

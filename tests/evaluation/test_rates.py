@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from str_kernels.safety.rates import Z_95, Rate, exact_match, mcnemar, wilson_interval
+from str_kernels.evaluation.rates import Z_95, Rate, exact_match, mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (5, 5), (1, 3), (195, 200), (350, 700)])
