@@ -195,7 +195,7 @@ def _step(
 
 
 def _grow(patch: Patch, method: Method, share: float) -> None:
-    safety = patch.options.safety.at(min(1.0, share) * method.strength)
+    safety = replace(patch.options.safety, strength=min(1.0, share) * method.strength)
     patch.options = replace(patch.options, safety=safety)
 
 

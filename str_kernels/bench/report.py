@@ -8,12 +8,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.engine.cpu import processor_field
+from str_kernels.version import versions
 
 SCHEMA = "str_kernels.bench/1"
 _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
@@ -109,14 +109,15 @@ def circumstances() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
+    found = versions(*_PACKAGES)
     return {
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": found.pop("python"),
+        "versions": found,
     }
 
 
@@ -146,13 +147,6 @@ def _command() -> str:
     """As it was given; of absolute paths the names alone, for results are published."""
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
     return " ".join(words)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 @functools.cache

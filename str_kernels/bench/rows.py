@@ -1,15 +1,13 @@
-"""A file of results: one JSON object a line, the first of which is the head: what all rows share.
-
-A file is whole at any time: it is written beside its place and then moved there.
-"""
+"""A file of results: one JSON object a line; the first is the head, which all rows share."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from str_kernels.files import replacing
 
 Row = dict[str, Any]
 
@@ -33,7 +31,6 @@ def read_rows(path: Path, schema: str) -> tuple[Row, list[Row]]:
 def write_rows(path: Path, head: Row, rows: Iterable[Row]) -> None:
     """Write the head and the rows in place of what the file holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *rows))
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
