@@ -1,7 +1,7 @@
 """Counted work of the Triton kernels: operations and bytes of a forward and backward, on no GPU.
 
 The router decides on the whole vocabulary here, by the torch backend's own stages, and the live
-pairs' formulas (`str_kernels.bench.work`) are what the kernels issue: `tests/triton/interpreted/
+pairs' formulas (`benchmarks.work`) are what the kernels issue: `tests/triton/interpreted/
 test_counted.py` counts the same in Triton's interpreter. Peers are formulas, not counts.
 
 Example: python -m benchmarks.counted --model ./gemma --data answers.jsonl
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import work
 from benchmarks.common import cases, finish, parse, parser, results
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.bench import work
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
 from str_kernels.cli.console import say

@@ -46,7 +46,7 @@ def bench(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     out: Annotated[
-        Path, typer.Option(help="Folder for JSON, Markdown and PNG; what it holds is kept.")
+        Path, typer.Option(help="Folder for JSON Lines, Markdown and PNG; what it holds is kept.")
     ] = Path("bench"),
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what the folder holds.")
@@ -75,7 +75,7 @@ def bench(
         from str_kernels.bench.report import LEGEND, Results, unmeasured
 
         chosen = chosen_contenders(contenders)
-        results = Results(out / "bench.json", KEYS, again=again)
+        results = Results(out / "bench.jsonl", KEYS, again=again)
         case = _case(model, data, sizes, min(rows, 256) if quick else rows, dtype, device)
     with counting("measuring", len(chosen)) as advance:
         found = compare(

@@ -1,4 +1,4 @@
-"""The formulas of `bench.work` against what the kernels issue in the interpreter."""
+"""The formulas of `benchmarks.work` against what the kernels issue in the interpreter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from benchmarks import work
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 from str_kernels.backends.triton.launch import launch_for
-from str_kernels.bench import work
 from str_kernels.engine import products
 from str_kernels.engine.contract import Head
 from str_kernels.engine.forward import tiles_of
