@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.torch.blocks import positions_of
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.launch import ROWWISE, Launch
 from str_kernels.backends.triton.quantise import quantise_kernel
@@ -28,6 +27,7 @@ from str_kernels.engine.contract import (
     Worklist,
 )
 from str_kernels.engine.logits import kept_dtype
+from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import LEAST, TOP, balance
 

@@ -11,8 +11,8 @@ import math
 import triton
 import triton.language as tl
 
-from str_kernels.backends.torch.route import LEAST_OPEN
 from str_kernels.backends.triton.tiles import LOWEST, TILE
+from str_kernels.engine.tiles import LEAST_OPEN
 
 # The bits of -0.0, whose sign a literal loses in Triton 3.4.
 NEGATIVE_ZERO = tl.constexpr(-(1 << 31))
