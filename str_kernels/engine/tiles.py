@@ -1,4 +1,4 @@
-"""What every backend knows of the tiles: where a label stands, and the floor of the routing rule."""
+"""What every backend knows of tiles: where a label stands, and the floor of the routing rule."""
 
 from __future__ import annotations
 

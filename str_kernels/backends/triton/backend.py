@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from str_kernels.backends.triton import exact, host, weight
+from str_kernels.backends.triton.combine import combine_rows
+from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
-from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.operands import Block
+from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
+from str_kernels.backends.triton.route import route_pairs
+from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
+from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Coefficients,
     Dense,
@@ -98,29 +102,27 @@ class TritonBackend:
         """See ``Backend.exact``."""
         self._require(head, "exact")
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
-        with _on(head):
-            budget = self.byte_budget // 2  # the sums have the other half
-            return exact.exact_pass(head, labels, options, wanted, launches, budget)
+        budget = self.byte_budget // 2  # the sums have the other half
+        with _on(head.weight.device):
+            return exact_pass(Block(head, labels, None, options), wanted, launches, budget)
 
     def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
         self._require(head, screen)
         if screen == "bf16":
             head = head._replace(hidden_states=head.hidden_states.bfloat16())
-        with _on(head):
-            given = host.operands(head, tiles.order)
-            if screen not in EIGHT_BITS:
-                launch = self._launch(head, "screen")
-                return host.screen(given, options, launch)
-            dtype = EIGHT_BITS[screen]
-            launch = self._launch(head, "screen", dtype)
-            budget = self.byte_budget // 4  # on top of the block's own
-            return host.screen_quantised(given, tiles, options, launch, dtype, budget)
+        block, dtype = Block(head, None, tiles, options), EIGHT_BITS.get(screen)
+        launch = self._launch(head, "screen", dtype)
+        with _on(head.weight.device):
+            if dtype is None:
+                return screen_tiles(block, launch)
+            # the quantised rows of W come on top of the block's own scratch
+            return screen_quantised(block, launch, dtype, self.byte_budget // 4)
 
     def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
-        """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""
-        with _on_device(masses.log_mass.device):
-            return host.route(masses, labels, tiles, math.log(eps) if eps else -math.inf)
+        """See ``Backend.route``; the memory of the log-masses is reused for ``dead``."""
+        with _on(masses.log_mass.device):
+            return route_pairs(masses, labels, tiles, eps)
 
     def refine(
         self,
@@ -132,21 +134,19 @@ class TritonBackend:
         wanted: Wanted,
     ) -> Refined:
         """See ``Backend.refine``."""
-        device = head.weight.device
-        launch, programs = self._launch(head, "refine"), _programs(device)
-        with _on(head):
-            given = host.operands(head, tiles.order)
-            arguments = (given, labels, tiles, work, options, wanted, launch, programs)
+        device, block = head.weight.device, Block(head, labels, tiles, options)
+        sizes = {"launch": self._launch(head, "refine"), "programs": _programs(device)}
+        with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return host.refine_in_order(*arguments, self.byte_budget)
-            return host.refine(*arguments)
+                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
+            return refine_pairs(block, work, wanted, **sizes)
 
     def combine(
         self, head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
     ) -> Tensor:
-        """See ``Backend.combine``; nothing is used up."""
-        with _on(head):
-            return host.combine(head, labels, opened, shares)
+        """See ``Backend.combine``; the opened rows are left unchanged."""
+        with _on(head.weight.device):
+            return combine_rows(head, labels, opened, shares)
 
     def weight_gradients(
         self,
@@ -159,18 +159,15 @@ class TritonBackend:
         needs: tuple[bool, bool],
     ) -> Gradients:
         """See ``Backend.weight_gradients``."""
-        launches = (self._launch(head, "softmax"), self._launch(head, "weight"))
-        with _on(head):
-            return weight.weight_gradients(
-                head,
-                labels,
+        with _on(head.weight.device):
+            return weight_gradients(
+                Block(head, labels, saved.tiles, options),
                 saved,
                 coefficients,
-                safety,
-                options,
-                needs,
-                launches,
-                self.byte_budget,
+                safety=safety,
+                needs=needs,
+                launches=(self._launch(head, "softmax"), self._launch(head, "weight")),
+                byte_budget=self.byte_budget,
             )
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
@@ -204,10 +201,6 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(head: Head) -> contextlib.AbstractContextManager:
-    return _on_device(head.weight.device)
-
-
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launch where the tensors are, not on the process's current device."""
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch where the tensors are, which need not be the process's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
