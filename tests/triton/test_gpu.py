@@ -10,7 +10,7 @@ import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS, select_backend
-from str_kernels.backends.triton import host
+from str_kernels.backends.triton.quantise import quantised
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from tests.backends.test_exact import OPTIONS
 from tests.backends.test_routed import ALL_LIVE, clustered_case
@@ -107,7 +107,9 @@ def test_quantised_rows(name):
     rows = torch.randn(3001, 1200, device="cuda", dtype=torch.bfloat16)
     order = torch.randperm(3001, device="cuda")
     columns = torch.rand(1200, device="cuda") + 0.1
-    eight, scales = host.quantised(rows, EIGHT_BITS[name], order, range(512, 3001), columns)
+    eight, scales = quantised(
+        rows, EIGHT_BITS[name], order=order, places=range(512, 3001), columns=columns
+    )
     want, want_scales = quantise_rows(rows[order[512:]], EIGHT_BITS[name], columns)
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
     differ = (eight.float() - want.float()).abs()

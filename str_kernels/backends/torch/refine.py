@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.torch.blocks import positions_of
 from str_kernels.engine.contract import Block, Refined, Wanted, Worklist
 from str_kernels.engine.logits import (
     accumulator,
@@ -24,6 +23,7 @@ from str_kernels.engine.logits import (
     weight_rows,
 )
 from str_kernels.engine.products import product, products
+from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
 
 _HOT_SHARE = 0.5  # of the rows: gathering the others would cost what it saves

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from str_kernels.backends.torch.blocks import positions_of
 from str_kernels.engine.contract import Block, TileMasses, Worklist
+from str_kernels.engine.tiles import LEAST_OPEN, positions_of
 from str_kernels.options import TILE
-
-# A row whose label's tile holds all but this much is right already; less is rounding.
-LEAST_OPEN = 2.0**-20
 
 
 def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:

@@ -13,16 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from str_kernels.backends.torch.blocks import (
-    MAX_ROWS,
-    head_rows,
-    in_block,
-    positions_of,
-    spans,
-)
+from str_kernels.backends.torch.blocks import MAX_ROWS, head_rows, in_block, spans
 from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share, silent_rows
 from str_kernels.engine.logits import accumulator, block_logits, softcap_slope
+from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
 
 

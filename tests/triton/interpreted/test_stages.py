@@ -8,8 +8,9 @@ import torch
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.backends.triton import TritonBackend
 from str_kernels.backends.triton.launch import launch_for
+from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.engine.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import TILE, LossOptions
@@ -134,7 +135,7 @@ def test_weight_gradients(setting, routed, needs, smoothed):
 def test_plan_covers_every_live_row_once():
     """Chunks of a tile's rows: none empty, none overlapping, none missing; their number."""
     counts = torch.tensor([0, 3, 64, 65, 0, 200, 1], dtype=torch.int32)
-    plan = host.plan_chunks(counts, 200, 64)
+    plan = plan_chunks(counts, 200, 64)
     number = int(plan[0, 0])
     assert number == 0 + 1 + 1 + 2 + 0 + 4 + 1
     covered = [set() for _ in counts]

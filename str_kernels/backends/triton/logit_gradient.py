@@ -1,19 +1,36 @@
-"""The gradient of a trainable weight on the device: live rows, their dz, and its product with H."""
+"""The gradient ``dz`` by the logits of some tiles' live pairs, for that of a trainable weight.
+
+Stage: ``Saved``, ``Coefficients`` → ``dz [C, R, TILE]``. After routing ``live_kernel`` lists the
+live rows of each tile, and ``logit_gradient_kernel`` computes the logits of these rows alone.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from str_kernels.backends.triton.launch import SCAN, Launch
+from str_kernels.backends.triton.operands import GROUP, Operands, common, tuning
 from str_kernels.backends.triton.tiles import (
     TILE,
     finish_logits,
     grouped,
-    multiply,
     products,
     rows_at,
     softcap_slope,
 )
+from str_kernels.engine.contract import Coefficients, Saved
+from str_kernels.engine.dead import silent_rows
+
+POINTERS = {
+    "i64": ("order",),
+    "i32": ("list", "count", "label"),
+    "fp32": ("masses", "coefficient"),
+}
 
 
 @triton.jit
@@ -104,67 +121,72 @@ def logit_gradient_kernel(
         tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
-def weight_kernel(
-    hidden_ptr,
-    dz_ptr,
-    list_ptr,
-    count_ptr,
-    order_ptr,
-    scale_ptr,
-    spread_ptr,
-    safety_slot_ptr,
-    safety_ptr,
-    weight_grad_ptr,
-    bias_grad_ptr,
-    rows,
-    vocab,
-    first_tile,
-    dim: tl.constexpr,
-    precision: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """One program: one of the C tiles from ``first_tile`` on × BLOCK_E columns, its own to write.
+class Lists(NamedTuple):
+    """Live rows of C tiles: ``rows [C, R]``, ``counts [C]`` int32; None stands for every row."""
 
-    In: ``hidden [R, D]``, ``dz [C, R, TILE]``, ``list [C, R]`` and ``count [C]`` int32 or None,
-    ``order [V]`` int64 or None, ``scale [1]`` fp32 what dz is multiplied by, ``spread [T, D]`` fp32
-    or None, ``safety_slot [V]`` int32 in tile order (-1: none) or None, ``safety [K, D]`` fp32.
-    Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, of dz alone, or None.
+    rows: Tensor | None
+    counts: Tensor | None
+
+
+class Rows(NamedTuple):
+    """What the logits' gradient is made from: ``label [R]`` int32, and ``packed`` coefficients."""
+
+    given: Operands
+    label: Tensor
+    coefficients: Tensor
+
+
+def list_live(masses: Tensor | None, tiles: range) -> Lists:
+    """List the live rows of these tiles; every row is live without ``masses [R, T]``."""
+    if masses is None:
+        return Lists(None, None)
+    rows = torch.empty(len(tiles), len(masses), dtype=torch.int32, device=masses.device)
+    counts = torch.empty(len(tiles), dtype=torch.int32, device=masses.device)
+    live_kernel[(len(tiles),)](
+        masses, rows, counts, len(masses), tiles.start, *masses.stride(), **SCAN
+    )
+    return Lists(rows, counts)
+
+
+def logit_gradients(rows: Rows, lists: Lists, tiles: range, launch: Launch) -> Tensor:
+    """Return ``dz [C, R, TILE]``, of which only the entries of listed rows are written."""
+    given = rows.given
+    dz = given.hidden.new_empty(len(tiles), given.rows, TILE.value)
+    logit_gradient_kernel[(-(-given.rows // launch.block_r) * len(tiles),)](
+        given.hidden,
+        given.weight,
+        given.order,
+        given.bias,
+        *lists,
+        rows.coefficients,
+        rows.label,
+        dz,
+        given.rows,
+        first_tile=tiles.start,
+        **common(given),
+        BLOCK_R=launch.block_r,
+        BLOCK_D=launch.block_d,
+        GROUP=GROUP,
+        **tuning(launch),
+    )
+    return dz
+
+
+def packed(coefficients: Coefficients, saved: Saved) -> tuple[Tensor, Tensor]:
+    """``[4, R]`` lse, α, the label's dz, σ, divided by the scale ``[1]`` that is also returned.
+
+    Scaled to the largest row, since fp16 ends at 6e-8 and a mean over a long batch begins there.
     """
-    wide = tl.cdiv(dim, BLOCK_E)
-    slot, block = tl.program_id(0) // wide, tl.program_id(0) % wide
-    along, column = block * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, TILE)
-    within = (along < dim)[None, :]
-    base, tile = slot.to(tl.int64) * rows, first_tile + slot
-    count = rows if count_ptr is None else tl.load(count_ptr + slot)
-    total, bias = tl.zeros([TILE, BLOCK_E], tl.float32), tl.zeros([TILE], tl.float32)
-    for start in range(0, count, BLOCK_R):
-        place = start + tl.arange(0, BLOCK_R)
-        live = place < count
-        row = place if list_ptr is None else tl.load(list_ptr + base + place, mask=live, other=0)
-        there = dz_ptr + (base + place)[None, :] * TILE + column[:, None]
-        dz = tl.load(there, mask=live[None, :], other=0.0)
-        if bias_grad_ptr is not None:
-            bias += tl.sum(dz.to(tl.float32), 1)
-        if weight_grad_ptr is not None:
-            hidden = hidden_ptr + row.to(tl.int64)[:, None] * dim + along[None, :]
-            h = tl.load(hidden, mask=live[:, None] & within, other=0.0)
-            total = multiply(dz, h, total, precision)
-    position, scale = tile * TILE + column, tl.load(scale_ptr)
-    inside = position < vocab
-    if bias_grad_ptr is not None:
-        first = position < tl.where(block == 0, vocab, 0)  # one of the tile's programs writes it
-        tl.store(bias_grad_ptr + position, bias * scale, mask=first)
-    if weight_grad_ptr is not None:
-        total *= scale
-        if spread_ptr is not None:
-            spread = spread_ptr + tile.to(tl.int64) * dim + along
-            total += tl.load(spread, mask=along < dim, other=0.0)[None, :]
-        if safety_slot_ptr is not None:
-            token = tl.load(safety_slot_ptr + position, mask=inside, other=-1)
-            mask = (token >= 0)[:, None] & within
-            safety = safety_ptr + token.to(tl.int64)[:, None] * dim + along[None, :]
-            total += tl.load(safety, mask=mask, other=0.0)
-        out = weight_grad_ptr + rows_at(order_ptr, position, vocab)[:, None] * dim + along[None, :]
-        tl.store(out, total.to(weight_grad_ptr.dtype.element_ty), mask=inside[:, None] & within)
+    alpha, gamma, sigma = coefficients
+    at_label = alpha - gamma - alpha * saved.open_mass
+    packed = torch.stack(
+        [saved.lse, alpha, at_label, torch.zeros_like(alpha) if sigma is None else sigma]
+    )
+    packed.masked_fill_(silent_rows(coefficients), 0.0)
+    # others of a row have at most α · open mass between them; NaN rows shall not decide
+    largest = torch.maximum(packed[2].abs(), (packed[1] * saved.open_mass).abs())
+    largest = torch.nan_to_num(largest, nan=0.0, posinf=0.0)
+    scale = torch.cat([largest, largest.new_zeros(1)]).amax(0, keepdim=True)
+    scale = torch.where(scale == 0, 1.0, scale)
+    packed[1:] /= scale
+    return packed, scale
