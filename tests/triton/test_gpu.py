@@ -154,20 +154,20 @@ def test_deterministic_repeats_bitwise():
 def test_forward_does_not_wait_for_the_device():
     """Screen, route and refine enqueue without a host synchronisation."""
     from str_kernels.backends.triton import TritonBackend
-    from str_kernels.engine.contract import Head, Tiles, Wanted
+    from str_kernels.engine.contract import Block, Head, Tiles, Wanted
     from str_kernels.options import LossOptions
     from str_kernels.vocabulary import tile_means
 
     case = on_gpu(make_case(512, 4000, 128, ignored=0.0).to(torch.bfloat16))
-    backend, options = TritonBackend(), LossOptions()
+    backend = TritonBackend()
     head = Head(case.hidden_states, case.weight, None)
     tiles = Tiles(None, None, tile_means(case.weight, None))
+    block = Block(head, case.labels, tiles, LossOptions())
 
     def stages():
-        masses = backend.screen(head, tiles, options, "exact")
-        work = backend.route(masses, case.labels, tiles, DEFAULT_EPS)
-        wanted = Wanted(hidden=True, masses=False, entropy=False)
-        return backend.refine(head, case.labels, tiles, work, options, wanted)
+        masses = backend.screen(block, "exact")
+        work = backend.route(block, masses, DEFAULT_EPS)
+        return backend.refine(block, work, Wanted(hidden=True, masses=False, entropy=False))
 
     stages()  # compiles
     torch.cuda.synchronize()

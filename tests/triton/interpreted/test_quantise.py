@@ -9,7 +9,7 @@ from str_kernels import VocabularyIndex
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.triton import TritonBackend
 from str_kernels.backends.triton.quantise import quantised
-from str_kernels.engine.contract import Head, Tiles
+from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
@@ -70,10 +70,11 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     case.hidden_states[0] = float("nan")
     kept = Tiles(order, inverse, index.mean_rows, *quantised(rows, torch.int8))
     head = Head(case.hidden_states, case.weight, case.bias)
+    anew = kept._replace(quantised=None, row_scales=None)
     small = TritonBackend(byte_budget=8 * TILE * 72)
     settings = LossOptions(softcap=options.get("softcap"))
-    got = small.screen(head, kept._replace(quantised=None, row_scales=None), settings, "int8")
-    want = backend.screen(head, kept, settings, "int8")
+    got = small.screen(Block(head, None, anew, settings), "int8")
+    want = backend.screen(Block(head, None, kept, settings), "int8")
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one[1:], other[1:])
@@ -91,8 +92,9 @@ def test_columns_are_balanced_as_a_cpu_does(options, ordered):
         tiles_of(case.weight, index, fresh=False),
     )
     settings = LossOptions(softcap=options.get("softcap"))
-    got = TritonBackend(byte_budget=8 * TILE * 72).screen(head, tiles, settings, "int8")
-    want = TorchBackend().screen(head, tiles, settings, "int8")
+    block = Block(head, None, tiles, settings)
+    got = TritonBackend(byte_budget=8 * TILE * 72).screen(block, "int8")
+    want = TorchBackend().screen(block, "int8")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=0.0, atol=1e-4)
     assert (got.slope is None) == (want.slope is None)
     if got.slope is not None:
