@@ -118,7 +118,15 @@ class TokenTerms:
         """Nothing yet."""
         self._columns: dict[str, Tensor] = {}
 
-    def record(self, terms: RowTerms, labelled: Tensor, rows: Tensor, shape: torch.Size) -> None:
+    def record(
+        self,
+        terms: RowTerms,
+        entropy: Tensor,
+        labelled: Tensor,
+        *,
+        rows: Tensor,
+        shape: torch.Size,
+    ) -> None:
         """Keep the terms ``[n]`` of these rows of a batch ``[B, T]``.
 
         Raises:
@@ -131,7 +139,7 @@ class TokenTerms:
             )
         found = {
             "loss": terms.cross_entropy + terms.penalty,
-            "entropy": torch.where(labelled, terms.statistics.entropy, 0.0).detach(),
+            "entropy": torch.where(labelled, entropy, 0.0).detach(),
             "is_top1": terms.statistics.correct & labelled,
             "label_mask": labelled,
         }

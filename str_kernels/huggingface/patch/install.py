@@ -13,8 +13,8 @@ from str_kernels.huggingface.constraint.positions import Positions, validate_pos
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.forward import PATCH
 from str_kernels.huggingface.deferred.head import causal_lm, find_head, validate_tokens
+from str_kernels.huggingface.patch.context import Reference
 from str_kernels.huggingface.patch.filtering import Index
-from str_kernels.huggingface.patch.loss import Reference
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.huggingface.patch.verify import verify_patch
 from str_kernels.options import LossOptions, SafetyConstraint, Screen, removed

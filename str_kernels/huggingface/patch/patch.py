@@ -36,8 +36,9 @@ from str_kernels.huggingface.deferred.forward import (
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
+from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource, fall_back
-from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward, LossContext, Reference
+from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import LossMeter
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.options import LossOptions
