@@ -11,7 +11,7 @@ A trainer that is made before the patch needs no `FlagRenamer`: the patch sees t
 one that is made afterwards, `watch_for_head` replaces ``model.train``, which every trainer calls
 before its steps; this is done only in a process that has imported TRL.
 
-What DPO, GRPO, KTO and the like ask of the same head is not answered.
+Requests of DPO, GRPO, KTO and the like to the same head are not answered.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def stop_watching(model: nn.Module) -> None:
 
 
 class TokenTerms:
-    """What one forward with labels knows of every token, for TRL."""
+    """The terms of every token in one forward with labels, for TRL."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without terms."""
         self._columns: dict[str, Tensor] = {}
 
     def record(
@@ -210,7 +210,7 @@ class SumOnly(Tensor):
         if func not in _OF_SUMS and func not in METADATA:
             raise ValueError(
                 f"log_probs: {name_of(func)} was asked of the losses of a model with a safety "
-                "constraint, which hold the penalty; only their sum is a loss. SFTTrainer's "
+                "constraint, which contain the penalty; only their sum is a loss. SFTTrainer's "
                 "loss_type must be 'nll'; for another, and for TRL's other trainers, patch with "
                 "safety=None."
             )

@@ -1,12 +1,12 @@
 """The constraint's inputs of one loss, row by row.
 
-Stage: `Fold` with its row numbers, labels ``[n]`` → weights ``[n]``, references ``[n, K]``. Both are
-made for all R rows of the head's call, and those of the loss are gathered from them.
+Stage: `Fold` with its row numbers, labels ``[n]`` → weights ``[n]``, references ``[n, K]``. Both
+are made for all R rows of the head's call, and those of the loss are gathered from them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from str_kernels.huggingface.constraint.reference_pass import safety_reference
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
+from str_kernels.options import LossOptions
 
 
 class Constrained(NamedTuple):
@@ -23,6 +24,24 @@ class Constrained(NamedTuple):
 
     reference: Tensor
     weights: Tensor
+
+
+def check_weights(weights: Any, options: LossOptions) -> None:
+    """Refuse ``position_weights`` of a batch that are no weights, or have nothing to weigh.
+
+    Raises:
+        ValueError: no tensor of floating point, or no constraint.
+    """
+    if weights is None:
+        return
+    if options.safety is None:
+        raise ValueError(
+            "position_weights: weigh the positions of the safety constraint, and the model was "
+            "patched with safety=None."
+        )
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        given = getattr(weights, "dtype", type(weights).__name__)
+        raise ValueError(f"position_weights={given}: must be a tensor [B, T] of floating point.")
 
 
 def constrained_rows(
