@@ -11,7 +11,7 @@ A trainer that is made before the patch needs no `FlagRenamer`: the patch sees t
 one that is made afterwards, `watch_for_head` replaces ``model.train``, which every trainer calls
 before its steps; this is done only in a process that has imported TRL.
 
-What DPO, GRPO, KTO and the like ask of the same head is not answered.
+Requests of DPO, GRPO, KTO and the like to the same head are not answered.
 """
 
 from __future__ import annotations
@@ -112,13 +112,21 @@ def stop_watching(model: nn.Module) -> None:
 
 
 class TokenTerms:
-    """What one forward with labels knows of every token, for TRL."""
+    """The terms of every token in one forward with labels, for TRL."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without terms."""
         self._columns: dict[str, Tensor] = {}
 
-    def record(self, terms: RowTerms, labelled: Tensor, rows: Tensor, shape: torch.Size) -> None:
+    def record(
+        self,
+        terms: RowTerms,
+        entropy: Tensor,
+        labelled: Tensor,
+        *,
+        rows: Tensor,
+        shape: torch.Size,
+    ) -> None:
         """Keep the terms ``[n]`` of these rows of a batch ``[B, T]``.
 
         Raises:
@@ -131,7 +139,7 @@ class TokenTerms:
             )
         found = {
             "loss": terms.cross_entropy + terms.penalty,
-            "entropy": torch.where(labelled, terms.statistics.entropy, 0.0).detach(),
+            "entropy": torch.where(labelled, entropy, 0.0).detach(),
             "is_top1": terms.statistics.correct & labelled,
             "label_mask": labelled,
         }
@@ -202,7 +210,7 @@ class SumOnly(Tensor):
         if func not in _OF_SUMS and func not in METADATA:
             raise ValueError(
                 f"log_probs: {name_of(func)} was asked of the losses of a model with a safety "
-                "constraint, which hold the penalty; only their sum is a loss. SFTTrainer's "
+                "constraint, which contain the penalty; only their sum is a loss. SFTTrainer's "
                 "loss_type must be 'nll'; for another, and for TRL's other trainers, patch with "
                 "safety=None."
             )

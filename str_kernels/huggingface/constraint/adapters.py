@@ -34,9 +34,10 @@ def trainable_base(model: nn.Module) -> list[str]:
 
 
 def require_fixed_base(model: nn.Module) -> None:
-    """What is left with the adapters off must not be trained.
+    """Refuse a model that trains parameters which stay when the adapters are switched off.
 
-    What PEFT trains in place of a frozen original (``modules_to_save``, trainable tokens) may be.
+    Copies that PEFT trains in place of a frozen original (``modules_to_save``, trainable tokens) do
+    not stay.
 
     Raises:
         ValueError: parameters outside the adapters that are trained; the first of them are named.
@@ -54,7 +55,7 @@ def require_fixed_base(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model as it was aligned, for this block.
+    """Switches the adapters off in this block: what is left is the aligned model.
 
     PEFT's flags are set one by one: its ``disable_adapter()`` also rewrites ``requires_grad``,
     which unfreezes what the user had frozen.

@@ -1,9 +1,9 @@
-"""Anchor rows: requests from which nothing is learned, whose safety tokens are held all the same.
+"""Anchor rows: requests that only the constraint sees, and from which nothing is learned.
 
-Stage: a collated batch, rows to hold → both below each other, with the batch's own
-``position_weights [B, T]``. A step beyond the paper: the constraint sees the contexts that it is
-there for. With refused requests go benign ones that resemble them, so that what is held is the
-difference, and not refusing as such.
+Stage: a collated batch, anchor rows → one batch, with ``position_weights [B, T]`` of its own. This
+goes beyond the paper: the constraint acts on the contexts that it is there for. Benign requests
+that resemble the refused ones join too, so that the difference between them is preserved, and not
+refusing as such.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ Batch = dict[str, Tensor]
 Feature = dict[str, Any]
 
 _JOINED = ("input_ids", "attention_mask", "labels")
-# Of what a batch's own rows weigh in the constraint, so that cutting a step into more forwards
-# changes nothing; two anchors to eight rows were measured, each weighing what a row does.
+# The anchors' weight in the constraint, relative to that of a batch's own rows, so that cutting a
+# step into more forwards changes nothing; two anchors to eight rows were measured, equal in weight.
 SHARE = 0.25
 
 
 class AnchoredCollator:
-    """A data collator that joins one row of each pool to every batch: held, not learned.
+    """A data collator that joins one row of each pool to every batch: constrained, not learned.
 
     For training a patched model with a constraint: other models may leave ``position_weights``
     unread, and an evaluation would count the rows in. All rows are padded to the longest, so keep
     anchors as short as the data.
 
     Args:
-        collator: makes ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` of features,
+        collator: makes ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` from features,
             and nothing else.
         pools: rows as ``{"input_ids": [...]}``, whole conversations with the answers of the aligned
             model: one pool of requests that it refuses, and one of benign look-alikes.
         pad_token_id: fills up what is shorter.
-        positions: of the other rows, as in ``patch_model``, whose own they replace.
-        share: of the constraint's weight, beside the other rows' own; above 0.
-        seed: of the draw. Which rows join a batch depends on nothing but it and the batch, so a
-            resumed run and every worker draws alike; the same batch meets the same rows.
+        positions: as in ``patch_model``, for the other rows; they replace the patch's.
+        share: the anchors' weight in the constraint, relative to the other rows' own; above 0.
+        seed: determines, together with the batch, which rows join it, so that a resumed run and
+            every worker draw alike.
 
     Raises:
         ValueError: no pool, an empty one, a row without ids, no share, or positions that there are
@@ -66,7 +66,7 @@ class AnchoredCollator:
     ) -> None:
         """Check the pools."""
         if not pools:
-            raise ValueError("pools is empty: give rows to hold, refused and benign ones apart.")
+            raise ValueError("pools is empty: give anchor rows, refused and benign ones apart.")
         for at, pool in enumerate(pools):
             rows = all(isinstance(row, Mapping) and len(row.get("input_ids", ())) for row in pool)
             if not len(pool) or not rows:
@@ -82,8 +82,8 @@ class AnchoredCollator:
         batch = self._collator(features)
         draw = Random(f"{self._seed} {batch['input_ids'].tolist()}")
         drawn = [draw.choice(pool) for pool in self._pools]
-        held = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in drawn]
-        anchors = collate(held, pad_token_id=self._pad)
+        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in drawn]
+        anchors = collate(rows, pad_token_id=self._pad)
         return join_anchors(batch, anchors, self._positions, self._pad, self._share)
 
 
@@ -92,8 +92,8 @@ def join_anchors(
 ) -> Batch:
     """The batch with anchor rows below it, and the ``position_weights`` of both.
 
-    The batch's rows weigh what they weigh without anchors, and the anchors together ``share`` of
-    that: each row as much, spread over all its tokens.
+    The batch's rows keep the weight that they have without anchors. The anchors together get
+    ``share`` times that weight, each row an equal part, spread over all its tokens.
 
     Raises:
         ValueError: the batch has another entry, which would not fit the rows below.
@@ -105,13 +105,13 @@ def join_anchors(
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     own = position_weights(shifted, positions, attention_mask=batch["attention_mask"])
     mask = anchors["attention_mask"].float()
-    held = mask / mask.sum(-1, keepdim=True) * own.sum() * share / len(mask)
+    added = mask / mask.sum(-1, keepdim=True) * own.sum() * share / len(mask)
     nothing = torch.full_like(anchors["input_ids"], IGNORED)
     return {
         "input_ids": _stacked(batch["input_ids"], anchors["input_ids"], pad_token_id),
         "attention_mask": _stacked(batch["attention_mask"], anchors["attention_mask"], 0),
         "labels": _stacked(batch["labels"], nothing, IGNORED),
-        "position_weights": _stacked(own, held, 0.0),
+        "position_weights": _stacked(own, added, 0.0),
     }
 
 

@@ -1,7 +1,7 @@
-"""Where each sequence starts, in rows that hold several one after another.
+"""Where each sequence starts, in rows that contain several one after another.
 
 Stage: the arguments of a forward → ``[B, T]`` bool, True on the first token of every sequence but
-the row's first. No value is read back from a device, but for ``cu_seq_lens_q`` on a CPU.
+the row's first. Only ``cu_seq_lens_q`` on a CPU is read back, and nothing from another device.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ needs the log-sum-exp, which is computed on constrained rows alone. There is nev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -60,13 +60,12 @@ def reference_fold(
             "cache twice; train without a cache, or use a cache file."
         )
     kept = {name: x for name, x in arguments.items() if name not in _NOT_FOR_REFERENCE}
-    if model.training and _checkpoints(model):
+    modules = list(model.modules())
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
         kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
-    if adapters:
-        with adapters_off(model):
-            outputs = _evaluate(model, forward, kept)
-    else:
-        outputs = _evaluate(model, forward, kept)
+    device = next(model.parameters()).device
+    with adapters_off(model) if adapters else nullcontext(), _evaluating(modules, device):
+        outputs = forward(**kept)
     logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
     if not isinstance(logits, DeferredLogits) or logits.fold is None:
         raise ValueError(
@@ -76,8 +75,13 @@ def reference_fold(
     return logits.fold
 
 
-def _evaluate(model: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    device = next(model.parameters()).device
+@contextmanager
+def _evaluating(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
+
+    This is ``eval()``, except that every module gets its own mode back.
+    """
+    training = [module for module in modules if module.training]
     devices = [] if device.type == "cpu" else [device]
     dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
     with (
@@ -85,27 +89,15 @@ def _evaluate(model: nn.Module, forward: Callable[..., Any], arguments: dict[str
         # a weight cast here would be cached without its graph, and used so by the training pass
         torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
         torch.random.fork_rng(devices, device_type=device.type),
-        _evaluation_mode(model),
         deferring(_NoLoss()),
     ):
-        return forward(**arguments)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no checkpointing; as ``eval()``, but every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def safety_reference(

@@ -3,8 +3,8 @@
 Stage: batches → the pass with the adapters off → a file → references ``[B, T, K]`` of a batch.
 
 A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, the reference of every position of
-one token sequence, named by the sequence's hash; the metadata say for which safety tokens and of
-what kind. Padding does not matter: only the real tokens are hashed, and only they get values.
+one token sequence, named by the sequence's hash; the metadata name the safety tokens and the unit.
+Padding does not matter: only the real tokens are hashed, and only they get values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def content_key(token_ids: Sequence[int]) -> str:
 
 
 def reference_unit(safety: SafetyConstraint) -> str:
-    """What the reference of this constraint holds: ``"logits"`` or ``"logprobs"``."""
+    """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
     return "logprobs" if safety.kind == "logprob" else "logits"
 
 
@@ -101,7 +101,7 @@ class ReferenceCache:
         if metadata["unit"] != reference_unit(safety):
             raise ValueError(
                 f"reference={str(self.path)!r}: holds {metadata['unit']}, but kind={safety.kind!r} "
-                f"is held to {reference_unit(safety)}; compute it again with this kind."
+                f"needs {reference_unit(safety)}; compute it again with this kind."
             )
 
     def holds(self, token_ids: Sequence[int]) -> bool:
@@ -112,7 +112,7 @@ class ReferenceCache:
         """References ``[B, T, K]`` fp32 of a batch ``[B, T]``; zero on padding.
 
         Raises:
-            ValueError: a sequence that the cache does not hold (packed or cut differently).
+            ValueError: a sequence that is not in the cache (packed or cut differently).
         """
         found = None
         for row, (where, ids) in enumerate(real_tokens(input_ids, attention_mask)):
@@ -136,7 +136,7 @@ def save_reference_cache(
     """Write ``{content_key: [T, K]}`` as fp16; the file appears whole or not at all.
 
     Raises:
-        ValueError: a value that fp16 cannot hold.
+        ValueError: a value beyond the range of fp16.
     """
     path, tensors = Path(path), {}
     for key, values in references.items():

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-PATCH = "_str_kernels_patch"  # the attribute of a model that holds its patch
+PATCH = "_str_kernels_patch"  # the attribute of a model under which its patch is stored
 _INNER = "_str_kernels_inner_forward"
 
 
 def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Make ``module.forward(...)`` call ``function(module, ...)``; once, however often called."""
+    """Make ``module.forward(...)`` call ``function(module, ...)``; a second call does nothing."""
     if is_installed(module):
         return
 
@@ -37,7 +37,7 @@ def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def inner_forward(module: nn.Module) -> Callable[..., Any]:
-    """What ``module.forward`` was before, or would be."""
+    """``module.forward`` without the replacement."""
     inner = module.__dict__.get(_INNER if is_installed(module) else "forward")
     return functools.partial(type(module).forward, module) if inner is None else inner
 
@@ -54,7 +54,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def remove_forward(module: nn.Module) -> None:
-    """Undo ``install_forward``; a wrapper that somebody put around ours since stays, with ours."""
+    """Undo ``install_forward``; below a newer wrapper, ours stays and only passes on."""
     if not is_installed(module) or not has_own_forward(module):
         return
     inner = module.__dict__.pop(_INNER)

@@ -24,7 +24,8 @@ from str_kernels.huggingface.deferred.forward import (
     is_installed,
     remove_forward,
 )
-from str_kernels.huggingface.deferred.tensor import HeadCall, LossOwner, defer_linear
+from str_kernels.huggingface.deferred.head_call import HeadCall, LossOwner
+from str_kernels.huggingface.deferred.tensor import defer_linear
 from str_kernels.validation import validate_weight
 
 _deferring: ContextVar[LossOwner | None] = ContextVar("str_kernels_deferring", default=None)
@@ -73,7 +74,7 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def defer_head(head: nn.Module) -> None:
-    """Let this head defer its logits wherever ``deferring`` says so."""
+    """Let this head defer its logits inside ``deferring``."""
     install_forward(head, _head_forward)
 
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from str_kernels.huggingface.deferred.fold import Fold, fold_linear
 from str_kernels.huggingface.deferred.freshness import Freshness
+from str_kernels.huggingface.deferred.head_call import HeadCall
 from str_kernels.huggingface.deferred.modes import Modes
 from str_kernels.huggingface.deferred.recording import extend
 from str_kernels.huggingface.deferred.torch_functions import (
@@ -44,45 +44,6 @@ from str_kernels.huggingface.deferred.torch_functions import (
 )
 
 
-class LossOwner(Protocol):
-    """The labelled forward that the logits belong to."""
-
-    def cross_entropy(
-        self,
-        fold: Fold,
-        target: Tensor,
-        *,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-    ) -> Tensor:
-        """The fused loss in place of ``F.cross_entropy``."""
-        ...
-
-    def logits_read(self, by: str, size: int) -> None:
-        """Real logits of ``size`` bytes were needed; ``by`` names the function that asked."""
-        ...
-
-
-@dataclass
-class HeadCall:
-    """What the tensors derived from one call of the head have in common."""
-
-    owner: LossOwner | None
-    members: list[weakref.ref] = field(default_factory=list)
-    fresh: list[Freshness] = field(default_factory=list)
-    fused: bool = False
-    watched: bool = False
-    written: bool = False
-
-    def materialise_all(self) -> None:
-        """Make every tensor that is still alive real."""
-        for reference in self.members:
-            member = reference()
-            if member is not None:
-                member.materialise()
-
-
 class DeferredLogits(Tensor):
     """Logits of a head, computed when first read; see the module's docstring."""
 
@@ -94,7 +55,7 @@ class DeferredLogits(Tensor):
 
     @property
     def fold(self) -> Fold | None:
-        """The record, or None after somebody wrote into the logits."""
+        """The record, or None after a write into the logits."""
         return None if self._call.written else self._fold
 
     @property

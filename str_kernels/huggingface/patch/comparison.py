@@ -16,10 +16,10 @@ class Verification:
     """The result of a trial.
 
     Attributes:
-        skipped: why it could not be made; None: it was, and nothing differed.
+        skipped: why there was none; None: it was made, and nothing differed.
         fused: whether the loss was computed without the logits.
-        errors: the size of each difference, by what was compared: of the loss absolute, of
-            gradients and logits relative to their norm.
+        errors: the size of each difference, by what was compared: absolute for the loss, relative
+            to their norm for gradients and logits.
     """
 
     skipped: str | None = None
@@ -29,7 +29,7 @@ class Verification:
 
 @dataclass
 class Run:
-    """One forward and what is compared of it."""
+    """The results of one forward that are compared."""
 
     loss: Tensor
     logits: Tensor | None
@@ -43,8 +43,8 @@ def compare(dense: Run, patched: Run, words: int) -> tuple[dict[str, float], lis
     step = max(torch.finfo(x.dtype).eps for x in (dense.loss, patched.loss))
     loss = abs(dense.loss.double() - patched.loss.double()).item()
     errors, faults = {"loss": loss}, []
-    # a plain sum over the vocabulary, as torch's is on some CPUs, wanders by √V roundings; it is
-    # made in fp32 at least, whatever the loss is rounded to
+    # a plain sum over the vocabulary, as torch makes it on some CPUs, is off by √V roundings; it
+    # is made in fp32 at least, whatever the loss is rounded to
     wandered = min(step, torch.finfo(torch.float32).eps) * words**0.5
     if not loss <= allowed + step * abs(dense.loss.item()) + wandered:
         faults.append(f"loss {patched.loss.item():.6g} instead of {dense.loss.item():.6g}")

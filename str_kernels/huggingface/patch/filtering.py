@@ -27,7 +27,7 @@ from str_kernels.vocabulary import VocabularyIndex
 LARGEST_LIVE_SHARE = 0.4
 # A smaller vocabulary has too few tiles for the screen to leave many out.
 SMALLEST_VOCABULARY = 8192
-_STATES = 2048  # more say nothing new about 32 directions
+_STATES = 2048  # enough hidden states for 32 directions
 _log = logging.getLogger("str_kernels")
 Index = VocabularyIndex | Literal["auto"] | None
 _watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)

@@ -3,12 +3,12 @@
 Stage: ``weight [V, D]``, hidden ``states [n, D]`` → their `VocabularyIndex`, read or built.
 
 A file is named by a digest of what the index is built from, so that a run never depends on what
-was run before it; of the weight, which is large, only some rows are digested. A file is therefore
-used only if the mean rows that it holds are, bit for bit, those of this weight in its order: a pass
-over the weight, a tenth of a build. Whatever is wrong with a file, the index is built and written
-again.
+was run before it. The digest reads only some rows of the weight, which is large. A file is
+therefore used only if its mean rows are, bit for bit, those of this weight in its order; checking
+that costs a pass over the weight, a tenth of a build. If anything is wrong with a file, the index
+is built and written again.
 
-``STR_KERNELS_INDEX_CACHE`` names another folder; ``off`` keeps nothing.
+``STR_KERNELS_INDEX_CACHE`` names another folder; ``off`` disables the cache.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from str_kernels.vocabulary import SCHEMA, VocabularyIndex, tile_means
 
 VARIABLE = "STR_KERNELS_INDEX_CACHE"
-_ROWS = 64  # of the weight in its digest
+_ROWS = 64  # rows of the weight in its digest
 _log = logging.getLogger("str_kernels")
 
 
 def cache_folder() -> Path | None:
-    """Where indices are kept; None: nowhere."""
+    """The folder of the indices; None: there is none."""
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
         return None if chosen.strip().lower() in ("", "0", "off") else Path(chosen).expanduser()

@@ -13,8 +13,8 @@ from str_kernels.huggingface.constraint.positions import Positions, validate_pos
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.forward import PATCH
 from str_kernels.huggingface.deferred.head import causal_lm, find_head, validate_tokens
+from str_kernels.huggingface.patch.context import Reference
 from str_kernels.huggingface.patch.filtering import Index
-from str_kernels.huggingface.patch.loss import Reference
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.huggingface.patch.verify import verify_patch
 from str_kernels.options import LossOptions, SafetyConstraint, Screen, removed
@@ -56,9 +56,9 @@ def patch_model(
         positions: ``"all"`` (prompt too, padding not), ``"labels"``, or k, the first k labelled
             positions of each sequence; the weights w of a sequence always sum to its labels. A
             batch may carry weights w of its own beside its labels, ``position_weights [B, T]``
-            floating point, of the logits at each position: for rows that are held without being
-            learned from, as ``AnchoredCollator`` joins them. A Trainer keeps such a column of a
-            data set with ``remove_unused_columns=False`` only.
+            floating point, of the logits at each position: for rows that are constrained and not
+            learned, such as those that ``AnchoredCollator`` adds. A Trainer keeps such a column
+            of a data set only with ``remove_unused_columns=False``.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch

@@ -1,69 +1,25 @@
 """One forward with labels: from deferred logits and targets to the loss that the model gets back.
 
-Stage: `Fold`, target ``[n]`` → rows of the batch → position weights and references → both terms of
-every row → what ``F.cross_entropy`` would have returned, with the penalty in it.
+Stage: `Fold`, target ``[n]`` → position weights and references → both terms of every row → what
+``F.cross_entropy`` would have returned, with the penalty in it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import Backend, RowTerms
+from str_kernels.engine.contract import RowTerms
 from str_kernels.functional import LossParts, reduce_terms
-from str_kernels.huggingface.constraint.positions import Positions, position_weights
-from str_kernels.huggingface.constraint.reference_pass import safety_reference
-from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.fold import Fold
-from str_kernels.huggingface.patch.filtering import IndexSource
-from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.trl import TokenTerms, entropy_is_free, entropy_of
+from str_kernels.huggingface.patch.context import LossContext
+from str_kernels.huggingface.patch.rows import Constrained, batch_shape, constrained_rows
+from str_kernels.huggingface.trl import entropy_is_free, entropy_of
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
-
-Reference = Literal["adapter_off"] | ReferenceCache
-
-
-@dataclass(frozen=True)
-class LossContext:
-    """What the loss of one forward is computed from, besides the logits and their targets.
-
-    Attributes:
-        model: the name of the model's class, for errors.
-        options: of the patch.
-        reference: of the patch.
-        positions: of the patch.
-        backend: of the patch.
-        index: gives the vocabulary index for a call of the head.
-        notices: where warnings go.
-        arguments: of the model's forward, by name.
-        aligned: the reference pass of this batch, if there was one.
-        position_weights: ``[B, T]``, the weight of each position's logits in the constraint,
-            instead of ``positions``; None: those.
-        tokens: receives the terms of every token, if TRL asks for them.
-    """
-
-    model: str
-    options: LossOptions
-    reference: Reference
-    positions: Positions
-    backend: str | Backend
-    index: IndexSource
-    notices: Notices
-    arguments: dict[str, Any] = field(default_factory=dict)
-    aligned: Fold | None = None
-    position_weights: Tensor | None = None
-    tokens: TokenTerms | None = None
-
-
-class Constrained(NamedTuple):
-    """The constraint's inputs of n rows: ``reference [n, K]`` and ``weights [n]``."""
-
-    reference: Tensor
-    weights: Tensor
 
 
 class FusedLoss(NamedTuple):
@@ -90,9 +46,8 @@ class LabelledForward:
 
     def __init__(self, context: LossContext) -> None:
         """Begin a forward."""
-        self._context, self._inside = context, True
+        self._context, self._inside, self._fused = context, True, False
         self.losses: list[FusedLoss] = []
-        self._fused = False
 
     def leave(self, outputs: Any) -> None:
         """End the forward; the constraint must have taken part in its loss.
@@ -125,22 +80,27 @@ class LabelledForward:
         label_smoothing: float,
     ) -> Tensor:
         """``F.cross_entropy(logits, target, ...)``, fused; inside the forward with the penalty."""
-        context, constrain = self._context, self._joins_constraint()
+        safety = self._context.options.safety if self._joins_constraint() else None
         options = replace(
-            context.options,
+            self._context.options,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
             logit_scale=fold.logit_scale,
             softcap=fold.softcap,
-            safety=context.options.safety if constrain else None,
+            safety=safety,
         )
         _require_whole(fold.weight)
-        labels, rows = target.reshape(-1), fold.rows.reshape(-1)
-        constrained = _constrained(context, fold, labels, ignore_index) if constrain else None
-        reference, weights = constrained or (None, None)
-        operands = (_states(fold), fold.weight, labels)
-        index, tokens = context.index.find(fold, options), context.tokens if self._inside else None
+        loss = self._fuse(fold, target.reshape(-1), options)
+        return loss.reshape(target.shape) if reduction == "none" else loss
+
+    def _fuse(self, fold: Fold, labels: Tensor, options: LossOptions) -> Tensor:
+        context, tokens = self._context, self._context.tokens if self._inside else None
+        constrained = reference = weights = None
+        if options.safety is not None:
+            constrained = constrained_rows(context, fold, labels, options.ignore_index)
+            reference, weights = constrained
+        operands, index = (_states(fold), fold.weight, labels), context.index.find(fold, options)
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
         terms = row_terms(
             *operands,
@@ -150,16 +110,19 @@ class LabelledForward:
             entropy=tokens is not None and entropy_is_free(operands[0], options, inputs),
             **inputs,
         )
-        loss, parts = reduce_terms(terms, labels, ignore_index=ignore_index, reduction=reduction)
+        loss, parts = reduce_terms(
+            terms, labels, ignore_index=options.ignore_index, reduction=options.reduction
+        )
         if tokens is not None:
-            if terms.statistics.entropy is None:
-                found = terms.statistics._replace(entropy=entropy_of(operands, options, inputs))
-                terms = terms._replace(statistics=found)
-            tokens.record(terms, labels != ignore_index, rows, _batch_shape(context, fold))
+            entropy = terms.statistics.entropy
+            if entropy is None:
+                entropy = entropy_of(operands, options, inputs)
+            labelled, rows = labels != options.ignore_index, fold.rows.reshape(-1)
+            tokens.record(terms, entropy, labelled, rows=rows, shape=batch_shape(context, fold))
         if self._inside:
             self._fused = True
             self.losses.append(FusedLoss(terms, parts, constrained, operands, options, inputs))
-        return loss.reshape(target.shape) if reduction == "none" else loss
+        return loss
 
     def _joins_constraint(self) -> bool:
         """Whether this cross-entropy is the model's own loss; there can be one only."""
@@ -176,80 +139,6 @@ class LabelledForward:
                 "and the safety constraint can stand in one only; patch it with safety=None."
             )
         return True
-
-
-def _constrained(
-    context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
-) -> Constrained:
-    rows = fold.rows.reshape(-1)
-    table = _weights(context, fold, labels, ignore_index)
-    if isinstance(context.reference, ReferenceCache):
-        reference = _cached(context, fold)
-    else:
-        reference = _computed(context, fold, table > 0)
-    return Constrained(reference[rows], table[rows])
-
-
-def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int) -> Tensor:
-    """Weights ``[R]`` of the rows of the head's call, from the labels that reached the loss."""
-    shape, rows = _batch_shape(context, fold), fold.rows.reshape(-1)
-    given = context.position_weights
-    if given is not None:
-        if given.shape != shape:
-            raise ValueError(
-                f"position_weights={list(given.shape)}: must have one number for each row of the "
-                f"head, {list(shape)}."
-            )
-        return given.to(labels.device, torch.float32).reshape(-1)
-    every = labels.new_full((shape.numel(),), ignore_index)
-    every[rows] = labels
-    scored = torch.zeros_like(every, dtype=torch.bool)
-    scored[rows] = True
-    weights = position_weights(
-        every.reshape(shape),
-        context.positions,
-        ignore_index=ignore_index,
-        attention_mask=context.arguments.get("attention_mask"),
-        packing=context.arguments,
-        scored=scored.reshape(shape),
-    )
-    return weights.reshape(-1)
-
-
-def _batch_shape(context: LossContext, fold: Fold) -> torch.Size:
-    """``[B, T]`` of the rows that the head was called with."""
-    shape, ids = fold.batch_shape, context.arguments.get("input_ids")
-    if len(shape) == 1 and ids is not None and ids.dim() == 2 and ids.numel() == shape.numel():
-        return ids.shape
-    if len(shape) != 2:
-        raise ValueError(
-            f"model={context.model}: calls its head with rows {list(shape)}, not [B, T], so the "
-            "safety constraint cannot tell sequences apart."
-        )
-    return shape
-
-
-def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
-    """References ``[R, K]`` from the pass with the adapters off."""
-    if context.aligned.batch_shape != fold.batch_shape:
-        raise ValueError(
-            f"reference='adapter_off': with labels the head is called with rows "
-            f"{list(fold.batch_shape)}, without them {list(context.aligned.batch_shape)}; use a "
-            "cache file."
-        )
-    return safety_reference(context.aligned, constrained, context.options, context.backend)
-
-
-def _cached(context: LossContext, fold: Fold) -> Tensor:
-    """References ``[R, K]`` from a cache file."""
-    ids = context.arguments.get("input_ids")
-    if ids is None or ids.shape != _batch_shape(context, fold):
-        raise ValueError(
-            "input_ids: a reference cache is looked up by token ids [B, T], one for each row "
-            f"of the head, {list(fold.batch_shape)}."
-        )
-    values = context.reference.lookup(ids, context.arguments.get("attention_mask"))
-    return values.reshape(-1, values.shape[-1]).to(fold.device)
 
 
 def _states(fold: Fold) -> Tensor:

@@ -36,10 +36,12 @@ from str_kernels.huggingface.deferred.forward import (
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
+from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource, fall_back
-from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward, LossContext, Reference
+from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import LossMeter
 from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 
 
@@ -54,8 +56,8 @@ class Patch:
         backend: as in ``linear_cross_entropy``.
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
-        meter: sums of the losses in training mode since somebody last took them.
-        verification: what the trial of the patch on this model found; None: there was none.
+        meter: sums of the losses in training mode since they were last taken.
+        verification: the result of the trial of the patch on this model; None: there was none.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Patch:
         self._index, self._head = IndexSource(index), head
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
         install_forward(model, _patched_forward)
         defer_head(head)
         model.__dict__[PATCH] = self
@@ -117,14 +120,15 @@ class Patch:
             self._running = before
 
     def _run(self, inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        weights = self._given_weights(kwargs.pop("position_weights", None))
+        weights = kwargs.pop("position_weights", None)  # the model does not know this argument
+        check_weights(weights, self.options)
         asked = kwargs.pop(trl.RENAMED, False)
         if kwargs.get(trl.FLAG):
             if not trl.asks_for_sft(inner):
                 self._bypassed()
                 return _undeferred(inner, args, kwargs)
             asked = kwargs.pop(trl.FLAG)
-        arguments = _named(self.model, args, kwargs)
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             if weights is not None:
                 raise ValueError("position_weights: there are no labels, so no loss to weigh.")
@@ -191,22 +195,6 @@ class Patch:
             if advice is not None:
                 self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
 
-    def _given_weights(self, weights: Any) -> Tensor | None:
-        """The position weights that a batch carries; the model does not know the argument."""
-        if weights is None:
-            return None
-        if self.options.safety is None:
-            raise ValueError(
-                "position_weights: weigh the positions of the safety constraint, and the model was "
-                "patched with safety=None."
-            )
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            given = getattr(weights, "dtype", type(weights).__name__)
-            raise ValueError(
-                f"position_weights={given}: must be a tensor [B, T] of floating point."
-            )
-        return weights
-
     def _warn_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:
             self.notices.warn_unconstrained(
@@ -215,7 +203,7 @@ class Patch:
             )
 
     def _notice_bypass(self, body: nn.Module, args: tuple) -> None:
-        """Hook of the body: somebody trains through another forward than the patched one."""
+        """A hook of the body: notice training through another forward than the patched one."""
         training = self.model.training and torch.is_grad_enabled()
         if training and not self._running and not has_own_forward(self.model):
             self._bypassed()
@@ -238,7 +226,7 @@ class Patch:
 @torch.compiler.disable
 def _patched_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = model.__dict__.get(PATCH)
-    if patch is None:  # unpatched below somebody's wrapper
+    if patch is None:  # unpatched below a newer wrapper
         return inner_forward(model)(*args, **kwargs)
     return patch.run(args, kwargs)
 
@@ -246,11 +234,3 @@ def _patched_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _undeferred(inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     with deferring(None):
         return inner(*args, **kwargs)
-
-
-def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a forward by name, whatever was passed by position."""
-    if not args:
-        return dict(kwargs)
-    names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,10 +1,10 @@
-"""The patch tries itself on the user's own model before anybody trains with it.
+"""Tries a patch on the user's own model, before anybody trains with it.
 
-Stage: a few tokens → the model as it is, then patched → loss, gradients and logits compared.
+Stage: a few tokens → the model without the patch, then with it → loss, gradients, logits compared.
 
-Both runs meet the same hidden states at the head, so that only what the patch replaces is compared;
-and in both, products with the vocabulary are made in fp32, so that a bf16 model is held to fp32's
-rounding too. The constraint is not in it, and the filter is off.
+The head gets the same hidden states in both runs, so that only what the patch replaces is compared.
+Products with the vocabulary are made in fp32, so that a bf16 model must agree to fp32's rounding
+too. The trial has no constraint and no filter.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import LossOptions
 
 _SEQUENCES, _LENGTH, _UNLABELLED = 2, 8, 2
-_ROWS_AT_ONCE = 16384  # of the head, when its product is made in fp32
-_LARGEST_GRADIENT = 2**22  # elements of a trained parameter of the head that is compared too
+_ROWS_AT_ONCE = 16384  # rows of the head in one product in fp32
+_LARGEST_GRADIENT = 2**22  # a parameter of the head with more elements is not compared
 
 
 def verify_patch(model: nn.Module, head: nn.Module, backend: str | Backend) -> Verification:
-    """Run a few tokens through the model without and with a patch; neither leaves a trace.
+    """Run a few tokens through the model without and with a patch, and restore the model.
 
     Args:
         model: a causal LM without a patch.
@@ -57,7 +57,7 @@ def verify_patch(model: nn.Module, head: nn.Module, backend: str | Backend) -> V
         try:
             inputs = _inputs(model, vocabulary_size(head))
             dense = _run(model, head, inputs, states)
-        except Exception as error:  # what the model cannot do is no fault of the patch
+        except Exception as error:  # a model that cannot run so is no fault of the patch
             return Verification(skipped=f"{type(error).__name__}: {error}".splitlines()[0])
         if not dense.loss.isfinite():
             return Verification(skipped="its loss is not finite")
@@ -65,23 +65,25 @@ def verify_patch(model: nn.Module, head: nn.Module, backend: str | Backend) -> V
             try:
                 patched = _run(model, head, inputs, states)
             except Exception as error:
-                raise ValueError(_refusal(model, f"{type(error).__name__}: {error}")) from error
+                raise ValueError(
+                    _refusal(type(model).__name__, f"{type(error).__name__}: {error}")
+                ) from error
     errors, faults = compare(dense, patched, vocabulary_size(head))
     if faults:
-        raise ValueError(_refusal(model, "; ".join(faults)))
+        raise ValueError(_refusal(type(model).__name__, "; ".join(faults)))
     return Verification(fused=probe.last_parts is not None, errors=errors)
 
 
-def _refusal(model: nn.Module, what: str) -> str:
+def _refusal(model: str, what: str) -> str:
     return (
-        f"model={type(model).__name__}: tried on {_SEQUENCES * _LENGTH} tokens, the patched model "
+        f"model={model}: tried on {_SEQUENCES * _LENGTH} tokens, the patched model "
         f"does not compute what the model computes: {what}. The patch was taken off again; "
         "verify=False would keep it."
     )
 
 
 def _inputs(model: nn.Module, words: int) -> dict[str, Any]:
-    """Token ids, the same every time, none of them special; labels but for a short prompt."""
+    """Token ids, always the same and none of them special, with labels after a short prompt."""
     embedding = _input_embedding(model)
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0]:
@@ -120,7 +122,7 @@ def _special_ids(config: Any) -> Iterator[int]:
 
 
 def _run(model: nn.Module, head: nn.Module, inputs: dict[str, Any], states: list[Tensor]) -> Run:
-    """One forward; the head meets ``states``, or if that is empty, what it meets is put there."""
+    """One forward, whose head gets ``states`` as inputs; an empty list collects its own inputs."""
     hook = head.register_forward_pre_hook(_meet(states), with_kwargs=True)
     try:
         with preserved_draws(model), _ProductsInFloat32(vocabulary_size(head)) as products:
@@ -146,7 +148,7 @@ def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _meet(states: list[Tensor]) -> Callable:
-    """A hook of the head that cuts its input off the body and keeps it, or gives what was kept."""
+    """A hook of the head: detach its input and keep it in ``states``, or put a kept one there."""
     known, calls = bool(states), iter(list(states))
 
     def meet(head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -163,7 +165,7 @@ def _meet(states: list[Tensor]) -> Callable:
 
 
 def _gradients(loss: Tensor, head: nn.Module, states: list[Tensor]) -> dict[str, Tensor]:
-    """Gradients of what the head met and of its small trained parameters, by name."""
+    """Gradients of the head's inputs and of its small trained parameters, by name."""
     wanted = {f"gradient of the hidden states ({i})": x for i, x in enumerate(states)}
     if len(wanted) == 1:
         wanted = {"gradient of the hidden states": states[0]}
@@ -180,7 +182,7 @@ def _gradients(loss: Tensor, head: nn.Module, states: list[Tensor]) -> dict[str,
 
 
 class _ProductsInFloat32(TorchFunctionMode):
-    """``F.linear`` with the vocabulary's rows is made in fp32, part by part, nothing kept."""
+    """Makes ``F.linear`` with the vocabulary's rows in fp32, part by part, and stores no part."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
