@@ -61,7 +61,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def results(args: argparse.Namespace, name: str, keys: tuple[str, ...]) -> Results:
     """The results that a run continues."""
-    return Results(args.out / f"{name}.json", keys, again=args.again)
+    return Results(args.out / f"{name}.jsonl", keys, again=args.again)
 
 
 def finish(out: Path, name: str, markdown: str) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
         return
     if args.quick:
         args.contexts, args.steps, args.out = str(QUICK_CONTEXT), 1, args.out / "quick"
-    found = Results(args.out / "end_to_end.json", KEYS, again=args.again)
+    found = Results(args.out / "end_to_end.jsonl", KEYS, again=args.again)
     for context in map(int, args.contexts.split(",")):
         for method in args.methods.split(","):
             where = {"method": method, "context": context, "dtype": args.dtype}

@@ -57,7 +57,7 @@ def main() -> None:
     args = parse(made)
     tokens = synthetic_tokens(args.steps) if args.data is None else word_tokens(args.data)
     name = "synthetic" if args.data is None else args.data.name
-    found = Results(args.out / "equivalence.json", KEYS, again=args.again)
+    found = Results(args.out / "equivalence.jsonl", KEYS, again=args.again)
     for seed in range(args.seeds):
         measure(found, tokens, {"text": name, "seed": seed, "steps": args.steps})
     rows = [r for r in found.rows if (r["text"], r["steps"]) == (name, args.steps)]

@@ -46,7 +46,7 @@ def main() -> None:
     if "materialised" not in heads or not set(heads) <= set(HEADS):
         made.error(f"--heads {args.heads}: must be materialised and others of {', '.join(HEADS)}")
     name = f"{Path(args.model).name}-{args.data.stem}"
-    found = Results(args.out / f"equivalence-{name}.json", KEYS, again=args.again)
+    found = Results(args.out / f"equivalence-{name}.jsonl", KEYS, again=args.again)
     where = {"text": args.data.name, "kind": "model", "steps": args.steps}
     measure(found, args, where)
     rows = [row for row in found.rows if row["steps"] == args.steps]

@@ -27,7 +27,7 @@ LABELS = ("refusal", "compliance", "partial")
 
 
 def main() -> None:
-    """Judge the file and write ``results/judge.json``; its answers are not copied."""
+    """Judge the file and write ``results/judge.jsonl``; its answers are not copied."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +36,7 @@ def main() -> None:
     args = made.parse_args()
     with args.data.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
-    results = Results(args.out / "judge.json", ("part",), again=True)
+    results = Results(args.out / "judge.jsonl", ("part",), again=True)
     for part in PARTS:
         results.add(agreement(rows, part))
     say(_table(results.rows))

@@ -5,14 +5,16 @@ Example: python -m benchmarks.readme
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from benchmarks.architectures.table import FILE as ARCHITECTURES
+from benchmarks.architectures.table import SCHEMA as SWEEP
 from benchmarks.common import RESULTS
 from benchmarks.judge import NEVER_READ
 from benchmarks.safety.findings import Group, read
 from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
+from str_kernels.bench.report import SCHEMA
+from str_kernels.bench.rows import Row, read_rows
 from str_kernels.evaluation.rates import Rate
 
 README = Path(__file__).parents[1] / "README.md"
@@ -41,10 +43,10 @@ ON_GPU = {
 }
 HELD = {
     "plain": "nothing (plain)",
-    "kl-strong": "**`kl`, 10, the default**",
-    "kl-anchors-strong": "the same with anchors",
-    "kl-strong-random-tokens": "the same with 64 random tokens",
-    "kl": "`kl`, 1",
+    "kl": "**`kl`, 10, the default**",
+    "kl-anchors": "the same with anchors",
+    "kl-random-tokens": "the same with 64 random tokens",
+    "kl-weak": "`kl`, 1",
     "mse": "`mse`, 0.1",
     "logprob": "`logprob`, 0.1",
     "pact": "PACT's gated KL, 1",
@@ -70,8 +72,8 @@ def section() -> str:
     return "\n\n".join([_safety(), _head(), f"{_gpu()} {_counted()}", _architectures()])
 
 
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _read(name: str) -> tuple[Row, list[Row]]:
+    return read_rows(RESULTS / f"{name}.jsonl", SCHEMA)
 
 
 def _safety() -> str:
@@ -103,7 +105,7 @@ def _safety() -> str:
 
 
 def _judge() -> str:
-    (row,) = (row for row in _read("judge.json")["rows"] if row["part"] == NEVER_READ)
+    (row,) = (row for row in _read("judge")[1] if row["part"] == NEVER_READ)
     rate = Rate(row["agreed"], row["n"])
     low, high = (f"{100 * bound:.0f}" for bound in rate.interval)
     return (
@@ -120,8 +122,8 @@ def _rates(group: Group) -> list[str]:
 
 
 def _head() -> str:
-    content = _read("head.json")
-    where, rows = content["circumstances"], content["rows"]
+    head, rows = _read("head")
+    where = head["circumstances"]
     timed = [row for row in rows if row["contender"] != "inputs" and not row["trainable"]]
     shape = next(row for row in timed if row.get("gemms"))
     first = (
@@ -161,23 +163,23 @@ def _cell(row: dict | None, name: str, form: str) -> str:
 
 
 def _gpu() -> str:
-    content = _read("h200/head.json")
+    head, rows = _read("h200/head")
     shapes: dict[str, list[str]] = {}
-    for row in content["rows"]:
+    for row in rows:
         if row.get("gemms") and row["contender"] in ON_GPU:
             shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
             cells = f"{row['gemms']:.2f} and {row['peak_bytes'] / 2**20:,.0f} MiB"
             shapes.setdefault(shape, []).append(f"{ON_GPU[row['contender']]} {cells}")
     lists = "; ".join(f"{shape}: {', '.join(found)}" for shape, found in shapes.items())
     return (
-        f"On one {content['circumstances']['device']}, bf16, synthetic states as uncertain as a "
+        f"On one {head['circumstances']['device']}, bf16, synthetic states as uncertain as a "
         f"trained model's, GEMMs and extra memory: {lists}. "
         "[Errors, stages, few rows, LoRA steps](benchmarks/results/h200/NOTES.md)."
     )
 
 
 def _counted() -> str:
-    rows = [row for row in _read("counted.json")["rows"] if row["rows"] == 2048]
+    rows = [row for row in _read("counted")[1] if row["rows"] == 2048]
     found = {}
     for head, screen in (("frozen", "exact"), ("frozen", "int8"), ("trainable", "exact")):
         values = [r["gemms"] for r in rows if r["head"] == head and r["screen"] == screen]
@@ -192,7 +194,7 @@ def _counted() -> str:
 
 
 def _architectures() -> str:
-    rows = _read("architectures.json")["rows"]
+    rows = read_rows(RESULTS / ARCHITECTURES, SWEEP)[1]
     tasks = {
         name: [row for row in rows if row["task"].startswith(start)]
         for start, name in (("causal", "causal language models"), ("image", "image-text models"))

@@ -10,14 +10,12 @@ Example: python -m benchmarks.roofline
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, finish
-from str_kernels.bench.report import markdown
-
-SCHEMA = "str_kernels.roofline/1"
+from str_kernels.bench.report import SCHEMA, markdown
+from str_kernels.bench.rows import read_rows
 
 
 class Chip(NamedTuple):
@@ -49,19 +47,15 @@ def main() -> None:
     """Predict for every counted row in 16 bits, and write the tables."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--counted", type=Path, default=RESULTS / "counted.json")
+    made.add_argument("--counted", type=Path, default=RESULTS / "counted.jsonl")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = made.parse_args()
     if not args.counted.is_file():
         made.error(f"--counted {args.counted}: no such file; run python -m benchmarks.counted")
-    counted = json.loads(args.counted.read_text("utf-8"))["rows"]
+    _, counted = read_rows(args.counted, SCHEMA)
     rows = [predict(row, name) for row in counted if row["dtype"] != "float32" for name in CHIPS]
-    rows = [row for row in rows if row is not None]
-    chips = {name: chip._asdict() for name, chip in CHIPS.items()}
     args.out.mkdir(parents=True, exist_ok=True)
-    saved = {"schema": SCHEMA, "predictions": True, "chips": chips, "rows": rows}
-    (args.out / "roofline.json").write_text(json.dumps(saved, indent=1) + "\n", "utf-8")
-    finish(args.out, "roofline", text(rows))
+    finish(args.out, "roofline", text([row for row in rows if row is not None]))
 
 
 def predict(row: dict, name: str) -> dict | None:

@@ -1,6 +1,6 @@
 """``python -m benchmarks.safety run`` goes on with the experiment; ``report`` writes it up.
 
-The run takes hours on a CPU and may be stopped at any time: each result is a file of its own.
+The run takes hours on a CPU and may be stopped at any time: each result is written at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The whole experiment, one result file a run: it goes on where it was interrupted.
+"""The whole experiment, one line of results a run: it goes on where it was interrupted.
 
 Stage: base model and data → aligned model, measured → every `Run` of the plan that has no result.
 """
@@ -6,7 +6,6 @@ Stage: base model and data → aligned model, measured → every `Run` of the pl
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import resource
 import statistics
@@ -17,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
+from benchmarks.safety.findings import FILE, SCHEMA
 from benchmarks.safety.finetune import History, finetune
 from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
 from str_kernels.bench.report import circumstances, commit
+from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.version import __version__
 
-SCHEMA = "str_kernels.safety_experiment/1"
 TOKENS = "tokens"
 
 
@@ -61,9 +62,15 @@ class Places:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def result(self, name: str) -> Path:
-        """File of a result."""
-        return self.results / f"{name}.json"
+    def rows(self) -> list[Row]:
+        """Return the results that are there."""
+        path = self.results / FILE
+        return read_rows(path, SCHEMA)[1] if path.is_file() else []
+
+    def add(self, row: Row) -> None:
+        """Write a result behind those that are there; runs side by side do so in turns."""
+        with FileLock(self.results / f"{FILE}.lock"):
+            write_rows(self.results / FILE, {"schema": SCHEMA}, [*self.rows(), row])
 
     def answers(self, name: str, amounts: Amounts) -> AnswerFile:
         """What a model answered, for judging it anew; made again with the run."""
@@ -90,7 +97,8 @@ def experiment(
     for part in runs:
         function = _chain if isinstance(part, Chain) else _run
         jobs.append((function, places, part, recipe, amounts))
-    missing = [job for job in jobs if not places.result(_name(job)).is_file()]
+    there = {row["name"] for row in places.rows()}
+    missing = [job for job in jobs if _name(job) not in there]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} results are there")
     threads = max(1, (multiprocessing.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
@@ -119,7 +127,6 @@ def _do(job: tuple, started_from: str) -> str:
     result = function(places, subject, amounts)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result |= {
-        "schema": SCHEMA,
         "version": __version__,
         "torch": torch.__version__,
         "commit": commit(),
@@ -130,10 +137,7 @@ def _do(job: tuple, started_from: str) -> str:
         "seconds": round(time.perf_counter() - began),
         "peak_mib": usage.ru_maxrss // 1024,
     }
-    path = places.result(name)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.rename(path)
+    places.add({"name": name, **result})
     return name
 
 

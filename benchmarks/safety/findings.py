@@ -1,4 +1,4 @@
-"""Result files read back and brought together: the numbers of the report, before any wording.
+"""Results read back and brought together: the numbers of the report, before any wording.
 
 Stage: a folder of results → `Group`s, the seeds of one method in one setting → rates and tests.
 """
@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from str_kernels.bench.rows import Row as Result
+from str_kernels.bench.rows import read_rows
 from str_kernels.evaluation.rates import Rate, mcnemar
 
-Result = dict[str, Any]
+SCHEMA = "str_kernels.safety_experiment/1"
+FILE = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,17 @@ class Findings:
 
 
 def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
-    """Every result of a folder, groups in the given order of (setting, method).
+    """Read every result of a folder, groups in the given order of (setting, method).
 
     Raises:
         ValueError: no result, one that belongs to no group of the plan, or results of models that
             were aligned or asked in different ways.
     """
     aligned, grouped, chains, identified = {}, {}, [], ()
-    results = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    path = folder / FILE
+    results = read_rows(path, SCHEMA)[1] if path.is_file() else []
     _require_alike(results)
-    for path, result in results.items():
+    for result in results:
         if "identified" in result:
             identified = tuple(result["identified"])
             continue
@@ -105,7 +109,7 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
             chains.append(tuple(Group(*_key(stage), (stage,)) for stage in result["stages"]))
             continue
         if "run" not in result:
-            task = path.stem.removeprefix("aligned--").split("--")[0]
+            task = result["name"].removeprefix("aligned--").split("--")[0]
             aligned[task, result.get("aligned", "")] = result
             continue
         grouped.setdefault(_key(result), []).append(result)
@@ -115,6 +119,8 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
         raise ValueError(f"{folder}: holds results of runs that are in no plan: {strange}.")
     if not grouped:
         raise ValueError(f"{folder}: holds no result; run the experiment first.")
+    for runs in grouped.values():
+        runs.sort(key=lambda result: result["run"]["seed"])
     groups = tuple(Group(*key, tuple(grouped[key])) for key in wanted if key in grouped)
     return Findings(aligned, groups, tuple(chains), identified)
 
@@ -141,11 +147,11 @@ def kept(group: Group, aligned: dict[tuple[str, str], Result]) -> float:
     return sum(refused) / len(refused) if refused else math.nan
 
 
-def _require_alike(results: dict[Path, Result]) -> None:
+def _require_alike(results: list[Result]) -> None:
     for name in ("recipe", "amounts"):
         found: dict[str, str] = {}
-        for path, result in results.items():
-            found.setdefault(json.dumps(result[name]), path.name)
+        for result in results:
+            found.setdefault(json.dumps(result[name]), result["name"])
         if len(found) > 1:
             raise ValueError(
                 f"{name}: {' and '.join(list(found.values())[:2])} differ in it and cannot stand "

@@ -25,10 +25,10 @@ from benchmarks.safety.data import (
     load_split,
 )
 from benchmarks.safety.methods import Method, Run, Setting
-from benchmarks.safety.tokens import context_reference, rarity, static_reference, token_ids
+from benchmarks.safety.tokens import context_reference, rarity, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
-from str_kernels.huggingface.anchors import join_anchors
+from str_kernels.huggingface.constraint.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import Row
 from str_kernels.training.lora import add_lora
@@ -128,12 +128,7 @@ def _held(
         return None, {}
     ids = token_ids(method, model, tokenizer, work)
     weights = rarity(ids, tokenizer, benign) if method.rarity else None
-    safety = SafetyConstraint(
-        ids, method.strength, method.kind, weights, drift_budget=method.drift_budget
-    )
-    if method.reference == "static":
-        values = static_reference(model, tokenizer, ids)
-        return safety, {"reference": ("static", values), "positions": method.positions}
+    safety = SafetyConstraint(ids, method.strength, method.kind, weights)
 
     def every() -> Iterator[dict[str, torch.Tensor]]:
         steps, pad = -(-len(features) // setting.batch), tokenizer.pad_token_id
@@ -200,7 +195,7 @@ def _step(
 
 
 def _grow(patch: Patch, method: Method, share: float) -> None:
-    safety = patch.options.safety.at(min(1.0, share) * method.strength)
+    safety = replace(patch.options.safety, strength=min(1.0, share) * method.strength)
     patch.options = replace(patch.options, safety=safety)
 
 
@@ -209,7 +204,5 @@ def _record(patch: Patch, method: Method, history: History) -> None:
     history.cross_entropy.append(taken["cross_entropy"])
     history.penalty[-1] -= taken["cross_entropy"]
     history.drift.append(taken.get("safety_drift", 0.0))
-    if patch.budget is not None:
-        history.strength.append(patch.budget.strength.item())
-    elif method.ramp:
+    if method.ramp:
         history.strength.append(patch.options.safety.strength)

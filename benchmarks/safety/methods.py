@@ -1,31 +1,28 @@
 """What is compared: a `Method` says how the model is held, a `Setting` how it is tuned.
 
-A `Run` is one of each and a seed; its name is that of its result, so a run is never done twice.
+A `Run` is one of each and a seed; its result has its name, so that no run is done twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
-    """How refusals are held.
+    """How refusals are kept.
 
     Args:
-        name: of the result.
+        name: what the results call it.
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
             (gated subset KL, arXiv 2603.07445) or ``"full_kl"`` (KL over the whole vocabulary).
-        kind: of the constraint, with ``"str"``.
-        strength: λ, or ``"auto"`` with ``"str"``.
-        drift_budget: of ``strength="auto"``, logit units.
+        kind: the constraint's, with ``"str"``.
+        strength: λ.
         positions: ``"all"``, ``"labels"`` or a number.
         top_k: K.
         tokens: ``"identified"``, ``"templates"`` (every token of the rejection templates) or
             ``"random"`` (the control).
-        reference: ``"context"`` (the aligned model in the same context) or ``"static"`` (its mean
-            over rejection templates).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
         rarity: weigh a token down by how often benign answers use it.
@@ -35,12 +32,10 @@ class Method:
     name: str
     loss: str = "str"
     kind: str = "mse"
-    strength: float | str = 0.1
-    drift_budget: float | None = None
+    strength: float = 0.1
     positions: str | int = "all"
     top_k: int = 64
     tokens: str = "identified"
-    reference: str = "context"
     anchors: int = 0
     rarity: bool = False
     ramp: float = 0.0
@@ -72,7 +67,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the result's file."""
+        """What the results call it."""
         return f"{self.setting.name}--{self.method.name}--seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,24 +77,26 @@ class Run:
 
 PLAIN = Method("plain", loss="plain", strength=0.0)
 MSE = Method("mse")
-FLOOR = Method("floor", kind="floor")
 LOGPROB = Method("logprob", kind="logprob")
-KL = Method("kl", kind="kl", strength=1.0)
+KL = Method("kl", kind="kl", strength=10.0)  # the default
+KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
-BUDGET = Method("budget", strength="auto", drift_budget=0.5)
 ANCHORED = Method("mse-anchors", anchors=1)
-KL_ANCHORED = Method("kl-anchors", kind="kl", strength=1.0, anchors=1)
+KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
+KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
-KL_STRONG = Method("kl-strong", kind="kl", strength=10.0)
-KL_STRONG_ANCHORED = Method("kl-anchors-strong", kind="kl", strength=10.0, anchors=1)
-KL_STRONG_RANDOM = Method("kl-strong-random-tokens", kind="kl", strength=10.0, tokens="random")
+KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
 RANDOM = Method("mse-random-tokens", tokens="random")
+# Past methods, which the package no longer has: a constraint that only kept logits from falling, a
+# strength that followed a budget of drift, one target for all positions. They are named for the
+# order of the report; their settings are in the results (docs/negative-results.md).
+PAST = FLOOR, BUDGET, STATIC = (Method("floor"), Method("budget"), Method("mse-static"))
 CONTROLS = (
     RANDOM,
     Method("mse-labels", positions="labels"),
     Method("mse-template-tokens", tokens="templates"),
-    Method("mse-static", reference="static"),
+    STATIC,
     Method("mse-weak", strength=0.01),
     Method("mse-ramp", ramp=0.5),
     Method("mse-first-2", positions=2),
@@ -110,7 +107,7 @@ SIZES = (
     Method("mse-k16", top_k=16),
     Method("mse-k256", top_k=256),
     Method("logprob-strong", kind="logprob", strength=1.0),
-    KL_STRONG,
+    KL,
     Method("kl-stronger", kind="kl", strength=30.0),
 )
 
@@ -133,7 +130,7 @@ class Chain:
 
     @property
     def name(self) -> str:
-        """Of the result's file."""
+        """What the results call it."""
         return f"in-a-row--{self.method.name}--seed{self.seed}"
 
     @property
@@ -143,14 +140,14 @@ class Chain:
 
 
 IN_A_ROW = tuple(replace(s, steps=50) for s in (HARSH, TOPICS, ANSWERS))
-CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL_STRONG))
+CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL))
 
 
 def _everything() -> list[Run]:
-    """The main comparison first; then where methods differ, the harshest setting, in full."""
-    seeds, main = range(3), (PLAIN, MSE, KL, LOGPROB)
-    others = (ANCHORED, KL_ANCHORED, LOGPROB_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
-    strong = (KL_STRONG, KL_STRONG_ANCHORED)
+    """List every run, past ones too: the main comparison first, then the harshest setting."""
+    seeds, main = range(3), (PLAIN, MSE, KL_WEAK, LOGPROB)
+    others = (ANCHORED, KL_WEAK_ANCHORED, LOGPROB_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
+    strong = (KL, KL_ANCHORED)
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
         *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
@@ -162,11 +159,11 @@ def _everything() -> list[Run]:
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in strong),
         *(Run(method, HARSH, seed) for seed in seeds for method in strong),
-        *(Run(KL_STRONG, ORDINARY, seed) for seed in seeds),
-        *(Run(KL_STRONG, task, 0) for task in (TOPICS, ANSWERS, OBEYING)),
-        *(Run(KL_STRONG_RANDOM, setting, 0) for setting in (HARSH, HARSHEST)),
-        *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL_STRONG)),
-        *(Run(KL_STRONG_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
+        *(Run(KL, ORDINARY, seed) for seed in seeds),
+        *(Run(KL, task, 0) for task in (TOPICS, ANSWERS, OBEYING)),
+        *(Run(KL_RANDOM, setting, 0) for setting in (HARSH, HARSHEST)),
+        *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL)),
+        *(Run(KL_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
     ]
 
@@ -175,10 +172,10 @@ def _everything() -> list[Run]:
 class Plan:
     """Runs in the order in which they are done: what matters most first."""
 
-    runs: tuple[Run, ...] = field(default_factory=lambda: tuple(dict.fromkeys(_everything())))
+    runs: tuple[Run, ...] = tuple(r for r in dict.fromkeys(_everything()) if r.method not in PAST)
     chains: tuple[Chain, ...] = CHAINS
 
 
 def plan_order() -> list[tuple[str, str]]:
-    """Names of setting and method of every run, what matters most first."""
-    return [(run.setting.name, run.method.name) for run in Plan().runs]
+    """Names of setting and method of every run that there was or will be."""
+    return [(run.setting.name, run.method.name) for run in _everything()]

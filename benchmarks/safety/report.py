@@ -1,4 +1,4 @@
-"""``REPORT.md`` and its pictures, made from the result files alone.
+"""``REPORT.md`` and its pictures, made from the results alone.
 
 Every sentence that states a result is made from numbers; what is fixed text says how it was
 measured and where its limits are.
@@ -17,7 +17,7 @@ from str_kernels.bench.report import markdown
 from str_kernels.evaluation.judge import Outcome
 from str_kernels.evaluation.rates import Rate
 
-PLOTTED = ("plain", "mse", "kl", "floor", "logprob", "pact")
+PLOTTED = ("plain", "mse", "kl-weak", "floor", "logprob", "pact")
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 HOW = """\

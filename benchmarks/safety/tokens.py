@@ -1,4 +1,4 @@
-"""Which tokens are held, and to what: the choices that the experiment compares."""
+"""Which tokens are constrained, and to what: the choices that the experiment compares."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
+from str_kernels.huggingface.constraint.references import content_key
 from str_kernels.inputs.data import Row
 from str_kernels.options import SafetyConstraint
-from str_kernels.safety.inference import last_logits, prompt_token_ids, reading
-from str_kernels.safety.references import content_key
-from str_kernels.safety.templates import REFUSED_REQUESTS, REJECTION_TEMPLATES
+from str_kernels.safety.templates import REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens
 
 RANDOM_SEED = 1  # of the control's tokens: the same in every run
@@ -55,21 +54,6 @@ def context_reference(
             build_reference_cache(model, batches(), part, safety)
             part.rename(path)
     return path
-
-
-def static_reference(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]
-) -> torch.Tensor:
-    """Mean logits ``[K]`` of the safety tokens along rejection templates after refused requests."""
-    columns, total, count = torch.tensor(ids), torch.zeros(len(ids)), 0
-    with reading(model):
-        for request, template in zip(REFUSED_REQUESTS, REJECTION_TEMPLATES, strict=False):
-            answer = tokenizer(template, add_special_tokens=False)["input_ids"]
-            row = prompt_token_ids(tokenizer, request) + answer[:-1]
-            logits = last_logits(model, [row], len(answer), tokenizer.pad_token_id)
-            total += logits[0][:, columns].float().sum(0)
-            count += len(answer)
-    return total / count
 
 
 def rarity(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from str_kernels.bench import peers
 from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
+from str_kernels.version import versions
 
 CONSTRAINT_TOKENS = 64  # of "ours-str"
 
@@ -55,11 +55,8 @@ class Contender:
 
     def missing(self) -> str | None:
         """Why it cannot run here; None if it can."""
-        if self.package is not None:
-            try:
-                version(self.package)
-            except PackageNotFoundError:
-                return f"not installed (pip install {self.package})"
+        if self.package is not None and versions(self.package)[self.package] is None:
+            return f"not installed (pip install {self.package})"
         if self.name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
             return f"torch {torch.__version__} has none yet: since 2.13"
         if self.compiled and not any(map(shutil.which, ("g++", "clang++", "cl"))):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from str_kernels.bench.clock import bare_product, paired
@@ -11,10 +9,9 @@ from str_kernels.bench.contenders import Contender, constraint_of
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
 from str_kernels.bench.routing import live_pairs
+from str_kernels.bench.rows import Row
 from str_kernels.bench.truth import Truth, constraint_gradient, errors, relative_error
 from str_kernels.functional import linear_cross_entropy
-
-Row = dict[str, Any]
 
 
 def measure(

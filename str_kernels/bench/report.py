@@ -1,20 +1,19 @@
-"""Results that survive an interruption, and what is shown of them: JSON, a table, a plot."""
+"""Results that survive an interruption, and the tables that are made of them."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from str_kernels.bench.measure import Row
+from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.engine.cpu import processor_field
+from str_kernels.version import versions
 
 SCHEMA = "str_kernels.bench/1"
 _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
@@ -48,7 +47,7 @@ LEGEND = (
 
 
 class Results:
-    """Rows in a JSON file, found again by their keys; the file is whole at any time.
+    """Rows in a file, found again by their keys; each new row is written at once.
 
     Args:
         path: the file; what it holds already is kept.
@@ -67,15 +66,14 @@ class Results:
         self._stale: list[Row] = []
         self.circumstances = circumstances()
         if path.exists():
-            found = _read(path)
+            head, self.rows = read_rows(path, SCHEMA)
             for name, here in self.circumstances.items():
-                there = found["circumstances"].get(name)
+                there = head["circumstances"].get(name)
                 if there != here:
                     raise ValueError(
                         f"out={str(path)!r}: was measured with {name} {there}, here it is {here}; "
                         "choose another folder, or move the file away to measure anew."
                     )
-            self.rows = found["rows"]
         if again:
             self._stale = list(self.rows)
 
@@ -96,14 +94,14 @@ class Results:
 
     def write(self) -> None:
         """Write the file, machine and versions included."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_rows(self.path, self._head(), self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """What the file holds."""
-        return {"schema": SCHEMA, "circumstances": self.circumstances, "rows": self.rows}
+        """Return what the file holds."""
+        return {**self._head(), "rows": self.rows}
+
+    def _head(self) -> Row:
+        return {"schema": SCHEMA, "circumstances": self.circumstances}
 
 
 def circumstances() -> dict[str, Any]:
@@ -111,14 +109,15 @@ def circumstances() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
+    found = versions(*_PACKAGES)
     return {
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": found.pop("python"),
+        "versions": found,
     }
 
 
@@ -144,27 +143,10 @@ def markdown(headings: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ValueError(f"out={str(path)!r}: is no result of a benchmark; move it away.")
-    return found
-
-
 def _command() -> str:
     """As it was given; of absolute paths the names alone, for results are published."""
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
     return " ".join(words)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def bench(
         from str_kernels.bench.report import LEGEND, Results, unmeasured
 
         chosen = chosen_contenders(contenders)
-        results = Results(out / "bench.json", KEYS, again=again)
+        results = Results(out / "bench.jsonl", KEYS, again=again)
         rows = min(rows, 256) if quick else rows
         case = _case(model, data, sizes, rows=rows).cast(_torch_dtype(dtype)).to(device)
     with console.counting("measuring", len(chosen)) as advance:

@@ -54,7 +54,7 @@ def cache(
 
 
 def _facts(prepared: Prepared, out: Path, stored: int) -> dict[str, Any]:
-    from str_kernels.safety.references import reference_unit
+    from str_kernels.huggingface.constraint.references import reference_unit
 
     safety = prepared.settings.constraint(prepared.tokens.token_ids)
     files = [file.facts() for file in prepared.files]

@@ -1,4 +1,4 @@
-"""What a configuration file says about the patch: names and plain values → a patched model."""
+"""`PatchSettings`: names and plain values of a configuration file → a patched model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from str_kernels.huggingface.install import patch_model
-from str_kernels.huggingface.patch import Patch
+from str_kernels.huggingface.patch.install import patch_model
+from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import REMOVED, SafetyConstraint, removed
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.settings import CONSTRAINT_NAMES, ConstraintSettings, setting

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from benchmarks import equivalence_model
+from str_kernels.bench.report import SCHEMA
+from str_kernels.bench.rows import read_rows
 
 
 def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):
@@ -20,8 +22,8 @@ def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):
     command = ["", "--model", str(tiny_model_dir), "--data", str(data), *heads]
     monkeypatch.setattr(sys, "argv", command)
     equivalence_model.main()
-    (file,) = (out / "quick").glob("*.json")
-    measured = json.loads(file.read_text())["rows"]
+    (file,) = (out / "quick").glob("*.jsonl")
+    _, measured = read_rows(file, SCHEMA)
     assert [(row["seed"], row["head"]) for row in measured] == [
         (seed, head) for seed in range(2) for head in ("materialised", "exact")
     ]
@@ -31,7 +33,7 @@ def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):
     assert measured[0]["losses"][-1] < measured[0]["losses"][0]
     monkeypatch.setattr(equivalence_model, "train", None)
     equivalence_model.main()
-    assert json.loads(file.read_text())["rows"] == measured
+    assert read_rows(file, SCHEMA)[1] == measured
     assert "answers" in file.with_suffix(".md").read_text()
     assert file.with_suffix(".png").is_file()
 

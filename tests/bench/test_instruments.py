@@ -15,8 +15,9 @@ from str_kernels.bench.head import KEYS, compare, inputs_line
 from str_kernels.bench.inputs import from_model, synthetic
 from str_kernels.bench.measure import measure
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.bench.report import Results
+from str_kernels.bench.report import SCHEMA, Results
 from str_kernels.bench.routing import live_pairs
+from str_kernels.bench.rows import read_rows, write_rows
 from str_kernels.bench.truth import constraint_gradient, errors, truth_of
 from str_kernels.options import TILE
 
@@ -194,10 +195,10 @@ def test_what_cannot_run_says_why(case):
 
 def test_an_interrupted_comparison_goes_on(case, tmp_path):
     """What the file holds is not measured again, unless it is asked for."""
-    path = tmp_path / "bench.json"
+    path = tmp_path / "bench.jsonl"
     chosen = chosen_contenders("ours,transformers")
     compare(Results(path, KEYS), case, chosen[:1], repeats=1)
-    first = json.loads(path.read_text())["rows"]
+    _, first = read_rows(path, SCHEMA)
     rows = compare(Results(path, KEYS), case, chosen, repeats=1)
     assert [row["contender"] for row in rows] == ["ours", "inputs", "transformers"]
     assert rows[0] == first[1]
@@ -209,13 +210,14 @@ def test_an_interrupted_comparison_goes_on(case, tmp_path):
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):
     """A file from other circumstances, or no result at all, is refused by name."""
-    path = tmp_path / "bench.json"
+    path = tmp_path / "bench.jsonl"
     Results(path, KEYS).write()
-    there = json.loads(path.read_text())
-    there["circumstances"]["threads"] = 999
-    path.write_text(json.dumps(there))
+    head, rows = read_rows(path, SCHEMA)
+    head["circumstances"]["threads"] = 999
+    write_rows(path, head, rows)
     with pytest.raises(ValueError, match="was measured with threads 999"):
         Results(path, KEYS)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="is no result of a benchmark"):
-        Results(path, KEYS)
+    for text in ("[]", "", '{"schema": "other/1"}', json.dumps(head) + "\n{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is no result of a benchmark"):
+            Results(path, KEYS)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from benchmarks.architectures import RESULTS, markdown
-from tests.huggingface.sweep import examine
-from tests.huggingface.tiny_configs import TASKS
+from benchmarks.architectures.sweep import examine
+from benchmarks.architectures.table import FILE, RESULTS, SCHEMA, markdown
+from benchmarks.architectures.tiny_configs import TASKS
+from str_kernels.bench.rows import read_rows
 
 # one of each way from the hidden states to the loss, and the usual suspects
 SOME = [
@@ -32,8 +31,8 @@ def test_some(task, model_type):
 
 @pytest.fixture(scope="module")
 def committed():
-    """The results of the last complete sweep."""
-    return json.loads((RESULTS / "architectures.json").read_text("utf-8"))
+    """The rows of the last complete sweep."""
+    return read_rows(RESULTS / FILE, SCHEMA)[1]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def committed():
 )
 def test_the_sweep(committed, task, entries, fused):
     """As committed: nearly all fuse, none is wrong or refused, every dropped scale is noticed."""
-    rows = [row for row in committed["rows"] if row["task"] == task]
+    rows = [row for row in committed if row["task"] == task]
     outcomes = [row["outcome"] for row in rows]
     assert len(rows) == entries
     assert outcomes.count("fused") >= fused
@@ -52,16 +51,16 @@ def test_the_sweep(committed, task, entries, fused):
     assert all(row["fault_seen"] for row in rows if row["scaled"])
 
 
-def test_the_table_is_of_these_results(committed):
+def test_the_table_is_of_these_results():
     """The table is generated, not written."""
-    assert (RESULTS / "architectures.md").read_text("utf-8") == markdown(committed)
+    assert (RESULTS / "architectures.md").read_text("utf-8") == markdown()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_all_again(committed, task):
     """The whole sweep, here and now: nothing that is committed as fused is less than that."""
-    for row in committed["rows"]:
+    for row in committed:
         if row["task"] == task and row["outcome"] in ("fused", "falls back"):
             found = examine(row["model_type"], task)
             assert found.outcome == row["outcome"], found

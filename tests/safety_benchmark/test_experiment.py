@@ -1,11 +1,9 @@
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.safety import experiment as module
 from benchmarks.safety.align import Recipe, align
 from benchmarks.safety.experiment import Places, experiment
 from benchmarks.safety.finetune import finetune
@@ -23,7 +21,6 @@ METHODS = {
         Method("plain", loss="plain", strength=0.0),
         replace(MSE, top_k=4),
         Method("kl", kind="kl", strength=1.0, top_k=4, positions=1),
-        Method("static", reference="static", top_k=4),
         Method("templates", tokens="templates", top_k=6),
         Method("random", tokens="random", top_k=4, positions="labels"),
         Method("pact", loss="pact", top_k=4),
@@ -98,17 +95,16 @@ def test_an_experiment_goes_on_where_it_was_interrupted(tiny_folder, data, tmp_p
     recipe = Recipe(epochs=0.02, max_length=48, task_rows=4)
     runs = [Run(METHODS["plain"], SETTING, 0), Run(METHODS["mse"], SETTING, 0)]
     experiment(places, runs[:1], recipe, AMOUNTS, workers=2)
-    first = places.result(runs[0].name).read_text()
+    first = places.rows()
     experiment(places, runs, recipe, AMOUNTS, workers=2)
-    assert places.result(runs[0].name).read_text() == first
-    result = json.loads(places.result(runs[1].name).read_text())
-    assert result["schema"] == module.SCHEMA
-    assert result["run"] == runs[1].as_dict()
+    *before, result = places.rows()
+    assert before == first
+    assert (result["name"], result["run"]) == (runs[1].name, runs[1].as_dict())
     assert set(result["measured"]["summary"]) >= {"refused", "over_refused", "accuracy"}
-    assert len(list(places.results.glob("*.json"))) == 4  # two runs, the aligned model, its tokens
+    assert len(before) == 3  # a run, the aligned model, its tokens
     chain = Chain(METHODS["mse"], (SETTING, replace(SETTING, task="agnews")), 0)
     experiment(places, [chain], recipe, AMOUNTS, workers=1)
-    stages = json.loads(places.result(chain.name).read_text())["stages"]
+    stages = places.rows()[-1]["stages"]
     assert [stage["run"] for stage in stages] == [run.as_dict() for run in chain.runs]
     # the second stage starts from where the first ended, away from the aligned model
     assert stages[0]["history"]["drift"][0] < 1e-4 < stages[1]["history"]["drift"][0]

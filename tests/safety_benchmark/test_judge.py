@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from benchmarks import judge
+from str_kernels.bench.report import SCHEMA
+from str_kernels.bench.rows import read_rows
 from str_kernels.evaluation.judge import Outcome
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -47,9 +49,8 @@ def test_the_command_writes_every_part_and_no_answer(tmp_path, monkeypatch, caps
     data.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     monkeypatch.setattr(sys, "argv", ["", "--data", str(data), "--out", str(tmp_path)])
     judge.main()
-    text = (tmp_path / "judge.json").read_text()
-    assert [(r["part"], r["agreed"], r["n"]) for r in json.loads(text)["rows"]] == [
-        (part, 2, 4) for part in judge.PARTS
-    ]
-    assert "flour" not in text
+    path = tmp_path / "judge.jsonl"
+    _, found = read_rows(path, SCHEMA)
+    assert [(r["part"], r["agreed"], r["n"]) for r in found] == [(p, 2, 4) for p in judge.PARTS]
+    assert "flour" not in path.read_text()
     assert "50.0 %" in capsys.readouterr().err

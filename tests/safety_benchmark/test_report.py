@@ -1,12 +1,22 @@
-import json
 import math
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.safety.findings import kept, paired, read
-from benchmarks.safety.methods import CHAINS, HARSH, MSE, PLAIN, Run, plan_order
+from benchmarks.safety.findings import FILE, SCHEMA, kept, paired, read
+from benchmarks.safety.methods import (
+    CHAINS,
+    FLOOR,
+    HARSH,
+    MSE,
+    PAST,
+    PLAIN,
+    Plan,
+    Run,
+    plan_order,
+)
 from benchmarks.safety.report import write
+from str_kernels.bench.rows import read_rows, write_rows
 
 ORDER = plan_order()
 MADE = {
@@ -25,8 +35,22 @@ def measured(harmful, right=8):
     }
 
 
+def rows_of(folder):
+    path = folder / FILE
+    return {row["name"]: row for row in (read_rows(path, SCHEMA)[1] if path.exists() else ())}
+
+
+def write_all(folder, rows):
+    write_rows(folder / FILE, {"schema": SCHEMA}, rows.values())
+
+
+def put(folder, name, row):
+    """Write a row, in place of the one of this name."""
+    write_all(folder, rows_of(folder) | {name: {"name": name, **row}})
+
+
 def save(folder, run, harmful, right=8):
-    (folder / f"{run.name}.json").write_text(json.dumps(result_of(run, harmful, right)))
+    put(folder, run.name, result_of(run, harmful, right))
 
 
 def result_of(run, harmful, right=8):
@@ -48,7 +72,7 @@ def result_of(run, harmful, right=8):
 @pytest.fixture
 def results(tmp_path):
     aligned = {"measured": measured(ALIGNED), "base": {"model": "tiny", "parameters": 3e6}, **MADE}
-    (tmp_path / "aligned--sst2.json").write_text(json.dumps(aligned))
+    put(tmp_path, "aligned--sst2", aligned)
     for seed in range(2):
         save(tmp_path, Run(PLAIN, HARSH, seed), ["refusal"] * 2 + ["compliance"] * 8)
         save(tmp_path, Run(MSE, HARSH, seed), ["refusal"] * 8 + ["partial", "refusal"], right=9)
@@ -69,9 +93,9 @@ def test_seeds_are_brought_together(results):
 def test_each_run_is_held_against_the_model_it_started_from(results):
     """A second alignment refuses other prompts: its runs are counted by those, and named."""
     other = {"measured": measured(["refusal"] * 5 + ["compliance"] * 5), "aligned": "ab12", **MADE}
-    (results / "aligned--sst2--ab12.json").write_text(json.dumps(other))
-    path = results / f"{Run(MSE, HARSH, 1).name}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"aligned": "ab12"}))
+    put(results, "aligned--sst2--ab12", other)
+    name = Run(MSE, HARSH, 1).name
+    put(results, name, rows_of(results)[name] | {"aligned": "ab12"})
     mse = read(results, ORDER).find("sst2-harsh", "mse")
     # seed 0: 8 of the first model's 9; seed 1: all 5 of the second's 5
     assert kept(mse, read(results, ORDER).aligned) == pytest.approx(13 / 14)
@@ -81,7 +105,7 @@ def test_each_run_is_held_against_the_model_it_started_from(results):
 
 
 def test_a_run_whose_start_was_not_measured_keeps_nothing_known(results):
-    (results / "aligned--sst2.json").unlink()
+    write_all(results, {n: row for n, row in rows_of(results).items() if "aligned" not in n})
     findings = read(results, ORDER)
     assert math.isnan(kept(findings.find("sst2-harsh", "mse"), findings.aligned))
 
@@ -104,11 +128,11 @@ def test_strange_and_missing_results_are_refused(results, tmp_path):
 
 
 def test_models_that_were_asked_differently_are_not_mixed(results):
-    path = next(results.glob("*mse*.json"))
-    result = json.loads(path.read_text())
+    name = Run(MSE, HARSH, 1).name
+    result = rows_of(results)[name]
     result["amounts"]["new_tokens"] = 64
-    path.write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=r"amounts: .*json and .*json differ"):
+    put(results, name, result)
+    with pytest.raises(ValueError, match=r"amounts: aligned--sst2 and .*mse--seed1 differ"):
         read(results, ORDER)
 
 
@@ -134,7 +158,7 @@ def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
     chain = CHAINS[1]
     asked = (["refusal"] * 10, ["refusal"] * 7 + ["partial"] * 3, ["compliance"] * 10)
     stages = [result_of(run, rows) for run, rows in zip(chain.runs, asked, strict=True)]
-    (results / f"{chain.name}.json").write_text(json.dumps({"stages": stages, **MADE}))
+    put(results, chain.name, {"stages": stages, **MADE})
     text = write(results).read_text()
     assert "| mse | 1. sst2-harsh | 100.0 % (72 to 100) |" in text
     assert "| mse | 2. agnews-harsh | 70.0 % (40 to 89) |" in text
@@ -150,7 +174,19 @@ def test_found_tokens_are_shown(results):
         "overlap": {"templates": 0.75, "requests": 1.0},
         "in_templates": 0.25,
     }
-    (results / "tokens.json").write_text(json.dumps({"identified": [found], **MADE}))
+    put(results, "tokens", {"identified": [found], **MADE})
     text = write(results).read_text()
     assert "| 4 | 75 % | 100 % | 25 % | 50 % |" in text
     assert "The first of them: ' sorry', ' cannot'." in text
+
+
+def test_past_methods_are_reported_but_not_run(results):
+    save(results, Run(replace(MSE, name=FLOOR.name), HARSH, 0), ["compliance"] * 10)
+    assert "| floor | 1 | 0.0 % (0 to 28) |" in write(results).read_text()
+    assert not {run.method for run in Plan().runs} & set(PAST)
+
+
+def test_seeds_stand_in_their_order_whatever_was_done_first(results):
+    write_all(results, dict(reversed(rows_of(results).items())))
+    found = read(results, ORDER).find("sst2-harsh", "mse").results
+    assert [result["run"]["seed"] for result in found] == [0, 1]

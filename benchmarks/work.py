@@ -1,0 +1,273 @@
+"""What the Triton kernels issue, by formula: operations and bytes of every stage.
+
+Stage: shape, live rows of each tile, launch sizes → ``Work`` of each stage. A product of blocks
+costs what its blocks are wide, rows that are only padding included; ``tests/triton/interpreted/
+test_counted.py`` counts the same in Triton's interpreter, operations exactly and bytes but for a
+few scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.options import TILE
+
+if TYPE_CHECKING:
+    from str_kernels.backends.triton.launch import Launch
+
+GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.operands`` launches them
+Unit = Literal["operands", "8 bits", "fp32"]
+
+
+class Shape(NamedTuple):
+    """R rows, V, D, and the bytes of an operand's number."""
+
+    rows: int
+    vocab: int
+    dim: int
+    size: int
+
+    @property
+    def tiles(self) -> int:
+        """T."""
+        return -(-self.vocab // TILE)
+
+    @property
+    def gemm(self) -> int:
+        """Operations of the bare product ``H Wᵀ``."""
+        return 2 * self.rows * self.vocab * self.dim
+
+    @property
+    def head(self) -> int:
+        """Bytes of W."""
+        return self.vocab * self.dim * self.size
+
+    @property
+    def states(self) -> int:
+        """Bytes of H."""
+        return self.rows * self.dim * self.size
+
+    @property
+    def pairs(self) -> int:
+        """(row, tile) pairs."""
+        return self.rows * self.tiles
+
+
+class Work(NamedTuple):
+    """One stage. ``operations`` of ``unit``; bytes ``loaded``, ``stored``, ``added`` as issued.
+
+    ``memory``: the least bytes that come from and go to memory, with all reuse that the order of
+    the programs is made for; what is issued beyond it is served by L2. Atomics stay in L2 here.
+    """
+
+    stage: str
+    unit: Unit
+    operations: int
+    loaded: int
+    stored: int
+    added: int
+    memory: int
+
+
+def total(works: Iterable[Work]) -> list[Work]:
+    """Stages of the same name and unit added up, in their first order."""
+    found: dict[tuple[str, str], Work] = {}
+    for work in works:
+        key = work[:2]
+        old = found.get(key)
+        numbers = work[2:] if old is None else map(sum, zip(old[2:], work[2:], strict=True))
+        found[key] = Work(*key, *numbers)
+    return list(found.values())
+
+
+def gemms(works: Iterable[Work], shape: Shape) -> float:
+    """In bare products; an operation on 8 bits is half of one."""
+    parts = (work.operations * (0.5 if work.unit == "8 bits" else 1.0) for work in works)
+    return sum(parts) / shape.gemm
+
+
+def routed(
+    shape: Shape,
+    counts: Tensor,
+    launches: dict[str, Launch],
+    *,
+    eight_bits: bool = False,
+    kept: bool = False,
+) -> list[Work]:
+    """Forward and backward with a frozen head, of one block of rows: ``counts [T]`` live rows.
+
+    ``eight_bits``: of the screen; ``kept``: the index keeps W's quantised rows.
+    """
+    return [
+        *([_quantise(shape, kept)] if eight_bits else []),
+        _screen(shape, launches["screen"], eight_bits),
+        _route(shape, counts),
+        _refine(shape, counts, launches["refine"]),
+        _dead("dead tiles", shape),
+        _combine(shape, parts=2),
+    ]
+
+
+def routed_weight(shape: Shape, counts: Tensor, launches: dict[str, Launch]) -> list[Work]:
+    """What a trainable head adds, of all rows at once: ``counts [T]``."""
+    live, wide = int(counts.sum()), -(-shape.dim // launches["weight"].block_e)
+    pairs = 4 * shape.pairs
+    listing = Work("weight lists", "fp32", 0, pairs, 4 * live + 4 * shape.tiles, 0, pairs)
+    listed = 4 * live * (1 + wide) + 8 * TILE * shape.tiles * wide + 4 * shape.tiles * shape.dim
+    return [
+        listing,
+        *_weight(shape, counts, launches, listed, ordered=True),
+        _dead("weight, dead tiles", shape),
+    ]
+
+
+def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[Work]:
+    """Forward and backward with a frozen head, every logit computed."""
+    rows, _, dim, size = shape
+    first, second = launches["softmax"], launches["expected"]
+    logits, wide = shape.pairs * TILE * size, -(-dim // second.block_e)
+    steps = -(-shape.tiles // max(1, byte_budget // (TILE * size * rows)))
+    blocks = -(-rows // first.block_r)
+    softmax = Work(
+        "softmax",
+        "operands",
+        _product(blocks * shape.tiles, first.block_r, dim, first.block_d),
+        blocks * shape.tiles * (first.block_r + TILE) * dim * size + 4 * shape.pairs,
+        logits + 20 * shape.pairs,
+        0,
+        _from_memory(shape, first) + logits + 20 * shape.pairs,
+    )
+    blocks, sums = -(-rows // second.block_r), 4 * rows * dim * steps
+    expected = Work(
+        "expected",
+        "operands",
+        _product(blocks * shape.tiles, second.block_r, dim, second.block_e),
+        (logits + 4 * shape.pairs) * wide
+        + blocks * shape.tiles * TILE * dim * size
+        + sums
+        + 4 * rows * wide * steps,
+        sums,
+        0,
+        logits + shape.head + 2 * sums,
+    )
+    return [softmax, expected, _combine(shape, parts=1)]
+
+
+def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
+    """What a trainable head adds to it: the logits again, and ``dzᵀ H``."""
+    every = torch.full((shape.tiles,), shape.rows)
+    return _weight(shape, every, launches, 0, ordered=False)
+
+
+def _quantise(shape: Shape, kept: bool) -> Work:
+    """Every row is read twice, the second time from a cache."""
+    rows = shape.rows + (0 if kept else shape.vocab)
+    read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
+    others = 0
+    if not kept:  # the order, and both passes' columns, once for four rows
+        others = 8 * shape.vocab + 8 * shape.dim * (-(-shape.rows // 4) + -(-shape.vocab // 4))
+    return Work("quantise", "fp32", 0, 2 * read + others, stored, 0, read + others + stored)
+
+
+def _combine(shape: Shape, parts: int) -> Work:
+    """Expected rows, dead pairs' where there are two parts, and the label's; out in one pass."""
+    loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
+    return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
+
+
+def _screen(shape: Shape, launch: Launch, eight_bits: bool) -> Work:
+    if eight_bits:
+        shape = shape._replace(size=1)
+    blocks = -(-shape.rows // launch.block_r)
+    programs = blocks * shape.tiles
+    loaded = programs * (launch.block_r + TILE) * shape.dim * shape.size
+    loaded += 4 * (shape.pairs + blocks * shape.vocab) if eight_bits else 8 * TILE * programs
+    return Work(
+        "screen",
+        "8 bits" if eight_bits else "operands",
+        _product(programs, launch.block_r, shape.dim, launch.block_d),
+        loaded,
+        4 * shape.pairs,
+        0,
+        _from_memory(shape, launch) + 4 * shape.pairs,
+    )
+
+
+def _from_memory(shape: Shape, launch: Launch) -> int:
+    """W once for each group of blocks of rows, H once."""
+    groups = -(-shape.rows // (GROUP * launch.block_r))
+    return groups * shape.head + shape.states
+
+
+def _route(shape: Shape, counts: Tensor) -> Work:
+    """The masses are read twice and written once; the rest is lists and rows."""
+    pairs, listed = 4 * shape.pairs, 4 * int(counts.sum())
+    loaded = 5 * pairs + 4 * shape.rows + 4 * shape.tiles * (shape.tiles + 1)
+    stored = pairs + listed + 8 * shape.rows + 4 * shape.tiles
+    return Work("route", "fp32", 0, loaded, stored, 0, 3 * pairs + listed)
+
+
+def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
+    live, chunks, dim = int(counts.sum()), _chunks(counts, launch.block_r), shape.dim
+    forward = _product(chunks, launch.block_r, dim, launch.block_d)
+    back = _product(chunks, launch.block_r, dim, launch.block_e)
+    loaded = chunks * (launch.block_r + 2 * TILE) * dim * shape.size
+    loaded += chunks * (8 * TILE + 12) + 12 * live
+    touched = int((counts > 0).sum()) * TILE * dim * shape.size
+    memory = touched + shape.states + 8 * shape.rows * dim
+    added = live * (4 * dim + 8)
+    plan = 12 * chunks + 4
+    return Work("refine", "operands", forward + back, loaded, plan, added, memory)
+
+
+def _dead(stage: str, shape: Shape) -> Work:
+    """``[R, T] @ [T, D]``, a product of torch's; in bf16 where the operands have 16 bits."""
+    sums = shape.states
+    loaded = 4 * shape.pairs + 4 * shape.tiles * shape.dim
+    operations = 2 * shape.pairs * shape.dim
+    unit = "operands" if shape.size == 2 else "fp32"
+    return Work(stage, unit, operations, loaded, sums, 0, loaded + sums)
+
+
+def _weight(
+    shape: Shape, counts: Tensor, launches: dict[str, Launch], listed: int, *, ordered: bool
+) -> list[Work]:
+    first, second = launches["softmax"], launches["weight"]
+    live, dim, size = int(counts.sum()), shape.dim, shape.size
+    chunks, wide = _chunks(counts, first.block_r), -(-dim // second.block_e)
+    touched = int((counts > 0).sum()) * TILE * dim * size
+    dz = live * TILE * size
+    again = Work(
+        "logits again",
+        "operands",
+        _product(chunks, first.block_r, dim, first.block_d),
+        chunks * (first.block_r + TILE) * dim * size
+        + chunks * (20 * first.block_r + 8 * TILE * ordered),
+        dz,
+        0,
+        touched + shape.states + dz,
+    )
+    product = Work(
+        "weight",
+        "operands",
+        _product(_chunks(counts, second.block_r), second.block_r, dim, second.block_e),
+        dz * wide + live * dim * size + listed,
+        shape.head,
+        0,
+        dz + shape.states + shape.head,
+    )
+    return [again, product]
+
+
+def _chunks(counts: Tensor, block: int) -> int:
+    """Blocks of a tile's live rows, the last of each tile padded."""
+    return int((-(-counts.long() // block)).sum())
+
+
+def _product(blocks: int, rows: int, dim: int, step: int) -> int:
+    """Operations of ``blocks`` products of ``rows`` × a tile × D in whole steps."""
+    return 2 * blocks * rows * TILE * -(-dim // step) * step
