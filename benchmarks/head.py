@@ -30,10 +30,7 @@ def main() -> None:
             budget_s=args.budget,
             advance=lambda name: say(f"  {name}"),
         )
-    groups: dict[tuple, list] = {}
-    for row in found.rows:
-        groups.setdefault(tuple(row[key] for key in KEYS[1:]), []).append(row)
-    for path in publish(list(groups.values()), args.out, "head"):
+    for path in publish(found):
         say(f"saved {path}")
 
 

@@ -74,10 +74,11 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     data: Path,
     task: str,
+    *,
     amounts: Amounts,
     known: AnswerFile,
 ) -> Measured:
-    """Ask a model everything; it is left as it was.
+    """Ask a model everything, and leave it as it was.
 
     ``known`` keeps the answers, which are only judged: they never leave the folder of the work.
     """
