@@ -1,4 +1,4 @@
-"""The head beside every peer: time in GEMMs, peak memory, errors against fp64.
+"""Measure the head beside every peer: time in GEMMs, peak memory, errors against fp64.
 
 Example: python -m benchmarks.head --model ./gemma --data answers.jsonl --dtype bfloat16
 """

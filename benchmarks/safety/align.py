@@ -26,7 +26,7 @@ DONE = "aligned.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the aligned model is made: everything first, then refusals against their look-alikes."""
+    """How the aligned model is made: from all rows, then from refusals beside their look-alikes."""
 
     learning_rate: float = 1e-4
     epochs: float = 2.0
@@ -99,7 +99,7 @@ def teach(
     recipe: Recipe,
     say: Callable[[str], None],
 ) -> None:
-    """Train what may be trained, with warm-up and a linear end."""
+    """Train what requires a gradient, with warm-up and a linear decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
     began, pad = time.perf_counter(), model.config.get_text_config().pad_token_id or 0
@@ -135,7 +135,7 @@ def _lessons(data: Path, recipe: Recipe) -> list[dict]:
 
 
 def _balanced(data: Path) -> list[dict]:
-    """As many refusals as look-alikes, and as many instructions."""
+    """Return as many refusals and instructions as there are look-alikes."""
     amount = len(split(data, LOOKALIKES).train)
     names = (LOOKALIKES, REFUSALS, INSTRUCTIONS)
     return [row for name in names for row in split(data, name).train[:amount]]

@@ -1,4 +1,4 @@
-"""The whole experiment, one line of results a run: it goes on where it was interrupted.
+"""Run the whole experiment, one line of results a run; it continues where it was interrupted.
 
 Stage: base model and data → aligned model, measured → every `Run` of the plan that has no result.
 """
@@ -57,7 +57,7 @@ class Places:
 
     @property
     def derived(self) -> Path:
-        """Folder, in that of the aligned model, of the tokens and references that are its own."""
+        """Folder inside the aligned model's, for tokens and references derived from that model."""
         folder = self.aligned / "derived"
         folder.mkdir(exist_ok=True)
         return folder
@@ -73,7 +73,7 @@ class Places:
             write_rows(self.results / FILE, {"schema": SCHEMA}, [*self.rows(), row])
 
     def answers(self, name: str, amounts: Amounts) -> AnswerFile:
-        """What a model answered, for judging it anew; made again with the run."""
+        """Open a new file for what a model answers, so that it can be judged again."""
         folder = self.work / "answers"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.jsonl"
@@ -84,7 +84,7 @@ class Places:
 def experiment(
     places: Places, runs: Sequence[Run | Chain], recipe: Recipe, amounts: Amounts, workers: int
 ) -> None:
-    """Do all that has no result yet; every worker has one thread for each core it gets."""
+    """Do all that has no result yet; workers share the cores evenly."""
     for folder in (places.work, places.results):
         folder.mkdir(parents=True, exist_ok=True)
     align(places.model, places.data, places.aligned, recipe, say)

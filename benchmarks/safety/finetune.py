@@ -1,4 +1,4 @@
-"""One fine-tuning of the aligned model by one method, with a record of every step.
+"""Fine-tune the aligned model once by one method, with a record of every step.
 
 Stage: aligned model, `Run` → LoRA trained with the package's patch → tuned model, `History`.
 """
@@ -47,7 +47,7 @@ class History:
     strength: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """Plain JSON types, four digits."""
+        """Return plain JSON types, four digits."""
         return {
             name: [float(f"{value:.4g}") for value in values]
             for name, values in asdict(self).items()
@@ -155,7 +155,7 @@ def _loss(
 
 
 def _header_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the assistant's heading."""
+    """Count the tokens of the assistant's heading."""
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     asked = [{"role": "user", "content": "Hello"}]
     closed, opened = (

@@ -1,4 +1,4 @@
-"""The whole comparison of heads: every contender on every case, resumable, shown as it goes."""
+"""Compare every contender on every case; an interrupted comparison can be resumed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def compare(
 
 
 def inputs_line(rows: list[Row]) -> str:
-    """One sentence on how certain the measured rows are, and what routing makes of them."""
+    """Say how certain the measured rows are, and what routing makes of them."""
     facts = next(row for row in rows if row["contender"] == "inputs")
     return (
         f"entropy {facts['entropy']:.2f} nats (10 to 90 %: {facts['entropy_q10']:.2f} to "
@@ -59,7 +59,7 @@ def inputs_line(rows: list[Row]) -> str:
 
 
 def title_of(rows: list[Row]) -> str:
-    """What was measured."""
+    """Say what was measured."""
     row = rows[0]
     head = "trainable" if row["trainable"] else "frozen"
     shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
@@ -67,12 +67,12 @@ def title_of(rows: list[Row]) -> str:
 
 
 def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the contenders that ran."""
+    """Return headings and lines of the contenders that ran."""
     return cells([row for row in rows if "gemms" in row])
 
 
 def stem_of(rows: list[Row]) -> str:
-    """A file name for the plot."""
+    """Return a file name for the plot."""
     row = rows[0]
     words = f"{row['case']} {row['dtype']} {'trainable' if row['trainable'] else ''}"
     return "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())

@@ -1,4 +1,4 @@
-"""One contender on one case: time, memory and errors, or the one-line reason why there is none."""
+"""Measure one contender on one case: time, memory, errors, or a line that says why not."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _measured(
     device = case.hidden_states.device
     outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
     found: Row = {}
-    if truth is not None and contender.name != "ours-str":  # whose loss is another
+    if truth is not None and contender.name != "ours-str":  # its loss has another term
         found |= errors(truth, *outcome)
     del outcome
     if truth is not None and contender.name == "ours-str":
@@ -77,7 +77,7 @@ def _measured(
 
 
 def live_share(case: Case) -> Row:
-    """Of the default settings, with the case's index and in token order."""
+    """Return live share and dead mass by default, with the case's index and in token order."""
     indexed, plain = live_pairs(case), live_pairs(case, index=None)
     return {
         "live": indexed.share,
@@ -88,7 +88,7 @@ def live_share(case: Case) -> Row:
 
 
 def _constraint_error(case: Case, truth: Truth) -> float | None:
-    """Of the constraint's own gradient: the same rows without their labels."""
+    """Return the error of the constraint's own gradient: the same rows without their labels."""
     safety, reference = constraint_of(case)
     hidden = case.hidden_states.detach().requires_grad_()
     loss = linear_cross_entropy(
