@@ -122,7 +122,7 @@ UNCLIPPED = Setting("sst2-harsh-unclipped", "sst2", 2e-3, max_grad_norm=0.0)
 
 @dataclass(frozen=True)
 class Chain:
-    """Fine-tunings in a row, each adapter merged before the next; the first model is the reference."""
+    """Fine-tunings in a row, each adapter merged before the next; the first model is reference."""
 
     method: Method
     settings: tuple[Setting, ...]
