@@ -23,7 +23,7 @@ from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
 from str_kernels.cli.console import say
-from str_kernels.engine.contract import Head
+from str_kernels.engine.contract import Block, Head
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
@@ -110,8 +110,9 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
             head_rows = _rounded(weight, EIGHT_BITS[screen], columns)
         for part, block in zip(rows.split(1024), states.split(1024), strict=True):
             head = Head(block, head_rows, None)
-            masses = backend.screen(head, tiles, LossOptions(), "exact")
-            counts += backend.route(masses, case.labels[part], tiles, DEFAULT_EPS).counts.cpu()
+            given = Block(head, case.labels[part], tiles, LossOptions())
+            masses = backend.screen(given, "exact")
+            counts += backend.route(given, masses, DEFAULT_EPS).counts.cpu()
         found.append(counts)
     return found
 

@@ -19,7 +19,7 @@ from str_kernels.options import TILE
 if TYPE_CHECKING:
     from str_kernels.backends.triton.launch import Launch
 
-GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.host`` launches them
+GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.operands`` launches them
 Unit = Literal["operands", "8 bits", "fp32"]
 
 

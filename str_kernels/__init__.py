@@ -13,12 +13,12 @@ from str_kernels.version import __version__
 if TYPE_CHECKING:
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
     from str_kernels.huggingface import patch_model, unpatch_model
-    from str_kernels.huggingface.anchors import AnchoredCollator
+    from str_kernels.huggingface.constraint.anchors import AnchoredCollator
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
 
 _HOMES = {
-    "AnchoredCollator": "str_kernels.huggingface.anchors",
+    "AnchoredCollator": "str_kernels.huggingface.constraint.anchors",
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
     "SafetyTokens": "str_kernels.safety.tokens",

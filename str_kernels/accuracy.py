@@ -104,7 +104,7 @@ def check_accuracy(
                 leaf, weight, labels, chosen, bias=bias, index=chosen_index, backend=backend
             )
             gradient = torch.autograd.grad(terms.cross_entropy.sum(), leaf)[0]
-        return terms.lse, gradient.double(), terms.dead_mass
+        return terms.statistics.lse, gradient.double(), terms.statistics.dead_mass
 
     exact = replace(options, filter_eps=0.0, screen="auto")
     lse, gradient, _ = gradient_of(exact, None)

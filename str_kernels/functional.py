@@ -1,7 +1,7 @@
 """`linear_cross_entropy`: validate, choose a backend, apply, reduce.
 
-Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → the loss. This is the one door
-to the fused operation; the patch of Hugging Face models comes through it too.
+Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → the loss. The
+patch of Hugging Face models calls ``row_terms`` and ``reduce_terms``, the two halves of it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.selection import check_backend
-from str_kernels.engine.contract import Backend
+from str_kernels.engine.contract import Backend, RowTerms
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
-from str_kernels.terms import RowTerms, row_terms
+from str_kernels.terms import row_terms
 from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
 
@@ -113,34 +113,35 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, by name.
     """
-    settings = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "filter_eps": filter_eps,
-        "screen": screen,
-    }
-    tensors = {
-        "bias": bias,
-        "reference": reference,
-        "position_weights": position_weights,
-        "index": index,
-        "backend": backend,
-    }
+    options = LossOptions(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        filter_eps=filter_eps,
+        screen=screen,
+        safety=safety,
+    )
     validate_num_items(num_items_in_batch, reduction)
-    if torch.compiler.is_compiling() and backend != "dense":
-        rows = traced_terms(hidden_states, weight, labels, safety, settings, **tensors)
-    else:
-        options = LossOptions(safety=safety, **settings)
-        rows = row_terms(hidden_states, weight, labels, options, **tensors)
+    traced = torch.compiler.is_compiling() and backend != "dense"
+    rows = (traced_terms if traced else row_terms)(
+        hidden_states,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+        index=index,
+        backend=backend,
+    )
     loss, parts = reduce_terms(
         rows,
         labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        ignore_index=options.ignore_index,
+        reduction=options.reduction,
         num_items_in_batch=num_items_in_batch,
     )
     return (loss, parts) if return_parts else loss
@@ -167,14 +168,15 @@ def reduce_terms(
         )
 
     cross_entropy, penalty = reduce(rows.cross_entropy), reduce(rows.penalty)
+    statistics = rows.statistics
     parts = LossParts(
         cross_entropy.detach(),
         penalty.detach(),
-        rows.lse.detach(),
-        None if rows.safety_logits is None else rows.safety_logits.detach(),
-        rows.dead_mass.detach(),
-        rows.live_share.detach(),
-        rows.correct.sum(),
+        statistics.lse.detach(),
+        None if statistics.safety_logits is None else statistics.safety_logits.detach(),
+        statistics.dead_mass.detach(),
+        statistics.live_share.detach(),
+        statistics.correct.sum(),
         num_labels,
     )
     return cross_entropy + penalty, parts

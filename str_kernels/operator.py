@@ -1,60 +1,169 @@
 """The loss as one operator of torch, for code that is being compiled.
 
 Stage: the same as `terms`, behind ``torch.ops.str_kernels.fused_terms``. A tracer sees one call
-with known shapes; inside, the ordinary path runs: the same checks, choices and backends. Eager code
-does not come here.
+with known shapes; inside, the engine's own forward and backward run, as in eager code, on the same
+`Kept`. Schemas are made from the records' fields, so that no position is counted by hand.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from str_kernels.backends.selection import select_backend
-from str_kernels.engine.autograd import (
+from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.engine.backward import backward_rows
+from str_kernels.engine.contract import (
+    Backend,
+    Head,
+    Kept,
+    Resolved,
     RowInputs,
-    Settings,
-    backward_rows,
-    forward_rows,
+    RowTerms,
+    Statistics,
 )
-from str_kernels.engine.contract import Backend, Head
+from str_kernels.engine.forward import forward_rows
 from str_kernels.engine.logits import accumulator, kept_dtype
-from str_kernels.engine.rows import plan_rows
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
-from str_kernels.terms import RowTerms, check_inputs, flatten, resolve, unflatten
+from str_kernels.terms import check_inputs, flatten, gradients_needed, tiles_for, unflatten
 from str_kernels.vocabulary import VocabularyIndex
 
-# What the operator is told besides the tensors, in the order of its schema. -1 stands for "auto".
-_SETTINGS = (
-    "int ignore_index, float logit_scale, float? softcap, float label_smoothing, float z_loss, "
-    "float filter_eps, str screen, int[]? token_ids, float strength, str kind, "
-    "float[]? token_weights, float temperature, str backend, bool[] needs"
-)
-_INPUTS = (
-    "Tensor hidden_states, Tensor weight, Tensor labels, Tensor? bias, Tensor? reference, "
-    "Tensor? position_weights, Tensor? order, Tensor? mean_rows, Tensor? sample, "
-    "Tensor? quantised, Tensor? row_scales"
-)
-_OUTPUTS = (
-    "Tensor cross_entropy, Tensor penalty, Tensor lse, Tensor safety_logits, Tensor correct, "
-    "Tensor dead_mass, Tensor live_share, Tensor ce_gradient, Tensor lse_gradient, "
-    "Tensor open_mass"
-)
-_SAVED = (
-    "Tensor grad_cross_entropy, Tensor grad_penalty, Tensor lse, Tensor safety_logits, "
-    "Tensor ce_gradient, Tensor lse_gradient, Tensor open_mass"
-)
+
+class Operands(NamedTuple):
+    """Every tensor that enters the operator: `Head`, `RowInputs` and the index's."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    reference: Tensor | None
+    position_weights: Tensor | None
+    order: Tensor | None
+    mean_rows: Tensor | None
+    sample: Tensor | None
+    quantised: Tensor | None
+    row_scales: Tensor | None
+
+    @property
+    def head(self) -> Head:
+        """Hidden states, weight and bias."""
+        return Head(*self[:3])
+
+    @property
+    def inputs(self) -> RowInputs:
+        """The constants of the rows."""
+        return RowInputs(*self[3:6])
+
+    @property
+    def index(self) -> VocabularyIndex | None:
+        """The vocabulary index, if one was given."""
+        return None if self.order is None else VocabularyIndex(*self[6:])
+
+
+class Outputs(NamedTuple):
+    """Every tensor that leaves the operator: the terms, their `Statistics`, and parts of `Kept`.
+
+    A tracer must know all shapes, so ``rows`` and what belongs to it are padded from R to N rows,
+    ``safety_alone`` from S to N; ``counts [2]``, on the CPU, holds R and S. What is absent is an
+    empty tensor of one dimension.
+    """
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    lse: Tensor
+    correct: Tensor
+    dead_mass: Tensor
+    live_share: Tensor
+    safety_logits: Tensor
+    rows: Tensor
+    safety_alone: Tensor
+    ce_gradient: Tensor
+    lse_gradient: Tensor
+    open_mass: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator is told besides the tensors; it travels as a string.
+
+    ``needs``: which of hidden states, weight and bias need a gradient; ``dtype``: by name, the
+    dtype of the hidden states.
+    """
+
+    options: LossOptions
+    backend: str
+    needs: tuple[bool, bool, bool]
+    dtype: str
+
+    @staticmethod
+    @cache
+    def from_text(text: str) -> Settings:
+        """Read what `_as_json` wrote; each string is parsed and checked once."""
+        read = json.loads(text)
+        options = read.pop("options")
+        safety = options.pop("safety")
+        constraint = None if safety is None else SafetyConstraint(**safety)
+        needs = tuple(read.pop("needs"))
+        return Settings(LossOptions(**options, safety=constraint), needs=needs, **read)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weight or the bias needs a gradient."""
+        return any(self.needs[1:])
+
+    @property
+    def logprob(self) -> bool:
+        """Whether the backward needs ``lse_gradient``."""
+        return self.options.safety is not None and self.options.safety.kind == "logprob"
+
+    def resolved(self, device: torch.device, *, indexed: bool) -> Resolved:
+        """How the engine runs; a trainable head takes the exact pass here."""
+        options, dtype = self.options, getattr(torch, self.dtype)
+        if self.trained:
+            if options.filter_eps != 0.0:
+                say_once("str_kernels: in compiled code a trainable head takes the exact pass")
+            options = replace(options, filter_eps=0.0, screen="auto")
+        chosen = select_backend(self.backend, device, dtype).backend
+        return resolve(
+            options, chosen, dtype=dtype, device=device, indexed=indexed, needs=self.needs
+        )
+
+
+# A tracer follows neither dataclasses.fields nor json.dumps, and takes a dataclass that was made in
+# traced code for one with its defaults: the text is made of fields that are read one by one.
+_FIELDS = {
+    record: [f.name for f in fields(record)] for record in (Settings, LossOptions, SafetyConstraint)
+}
+
+
+def _as_json(value: Any) -> str:
+    """JSON of settings, by operations that a tracer can follow."""
+    if type(value) in _FIELDS:
+        names = _FIELDS[type(value)]
+        return "{" + ", ".join([f'"{n}": {_as_json(getattr(value, n))}' for n in names]) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_as_json(x) for x in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # float() makes a constant of a number that the tracer took for a variable
+    return f"{float(value)!r}" if isinstance(value, float) else f"{value!r}"
 
 
 def traced_terms(
     hidden_states: Tensor,
     weight: Tensor,
     labels: Tensor,
-    safety: SafetyConstraint | None,
-    settings: dict[str, Any],
+    options: LossOptions,
     *,
     bias: Tensor | None,
     reference: Tensor | None,
@@ -68,221 +177,189 @@ def traced_terms(
     """
     if not isinstance(backend, str):
         raise ValueError(f"backend={backend!r}: compiled code takes a name, not an instance.")
-    lead = hidden_states.shape[:-1]
-    flat, rows = flatten(hidden_states, labels, reference, position_weights)
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (flat, weight, bias)]
-    eps = settings["filter_eps"]
+    flat, inputs = flatten(hidden_states, labels, reference, position_weights)
+    head = Head(flat, weight, bias)
     parts = (None,) * 5
     if index is not None:
         parts = (index.order, index.mean_rows, index.sample, index.quantised, index.row_scales)
-    outputs = torch.ops.str_kernels.fused_terms(
-        flat,
-        weight,
-        rows.labels,
-        bias,
-        rows.reference,
-        rows.position_weights,
-        *parts,
-        settings["ignore_index"],
-        settings["logit_scale"],
-        settings["softcap"],
-        settings["label_smoothing"],
-        settings["z_loss"],
-        -1.0 if eps == "auto" else eps,
-        settings["screen"],
-        None if safety is None else list(safety.token_ids),
-        0.0 if safety is None else safety.strength,
-        "mse" if safety is None else safety.kind,
-        None if safety is None or safety.token_weights is None else list(safety.token_weights),
-        1.0 if safety is None else safety.temperature,
-        backend,
-        needs,
+    dtype = str(flat.dtype).removeprefix("torch.")
+    text = _as_json(Settings(options, backend, gradients_needed(head), dtype))
+    found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
+    statistics = Statistics(
+        lse=found.lse,
+        correct=found.correct,
+        dead_mass=found.dead_mass,
+        live_share=found.live_share,
+        entropy=None,
+        safety_logits=None if options.safety is None else found.safety_logits,
     )
-    cross_entropy, penalty, lse, safety_logits, correct, dead_mass, live_share = outputs[:7]
-    kept = None if safety is None else safety_logits
-    terms = RowTerms(
-        cross_entropy, penalty, lse, kept, correct, dead_mass, live_share, entropy=None
-    )
-    return unflatten(terms, lead)
+    terms = RowTerms(found.cross_entropy, found.penalty, statistics)
+    return unflatten(terms, hidden_states.shape[:-1])
 
 
-def _options(
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-    filter_eps: float,
-    screen: str,
-    token_ids: list[int] | None,
-    strength: float,
-    kind: str,
-    token_weights: list[float] | None,
-    temperature: float,
-    backend: str,
-    needs: list[bool],
-) -> LossOptions:
-    safety = None
-    if token_ids is not None:
-        safety = SafetyConstraint(token_ids, strength, kind, token_weights, temperature)
-    eps = "auto" if filter_eps == -1.0 else filter_eps
-    if any(needs[1:]):
-        if eps != 0.0:
-            say_once("str_kernels: in compiled code a trainable head takes the exact pass")
-        eps, screen = 0.0, "auto"
-    return LossOptions(
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        filter_eps=eps,
-        screen=screen,
-        safety=safety,
-    )
+def _forward(*arguments: Any) -> Outputs:
+    operands, settings = Operands(*arguments[:-1]), Settings.from_text(arguments[-1])
+    device, index = operands.hidden_states.device, operands.index
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        check_inputs(
+            operands.hidden_states,
+            operands.weight,
+            operands.labels,
+            settings.options,
+            bias=operands.bias,
+            reference=operands.reference,
+            position_weights=operands.position_weights,
+            index=index,
+        )
+        resolved = settings.resolved(device, indexed=index is not None)
+        tiles = tiles_for(operands.weight, index, resolved)
+        terms, kept = forward_rows(operands.head, operands.inputs, tiles, resolved)
+    return _padded(terms, kept, resolved)
 
 
-def _prepare(
-    tensors: tuple[Tensor | None, ...], settings: tuple
-) -> tuple[Head, RowInputs, Settings]:
-    """The operator's arguments as the ordinary path has them."""
-    hidden, weight, labels, bias, reference, position_weights = tensors[:6]
-    order, mean_rows, sample, quantised, row_scales = tensors[6:]
-    options, needs, backend = _options(*settings), settings[-1], settings[-2]
-    index = None
-    if order is not None:
-        index = VocabularyIndex(order, mean_rows, sample, quantised, row_scales)
-    check_inputs(hidden, weight, labels, options, bias, reference, position_weights, index)
-    chosen = select_backend(backend, hidden.device, hidden.dtype).backend
-    if chosen is None:
-        raise ValueError("backend='dense': is plain torch code; compiled code needs no operator.")
-    resolved = resolve(chosen, options, hidden, weight, index, entropy=False, grad=any(needs))
-    return Head(hidden, weight, bias), RowInputs(labels, reference, position_weights), resolved
+def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
+    """What a forward gave, in shapes that a tracer knows."""
+    count, lse = len(kept.lse), kept.lse
 
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, settings = arguments[:11], arguments[11:]
-    needs = settings[-1]
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        head, rows, resolved = _prepare(tensors, settings)
-        done, penalty = forward_rows(head, rows, resolved, tuple(needs))
-    count = len(head.hidden_states)
-
-    def spread(values: Tensor | None) -> Tensor:
-        """``[R, ...]`` → ``[N, ...]``: a tracer does not know how many rows meet the vocabulary."""
+    def pad(values: Tensor | None, dtype: torch.dtype) -> Tensor:
         if values is None:
-            return head.hidden_states.new_empty(0, dtype=kept_dtype(head.hidden_states.dtype))
-        return values.new_zeros(count, *values.shape[1:]).index_copy_(0, done.rows, values)
+            return lse.new_empty(0, dtype=dtype)
+        if len(values) == count:
+            return values
+        return torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
 
-    return (
-        done.cross_entropy,
-        penalty,
-        done.lse,
-        done.lse.new_empty(0) if done.safety_logits is None else done.safety_logits,
-        done.correct,
-        done.dead_mass,
-        done.live_share,
-        spread(done.ce_gradient),
-        spread(done.lse_gradient),
-        spread(done.open_mass),
+    statistics, of_rows = terms.statistics, kept_dtype(resolved.dtype)
+    alone = kept.safety_alone
+    safety_logits = statistics.safety_logits
+    return Outputs(
+        cross_entropy=terms.cross_entropy,
+        penalty=terms.penalty,
+        lse=lse,
+        correct=statistics.correct,
+        dead_mass=statistics.dead_mass,
+        live_share=statistics.live_share,
+        safety_logits=lse.new_empty(0) if safety_logits is None else safety_logits,
+        rows=pad(kept.rows, torch.int64),
+        safety_alone=pad(alone, torch.int64),
+        ce_gradient=pad(kept.ce_gradient, of_rows),
+        lse_gradient=pad(kept.lse_gradient, of_rows),
+        open_mass=pad(kept.open_mass, lse.dtype),
+        counts=torch.tensor([len(kept.rows), 0 if alone is None else len(alone)]),
     )
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, token_ids, kind, needs = arguments[0], arguments[18], arguments[20], arguments[-1]
-    count = hidden.shape[0]
-    dtype = accumulator(hidden.dtype)
+def _forward_fake(*arguments: Any) -> Outputs:
+    operands, settings = Operands(*arguments[:-1]), Settings.from_text(arguments[-1])
+    hidden, safety = operands.hidden_states, settings.options.safety
+    count, dtype = hidden.shape[0], accumulator(hidden.dtype)
 
-    def row(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return hidden.new_empty(shape, dtype=of)
+    def make(*shape: int, dtype: torch.dtype = dtype, there: bool = True) -> Tensor:
+        return hidden.new_empty(shape if there else 0, dtype=dtype)
 
-    states = (count, hidden.shape[1])
-    kept = kept_dtype(hidden.dtype)
-    return (
-        row(count),
-        row(count),
-        row(count),
-        row(0) if token_ids is None else row(count, len(token_ids)),
-        row(count, of=torch.bool),
-        row(count),
-        row(count),
-        row(*states if needs[0] else (0,), of=kept),
-        row(
-            *states if needs[0] and token_ids is not None and kind == "logprob" else (0,),
-            of=kept,
-        ),
-        row(count),
-    )
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (grad_cross_entropy, grad_penalty, lse, safety_logits, ce, by_lse, open_mass) = arguments[:7]
-    tensors, settings = arguments[7:18], arguments[18:]
-    needs = settings[-1]
-    with torch.no_grad(), torch.autocast(lse.device.type, enabled=False):
-        head, rows, resolved = _prepare(tensors, settings)
-        options = resolved.options
-        plan = plan_rows(rows.labels, rows.position_weights, options, lse.dtype)
-        dense = plan.dense.nonzero()[:, 0]
-        saved = {
-            **rows._asdict(),
-            "rows": dense,
-            "safety_alone": (plan.safety & ~plan.dense).nonzero()[:, 0],
-            "weight": head.weight,
-            "hidden_states": head.hidden_states,
-            "bias": head.bias,
-            "lse": lse,
-            "safety_logits": None if options.safety is None else safety_logits,
-            "ce_gradient": ce[dense] if needs[0] else None,
-            "lse_gradient": by_lse[dense] if len(by_lse) else None,
-            "open_mass": open_mass[dense],
-            "masses": None,
-            "slope": None,
-            "probabilities": None,
-        }
-        gradients = backward_rows(resolved, tuple(needs), saved, grad_cross_entropy, grad_penalty)
-    return tuple(lse.new_empty(0) if x is None else x for x in gradients)
-
-
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, needs = arguments[7], arguments[8], arguments[10], arguments[-1]
-    lse = arguments[2]
-    like = (hidden, weight, bias)
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else lse.new_empty(0)
-        for x, need in zip(like, needs, strict=True)
+    gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
+    constrained, of_hidden = safety is not None, settings.needs[0]
+    return Outputs(
+        cross_entropy=make(count),
+        penalty=make(count),
+        lse=make(count),
+        correct=make(count, dtype=torch.bool),
+        dead_mass=make(count),
+        live_share=make(count),
+        safety_logits=make(count, len(safety.token_ids) if constrained else 0, there=constrained),
+        rows=make(count, dtype=torch.int64),
+        safety_alone=make(count, dtype=torch.int64, there=constrained),
+        ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
+        lse_gradient=make(*gradients, dtype=kept, there=of_hidden and settings.logprob),
+        open_mass=make(count, there=settings.trained),
+        counts=torch.empty(2, dtype=torch.int64),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.settings = inputs[11:]
-    _, _, lse, safety_logits, _, _, _, ce_gradient, lse_gradient, open_mass = output
-    ctx.save_for_backward(lse, safety_logits, ce_gradient, lse_gradient, open_mass, *inputs[:11])
+    operands, ctx.text, found = Operands(*inputs[:-1]), inputs[-1], Outputs(*output)
+    trained = Settings.from_text(ctx.text).trained
+    kept = Kept(
+        *operands.inputs,
+        weight=operands.weight,
+        hidden_states=operands.hidden_states if trained else None,
+        bias=operands.bias if trained else None,
+        lse=found.lse,
+        safety_logits=found.safety_logits,
+        rows=found.rows,
+        safety_alone=found.safety_alone,
+        ce_gradient=found.ce_gradient,
+        lse_gradient=found.lse_gradient,
+        open_mass=found.open_mass,
+    )
+    ctx.save_for_backward(*kept, found.counts)
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _backward_rule(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *_: Any) -> tuple:
     gradients = torch.ops.str_kernels.fused_terms_backward(
-        grad_cross_entropy, grad_penalty, *ctx.saved_tensors, *ctx.settings
+        grad_cross_entropy, grad_penalty, *ctx.saved_tensors, ctx.text
     )
-    hidden, weight, bias = (
-        gradient if need else None
-        for gradient, need in zip(gradients, ctx.settings[-1], strict=True)
+    needs = Settings.from_text(ctx.text).needs
+    of_head = (x if need else None for x, need in zip(gradients, needs, strict=True))
+    return (*of_head, *(None,) * (len(Operands._fields) - len(Head._fields)), None)
+
+
+def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
+    *tensors, counts, text = arguments
+    kept, settings = Kept(*tensors), Settings.from_text(text)
+    met, alone = counts.tolist()  # on the CPU: no device is waited for
+    kept = kept._replace(
+        rows=kept.rows[:met],
+        safety_alone=kept.safety_alone[:alone],
+        ce_gradient=kept.ce_gradient[:met],
+        lse_gradient=kept.lse_gradient[:met],
+        open_mass=kept.open_mass[:met],
     )
-    return (hidden, weight, None, bias, *(None,) * (7 + len(ctx.settings)))
+    resolved = settings.resolved(kept.lse.device, indexed=False)
+    with torch.no_grad():
+        gradients = backward_rows(kept, None, resolved, grad_cross_entropy, grad_penalty)
+    return tuple(kept.lse.new_empty(0) if x is None else x for x in gradients)
+
+
+def _backward_fake(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
+    *tensors, _, text = arguments
+    kept, settings = Kept(*tensors), Settings.from_text(text)
+    shape = (kept.lse.shape[0], kept.weight.shape[1])
+    hidden = kept.lse.new_empty(shape, dtype=getattr(torch, settings.dtype))
+    like = (hidden, kept.weight, kept.bias)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need
+        else kept.lse.new_empty(0)
+        for x, need in zip(like, settings.needs, strict=True)
+    )
+
+
+def _schema(record: type[NamedTuple]) -> str:
+    """The record's fields as an operator's arguments; those that may be None are optional."""
+    kinds = {name: str(kind) for name, kind in record.__annotations__.items()}
+    return ", ".join(f"Tensor{'?' if 'None' in kinds[n] else ''} {n}" for n in record._fields)
 
 
 def _register() -> None:
-    torch.library.define("str_kernels::fused_terms", f"({_INPUTS}, {_SETTINGS}) -> ({_OUTPUTS})")
-    torch.library.define(
-        "str_kernels::fused_terms_backward",
-        f"({_SAVED}, {_INPUTS}, {_SETTINGS}) -> (Tensor hidden_states, Tensor weight, Tensor bias)",
-    )
-    for name, run, fake in (
-        ("str_kernels::fused_terms", _forward, _forward_fake),
-        ("str_kernels::fused_terms_backward", _backward, _backward_fake),
+    results = ", ".join("Tensor" for _ in Outputs._fields)
+    upstream = "Tensor grad_cross_entropy, Tensor grad_penalty"
+    for name, schema, run, fake in (
+        (
+            "str_kernels::fused_terms",
+            f"({_schema(Operands)}, str settings) -> ({results})",
+            _forward,
+            _forward_fake,
+        ),
+        (
+            "str_kernels::fused_terms_backward",
+            f"({upstream}, {_schema(Kept)}, Tensor counts, str settings) "
+            "-> (Tensor, Tensor, Tensor)",
+            _backward,
+            _backward_fake,
+        ),
     ):
+        torch.library.define(name, schema)
         torch.library.impl(name, ("cpu", "cuda"))(run)
         torch.library.register_fake(name)(fake)
     torch.library.register_autograd(

@@ -53,7 +53,8 @@ def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> f
     rule = "a finite number"
     if minimum > -math.inf:
         rule += f" {'above' if strict else 'of at least'} {minimum:g}"
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    # not by math.isfinite, which a tracer cannot follow where the number varies
+    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value!r}: must be {rule}.")
     if value < minimum or (strict and value == minimum):
         raise ValueError(f"{name}={value!r}: must be {rule}.")

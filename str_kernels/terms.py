@@ -5,32 +5,25 @@ Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → `RowTerms
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from str_kernels import oracle
-from str_kernels.backends.selection import select_backend, select_filter
-from str_kernels.engine.autograd import FusedRows, RowInputs, Settings
-from str_kernels.engine.contract import Backend
+from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.engine.autograd import fused_rows
+from str_kernels.engine.contract import (
+    Backend,
+    Head,
+    Resolved,
+    RowInputs,
+    RowTerms,
+    Statistics,
+    Tiles,
+)
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions
 from str_kernels.validation import validate_loss_inputs
 from str_kernels.vocabulary import VocabularyIndex
-
-
-class RowTerms(NamedTuple):
-    """Both loss terms of every position, differentiable, and their statistics; shapes ``[...]``."""
-
-    cross_entropy: Tensor
-    penalty: Tensor
-    lse: Tensor
-    safety_logits: Tensor | None
-    correct: Tensor
-    dead_mass: Tensor
-    live_share: Tensor
-    entropy: Tensor | None
 
 
 def row_terms(
@@ -50,24 +43,35 @@ def row_terms(
 
     With ``entropy`` also that of each labelled position's prediction, in nats.
     """
-    check_inputs(hidden_states, weight, labels, options, bias, reference, position_weights, index)
-    flat, constants = flatten(hidden_states, labels, reference, position_weights)
+    check_inputs(
+        hidden_states,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+        index=index,
+    )
+    flat, inputs = flatten(hidden_states, labels, reference, position_weights)
+    head = Head(flat, weight, bias)
     chosen = select_backend(backend, flat.device, flat.dtype).backend
     # the casts are decided; inside, autocast would only round fp32 scratch blocks again
     with torch.autocast(hidden_states.device.type, enabled=False):
         if chosen is None:
-            if options.screen not in ("auto", "exact"):
-                raise ValueError(
-                    f"screen={options.screen!r}: backend='dense' computes every logit in full "
-                    "and screens none; leave screen='auto'."
-                )
-            rows = _dense_terms(flat, weight, bias, constants, options)
+            terms = _dense_terms(head, inputs, options)
         else:
-            settings = resolve(
-                chosen, options, flat, weight, index, entropy=entropy, grad=torch.is_grad_enabled()
+            resolved = resolve(
+                options,
+                chosen,
+                dtype=flat.dtype,
+                device=flat.device,
+                indexed=index is not None,
+                entropy=entropy,
+                needs=gradients_needed(head),
             )
-            rows = RowTerms(*FusedRows.apply(flat, weight, bias, constants, settings))
-    return unflatten(rows, labels.shape)
+            terms = fused_rows(head, inputs, tiles_for(weight, index, resolved), resolved)
+    return unflatten(terms, labels.shape)
 
 
 def check_inputs(
@@ -75,6 +79,7 @@ def check_inputs(
     weight: Tensor,
     labels: Tensor,
     options: LossOptions,
+    *,
     bias: Tensor | None,
     reference: Tensor | None,
     position_weights: Tensor | None,
@@ -112,34 +117,24 @@ def flatten(
     return flat, RowInputs(labels.reshape(-1).long(), reference, position_weights)
 
 
-def resolve(
-    backend: Backend,
-    options: LossOptions,
-    flat: Tensor,
-    weight: Tensor,
-    index: VocabularyIndex | None,
-    *,
-    entropy: bool,
-    grad: bool,
-) -> Settings:
-    """Choose filter and tiles; ``grad`` says whether anybody can ask for a gradient later."""
-    resolved = select_filter(
-        options,
-        backend,
-        indexed=index is not None,
-        entropy=entropy,
-        dtype=flat.dtype,
-        device=flat.device,
-    )
-    tiles = None
-    if resolved.eps:
-        with torch.no_grad():
-            # label smoothing reads Σ_v z off the mean rows: they must be this very weight's
-            moves = grad and weight.requires_grad
-            tiles = tiles_of(weight, index, fresh=moves or options.label_smoothing > 0)
-            if moves:  # rows quantised when the index was built are another weight's by now
-                tiles = tiles._replace(quantised=None, row_scales=None)
-    return Settings(backend, options, resolved, tiles, entropy, grad, flat.dtype)
+def gradients_needed(head: Head) -> tuple[bool, bool, bool]:
+    """Whether hidden states, weight and bias can be asked for a gradient later."""
+    grad = torch.is_grad_enabled()
+    hidden, weight, bias = (grad and x is not None and x.requires_grad for x in head)
+    return hidden, weight, bias
+
+
+def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved) -> Tiles | None:
+    """The cut of the vocabulary; None on the exact path."""
+    if not resolved.eps:
+        return None
+    moves = resolved.needs[1]
+    with torch.no_grad():
+        # label smoothing reads Σ_v z off the mean rows: they must be this very weight's
+        tiles = tiles_of(weight, index, fresh=moves or resolved.options.label_smoothing > 0)
+    if moves:  # rows quantised when the index was built are another weight's by now
+        tiles = tiles._replace(quantised=None, row_scales=None)
+    return tiles
 
 
 def _autocast(hidden_states: Tensor) -> Tensor:
@@ -150,35 +145,37 @@ def _autocast(hidden_states: Tensor) -> Tensor:
     return hidden_states.to(torch.get_autocast_dtype(device))
 
 
-def _dense_terms(
-    flat: Tensor, weight: Tensor, bias: Tensor | None, constants: RowInputs, options: LossOptions
-) -> RowTerms:
-    labels, reference, position_weights = constants
+def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerms:
+    if options.screen not in ("auto", "exact"):
+        raise ValueError(
+            f"screen={options.screen!r}: backend='dense' computes every logit in full and screens "
+            "none; leave screen='auto'."
+        )
     rows = oracle.dense_rows(
-        flat,
-        weight,
-        labels,
+        head.hidden_states,
+        head.weight,
+        inputs.labels,
         options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
+        bias=head.bias,
+        reference=inputs.reference,
+        position_weights=inputs.position_weights,
     )
-    return RowTerms(
-        rows.cross_entropy,
-        rows.penalty,
-        rows.lse,
-        rows.safety_logits,
-        rows.correct,
-        torch.zeros_like(rows.lse),
-        torch.ones_like(rows.lse),
-        rows.entropy,
+    statistics = Statistics(
+        lse=rows.lse,
+        correct=rows.correct,
+        dead_mass=torch.zeros_like(rows.lse),
+        live_share=torch.ones_like(rows.lse),
+        entropy=rows.entropy,
+        safety_logits=rows.safety_logits,
     )
+    return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 
 
-def unflatten(rows: RowTerms, shape: torch.Size) -> RowTerms:
+def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
     """``[N, ...]`` → ``[..., ...]``."""
 
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(shape + values.shape[1:])
 
-    return RowTerms(*map(view, rows))
+    statistics = Statistics(*map(view, terms.statistics))
+    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics)

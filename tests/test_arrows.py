@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,47 @@ def test_imports_go_one_way(path):
     assert mine in RANK, f"{mine}: name its layer here"
     later = {name for name in imported(path) if RANK[name] > RANK[mine]}
     assert not later, f"{mine} imports {sorted(later)}, which come after it"
+
+
+def dotted(path: Path) -> str:
+    """``str_kernels/a/b.py`` is ``str_kernels.a.b``, ``a/__init__.py`` is ``str_kernels.a``."""
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def modules_imported(name: str) -> set[str]:
+    """Every module of ours that this one imports, inside functions and for annotations too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys()
+
+
+def test_no_file_is_in_a_circle():
+    """Inside a layer too, every file can be read after those that it imports."""
+    graph = {name: modules_imported(name) for name in MODULES}
+    assert sum(map(len, graph.values())) > len(graph)
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names it
+
+
+ROOMS = ["deferred", "constraint", "trl", "patch"]
+
+
+def test_the_rooms_of_huggingface_have_an_order():
+    """Each room imports only from itself and from those before it."""
+    start = "str_kernels.huggingface."
+    for name in MODULES:
+        for other in modules_imported(name):
+            if name.startswith(start) and other.startswith(start):
+                mine, its = (x.removeprefix(start).split(".")[0] for x in (name, other))
+                assert ROOMS.index(its) <= ROOMS.index(mine), (name, other)
 
 
 def test_the_oracle_stands_alone():

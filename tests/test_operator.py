@@ -9,8 +9,9 @@ from str_kernels import (
     SafetyConstraint,
     VocabularyIndex,
     linear_cross_entropy,
-    operator,  # noqa: F401  registers the operator
+    operator,
 )
+from str_kernels.options import LossOptions
 from tests.backends.test_routed import clustered_case
 from tests.oracle import assert_close, make_case
 
@@ -101,7 +102,7 @@ def test_opcheck():
     # every row labelled: opcheck does not take the NaN of a row without lse for equal
     case = make_case(9, 50, 6, k=3, kind="logprob", bias=True, ignored=0.0)
     safety: SafetyConstraint = case.settings["safety"]
-    for needs in ([True, True, True], [True, False, False]):
+    for needs in ((True, True, True), (True, False, False)):
         tensors = [
             x.clone().requires_grad_(need)
             for x, need in zip((case.hidden_states, case.weight, case.bias), needs, strict=True)
@@ -109,10 +110,11 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.str_kernels.fused_terms.default,
             (
-                *(tensors[0], tensors[1], case.labels, tensors[2], case.reference),
-                *(None, None, None, None, None, None),
-                *(-100, 1.0, None, 0.0, 0.0, -1.0, "auto", list(safety.token_ids)),
-                *(safety.strength, safety.kind, None, 1.0, "torch", needs),
+                *(*tensors, case.labels, case.reference, None),
+                *(None, None, None, None, None),
+                operator._as_json(
+                    operator.Settings(LossOptions(safety=safety), "torch", needs, "float64")
+                ),
             ),
         )
 

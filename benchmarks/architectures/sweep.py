@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures.tiny_configs import VOCAB, build_architecture
-from str_kernels.huggingface import DeferredLogits, patch_model, recording, unpatch_model
-from str_kernels.huggingface.loss import LabelledForward
+from str_kernels.huggingface import DeferredLogits, patch_model, unpatch_model
+from str_kernels.huggingface.deferred import recording
+from str_kernels.huggingface.patch.loss import LabelledForward
 
 ROWS, LENGTH, NEW = 2, 12, 5
 MODES = ("eval", "train")

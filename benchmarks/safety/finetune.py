@@ -28,7 +28,7 @@ from benchmarks.safety.methods import Method, Run
 from benchmarks.safety.tokens import context_reference, rarity, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
-from str_kernels.huggingface.anchors import join_anchors
+from str_kernels.huggingface.constraint.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.training.lora import add_lora
 

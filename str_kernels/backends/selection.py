@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.engine.contract import Backend, Filter
+from str_kernels.engine.contract import Backend, Resolved
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 
@@ -66,19 +66,29 @@ def select_backend(
     return choice
 
 
-def select_filter(
+def resolve(
     options: LossOptions,
     backend: Backend,
     *,
-    indexed: bool,
-    entropy: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> Filter:
-    """Resolve ``filter_eps`` and ``screen``.
+    indexed: bool,
+    entropy: bool = False,
+    needs: tuple[bool, bool, bool] = (False, False, False),
+) -> Resolved:
+    """Choose filter and screen.
 
     ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen asked for
     by name, and exact otherwise: in token order the filter's error can pass that of a bf16 head.
+
+    Args:
+        options: the settings of the loss.
+        backend: the backend that will run.
+        dtype: the dtype of the hidden states.
+        device: where they are.
+        indexed: whether there is a vocabulary index.
+        entropy: whether each row's entropy is asked for.
+        needs: whether hidden states, weight and bias will be asked for a gradient.
 
     Raises:
         ValueError: a screen that the backend cannot run here.
@@ -96,15 +106,12 @@ def select_filter(
         eps, reason = 0.0, "label smoothing under a softcap needs every logit"
     if eps and entropy:
         eps, reason = 0.0, "the entropy needs every logit"
-    if eps == 0.0:
-        choice = Filter(0.0, "exact", reason)
-    else:
-        screen = options.screen
-        if screen == "auto":
-            screen = backend.auto_screen(dtype, device, MANY_ROWS)
-        choice = Filter(eps, screen, reason, auto=options.screen == "auto")
-    say_once(f"str_kernels: filter_eps={choice.eps:g}, screen={choice.screen} ({reason})")
-    return choice
+    screen = options.screen if eps else "exact"
+    auto = screen == "auto"
+    if auto:
+        screen = backend.auto_screen(dtype, device, MANY_ROWS)
+    say_once(f"str_kernels: filter_eps={eps:g}, screen={screen} ({reason})")
+    return Resolved(backend, options, eps, screen, auto, entropy, needs, dtype, reason)
 
 
 def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> Selection:

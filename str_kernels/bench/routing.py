@@ -9,7 +9,7 @@ import torch
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.inputs import Case
-from str_kernels.engine.contract import Head
+from str_kernels.engine.contract import Block, Head
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions, Screen
 from str_kernels.vocabulary import VocabularyIndex
@@ -48,9 +48,11 @@ def live_pairs(
     rows = torch.arange(len(case.labels), device=case.labels.device)
     pairs, dead = 0, 0.0
     for part in rows.split(backend.row_block(head, len(rows), routed=True)):
-        block = head._replace(hidden_states=head.hidden_states[part])
-        masses = backend.screen(block, tiles, options, screen)
-        work = backend.route(masses, case.labels[part], tiles, eps)
+        block = Block(
+            head._replace(hidden_states=head.hidden_states[part]), case.labels[part], tiles, options
+        )
+        masses = backend.screen(block, screen)
+        work = backend.route(block, masses, eps)
         pairs += int(work.counts.sum())
         dead += work.dead.sum().item()
     return Live(pairs, len(rows) * len(tiles.mean_rows), dead / len(rows))

@@ -72,7 +72,7 @@ def cache(
 
 
 def _facts(prepared: Prepared, out: Path, stored: int) -> dict[str, Any]:
-    from str_kernels.safety.references import reference_unit
+    from str_kernels.huggingface.constraint.references import reference_unit
 
     safety = prepared.tokens.constraint(1.0, kind=prepared.settings.kind)
     files = [file.facts() for file in prepared.files]

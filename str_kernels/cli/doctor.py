@@ -114,7 +114,7 @@ def _choices(name: str) -> list[dict[str, Any]]:
     """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
     import torch
 
-    from str_kernels.backends.selection import select_backend, select_filter
+    from str_kernels.backends.selection import resolve, select_backend
     from str_kernels.engine.products import product_dtype
     from str_kernels.options import LossOptions
 
@@ -122,9 +122,7 @@ def _choices(name: str) -> list[dict[str, Any]]:
     backend, why_backend = select_backend("auto", device)
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
-        eps, screen, why, _ = select_filter(
-            LossOptions(), backend, indexed=True, entropy=False, dtype=dtype, device=device
-        )
+        found = resolve(LossOptions(), backend, dtype=dtype, device=device, indexed=True)
         products = product_dtype(dtype, device) if backend.name == "torch" else dtype
         choices.append(
             {
@@ -133,9 +131,9 @@ def _choices(name: str) -> list[dict[str, Any]]:
                 "products": str(products).removeprefix("torch."),
                 "backend": backend.name,
                 "backend_reason": why_backend,
-                "screen": screen,
-                "filter_eps": eps,
-                "screen_reason": why,
+                "screen": found.screen,
+                "filter_eps": found.eps,
+                "screen_reason": found.reason,
             }
         )
     return choices

@@ -2,21 +2,21 @@
 
 ::
 
-    Head, Tiles ──screen──▶ TileMasses ──route──▶ Worklist ──refine──▶ Refined ──finish──▶ Dense
-         └───────────────────────────── exact (every pair live) ──────────────────────────▶ Dense
+    Block ──screen──▶ TileMasses ──route──▶ Worklist ──refine──▶ Refined ──finish──▶ Dense
+      └──────────────────────── exact (every pair is live) ────────────────────────▶ Dense
 
-    Dense ──rows.py──▶ losses, row gradients [R, D], Coefficients ──weight_gradients──▶ Gradients
+    Dense ──rows──▶ RowTerms, Kept ──backward──▶ Coefficients ──weight_gradients──▶ gradients
 
-A backend brings screen, route, refine, exact, combine and weight_gradients; the rest is shared.
-
-Two backends can so be compared stage by stage. Everything here speaks of R rows, those of the N
-positions that need the whole vocabulary; shapes otherwise use the symbols of ``options``. A
-(row, tile) pair is *live* when the tile holds enough of the row's open probability, the part that
-lies outside the label's tile, to be computed exactly; the other pairs are *dead*.
+A backend brings screen, route, refine, exact, combine and weight_gradients; the rest is shared, so
+that two backends can be compared stage by stage. R counts the rows, among all N positions, that
+need the whole vocabulary; other shapes use the symbols of ``options``. A (row, tile) pair is *live*
+when the tile holds enough of the probability that lies outside the tile of the row's label; a live
+pair is computed exactly. The other pairs are *dead*.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -51,12 +51,24 @@ class Tiles(NamedTuple):
     row_scales: Tensor | None = None
 
 
+class Block(NamedTuple):
+    """R rows, the head and the cut of the vocabulary: what every stage reads.
+
+    ``labels [R]`` int64, -1 on rows without a label; ``tiles`` is None on the exact path.
+    """
+
+    head: Head
+    labels: Tensor
+    tiles: Tiles | None
+    options: LossOptions
+
+
 class Wanted(NamedTuple):
     """What the caller will use, so that nothing else is computed.
 
     ``hidden``: the rows' gradients by the hidden states; ``masses``: each pair's dead mass, for the
-    gradient of a trainable weight; ``entropy``: the entropy of each row; ``probabilities``: of an
-    exact pass, for the same gradient, where they are few; a backend may leave them out.
+    gradient of a trainable weight; ``entropy``: the entropy of each row; ``probabilities``: those
+    of an exact pass, for the gradient of a trainable weight; a backend may leave them out.
     """
 
     hidden: bool
@@ -65,16 +77,39 @@ class Wanted(NamedTuple):
     probabilities: bool = False
 
 
-class Filter(NamedTuple):
-    """The resolved precision: ``eps`` 0 is the exact pass, else ``screen`` names the screen.
+class RowInputs(NamedTuple):
+    """Constants of N rows: ``labels [N]``, ``reference [N, K]`` or ``[K]``, weights ``[N]``."""
 
-    ``auto``: the screen was left to the backend, and may depend on how many rows there are.
+    labels: Tensor
+    reference: Tensor | None
+    position_weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """How one loss runs, after every choice.
+
+    Attributes:
+        backend: who computes the stages.
+        options: the settings of the loss.
+        eps: a pair is live above this share; 0 computes every pair exactly.
+        screen: the precision of the screen.
+        auto: whether the backend may change the screen once it knows how many rows there are.
+        entropy: whether each row's entropy is computed.
+        needs: whether hidden states, weight and bias will be asked for a gradient.
+        dtype: the dtype of the hidden states, and of their gradient.
+        reason: why this filter and no other.
     """
 
+    backend: Backend
+    options: LossOptions
     eps: float
     screen: str
-    reason: str
-    auto: bool = False
+    auto: bool
+    entropy: bool
+    needs: tuple[bool, bool, bool]
+    dtype: torch.dtype
+    reason: str = ""
 
 
 class TileMasses(NamedTuple):
@@ -132,37 +167,82 @@ class OpenRows(NamedTuple):
     scale: Tensor
 
 
+class Statistics(NamedTuple):
+    """What is known of each row besides its loss; fp32 (fp64 for fp64 inputs).
+
+    ``lse`` log-sum-exp; ``correct`` bool, whether the label has the largest logit; ``dead_mass``
+    the probability that was screened but not refined; ``live_share`` the share of the tiles that
+    was computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None.
+    """
+
+    lse: Tensor
+    correct: Tensor
+    dead_mass: Tensor
+    live_share: Tensor
+    entropy: Tensor | None
+    safety_logits: Tensor | None = None
+
+
 class Dense(NamedTuple):
     """What R rows know of the whole vocabulary, fp32 (fp64 for fp64 inputs).
 
     Attributes:
-        lse: ``[R]`` log-sum-exp.
+        statistics: of the R rows, without safety logits.
         label_logit: ``[R]``, NaN on rows without a label.
-        correct: ``[R]`` bool, the label's logit is the largest.
-        dead_mass: ``[R]``, the probability that was screened but not refined.
-        live_share: ``[R]``, the share of the tiles that was computed exactly.
-        logit_sum: ``[R]`` Σ_v z, with label smoothing only.
-        entropy: ``[R]`` nats, only when wanted.
-        opened: ∂lse/∂h without the label's own term; only when hidden gradients are wanted.
         open_mass: ``[R]``, ``1 - p_y`` summed without cancellation; 1 without a label.
+        opened: ∂lse/∂h without the label's own term; only when hidden gradients are wanted.
+        logit_sum: ``[R]`` Σ_v z, with label smoothing only.
         smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
         probabilities: ``[R, V]``, anything on the label's own; only when wanted.
     """
 
-    lse: Tensor
+    statistics: Statistics
     label_logit: Tensor
-    correct: Tensor
-    dead_mass: Tensor
-    live_share: Tensor
-    logit_sum: Tensor | None
-    entropy: Tensor | None
-    opened: OpenRows | None
     open_mass: Tensor
+    opened: OpenRows | None
+    logit_sum: Tensor | None
     smooth_gradient: Tensor | None
-    masses: Tensor | None
-    slope: Tensor | None
+    masses: Tensor | None = None
+    slope: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+class RowTerms(NamedTuple):
+    """Both loss terms of every position, differentiable, and its statistics; shapes ``[...]``."""
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    statistics: Statistics
+
+
+class Kept(NamedTuple):
+    """The tensors that wait from forward to backward, the same in eager and in compiled code.
+
+    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
+    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]`` and
+    ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, those that met the vocabulary;
+    ``safety_alone [S]``, those that only met the safety tokens; ``ce_gradient [R, D]`` and
+    ``lse_gradient [R, D]`` in ``kept_dtype``; for a trainable head ``open_mass [R]``,
+    ``masses [R, T]``, ``slope [R, T]`` and ``probabilities [R, V]`` as in `Dense`.
+    """
+
+    labels: Tensor
+    reference: Tensor | None
+    position_weights: Tensor | None
+    weight: Tensor
+    hidden_states: Tensor | None
+    bias: Tensor | None
+    lse: Tensor
+    safety_logits: Tensor | None
+    rows: Tensor
+    safety_alone: Tensor | None
+    ce_gradient: Tensor | None
+    lse_gradient: Tensor | None
+    open_mass: Tensor | None
+    masses: Tensor | None = None
+    slope: Tensor | None = None
     probabilities: Tensor | None = None
 
 
@@ -192,18 +272,13 @@ class Coefficients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a weight's gradient needs of the forward.
-
-    ``lse [R]``, ``open_mass [R]``; after routing also ``tiles``, ``masses`` and ``slope``; after an
-    exact pass perhaps ``probabilities``.
-    """
+    """What R rows' part of a weight's gradient needs of the forward; see `Kept`."""
 
     lse: Tensor
     open_mass: Tensor
-    tiles: Tiles | None
     masses: Tensor | None
     slope: Tensor | None
-    probabilities: Tensor | None = None
+    probabilities: Tensor | None
 
 
 class SafetyTerm(NamedTuple):
@@ -215,13 +290,6 @@ class SafetyTerm(NamedTuple):
     ids: Tensor
     weight: Tensor
     bias: Tensor
-
-
-class Gradients(NamedTuple):
-    """Gradients of weight ``[V, D]`` and bias ``[V]`` in their dtype; None where not asked for."""
-
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 @runtime_checkable
@@ -242,54 +310,40 @@ class Backend(Protocol):
         """How many of ``rows`` to hand over at once, from the byte budget alone."""
         ...
 
-    def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
-        """Every pair live, in one pass."""
+    def exact(self, block: Block, wanted: Wanted) -> Dense:
+        """Compute every pair in one pass."""
         ...
 
-    def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
+    def screen(self, block: Block, screen: str) -> TileMasses:
         """Log-mass of every (row, tile) pair in the precision of ``screen``."""
         ...
 
-    def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
-        """Live where the mass exceeds ``eps`` of the row's open mass; the label's tile always."""
+    def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
+        """Find live pairs: above ``eps`` of the row's open mass, and always the label's tile."""
         ...
 
-    def refine(
-        self,
-        head: Head,
-        labels: Tensor,
-        tiles: Tiles,
-        work: Worklist,
-        options: LossOptions,
-        wanted: Wanted,
-    ) -> Refined:
-        """Live pairs exactly, from the original operands, accumulated in fp32."""
+    def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
+        """Compute live pairs exactly, from the original operands, accumulated in fp32."""
         ...
 
-    def combine(
-        self,
-        head: Head,
-        labels: Tensor,
-        opened: OpenRows,
-        shares: RowShares,
-        *,
-        spare: bool,
-    ) -> Tensor:
+    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
         """``∂/∂h [R, D]`` of what has these shares, in ``kept_dtype``.
 
-        ``spare``: the opened rows will not be needed again, and may be used up.
+        ``spare``: the opened rows are not needed afterwards, and may be overwritten.
         """
         ...
 
     def weight_gradients(
         self,
-        head: Head,
-        labels: Tensor,
+        block: Block,
         saved: Saved,
         coefficients: Coefficients,
+        *,
         safety: SafetyTerm | None,
-        options: LossOptions,
         needs: tuple[bool, bool],
-    ) -> Gradients:
-        """Gradients of weight and bias (``needs``), accumulated in fp32 and cast once."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight ``[V, D]`` and bias ``[V]``, each if ``needs`` says so.
+
+        They are accumulated in fp32 and cast to the operands' dtype once.
+        """
         ...

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import Coefficients, Head, Saved
+from str_kernels.engine.contract import Block, Coefficients, Saved
 from str_kernels.engine.logits import accumulator
 from str_kernels.engine.products import dead_product
 from str_kernels.engine.rows import silence
-from str_kernels.options import TILE, LossOptions
+from str_kernels.options import TILE
 
 _ROWS = 2048  # of the scratch
 
@@ -22,10 +22,9 @@ def silent_rows(coefficients: Coefficients) -> Tensor:
     return (coefficients.alpha == 0) & (coefficients.gamma == 0)
 
 
-def dead_share(
-    head: Head, saved: Saved, coefficients: Coefficients, options: LossOptions
-) -> tuple[Tensor, Tensor]:
+def dead_share(block: Block, saved: Saved, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
     """What each row of a tile gets from its dead pairs: ``[T, D]`` and, for a bias, ``[T]``."""
+    head, options = block.head, block.options
     tiles, dtype = saved.masses.shape[1], accumulator(head.hidden_states.dtype)
     weight = saved.masses.new_zeros(tiles, head.weight.shape[1])
     bias = saved.masses.new_zeros(tiles)

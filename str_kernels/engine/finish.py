@@ -11,31 +11,25 @@ import torch
 from torch import Tensor
 
 from str_kernels.engine.contract import (
+    Block,
     Dense,
-    Head,
     OpenRows,
     Refined,
+    Statistics,
     TileMasses,
-    Tiles,
     Wanted,
     Worklist,
 )
 from str_kernels.engine.logits import label_logits
 from str_kernels.engine.products import dead_product
-from str_kernels.options import TILE, LossOptions
+from str_kernels.options import TILE
 
 
 def join_pairs(
-    head: Head,
-    labels: Tensor,
-    tiles: Tiles,
-    masses: TileMasses,
-    work: Worklist,
-    refined: Refined,
-    options: LossOptions,
-    wanted: Wanted,
+    block: Block, masses: TileMasses, work: Worklist, refined: Refined, wanted: Wanted
 ) -> Dense:
-    """``Dense`` of R rows; ``labels [R]`` is -1 where there is none."""
+    """``Dense`` of R rows after routing."""
+    head, labels, tiles, options = block
     label_logit = label_logits(head, labels, options)
     dead = work.dead.sum(-1)
     others = refined.mass + dead
@@ -50,17 +44,19 @@ def join_pairs(
     kept_masses, live = None, work.live()
     if wanted.masses:
         kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
-    logit_sum, smooth_gradient = _whole_sums(head, tiles, options)
+    logit_sum, smooth_gradient = _whole_sums(block)
     return Dense(
-        lse=lse,
+        statistics=Statistics(
+            lse=lse,
+            correct=label_logit >= refined.maximum,
+            dead_mass=dead * rescale,
+            live_share=live.mean(-1, dtype=lse.dtype),
+            entropy=None,
+        ),
         label_logit=label_logit,
-        correct=label_logit >= refined.maximum,
-        dead_mass=dead * rescale,
-        live_share=live.mean(-1, dtype=lse.dtype),
-        logit_sum=logit_sum,
-        entropy=None,
-        opened=opened,
         open_mass=others * rescale,
+        opened=opened,
+        logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
         masses=kept_masses,
         slope=masses.slope if wanted.masses else None,
@@ -68,9 +64,8 @@ def join_pairs(
 
 
 def join_sums(
-    labels: Tensor,
+    block: Block,
     label_logit: Tensor,
-    options: LossOptions,
     *,
     shift: Tensor,
     mass: Tensor,
@@ -85,37 +80,36 @@ def join_sums(
     ``mass [R]`` Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w,
     ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` the largest logit. The last two are finished.
     """
-    labelled = labels >= 0
+    labelled = block.labels >= 0
     others = shift + mass.log()
     lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
     rescale = torch.exp(shift - lse)
     opened = None
     if expected is not None:
-        opened = OpenRows(expected, None, options.logit_scale * rescale)
+        opened = OpenRows(expected, None, block.options.logit_scale * rescale)
     entropy = None
     if weighted is not None:
         of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
         entropy = lse - weighted * rescale - of_label
     return Dense(
-        lse=lse,
+        statistics=Statistics(
+            lse=lse,
+            correct=label_logit >= maximum,
+            dead_mass=torch.zeros_like(lse),
+            live_share=torch.ones_like(lse),
+            entropy=entropy,
+        ),
         label_logit=label_logit,
-        correct=label_logit >= maximum,
-        dead_mass=torch.zeros_like(lse),
-        live_share=torch.ones_like(lse),
-        logit_sum=logit_sum,
-        entropy=entropy,
-        opened=opened,
         open_mass=mass * rescale,
+        opened=opened,
+        logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
-        masses=None,
-        slope=None,
     )
 
 
-def _whole_sums(
-    head: Head, tiles: Tiles, options: LossOptions
-) -> tuple[Tensor | None, Tensor | None]:
+def _whole_sums(block: Block) -> tuple[Tensor | None, Tensor | None]:
     """``Σ_v z [R]`` and its gradient ``[D]``: without a softcap both come from one column sum."""
+    head, _, tiles, options = block
     if not options.label_smoothing:
         return None, None
     vocab_size = head.weight.shape[0]

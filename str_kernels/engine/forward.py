@@ -1,7 +1,7 @@
-"""The stages in order: blocks of rows in, everything the rows know of the vocabulary out.
+"""The forward: N rows in, both loss terms, statistics and what the backward needs out.
 
-Stage: ``Head [N]``, ``RowPlan`` → ``Forward``. Only rows that need the vocabulary meet it, a block
-of them at a time, so that scratch memory does not grow with N.
+Stage: ``Head [N]``, ``RowInputs``, ``Tiles`` → ``RowTerms``, ``Kept``. Only rows that need the
+vocabulary meet it, a block of them at a time, so that scratch memory does not grow with N.
 """
 
 from __future__ import annotations
@@ -12,42 +12,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import Backend, Dense, Filter, Head, Tiles, Wanted
+from str_kernels.constraint import constraint_terms
+from str_kernels.engine.contract import (
+    Block,
+    Dense,
+    Head,
+    Kept,
+    Resolved,
+    RowInputs,
+    RowTerms,
+    Statistics,
+    Tiles,
+    Wanted,
+)
 from str_kernels.engine.finish import join_pairs
 from str_kernels.engine.logits import accumulator, safety_logits
-from str_kernels.engine.rows import RowPlan, cross_entropy, row_blocks, row_gradients
+from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gradients
 from str_kernels.notices import say_once
-from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 _SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; 8-bit screens are off by tenths
-
-
-class Forward(NamedTuple):
-    """What the forward knows of N rows, of which R (``rows [R]``) met the vocabulary.
-
-    ``[N]``: ``cross_entropy`` (0 without a label), ``lse``, ``entropy`` (NaN where not computed),
-    ``correct``, ``dead_mass``, ``live_share``; ``safety_logits [N, K]``, NaN where not computed;
-    ``safety_alone [S]``: the rows that have these and did not meet the vocabulary.
-    ``[R]``-sized, for the backward: ``ce_gradient [R, D]`` and ``lse_gradient [R, D]`` in
-    ``kept_dtype``, ``open_mass``, ``masses``, ``slope``, ``probabilities``.
-    """
-
-    rows: Tensor
-    safety_alone: Tensor | None
-    cross_entropy: Tensor
-    lse: Tensor
-    entropy: Tensor | None
-    correct: Tensor
-    dead_mass: Tensor
-    live_share: Tensor
-    safety_logits: Tensor | None
-    ce_gradient: Tensor | None
-    lse_gradient: Tensor | None
-    open_mass: Tensor
-    masses: Tensor | None
-    slope: Tensor | None
-    probabilities: Tensor | None
+_KEPT = 2 << 20  # probabilities that are kept for a trained weight rather than made again
+_SAFETY_ROWS = 4096  # rows of one block of safety logits
 
 
 def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
@@ -58,156 +44,200 @@ def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> T
     return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
 
 
-def run_forward(
-    backend: Backend,
-    head: Head,
-    plan: RowPlan,
-    options: LossOptions,
-    chosen: Filter,
-    tiles: Tiles | None,
-    wanted: Wanted,
-) -> Forward:
-    """Run every stage over blocks of rows; ``tiles`` is None on the exact path.
+def forward_rows(
+    head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
+) -> tuple[RowTerms, Kept]:
+    """Compute both terms of N rows; ``tiles`` is None on the exact path.
 
-    What must be read from a device is read before the first block or after everything else, so that
-    a device pauses for nothing in between. Refined pairs correct the screened log-sum-exp, so
-    they tell how far the screen was off. Where that is more than rounding, at logits of hundreds
-    or thousands, the block is screened again, exactly.
+    A device is read before the first block or after everything else, so that it pauses for nothing
+    in between.
     """
-    collected = _Collected(head, plan, options)
-    rows = collected.rows
-    if chosen.auto:  # only now is it known how many rows there are
-        operands = head.hidden_states
-        screen = backend.auto_screen(operands.dtype, operands.device, len(rows))
-        if screen != chosen.screen:
-            say_once(f"str_kernels: with few rows screen={screen}, not {chosen.screen}")
-        chosen = chosen._replace(screen=screen)
-    size = backend.row_block(head, len(rows), routed=tiles is not None)
-    parts = [part for _, part in row_blocks(rows, len(plan.labels), size)]
-    stages = _Stages(backend, head, plan, options, tiles, wanted)
-    off = []
-    for part in parts:
-        finished, error = stages.run(part, chosen)
-        collected.blocks.append(finished)
-        if chosen.screen != "exact":
-            off.append(~(error <= _SCREEN_ERROR).all())  # NaN is off as well
-    done = collected.result()
-    again = torch.stack(off).nonzero()[:, 0].tolist() if off else []
+    work = _Work(head, inputs, tiles, resolved)
+    work.run()
+    result = work.result()
+    again = work.too_coarse()
     if not again:
-        return done
-    del done, finished
-    say_once(
-        f"str_kernels: logits too large for the {chosen.screen} screen, which was off by more "
-        f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
-        logging.WARNING,
-    )
-    for place in again:
-        collected.blocks[place] = None
-        collected.blocks[place], _ = stages.run(parts[place], chosen._replace(screen="exact"))
-    return collected.result()
+        return result
+    del result
+    work.run_exactly(again)
+    return work.result()
 
 
 class _Finished(NamedTuple):
-    """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``."""
+    """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
+
+    ``error [R]``: how far off the screen was, in nats, if there was one.
+    """
 
     dense: Dense
     loss: Tensor
     ce_gradient: Tensor | None
     lse_gradient: Tensor | None
+    error: Tensor | None
 
 
-class _Stages(NamedTuple):
-    """From a block of rows to its row gradients; what lies between does not outlive the block."""
+class _Work:
+    """The blocks of one forward, and their results put together."""
 
-    backend: Backend
-    head: Head
-    plan: RowPlan
-    options: LossOptions
-    tiles: Tiles | None
-    wanted: Wanted
-
-    def run(self, part: Tensor | slice, chosen: Filter) -> tuple[_Finished, Tensor | None]:
-        """A finished block, and how far off ``[R]`` its screen was, in nats, if it had one."""
-        block = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
-        labels, error = self.plan.labels[part], None
-        if self.tiles is None:
-            dense = self.backend.exact(block, labels, self.options, self.wanted)
-        else:
-            dense, error = self._routed(block, labels, chosen)
-        loss, ce, lse = cross_entropy(dense, self.options, block.weight.shape[0]), None, None
-        if dense.opened is not None:
-            ce, lse = row_gradients(self.backend, block, labels, dense, self.options)
-        # row gradients stand for these two from here on
-        return _Finished(dense._replace(opened=None, smooth_gradient=None), loss, ce, lse), error
-
-    def _routed(self, block: Head, labels: Tensor, chosen: Filter) -> tuple[Dense, Tensor]:
-        backend, tiles, options, wanted = self.backend, self.tiles, self.options, self.wanted
-        masses = backend.screen(block, tiles, options, chosen.screen)
-        work = backend.route(masses, labels, tiles, chosen.eps)
-        refined = backend.refine(block, labels, tiles, work, options, wanted)
-        dense = join_pairs(block, labels, tiles, masses, work, refined, options, wanted)
-        return dense, (dense.lse - work.shift).abs()
-
-
-class _Collected:
-    """Finished blocks put together; finds out which rows there are, and waits for the device."""
-
-    def __init__(self, head: Head, plan: RowPlan, options: LossOptions) -> None:
-        self.head, self.plan, self.options = head, plan, options
-        self.rows = plan.dense.nonzero()[:, 0]
+    def __init__(
+        self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
+    ) -> None:
+        """Find out which rows there are; on a device this waits."""
+        self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
+        self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
+        self.plan = plan_rows(inputs.labels, inputs.position_weights, self.options, self.dtype)
+        self.rows = self.plan.dense.nonzero()[:, 0]
         self.safety_rows = self.safety_alone = None
-        if options.safety is not None:
-            self.safety_rows = plan.safety.nonzero()[:, 0]
-            self.safety_alone = (plan.safety & ~plan.dense).nonzero()[:, 0]
+        if self.options.safety is not None:
+            self.safety_rows = self.plan.safety.nonzero()[:, 0]
+            self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
+        self.trained = any(resolved.needs[1:])
+        self.wanted = self._wanted()
+        size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        count = len(self.plan.labels)
+        self.parts = [part for _, part in row_blocks(self.rows, count, size)]
         self.blocks: list[_Finished | None] = []
 
-    def result(self) -> Forward:
-        head, plan = self.head, self.plan
-        dtype = accumulator(head.hidden_states.dtype)
-        losses = self._spread(_joined([block.loss for block in self.blocks]), 0.0)
-        entropy = self._field("entropy")
-        return Forward(
-            rows=self.rows,
-            safety_alone=self.safety_alone,
-            cross_entropy=torch.where(plan.labelled, losses, 0.0),
-            lse=self._spread(self._field("lse"), float("nan")),
-            entropy=None if entropy is None else self._spread(entropy, float("nan")),
-            correct=self._spread(self._field("correct"), False),
-            dead_mass=self._spread(self._field("dead_mass"), 0.0),
-            live_share=self._spread(self._field("live_share"), float("nan")),
-            safety_logits=self._safety_logits(dtype),
-            ce_gradient=_joined([block.ce_gradient for block in self.blocks]),
-            lse_gradient=_joined([block.lse_gradient for block in self.blocks]),
-            open_mass=self._field("open_mass"),
-            masses=self._field("masses"),
-            slope=self._field("slope"),
-            probabilities=self._field("probabilities"),
+    def _wanted(self) -> Wanted:
+        exactly = self.tiles is None and self.options.softcap is None
+        few = len(self.head.hidden_states) * len(self.head.weight) <= _KEPT
+        return Wanted(
+            hidden=self.resolved.needs[0],
+            masses=self.trained and self.tiles is not None,
+            entropy=self.resolved.entropy,
+            probabilities=self.trained and exactly and few,
         )
 
-    def _field(self, name: str) -> Tensor | None:
-        return _joined([getattr(block.dense, name) for block in self.blocks])
+    def run(self) -> None:
+        """Compute every block; few rows may be screened in another precision than many."""
+        resolved = self.resolved
+        screen = resolved.screen
+        if resolved.auto:
+            device = self.head.hidden_states.device
+            screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
+            if screen != resolved.screen:
+                say_once(f"str_kernels: with few rows screen={screen}, not {resolved.screen}")
+        self.screen = screen
+        self.blocks = [self._block(part, screen) for part in self.parts]
+
+    def too_coarse(self) -> list[int]:
+        """Blocks whose screen was off by more than rounding, at logits of hundreds or thousands.
+
+        Refined pairs correct the screened log-sum-exp, so they tell how far the screen was off.
+        """
+        if self.tiles is None or self.screen == "exact":
+            return []
+        # NaN is off as well
+        off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
+        return torch.stack(off).nonzero()[:, 0].tolist()
+
+    def run_exactly(self, places: list[int]) -> None:
+        """Compute blocks again with the exact screen."""
+        say_once(
+            f"str_kernels: logits too large for the {self.screen} screen, which was off by more "
+            f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+            logging.WARNING,
+        )
+        for place in places:
+            self.blocks[place] = None  # frees its memory first
+            self.blocks[place] = self._block(self.parts[place], "exact")
+
+    def _block(self, part: Tensor | slice, screen: str) -> _Finished:
+        """From a block of rows to its row gradients; what lies between does not outlive it."""
+        head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
+        block = Block(head, self.plan.labels[part], self.tiles, self.options)
+        backend, error = self.resolved.backend, None
+        if self.tiles is None:
+            dense = backend.exact(block, self.wanted)
+        else:
+            masses = backend.screen(block, screen)
+            work = backend.route(block, masses, self.resolved.eps)
+            refined = backend.refine(block, work, self.wanted)
+            dense = join_pairs(block, masses, work, refined, self.wanted)
+            error = (dense.statistics.lse - work.shift).abs()
+        loss = cross_entropy(dense, self.options, len(head.weight))
+        ce, by_lse = None, None
+        if dense.opened is not None:
+            ce, by_lse = row_gradients(backend, block, dense)
+        # row gradients take the place of these two
+        dense = dense._replace(opened=None, smooth_gradient=None)
+        return _Finished(dense, loss, ce, by_lse, error)
+
+    def result(self) -> tuple[RowTerms, Kept]:
+        """Both terms and the statistics of all N rows, and what a backward needs."""
+        statistics = Statistics(
+            lse=self._of_all("lse", float("nan")),
+            correct=self._of_all("correct", False),
+            dead_mass=self._of_all("dead_mass", 0.0),
+            live_share=self._of_all("live_share", float("nan")),
+            entropy=self._of_all("entropy", float("nan")),
+            safety_logits=self._safety_logits(),
+        )
+        losses = self._spread(_joined([block.loss for block in self.blocks]), 0.0)
+        losses = torch.where(self.plan.labelled, losses, 0.0)
+        terms = RowTerms(losses, self._penalty(losses, statistics), statistics)
+        return terms, self._kept(statistics)
+
+    def _of_all(self, name: str, fill: float | bool) -> Tensor | None:
+        """One of the statistics of all N rows."""
+        values = _joined([getattr(block.dense.statistics, name) for block in self.blocks])
+        return None if values is None else self._spread(values, fill)
 
     def _spread(self, values: Tensor, fill: float | bool) -> Tensor:
-        """Back to all N rows."""
+        """Scatter ``[R]`` to ``[N]``."""
         if len(self.rows) == len(self.plan.labels):
             return values
         return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
 
-    def _safety_logits(self, dtype: torch.dtype) -> Tensor | None:
+    def _safety_logits(self) -> Tensor | None:
+        """``[N, K]``, NaN on rows that need none."""
         if self.options.safety is None:
             return None
-        head, rows = self.head, self.safety_rows
-        ids = torch.tensor(self.options.safety.token_ids, device=head.weight.device)
+        ids = torch.tensor(self.options.safety.token_ids, device=self.head.weight.device)
         shape = (len(self.plan.labels), len(ids))
-        out = torch.full(shape, float("nan"), dtype=dtype, device=ids.device)
-        for part in rows.split(4096):
-            block = head._replace(hidden_states=head.hidden_states[part])
+        out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
+        for part in self.safety_rows.split(_SAFETY_ROWS):
+            block = self.head._replace(hidden_states=self.head.hidden_states[part])
             out[part] = safety_logits(block, ids, self.options)
         return out
 
+    def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
+        """λ w C ``[N]``; zero where a row has none."""
+        scale = self.plan.penalty_scale
+        if scale is None:
+            return torch.zeros_like(losses)
+        value = constraint_terms(
+            self.options.safety, statistics.safety_logits, self.inputs.reference, statistics.lse
+        ).value
+        return torch.where(scale > 0, scale * value, 0.0)
+
+    def _kept(self, statistics: Statistics) -> Kept:
+        # outputs are kept as they are handed out: autograd notices an in-place change of one
+        kept = Kept(
+            *self.inputs,
+            weight=self.head.weight,
+            hidden_states=None,
+            bias=None,
+            lse=statistics.lse,
+            safety_logits=statistics.safety_logits,
+            rows=self.rows,
+            safety_alone=self.safety_alone,
+            ce_gradient=_joined([block.ce_gradient for block in self.blocks]),
+            lse_gradient=_joined([block.lse_gradient for block in self.blocks]),
+            open_mass=None,
+        )
+        if not self.trained:
+            return kept
+        of_blocks = {
+            name: _joined([getattr(block.dense, name) for block in self.blocks])
+            for name in ("open_mass", "masses", "slope", "probabilities")
+        }
+        head = self.head
+        return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
 
 def _joined(values: list[Tensor | None]) -> Tensor | None:
-    """One after the other; None of nothing, and a single one as it is."""
+    """Concatenate blocks; None stays None, and a single block is not copied."""
     if len(values) == 1:
         return values[0]
     return None if values[0] is None else torch.cat(values)

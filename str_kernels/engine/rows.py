@@ -23,9 +23,9 @@ from torch import Tensor
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Backend,
+    Block,
     Coefficients,
     Dense,
-    Head,
     OpenRows,
     RowShares,
 )
@@ -66,52 +66,51 @@ def plan_rows(
 def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor:
     """``[R]``; NaN on rows without a label."""
     epsilon = options.label_smoothing
-    loss = dense.lse - (1.0 - epsilon) * dense.label_logit
+    lse = dense.statistics.lse
+    loss = lse - (1.0 - epsilon) * dense.label_logit
     if options.z_loss:
-        loss = loss + options.z_loss * dense.lse.square()
+        loss = loss + options.z_loss * lse.square()
     if epsilon:
         loss = loss - epsilon / vocab_size * dense.logit_sum
     return loss
 
 
-def row_gradients(
-    backend: Backend, head: Head, labels: Tensor, dense: Dense, options: LossOptions
-) -> tuple[Tensor, Tensor | None]:
+def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
     Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``opened`` and
     ``smooth_gradient`` are used up: ``[R, D]`` is large.
     """
-    epsilon, unlabelled = options.label_smoothing, labels < 0
+    options, lse = block.options, dense.statistics.lse
+    epsilon, unlabelled = options.label_smoothing, block.labels < 0
     slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
     by_lse = None
     if options.safety is not None and needs_lse(options.safety):
-        shares = RowShares(torch.ones_like(dense.lse), slope * (1.0 - dense.open_mass))
-        by_lse = backend.combine(head, labels, dense.opened, shares, spare=False)
-    alpha = 1.0 + 2.0 * options.z_loss * dense.lse
+        shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
+        by_lse = backend.combine(block, dense.opened, shares, spare=False)
+    alpha = 1.0 + 2.0 * options.z_loss * lse
     # α p_y - (1 - ε), with p_y = 1 - open mass
     share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
     smooth = None
     if epsilon:
-        smooth = dense.smooth_gradient.mul_(-epsilon / head.weight.shape[0])
+        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
     whole = RowShares(alpha, share, smooth, unlabelled)
-    return backend.combine(head, labels, dense.opened, whole, spare=True), by_lse
+    return backend.combine(block, dense.opened, whole, spare=True), by_lse
 
 
-def combine_rows(
-    head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
-) -> Tensor:
+def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
     """`Backend.combine` in torch's own passes."""
     total = opened.live if spare else opened.live.clone()
     if opened.dead is not None:
         total.add_(opened.dead.to(total.dtype))
     total.mul_((opened.scale * shares.opened)[:, None])
-    total.addcmul_(shares.label[:, None], weight_rows(head, labels.clamp(min=0), total.dtype))
+    rows = weight_rows(block.head, block.labels.clamp(min=0), total.dtype)
+    total.addcmul_(shares.label[:, None], rows)
     if shares.also is not None:
         total.add_(shares.also)
     if shares.silent is not None:
         silence(total, shares.silent)
-    return total.to(kept_dtype(head.hidden_states.dtype))
+    return total.to(kept_dtype(block.head.hidden_states.dtype))
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:
@@ -137,10 +136,11 @@ def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Ten
 def weight_coefficients(
     plan: RowPlan,
     lse: Tensor,
-    options: LossOptions,
-    vocab_size: int,
     grad_cross_entropy: Tensor,
     d_lse: Tensor | None,
+    *,
+    options: LossOptions,
+    vocab_size: int,
 ) -> Coefficients:
     """Coefficients of ``dz`` of N rows from the upstream gradients, ``d_lse [N]`` the penalty's."""
     upstream = torch.where(plan.labelled, grad_cross_entropy, 0.0)

@@ -1,4 +1,4 @@
-"""The patch inside training programs whose model and trainer a user does not hold.
+"""The patch inside training programs that make model and trainer themselves.
 
 ``PatchCallback`` is for any trainer that takes transformers' callbacks, such as LLaMA-Factory's;
 ``str_kernels.integrations.axolotl`` is a plugin of Axolotl's. Neither program is imported.

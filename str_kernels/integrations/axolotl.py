@@ -15,8 +15,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from str_kernels.huggingface.callback import SafetyLogCallback
-from str_kernels.huggingface.patch import Patch
+from str_kernels.huggingface.patch.callback import SafetyLogCallback
+from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.integrations.settings import PatchSettings
 
 # Who loads a plugin has loaded its base, which answers the hooks that are not here, later ones too.

@@ -1,4 +1,4 @@
-"""A callback that patches the trainer's model for the time of training.
+"""`PatchCallback`: patches the trainer's model while it trains.
 
 For LLaMA-Factory, whose ``run_exp`` takes callbacks, this is one line with its usual file::
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState
 
-from str_kernels.huggingface.callback import SafetyLogCallback
+from str_kernels.huggingface.patch.callback import SafetyLogCallback
 from str_kernels.integrations.settings import PatchSettings
 
 
@@ -22,7 +22,7 @@ class PatchCallback(SafetyLogCallback, ExportableState):
     After a training that an error ended, the patch stays on until the next one begins.
 
     Args:
-        config: of ``PatchSettings``, by name.
+        config: the settings of ``PatchSettings``, by name.
 
     Raises:
         ValueError: a setting that there is not, a token file that cannot be read. When training

@@ -1,4 +1,4 @@
-"""What a configuration file says about the patch: names and plain values → a patched model."""
+"""`PatchSettings`: names and plain values of a configuration file → a patched model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from str_kernels.huggingface.install import patch_model
-from str_kernels.huggingface.patch import Patch
-from str_kernels.huggingface.positions import Positions, validate_positions
+from str_kernels.huggingface.constraint.positions import Positions, validate_positions
+from str_kernels.huggingface.patch.install import patch_model
+from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import (
     DEFAULT_KIND,
     REMOVED,
@@ -60,8 +60,8 @@ class PatchSettings:
             value = getattr(self, field.name)
             if field.name not in _OF_THE_PATCH and value != field.default:
                 raise ValueError(
-                    f"{field.name}={value!r}: is of the safety constraint, which needs tokens; "
-                    "make a file of them with str-kernels tokens."
+                    f"{field.name}={value!r}: belongs to the safety constraint, which needs "
+                    "tokens; make a file of them with str-kernels tokens."
                 )
 
     @classmethod

@@ -14,8 +14,8 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
-from str_kernels.huggingface.anchors import AnchoredCollator
-from str_kernels.huggingface.filtering import watching_index
+from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from str_kernels import linear_cross_entropy
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.torch import weight as weight_stage
-from str_kernels.engine import autograd
+from str_kernels.engine import forward
 from str_kernels.engine.logits import block_logits
 from tests.oracle import Case, assert_close, make_case, relative_error
 
@@ -41,7 +41,7 @@ def probabilities(request):
     """Everything holds for small problems, which keep p for a trained weight, and for large."""
     with pytest.MonkeyPatch.context() as patching:
         if request.param == "made again":
-            patching.setattr(autograd, "_KEPT", 0)
+            patching.setattr(forward, "_KEPT", 0)
         yield request.param
 
 
@@ -163,9 +163,9 @@ def test_prompt_rows_meet_the_vocabulary_only_for_logprob(kind):
     rows = []
 
     class Counting(TorchBackend):
-        def exact(self, head, labels, options, wanted):
-            rows.append(len(labels))
-            return super().exact(head, labels, options, wanted)
+        def exact(self, block, wanted):
+            rows.append(len(block.labels))
+            return super().exact(block, wanted)
 
     case.run(backend=Counting())
     assert sum(rows) == (37 if kind == "logprob" else (case.labels != -100).sum())
@@ -206,17 +206,17 @@ def test_only_what_is_asked_for_is_computed(name, eps):
     asked = []
 
     class Spy(TorchBackend):
-        def exact(self, head, labels, options, wanted):
+        def exact(self, block, wanted):
             asked.append(wanted.hidden)
-            return super().exact(head, labels, options, wanted)
+            return super().exact(block, wanted)
 
-        def refine(self, head, labels, tiles, work, options, wanted):
+        def refine(self, block, work, wanted):
             asked.append(wanted.hidden)
-            return super().refine(head, labels, tiles, work, options, wanted)
+            return super().refine(block, work, wanted)
 
-        def weight_gradients(self, *arguments):
-            asked.append(arguments[-1])
-            return super().weight_gradients(*arguments)
+        def weight_gradients(self, *arguments, needs, **others):
+            asked.append(needs)
+            return super().weight_gradients(*arguments, needs=needs, **others)
 
     case = make_case(bias=True)
     getattr(case, name).requires_grad_()

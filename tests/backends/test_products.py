@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.torch.screen import screen_tiles
-from str_kernels.engine.contract import Head, Tiles
+from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.products import dead_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.vocabulary import tile_means
@@ -93,7 +93,7 @@ def test_the_bf16_screen_rounds_alike_with_and_without_instructions(monkeypatch)
     tiles = Tiles(None, None, tile_means(case.weight, None))
 
     def log_mass(screen: str) -> torch.Tensor:
-        return screen_tiles(head, tiles, LossOptions(), screen, TILE).log_mass
+        return screen_tiles(Block(head, None, tiles, LossOptions()), screen, TILE).log_mass
 
     set_cpu(monkeypatch)
     emulated, exact = log_mass("bf16"), log_mass("exact")

@@ -19,7 +19,7 @@ from str_kernels.backends.torch.reduce import (
     reduce_eagerly,
 )
 from str_kernels.backends.torch.screen import screen_tiles
-from str_kernels.engine.contract import Head, Tiles
+from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case
 
@@ -226,9 +226,9 @@ def test_a_compiled_screen_equals_the_other(monkeypatch, screen, dtype):
             head = Head(case.hidden_states[:rows], case.weight, None)
             options = LossOptions(logit_scale=0.7)
             monkeypatch.setattr(screening, "COMPILED_FROM", 1 << 60)
-            eager = screen_tiles(head, tiles, options, screen, columns).log_mass
+            eager = screen_tiles(Block(head, None, tiles, options), screen, columns).log_mass
             monkeypatch.setattr(screening, "COMPILED_FROM", 1)
-            fused = screen_tiles(head, tiles, options, screen, columns).log_mass
+            fused = screen_tiles(Block(head, None, tiles, options), screen, columns).log_mass
             torch.testing.assert_close(fused, eager, rtol=0, atol=3e-5)
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.engine.contract import Head, Tiles, Wanted
+from str_kernels.engine.contract import Block, Head, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -135,9 +135,9 @@ class Recorder(TorchBackend):
     def row_block(self, head, rows, *, routed):
         return 20
 
-    def screen(self, head, tiles, options, screen):
+    def screen(self, block, screen):
         self.screens.append(screen)
-        return super().screen(head, tiles, options, screen)
+        return super().screen(block, screen)
 
 
 def test_only_the_block_that_is_off_is_screened_again():
@@ -190,13 +190,13 @@ def test_token_accuracy_and_entropy(n):
     logits = case.hidden_states @ case.weight.T
     options = LossOptions(filter_eps=DEFAULT_EPS, screen="exact")
     rows = row_terms(case.hidden_states, case.weight, case.labels, options)
-    assert torch.equal(rows.correct, logits.argmax(-1) == case.labels)
-    assert 0 < rows.correct.sum() < n
-    assert (rows.dead_mass > 0).any()
+    assert torch.equal(rows.statistics.correct, logits.argmax(-1) == case.labels)
+    assert 0 < rows.statistics.correct.sum() < n
+    assert (rows.statistics.dead_mass > 0).any()
     rows = row_terms(case.hidden_states, case.weight, case.labels, options, entropy=True)
     labelled = case.labels != -100
     truth = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(rows.entropy[labelled], truth[labelled])
+    torch.testing.assert_close(rows.statistics.entropy[labelled], truth[labelled])
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -264,10 +264,11 @@ def stages(case: Case, eps: float, labels: torch.Tensor | None = None):
     labels = case.labels.masked_fill(case.labels == -100, -1) if labels is None else labels
     tiles = Tiles(None, None, tile_means(case.weight, None))
     wanted = Wanted(hidden=True, masses=True, entropy=False)
-    masses = backend.screen(head, tiles, options, "exact")
-    work = backend.route(masses, labels, tiles, eps)
-    refined = backend.refine(head, labels, tiles, work, options, wanted)
-    return masses, work, join_pairs(head, labels, tiles, masses, work, refined, options, wanted)
+    block = Block(head, labels, tiles, options)
+    masses = backend.screen(block, "exact")
+    work = backend.route(block, masses, eps)
+    refined = backend.refine(block, work, wanted)
+    return masses, work, join_pairs(block, masses, work, refined, wanted)
 
 
 def test_masses_sum_to_one():
@@ -275,11 +276,13 @@ def test_masses_sum_to_one():
     case = clustered_case(ignored=0.0)
     _, work, dense = stages(case, 2.0**-7)
     assert 0 < len(work.rows) < work.dead.numel()
-    p_label = torch.exp(dense.label_logit - dense.lse)
+    p_label = torch.exp(dense.label_logit - dense.statistics.lse)
     torch.testing.assert_close(dense.open_mass + p_label, torch.ones_like(p_label))
-    assert (dense.dead_mass > 0).any()
+    assert (dense.statistics.dead_mass > 0).any()
     live = dense.masses < 0
-    torch.testing.assert_close(dense.masses.masked_fill(live, 0).sum(-1), dense.dead_mass)
+    torch.testing.assert_close(
+        dense.masses.masked_fill(live, 0).sum(-1), dense.statistics.dead_mass
+    )
 
 
 @pytest.mark.parametrize("kind", ["one tile", "equal logits", "huge logit", "label far away"])

@@ -8,7 +8,7 @@ import torch
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.torch.screen import screen_tiles
-from str_kernels.engine.contract import Head, Tiles
+from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows
 from str_kernels.vocabulary import tile_means
@@ -42,7 +42,7 @@ def test_log_masses_are_those_of_the_rounded_operands(
     index = VocabularyIndex.build(case.weight, screen="int8" if kept else None)
     tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
     head = Head(case.hidden_states, case.weight, case.bias)
-    got = screen_tiles(head, tiles, options, "int8", 2 * TILE)
+    got = screen_tiles(Block(head, None, tiles, options), "int8", 2 * TILE)
     columns = None if kept else balance(case.hidden_states, case.weight)
     inverse = None if kept else 1 / columns
     logits = rounded(case.hidden_states, inverse) @ rounded(case.weight, columns).T
@@ -189,6 +189,6 @@ def test_quantised_rows_without_an_index():
     case = clustered_case(48, 900, 32).to(torch.float32)
     head = Head(case.hidden_states, case.weight, None)
     tiles = Tiles(None, None, tile_means(case.weight, None))
-    got = screen_tiles(head, tiles, LossOptions(), "int8", TILE).log_mass
-    exact = screen_tiles(head, tiles, LossOptions(), "exact", TILE).log_mass
+    got = screen_tiles(Block(head, None, tiles, LossOptions()), "int8", TILE).log_mass
+    exact = screen_tiles(Block(head, None, tiles, LossOptions()), "exact", TILE).log_mass
     assert 1e-4 < (got - exact).abs().max() < 0.3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from str_kernels import SafetyTokens
-from str_kernels.safety.references import ReferenceCache
+from str_kernels.huggingface.constraint.references import ReferenceCache
 from tests.cli.calling import call
 from tests.tiny import exchanges
 

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from str_kernels import SafetyConstraint
-from str_kernels.safety.references import content_key, real_tokens, save_reference_cache
+from str_kernels.huggingface.constraint.references import (
+    content_key,
+    real_tokens,
+    save_reference_cache,
+)
 
 
 def dense_loss(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels.huggingface import DeferredLogits, patch_model, recording
+from str_kernels.huggingface import DeferredLogits, patch_model
+from str_kernels.huggingface.deferred import recording
 from tests.huggingface.models import MODELS, batch, build, loss_and_gradients
 
 # fp32: sums of a few thousand products in another order, 2^-24 each, seen through two layers

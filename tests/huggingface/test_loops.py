@@ -64,7 +64,7 @@ def test_prediction_loss_only(tmp_path):
     with torch.no_grad():
         want, got, patch = both(work)
     assert got == pytest.approx(want, rel=1e-6)
-    assert not patch.notices._said
+    assert not patch.notices._given
 
 
 def test_resuming(tmp_path):

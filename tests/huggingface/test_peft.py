@@ -10,18 +10,14 @@ from peft import LoraConfig, get_peft_model
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, patch_model
-from str_kernels.huggingface.instance import inner_forward
-from str_kernels.huggingface.reference_pass import (
-    adapters_off,
-    reference_fold,
-    safety_reference,
-    trainable_base,
-)
+from str_kernels.huggingface.constraint.adapters import adapters_off, trainable_base
+from str_kernels.huggingface.constraint.reference_pass import reference_fold, safety_reference
+from str_kernels.huggingface.deferred.forward import inner_forward
 from str_kernels.options import LossOptions
+from tests.huggingface.constraint.test_constraint import gradients
 from tests.huggingface.dense import constant_cache, dense_loss
 from tests.huggingface.models import batch, build, loss_and_gradients
 from tests.huggingface.test_architectures import assert_same
-from tests.huggingface.test_constraint import gradients
 
 SAFETY = SafetyConstraint([3, 17, 40, 95], 0.5)
 BODY = ["q_proj", "v_proj", "down_proj"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from str_kernels.huggingface import patch_model
-from str_kernels.huggingface.install import find_patch
+from str_kernels.huggingface.patch.install import find_patch
 from tests.huggingface.models import build
 from tests.huggingface.test_trainer import SAFETY, assert_equal_runs, lora_model, rows, run
 from tests.tiny import llama, word_tokenizer
@@ -257,8 +258,16 @@ def test_a_copy_answers_for_itself(tmp_path):
     sft(model, tmp_path).train()
     copied = copy.deepcopy(model)
     front, train = (copied.get_base_model().__dict__[name] for name in ("forward", "train"))
-    assert front.patch.model is copied.get_base_model() is train.__self__.model
-    assert front.patch is not find_patch(model)
+    assert front.model is copied.get_base_model() is train.__self__
+    assert find_patch(copied) is not find_patch(model)
+
+
+def test_without_trl_no_method_is_replaced(monkeypatch):
+    """``model.train`` is left alone in a process that has not imported TRL."""
+    monkeypatch.delitem(sys.modules, "trl")
+    model = build()
+    with patch_model(model):
+        assert "train" not in model.__dict__
 
 
 def test_preferences_are_refused_by_name(tmp_path):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
-from str_kernels.huggingface.sft import SumOnly
+from str_kernels.huggingface.trl import SumOnly
 from tests.huggingface.models import batch, build
 
 pytest.importorskip("trl", minversion="1.15")
@@ -75,15 +75,14 @@ OTHERS = {
 def test_other_heads(head, first):
     """What other trainers ask for: TRL's own answer, which is said; with a constraint refused."""
     inputs, want = batch(), None
-    held = {True: {}, False: {"reference": torch.zeros(2)}}
     for safety in (None, SafetyConstraint([3, 17], 1.0)):
         model = build()
         if first == "patch":
-            patch_model(model, safety, **held[safety is None])
+            patch_model(model, safety)
         utils.add_fused_lm_head(model, **head)
         if first == "trainer":
             want = model(**inputs, fused_lm_head=True) if safety is None else want
-            patch_model(model, safety, **held[safety is None])
+            patch_model(model, safety)
         model.train()
         if safety is None:
             with pytest.warns(UserWarning, match="computes its loss past it"):

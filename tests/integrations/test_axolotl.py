@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from str_kernels.huggingface.install import find_patch
+from str_kernels.huggingface.patch.install import find_patch
 from str_kernels.integrations import axolotl as plugin_module
 from tests.huggingface.test_trainer import lora_model
 from tests.integrations.programs import BasePlugin, Config, axolotl, logs_of, trainer_of

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from str_kernels.huggingface import patch_model
-from str_kernels.huggingface.install import find_patch
+from str_kernels.huggingface.patch.install import find_patch
 from str_kernels.integrations import PatchCallback
 from str_kernels.safety.tokens import SafetyTokens
 from tests.huggingface.models import build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from str_kernels.huggingface import filtering
+from str_kernels.huggingface.patch import filtering
 from str_kernels.training.callbacks import Silence
 from str_kernels.training.checks import prepare
 from str_kernels.training.run import train

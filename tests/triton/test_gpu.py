@@ -10,7 +10,7 @@ import torch
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS, select_backend
-from str_kernels.backends.triton import host
+from str_kernels.backends.triton.quantise import quantised
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
 from tests.backends.test_exact import OPTIONS
 from tests.backends.test_routed import ALL_LIVE, clustered_case
@@ -107,7 +107,9 @@ def test_quantised_rows(name):
     rows = torch.randn(3001, 1200, device="cuda", dtype=torch.bfloat16)
     order = torch.randperm(3001, device="cuda")
     columns = torch.rand(1200, device="cuda") + 0.1
-    eight, scales = host.quantised(rows, EIGHT_BITS[name], order, range(512, 3001), columns)
+    eight, scales = quantised(
+        rows, EIGHT_BITS[name], order=order, places=range(512, 3001), columns=columns
+    )
     want, want_scales = quantise_rows(rows[order[512:]], EIGHT_BITS[name], columns)
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
     differ = (eight.float() - want.float()).abs()
@@ -152,20 +154,20 @@ def test_deterministic_repeats_bitwise():
 def test_forward_does_not_wait_for_the_device():
     """Screen, route and refine enqueue without a host synchronisation."""
     from str_kernels.backends.triton import TritonBackend
-    from str_kernels.engine.contract import Head, Tiles, Wanted
+    from str_kernels.engine.contract import Block, Head, Tiles, Wanted
     from str_kernels.options import LossOptions
     from str_kernels.vocabulary import tile_means
 
     case = on_gpu(make_case(512, 4000, 128, ignored=0.0).to(torch.bfloat16))
-    backend, options = TritonBackend(), LossOptions()
+    backend = TritonBackend()
     head = Head(case.hidden_states, case.weight, None)
     tiles = Tiles(None, None, tile_means(case.weight, None))
+    block = Block(head, case.labels, tiles, LossOptions())
 
     def stages():
-        masses = backend.screen(head, tiles, options, "exact")
-        work = backend.route(masses, case.labels, tiles, DEFAULT_EPS)
-        wanted = Wanted(hidden=True, masses=False, entropy=False)
-        return backend.refine(head, case.labels, tiles, work, options, wanted)
+        masses = backend.screen(block, "exact")
+        work = backend.route(block, masses, DEFAULT_EPS)
+        return backend.refine(block, work, Wanted(hidden=True, masses=False, entropy=False))
 
     stages()  # compiles
     torch.cuda.synchronize()

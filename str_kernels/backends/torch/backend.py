@@ -12,9 +12,9 @@ from str_kernels.backends.torch.route import route_pairs
 from str_kernels.backends.torch.screen import screen_tiles
 from str_kernels.backends.torch.weight import weight_gradients
 from str_kernels.engine.contract import (
+    Block,
     Coefficients,
     Dense,
-    Gradients,
     Head,
     OpenRows,
     Refined,
@@ -22,13 +22,11 @@ from str_kernels.engine.contract import (
     SafetyTerm,
     Saved,
     TileMasses,
-    Tiles,
     Wanted,
     Worklist,
 )
 from str_kernels.engine.cpu import this_cpu
 from str_kernels.engine.rows import combine_rows
-from str_kernels.options import LossOptions
 
 DEFAULT_BYTE_BUDGET = 64 << 20
 
@@ -71,48 +69,41 @@ class TorchBackend:
         """See ``Backend.row_block``."""
         return blocks.row_block(self.byte_budget, head, rows, routed=routed)
 
-    def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
+    def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
-        columns = blocks.column_block(self.byte_budget, head)
-        return exact_pass(head, labels, options, wanted, columns)
+        return exact_pass(block, wanted, self._columns(block))
 
-    def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
+    def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
-        columns = blocks.column_block(self.byte_budget, head)
-        return screen_tiles(head, tiles, options, screen, columns)
+        return screen_tiles(block, screen, self._columns(block))
 
-    def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
+    def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
         """See ``Backend.route``."""
-        return route_pairs(masses, labels, tiles, eps)
+        return route_pairs(block, masses, eps)
 
-    def refine(
-        self,
-        head: Head,
-        labels: Tensor,
-        tiles: Tiles,
-        work: Worklist,
-        options: LossOptions,
-        wanted: Wanted,
-    ) -> Refined:
+    def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
-        return refine_pairs(head, labels, tiles, work, options, wanted, self.byte_budget // 8)
+        return refine_pairs(block, work, wanted, self.byte_budget // 8)
 
-    def combine(
-        self, head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
-    ) -> Tensor:
+    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
         """See ``Backend.combine``."""
-        return combine_rows(head, labels, opened, shares, spare=spare)
+        return combine_rows(block, opened, shares, spare=spare)
 
     def weight_gradients(
         self,
-        head: Head,
-        labels: Tensor,
+        block: Block,
         saved: Saved,
         coefficients: Coefficients,
+        *,
         safety: SafetyTerm | None,
-        options: LossOptions,
         needs: tuple[bool, bool],
-    ) -> Gradients:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.weight_gradients``."""
-        columns = blocks.column_block(self.byte_budget, head)
-        return weight_gradients(head, labels, saved, coefficients, safety, options, needs, columns)
+        columns = self._columns(block)
+        return weight_gradients(
+            block, saved, coefficients, safety=safety, needs=needs, columns=columns
+        )
+
+    def _columns(self, block: Block) -> int:
+        """How many columns of logits are made at once."""
+        return blocks.column_block(self.byte_budget, block.head)

@@ -53,13 +53,6 @@ def head_rows(
     return weight_rows(head, where, dtype), bias
 
 
-def positions_of(labels: Tensor, inverse: Tensor | None) -> Tensor:
-    """Where each label stands in the order; -1 stays -1."""
-    if inverse is None:
-        return labels
-    return torch.where(labels < 0, labels, inverse[labels.clamp(min=0)])
-
-
 def in_block(positions: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Which rows' labels lie in this block, and where in it: both ``[H]``."""
     here = ((positions >= columns.start) & (positions < columns.stop)).nonzero()[:, 0]

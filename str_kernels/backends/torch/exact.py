@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.torch.blocks import head_rows, in_block, spans
-from str_kernels.engine.contract import Dense, Head, Wanted
+from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
 from str_kernels.engine.logits import (
     accumulator,
@@ -19,29 +19,26 @@ from str_kernels.engine.logits import (
     softcap_slope,
 )
 from str_kernels.engine.products import product
-from str_kernels.options import LossOptions
 
 
-def exact_pass(
-    head: Head, labels: Tensor, options: LossOptions, wanted: Wanted, columns: int
-) -> Dense:
-    """``Dense`` of R rows with labels ``[R]``, -1 where there is none."""
+def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
+    """``Dense`` of R rows, ``columns`` of the vocabulary at a time."""
+    head, labels, _, options = block
     dtype = accumulator(head.hidden_states.dtype)
     hidden = head.hidden_states.to(dtype)
-    totals = _RunningTotals(hidden, labels, options, wanted)
-    for block in spans(head.weight.shape[0], columns):
-        weight, bias = head_rows(head, None, block, dtype)
-        totals.add(block, block_logits(hidden, weight, bias, options), weight)
+    totals = _RunningTotals(hidden, block, wanted)
+    for part in spans(head.weight.shape[0], columns):
+        weight, bias = head_rows(head, None, part, dtype)
+        totals.add(part, block_logits(hidden, weight, bias, options), weight)
     return totals.finish(label_logits(head, labels, options))
 
 
 class _RunningTotals:
     """Sums over the vocabulary without the label, relative to ``exp(shift)``."""
 
-    def __init__(
-        self, hidden: Tensor, labels: Tensor, options: LossOptions, wanted: Wanted
-    ) -> None:
-        self.labels, self.options = labels, options
+    def __init__(self, hidden: Tensor, block: Block, wanted: Wanted) -> None:
+        self.block, self.labels, self.options = block, block.labels, block.options
+        options = block.options
         zeros = hidden.new_zeros(len(hidden))
         self.maximum = torch.full_like(zeros, float("-inf"))
         self.shift, self.mass = zeros, zeros.clone()
@@ -105,9 +102,8 @@ class _RunningTotals:
         if self.smooth_gradient is not None:
             self.smooth_gradient.mul_(self.options.logit_scale)
         dense = join_sums(
-            self.labels,
+            self.block,
             label_logit,
-            self.options,
             shift=self.shift,
             mass=self.mass,
             maximum=self.maximum,
@@ -119,7 +115,7 @@ class _RunningTotals:
         if not self.kept:
             return dense
         blocks = [
-            exponentials.mul_(torch.exp(shift - dense.lse)[:, None])
+            exponentials.mul_(torch.exp(shift - dense.statistics.lse)[:, None])
             for exponentials, shift in self.kept
         ]
         return dense._replace(probabilities=torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])

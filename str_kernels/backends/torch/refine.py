@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.backends.torch.blocks import positions_of
-from str_kernels.engine.contract import Head, Refined, Tiles, Wanted, Worklist
+from str_kernels.engine.contract import Block, Refined, Wanted, Worklist
 from str_kernels.engine.logits import (
     accumulator,
     finish_logits,
@@ -24,7 +23,8 @@ from str_kernels.engine.logits import (
     weight_rows,
 )
 from str_kernels.engine.products import product, products
-from str_kernels.options import TILE, LossOptions
+from str_kernels.engine.tiles import positions_of
+from str_kernels.options import TILE
 
 _HOT_SHARE = 0.5  # of the rows: gathering the others would cost what it saves
 _HOT_TILES = 4  # at a time
@@ -39,23 +39,12 @@ class _Group(NamedTuple):
     live: Tensor | None  # None: all of them
 
 
-def refine_pairs(
-    head: Head,
-    labels: Tensor,
-    tiles: Tiles,
-    work: Worklist,
-    options: LossOptions,
-    wanted: Wanted,
-    cold_bytes: int,
-) -> Refined:
-    """``Refined`` of R rows with labels ``[R]``, -1 where there is none.
-
-    ``cold_bytes``: of the weight rows of one batch of cold tiles.
-    """
-    sums = _Sums(head, labels, tiles, work, options, wanted)
+def refine_pairs(block: Block, work: Worklist, wanted: Wanted, cold_bytes: int) -> Refined:
+    """``Refined`` of R rows; the weight rows of a batch of cold tiles take ``cold_bytes``."""
+    sums = _Sums(block, work, wanted)
     counts = work.counts.tolist()
     lists = work.rows.split(counts)
-    hot_from = max(_COLD_ROWS + 1, _HOT_SHARE * len(labels))
+    hot_from = max(_COLD_ROWS + 1, _HOT_SHARE * len(block.labels))
     hot = [tile for tile, count in enumerate(counts) if count >= hot_from]
     for start in range(0, len(hot), _HOT_TILES):
         sums.add_hot(hot[start : start + _HOT_TILES], lists)
@@ -84,15 +73,8 @@ def _cold_groups(
 class _Sums:
     """What the live pairs add up to, row by row."""
 
-    def __init__(
-        self,
-        head: Head,
-        labels: Tensor,
-        tiles: Tiles,
-        work: Worklist,
-        options: LossOptions,
-        wanted: Wanted,
-    ) -> None:
+    def __init__(self, block: Block, work: Worklist, wanted: Wanted) -> None:
+        head, labels, tiles, options = block
         self.head, self.order, self.options, self.shift = head, tiles.order, options, work.shift
         self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
         self.positions = positions_of(labels, tiles.inverse)

@@ -10,23 +10,20 @@ for the last digits of an 8-bit screen, whose balance of columns they share.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from str_kernels.backends.torch.blocks import positions_of
-from str_kernels.engine.contract import TileMasses, Tiles, Worklist
+from str_kernels.engine.contract import Block, TileMasses, Worklist
+from str_kernels.engine.tiles import LEAST_OPEN, positions_of
 from str_kernels.options import TILE
 
-# A row whose label's tile holds all but this much is right already; less is rounding.
-LEAST_OPEN = 2.0**-20
 
-
-def route_pairs(masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
-    """``Worklist`` of R rows with labels ``[R]``, -1 where there is none."""
+def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
+    """``Worklist`` of R rows."""
+    labels = block.labels
     log_mass = masses.log_mass
     shift = torch.logsumexp(log_mass, -1)
     dead = torch.exp(log_mass - shift[:, None])
     labelled = (labels >= 0).nonzero()[:, 0]
-    label_tile = positions_of(labels, tiles.inverse)[labelled] // TILE
+    label_tile = positions_of(labels, block.tiles.inverse)[labelled] // TILE
     open_mass = dead.sum(-1)
     open_mass[labelled] -= dead[labelled, label_tile]
     live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]

@@ -16,20 +16,19 @@ from str_kernels.backends.torch.reduce import (
     fused_reduction,
     reduce_eagerly,
 )
-from str_kernels.engine.contract import Head, TileMasses, Tiles
+from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
 from str_kernels.engine.logits import accumulator, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
-from str_kernels.options import TILE, LossOptions
+from str_kernels.options import TILE
 from str_kernels.quantise import balance, quantise_rows
 
 _INTEGERS = 1 << 20  # products of a block of int8: what is quantised for more leaves the cache
 COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, compiling takes seconds once
 
 
-def screen_tiles(
-    head: Head, tiles: Tiles, options: LossOptions, screen: str, columns: int
-) -> TileMasses:
+def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
+    head, _, tiles, options = given
     shape = (len(head.hidden_states), len(tiles.mean_rows))
     log_mass = torch.empty(
         shape, dtype=accumulator(head.hidden_states.dtype), device=head.weight.device

@@ -1,7 +1,8 @@
 """The gradient of a trainable weight and bias, one block of the vocabulary after the other.
 
-Stage: ``Saved``, ``Coefficients`` → ``Gradients``. Exact: every logit is made again. Routed: only
-live pairs are, and a dead pair spreads ``α · mass · h`` evenly over the rows of its tile.
+Stage: ``Saved``, ``Coefficients`` → gradients ``[V, D]`` and ``[V]``. An exact pass makes every
+logit again. After routing only live pairs make theirs, and a dead pair spreads ``α · mass · h``
+evenly over the rows of its tile.
 Each block is summed in fp32 over all rows and cast once, or summed where it belongs.
 """
 
@@ -12,34 +13,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from str_kernels.backends.torch.blocks import (
-    MAX_ROWS,
-    head_rows,
-    in_block,
-    positions_of,
-    spans,
-)
-from str_kernels.engine.contract import Coefficients, Gradients, Head, SafetyTerm, Saved
+from str_kernels.backends.torch.blocks import MAX_ROWS, head_rows, in_block, spans
+from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share, silent_rows
 from str_kernels.engine.logits import accumulator, block_logits, softcap_slope
-from str_kernels.options import TILE, LossOptions
+from str_kernels.engine.tiles import positions_of
+from str_kernels.options import TILE
 
 
 def weight_gradients(
-    head: Head,
-    labels: Tensor,
+    given: Block,
     saved: Saved,
     coefficients: Coefficients,
+    *,
     safety: SafetyTerm | None,
-    options: LossOptions,
     needs: tuple[bool, bool],
     columns: int,
-) -> Gradients:
-    """Gradients of R rows with labels ``[R]``, -1 where there is none; see ``Backend``."""
-    rows = _Rows(head, labels, saved, coefficients, options)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients that R rows give to weight and bias; see ``Backend``."""
+    head, rows = given.head, _Rows(given, saved, coefficients)
     weight = torch.empty_like(head.weight) if needs[0] else None
     bias = torch.empty_like(head.bias) if needs[1] else None
-    spread = dead_share(head, saved, coefficients, options) if rows.routed else None
+    spread = dead_share(given, saved, coefficients) if rows.routed else None
     size = TILE if rows.routed else columns
     # in token order and the accumulator's dtype a block is summed in its place
     scratch = None
@@ -63,7 +58,7 @@ def weight_gradients(
             weight[where] = part.weight.to(weight.dtype)
         if bias is not None:
             bias[where] = part.bias.to(bias.dtype)
-    return Gradients(weight, bias)
+    return weight, bias
 
 
 def _place(weight: Tensor | None, scratch: Tensor | None, block: slice) -> Tensor | None:
@@ -76,18 +71,12 @@ def _place(weight: Tensor | None, scratch: Tensor | None, block: slice) -> Tenso
 class _Rows:
     """R rows, and how their logits' gradients are made again."""
 
-    def __init__(
-        self,
-        head: Head,
-        labels: Tensor,
-        saved: Saved,
-        coefficients: Coefficients,
-        options: LossOptions,
-    ) -> None:
-        self.head, self.saved, self.coefficients, self.options = head, saved, coefficients, options
+    def __init__(self, given: Block, saved: Saved, coefficients: Coefficients) -> None:
+        head, labels, tiles, self.options = given
+        self.head, self.saved, self.coefficients = head, saved, coefficients
         self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
         self.routed = saved.masses is not None
-        self.order, self.inverse = saved.tiles[:2] if self.routed else (None, None)
+        self.order, self.inverse = tiles[:2] if self.routed else (None, None)
         self.positions = positions_of(labels, self.inverse)
         silent = silent_rows(coefficients)
         self.silent = silent if silent.any() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +21,20 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from str_kernels.backends.triton.combine import combine_kernel
-from str_kernels.backends.triton.exact_kernels import expected_kernel, softmax_kernel
-from str_kernels.backends.triton.launch import ROWWISE, Launch, Stage, launch_for
+from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
+from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
+from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import plan_kernel, route_kernel, threshold_kernel
-from str_kernels.backends.triton.screen import screen_kernel
-from str_kernels.backends.triton.weight_kernels import (
-    live_kernel,
-    logit_gradient_kernel,
-    weight_kernel,
+from str_kernels.backends.triton.route import (
+    THRESHOLD,
+    plan_kernel,
+    route_kernel,
+    threshold_kernel,
 )
+from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
 
 ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
@@ -51,40 +55,6 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
-}
-# Pointers that are not of the operands' type (``hidden``, ``weight``, ``share``, ``slope``, …).
-_POINTERS = {
-    "order_ptr": "i64",
-    "eight_ptr": "i8",
-    "token_ptr": "i64",
-    "silent_ptr": "i1",
-    **dict.fromkeys(("list_ptr", "plan_ptr", "label_ptr", "count_ptr", "safety_slot_ptr"), "i32"),
-    **dict.fromkeys(
-        (
-            "hidden_scale_ptr",
-            "weight_scale_ptr",
-            "log_mass_ptr",
-            "shift_ptr",
-            "threshold_ptr",
-            "mass_ptr",
-            "masses_ptr",
-            "maximum_ptr",
-            "expected_ptr",
-            "sums_ptr",
-            "scale_ptr",
-            "rescale_ptr",
-            "coefficient_ptr",
-            "spread_ptr",
-            "safety_ptr",
-            "bias_grad_ptr",
-            "first_ptr",
-            "column_ptr",
-            "also_ptr",
-            "opened_ptr",
-            "label_share_ptr",
-        ),
-        "fp32",
-    ),
 }
 _FLOATS = ("logit_scale", "log_eps")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
@@ -138,66 +108,57 @@ def cases(
     constants = {"dim": dim, "precision": precision, "softcap": 30.0 if full else None}
     off = () if full else ("bias_ptr", "slope_ptr")
     if wide_weight:
-        stages = _stages(arch, torch.bfloat16, constants, off, wide_weight=True)
+        stages = _stages(_Choice(arch, torch.bfloat16, constants, off, wide_weight=True))
         yield from (case for case in stages if "weight_ptr" in case.kernel.arg_names)
         return
     for dtype in (torch.bfloat16, torch.float32):
-        yield from _stages(arch, dtype, constants, off)
+        yield from _stages(_Choice(arch, dtype, constants, off))
     eight = (torch.int8, torch.float8_e4m3fn) if arch in (89, 90, 100, 120) else (torch.int8,)
     for dtype in eight:
-        yield _case("screen", arch, screen_kernel, dtype, constants, ("order_ptr", *off), GROUP=8)
+        choice = _Choice(arch, dtype, constants, off)
+        yield choice.case("screen", screen_kernel, "order_ptr", GROUP=GROUP)
     alone = Launch(0, 0, warps=4)
     sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
     for name, kernel, blocks in (
-        ("threshold", threshold_kernel, {"BLOCK_R": 32, "BLOCK_T": 32}),
-        ("route", route_kernel, {"BLOCK": 1024}),
-        ("plan", plan_kernel, {"CHUNK": 64, "BLOCK": 1024}),
-        ("live", live_kernel, {"BLOCK": 1024}),
+        ("threshold", threshold_kernel, THRESHOLD),
+        ("route", route_kernel, SCAN),
+        ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
+        ("live", live_kernel, SCAN),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 
 
-def _stages(
-    arch: int | str,
-    dtype: torch.dtype,
-    constants: dict[str, Any],
-    off: tuple[str, ...],
-    *,
-    wide_weight: bool = False,
-) -> Iterator[Case]:
-    def case(stage: Stage, kernel: JITFunction, off: tuple[str, ...], **more: Any) -> Case:
-        return _case(stage, arch, kernel, dtype, constants, off, wide_weight=wide_weight, **more)
+class _Choice(NamedTuple):
+    """What the cases of one chip and one operand type have in common."""
 
-    yield case("screen", screen_kernel, ("hidden_scale_ptr", "weight_scale_ptr", *off), GROUP=8)
+    arch: int | str
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    off: tuple[str, ...]
+    wide_weight: bool = False
+
+    def case(self, stage: Stage, kernel: JITFunction, *off: str, **more: Any) -> Case:
+        """Specialise a kernel to the launch table's choice for its stage."""
+        launch = launch_for(self.arch, stage, self.dtype, wide_weight=self.wide_weight)
+        name = kernel.__name__.removesuffix("_kernel").replace("_", " ")
+        if more.get("ATOMIC") is False:
+            name += " in order"
+        constants, off = {**self.constants, **_blocks(launch), **more}, (*off, *self.off)
+        return Case(name, kernel, self.dtype, launch, constants, off, self.wide_weight)
+
+
+def _stages(choice: _Choice) -> Iterator[Case]:
+    yield choice.case("screen", screen_kernel, "hidden_scale_ptr", "weight_scale_ptr", GROUP=GROUP)
     for atomic in (True, False):
-        if not atomic or arch != "gfx90a":  # which never takes the atomics
-            yield case("refine", refine_kernel, off, ATOMIC=atomic)
-    yield case("softmax", softmax_kernel, off, GROUP=8)
-    yield case("softmax", logit_gradient_kernel, off, GROUP=8)
-    yield case("expected", expected_kernel, ())
-    yield case("weight", weight_kernel, ())
-
-
-def _case(
-    stage: Stage,
-    arch: int | str,
-    kernel: JITFunction,
-    dtype: torch.dtype,
-    constants: dict[str, Any],
-    off: tuple[str, ...],
-    *,
-    wide_weight: bool = False,
-    **more: Any,
-) -> Case:
-    launch = launch_for(arch, stage, dtype, wide_weight=wide_weight)
-    name = kernel.__name__.removesuffix("_kernel").replace("_", " ")
-    if more.get("ATOMIC") is False:
-        name += " in order"
-    constants = {**constants, **_blocks(launch), **more}
-    return Case(name, kernel, dtype, launch, constants, off, wide_weight)
+        if not atomic or choice.arch != "gfx90a":  # which never takes the atomics
+            yield choice.case("refine", refine_kernel, ATOMIC=atomic)
+    yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
+    yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
+    yield choice.case("expected", expected_kernel)
+    yield choice.case("weight", weight_kernel)
 
 
 def _blocks(launch: Launch) -> dict[str, int]:
@@ -206,13 +167,12 @@ def _blocks(launch: Launch) -> dict[str, int]:
 
 def compile_case(case: Case, arch: int | str) -> Compiled:
     """Compile one case; every pointer and the row count are taken as multiples of 16."""
-    signature, constants = {}, {}
+    signature, constants, pointers = {}, {}, _pointer_types(case)
     for name in case.kernel.arg_names:
         if name in case.off:
             signature[name], constants[name] = "constexpr", None
         elif name.endswith("_ptr"):
-            of_wide = name == "weight_ptr" and case.wide_weight
-            signature[name] = "*" + _POINTERS.get(name, "fp32" if of_wide else _TYPES[case.dtype])
+            signature[name] = "*" + pointers.get(name, _TYPES[case.dtype])
         elif name in case.constants:
             signature[name], constants[name] = "constexpr", case.constants[name]
         else:
@@ -229,6 +189,13 @@ def compile_case(case: Case, arch: int | str) -> Compiled:
         options={"num_warps": case.launch.warps, "num_stages": case.launch.stages},
     )
     return _read(case, arch, made)
+
+
+def _pointer_types(case: Case) -> dict[str, str]:
+    """Read ``POINTERS`` beside the kernel; a pointer that is not named has the operands' type."""
+    table = sys.modules[case.kernel.__module__].POINTERS
+    types = {f"{name}_ptr": of for of, names in table.items() for name in names}
+    return types | ({"weight_ptr": "fp32"} if case.wide_weight else {})
 
 
 def _read(case: Case, arch: int | str, made: Any) -> Compiled:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from str_kernels.backends.triton import exact, host, weight
+from str_kernels.backends.triton.combine import combine_rows
+from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
-from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
+from str_kernels.backends.triton.route import route_pairs
+from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
+from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
+    Block,
     Coefficients,
     Dense,
-    Gradients,
     Head,
     OpenRows,
     Refined,
@@ -24,11 +27,10 @@ from str_kernels.engine.contract import (
     SafetyTerm,
     Saved,
     TileMasses,
-    Tiles,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE, LossOptions
+from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -94,83 +96,68 @@ class TritonBackend:
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
 
-    def exact(self, head: Head, labels: Tensor, options: LossOptions, wanted: Wanted) -> Dense:
+    def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
+        head = block.head
         self._require(head, "exact")
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
-        with _on(head):
-            budget = self.byte_budget // 2  # the sums have the other half
-            return exact.exact_pass(head, labels, options, wanted, launches, budget)
+        budget = self.byte_budget // 2  # the sums have the other half
+        with _on(head.weight.device):
+            return exact_pass(block, wanted, launches, budget)
 
-    def screen(self, head: Head, tiles: Tiles, options: LossOptions, screen: str) -> TileMasses:
+    def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
+        head, dtype = block.head, EIGHT_BITS.get(screen)
         self._require(head, screen)
         if screen == "bf16":
             head = head._replace(hidden_states=head.hidden_states.bfloat16())
-        with _on(head):
-            given = host.operands(head, tiles.order)
-            if screen not in EIGHT_BITS:
-                launch = self._launch(head, "screen")
-                return host.screen(given, options, launch)
-            dtype = EIGHT_BITS[screen]
-            launch = self._launch(head, "screen", dtype)
-            budget = self.byte_budget // 4  # on top of the block's own
-            return host.screen_quantised(given, tiles, options, launch, dtype, budget)
+            block = block._replace(head=head)
+        launch = self._launch(head, "screen", dtype)
+        with _on(head.weight.device):
+            if dtype is None:
+                return screen_tiles(block, launch)
+            # the quantised rows of W come on top of the block's own scratch
+            return screen_quantised(block, launch, dtype, self.byte_budget // 4)
 
-    def route(self, masses: TileMasses, labels: Tensor, tiles: Tiles, eps: float) -> Worklist:
-        """See ``Backend.route``; the log-masses are used up, their memory holds ``dead``."""
-        with _on_device(masses.log_mass.device):
-            return host.route(masses, labels, tiles, math.log(eps) if eps else -math.inf)
+    def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
+        """See ``Backend.route``; the memory of the log-masses is reused for ``dead``."""
+        with _on(masses.log_mass.device):
+            return route_pairs(block, masses, eps)
 
-    def refine(
-        self,
-        head: Head,
-        labels: Tensor,
-        tiles: Tiles,
-        work: Worklist,
-        options: LossOptions,
-        wanted: Wanted,
-    ) -> Refined:
+    def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
-        device = head.weight.device
-        launch, programs = self._launch(head, "refine"), _programs(device)
-        with _on(head):
-            given = host.operands(head, tiles.order)
-            arguments = (given, labels, tiles, work, options, wanted, launch, programs)
+        device = block.head.weight.device
+        sizes = {"launch": self._launch(block.head, "refine"), "programs": _programs(device)}
+        with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return host.refine_in_order(*arguments, self.byte_budget)
-            return host.refine(*arguments)
+                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
+            return refine_pairs(block, work, wanted, **sizes)
 
-    def combine(
-        self, head: Head, labels: Tensor, opened: OpenRows, shares: RowShares, *, spare: bool
-    ) -> Tensor:
-        """See ``Backend.combine``; nothing is used up."""
-        with _on(head):
-            return host.combine(head, labels, opened, shares)
+    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
+        """See ``Backend.combine``; the opened rows are left unchanged."""
+        with _on(block.head.weight.device):
+            return combine_rows(block, opened, shares)
 
     def weight_gradients(
         self,
-        head: Head,
-        labels: Tensor,
+        block: Block,
         saved: Saved,
         coefficients: Coefficients,
+        *,
         safety: SafetyTerm | None,
-        options: LossOptions,
         needs: tuple[bool, bool],
-    ) -> Gradients:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.weight_gradients``."""
-        launches = (self._launch(head, "softmax"), self._launch(head, "weight"))
-        with _on(head):
-            return weight.weight_gradients(
-                head,
-                labels,
+        head = block.head
+        with _on(head.weight.device):
+            return weight_gradients(
+                block,
                 saved,
                 coefficients,
-                safety,
-                options,
-                needs,
-                launches,
-                self.byte_budget,
+                safety=safety,
+                needs=needs,
+                launches=(self._launch(head, "softmax"), self._launch(head, "weight")),
+                byte_budget=self.byte_budget,
             )
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
@@ -204,10 +191,6 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(head: Head) -> contextlib.AbstractContextManager:
-    return _on_device(head.weight.device)
-
-
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launch where the tensors are, not on the process's current device."""
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch where the tensors are, which need not be the process's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from str_kernels.backends.triton.launch import ROWWISE
+from str_kernels.backends.triton.operands import tuning
+from str_kernels.engine.contract import Block, OpenRows, RowShares
+from str_kernels.engine.logits import kept_dtype
+
+# ``second`` has the dtype in which the dead pairs were multiplied, ``out`` that of ``kept_dtype``.
+POINTERS = {
+    "i64": ("token",),
+    "fp32": ("first", "also", "opened", "label_share"),
+    "i1": ("silent",),
+}
 
 
 @triton.jit
@@ -54,3 +67,29 @@ def combine_kernel(
         silent = tl.load(silent_ptr + row, mask=live, other=1)
         total = tl.where((silent != 0)[:, None], 0.0, total)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def combine_rows(block: Block, opened: OpenRows, shares: RowShares) -> Tensor:
+    """Return a row gradient ``[R, D]`` in ``kept_dtype``."""
+    head, rows, dim = block.head, *opened.live.shape
+    weight, also = head.weight.contiguous(), shares.also
+    out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+    combine_kernel[(-(-rows // ROWWISE.block_r) * -(-dim // ROWWISE.block_d),)](
+        opened.live,
+        opened.dead,
+        also,
+        opened.scale * shares.opened,
+        shares.label,
+        shares.silent,
+        head.hidden_states,
+        weight,
+        block.labels,
+        out,
+        rows,
+        dim if also is not None and also.dim() == 2 else 0,
+        dim,
+        BLOCK_R=ROWWISE.block_r,
+        BLOCK_D=ROWWISE.block_d,
+        **tuning(ROWWISE),
+    )
+    return out

@@ -28,6 +28,8 @@ class Launch(NamedTuple):
 
 # For kernels that pass over rows of D and multiply nothing.
 ROWWISE = Launch(4, 1024, warps=4)
+# For kernels that pass over a tile's rows, or over the tiles, in one dimension.
+SCAN = {"BLOCK": 1024}
 
 # Safe wherever a chip has 64 KiB of shared memory: two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {

@@ -1,14 +1,21 @@
 """Quantise: rows of H, or of W through the order → 8 bits and a scale each.
 
-The numbers of ``str_kernels.quantise``, in one pass over memory.
+The numbers are those of ``str_kernels.quantise``, made in one pass over memory.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from str_kernels.backends.triton.launch import ROWWISE
+from str_kernels.backends.triton.operands import tuning
 from str_kernels.backends.triton.tiles import rows_at
+from str_kernels.quantise import LEAST, TOP
+
+POINTERS = {"i64": ("order",), "fp32": ("column", "scale"), "i8": ("eight",)}
 
 
 @triton.jit
@@ -62,3 +69,36 @@ def quantise_kernel(
             x = tl.floor(x + 0.5)
         tl.store(out + start, x.to(eight_ptr.dtype.element_ty), mask=inside[:, None] & within)
     tl.store(scale_ptr + place, scale + odd, mask=inside)
+
+
+def quantised(
+    rows: Tensor,
+    dtype: torch.dtype,
+    *,
+    order: Tensor | None = None,
+    places: range | None = None,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the rows at these places of the order (default: all) in 8 bits, and their scales.
+
+    They are multiplied by ``columns [D]`` first.
+    """
+    places = range(len(rows)) if places is None else places
+    eight = torch.empty(len(places), rows.shape[1], dtype=dtype, device=rows.device)
+    scales = torch.empty(len(places), dtype=torch.float32, device=rows.device)
+    quantise_kernel[(-(-len(places) // ROWWISE.block_r),)](
+        rows,
+        order,
+        columns,
+        eight,
+        scales,
+        places.start,
+        places.stop,
+        rows.shape[1],
+        TOP[dtype],
+        LEAST,
+        BLOCK_R=ROWWISE.block_r,
+        BLOCK_D=ROWWISE.block_d,
+        **tuning(ROWWISE),
+    )
+    return eight, scales

@@ -1,10 +1,27 @@
-"""Refine: the live pairs from the original operands, a chunk of one tile's live rows at a time."""
+"""Refine: ``Worklist`` → ``Refined``, the live pairs from the original operands.
+
+A program takes one chunk of a tile's live rows at a time. Chunks are added up with atomics, or in
+order without them.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from str_kernels.backends.triton.launch import Launch
+from str_kernels.backends.triton.operands import (
+    Operands,
+    common,
+    label_places,
+    operands,
+    tuning,
+)
+from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
@@ -15,6 +32,13 @@ from str_kernels.backends.triton.tiles import (
     rows_at,
     softcap_slope,
 )
+from str_kernels.engine.contract import Block, Refined, Wanted, Worklist
+
+POINTERS = {
+    "i64": ("order",),
+    "i32": ("list", "plan", "label"),
+    "fp32": ("shift", "mass", "maximum", "expected"),
+}
 
 
 @triton.jit
@@ -91,3 +115,98 @@ def refine_kernel(
                     tl.atomic_add(out + start, e, mask=live[:, None] & inside, sem="relaxed")
                 else:
                     tl.store(out + start, e, mask=live[:, None] & inside)
+
+
+def refine_pairs(
+    block: Block, work: Worklist, wanted: Wanted, *, launch: Launch, programs: int
+) -> Refined:
+    """Refine the live pairs and add them up with atomics."""
+    pairs = _pairs(block, work, launch, programs)
+    sums = pairs.empty_sums(pairs.given.rows, wanted)
+    pairs.refine(pairs.plan(), sums, atomic=True)
+    return sums
+
+
+def refine_in_order(
+    block: Block,
+    work: Worklist,
+    wanted: Wanted,
+    *,
+    launch: Launch,
+    programs: int,
+    byte_budget: int,
+) -> Refined:
+    """Refine without atomics: each chunk fills slots of its own, which torch adds up in order.
+
+    The result repeats bit for bit where ``index_add_`` does, as under
+    ``torch.use_deterministic_algorithms``.
+    """
+    pairs = _pairs(block, work, launch, programs)
+    plan, sums = pairs.plan(), pairs.empty_sums(pairs.given.rows, wanted)
+    chunks = int(plan[0, 0])  # the one number read back: how many slots there must be
+    step = max(1, byte_budget // (4 * pairs.given.dim * launch.block_r))
+    for part in plan[1 : 1 + chunks].split(step):
+        head = torch.tensor([[len(part), 0, 0]], dtype=torch.int32, device=part.device)
+        rows = pairs.rows_of(part)
+        slots = pairs.empty_sums(len(rows), wanted)
+        pairs.refine(torch.cat([head, part]), slots, atomic=False)
+        sums.mass.index_add_(0, rows, slots.mass)
+        sums.maximum.scatter_reduce_(0, rows, slots.maximum, "amax")
+        if sums.expected is not None:
+            sums.expected.index_add_(0, rows, slots.expected)
+    return sums
+
+
+def _pairs(block: Block, work: Worklist, launch: Launch, programs: int) -> _Pairs:
+    label = label_places(block.labels, block.tiles)
+    return _Pairs(operands(block), label, work, launch, programs)
+
+
+class _Pairs(NamedTuple):
+    """The live pairs of a block of rows, and how the kernel is launched over them."""
+
+    given: Operands
+    label: Tensor
+    work: Worklist
+    launch: Launch
+    programs: int
+
+    def plan(self) -> Tensor:
+        """Return all chunks; see ``plan_chunks``."""
+        return plan_chunks(self.work.counts, self.given.rows, self.launch.block_r)
+
+    def rows_of(self, chunks: Tensor) -> Tensor:
+        """Return the row of each slot of ``chunks [C, 3]``; unused slots repeat a chunk's first."""
+        first, stop = chunks[:, 1:2], chunks[:, 2:]
+        place = first + torch.arange(self.launch.block_r, device=chunks.device)
+        return self.work.rows.flatten()[torch.where(place < stop, place, first)].flatten().long()
+
+    def empty_sums(self, rows: int, wanted: Wanted) -> Refined:
+        """Allocate the sums of no pair at all for so many rows or slots."""
+        mass = self.work.shift.new_zeros(rows)
+        expected = mass.new_zeros(rows, self.given.dim) if wanted.hidden else None
+        return Refined(mass, expected, torch.full_like(mass, float("-inf")))
+
+    def refine(self, plan: Tensor, sums: Refined, *, atomic: bool) -> None:
+        """Run the kernel over the chunks of a plan."""
+        given, launch = self.given, self.launch
+        programs = min(self.programs, len(plan) - 1)  # there are no more chunks than that
+        refine_kernel[(programs,)](
+            given.hidden,
+            given.weight,
+            given.order,
+            given.bias,
+            self.work.rows,
+            plan,
+            self.work.shift,
+            self.label,
+            sums.mass,
+            sums.maximum,
+            sums.expected,
+            **common(given),
+            BLOCK_R=launch.block_r,
+            BLOCK_D=launch.block_d,
+            BLOCK_E=launch.block_e,
+            ATOMIC=atomic,
+            **tuning(launch),
+        )

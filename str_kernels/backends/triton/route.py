@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from str_kernels.backends.torch.route import LEAST_OPEN
+from str_kernels.backends.triton.launch import SCAN
+from str_kernels.backends.triton.operands import label_places
 from str_kernels.backends.triton.tiles import LOWEST, TILE
+from str_kernels.engine.contract import Block, TileMasses, Worklist
+from str_kernels.engine.tiles import LEAST_OPEN
 
 # The bits of -0.0, whose sign a literal loses in Triton 3.4.
 NEGATIVE_ZERO = tl.constexpr(-(1 << 31))
 LOG_LEAST_OPEN = tl.constexpr(math.log(LEAST_OPEN))
+THRESHOLD = {"BLOCK_R": 32, "BLOCK_T": 32}  # the sizes of ``threshold_kernel``
+
+POINTERS = {
+    "i32": ("label", "list", "count", "plan"),
+    "fp32": ("log_mass", "shift", "threshold"),
+}
 
 
 @triton.jit
@@ -132,3 +143,31 @@ def plan_kernel(
         tl.store(out, tile + tl.zeros_like(chunk), mask=live)
         tl.store(out + 1, first, mask=live)
         tl.store(out + 2, tl.minimum(first + CHUNK, stop), mask=live)
+
+
+def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
+    """List the live pairs; the memory of the log-masses is reused for ``dead``."""
+    log_mass = masses.log_mass.T.contiguous()
+    count, rows = log_mass.shape
+    label = label_places(block.labels, block.tiles)
+    shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
+    log_eps = math.log(eps) if eps else -math.inf
+    threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
+        log_mass, label, shift, threshold, rows, count, log_eps, **THRESHOLD
+    )
+    listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
+    counts = torch.zeros(count, dtype=torch.int32, device=log_mass.device)
+    route_kernel[(count,)](log_mass, shift, threshold, label, listed, counts, rows, **SCAN)
+    return Worklist(listed, counts, shift, log_mass.T)
+
+
+def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:
+    """Cut each tile's live rows into chunks of at most ``block``: ``[1 + C, 3]`` int32.
+
+    C is an upper bound. The number of chunks stands in the first row and stays on the device; the
+    rows after the last chunk are uninitialised. ``plan_kernel`` documents the columns.
+    """
+    most = len(counts) * -(-rows // block)
+    plan = torch.empty(1 + most, 3, dtype=torch.int32, device=counts.device)
+    plan_kernel[(len(counts),)](counts, plan, len(counts), rows, CHUNK=block, **SCAN)
+    return plan

@@ -1,10 +1,20 @@
-"""Screen: ``H``, ``W`` → the log-mass of every (row, tile) pair; logits live in registers only."""
+"""Screen: ``Head`` → ``TileMasses``, the log-mass of every (row, tile) pair.
+
+Logits stay in registers. The operands are those of the head, or have 8 bits.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from str_kernels.backends.triton.launch import Launch
+from str_kernels.backends.triton.operands import GROUP, Operands, common, operands, tuning
+from str_kernels.backends.triton.quantise import quantised
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
@@ -14,6 +24,13 @@ from str_kernels.backends.triton.tiles import (
     rows_at,
     softcap_slope,
 )
+from str_kernels.engine.contract import Block, TileMasses
+from str_kernels.quantise import balance
+
+POINTERS = {
+    "i64": ("order",),
+    "fp32": ("hidden_scale", "weight_scale", "log_mass", "slope"),
+}
 
 
 @triton.jit
@@ -67,3 +84,77 @@ def screen_kernel(
     if slope_ptr is not None:
         slope = tl.sum(p * softcap_slope(z, softcap), 1) / tl.maximum(mass, 1e-30)
         tl.store(slope_ptr + out, slope, mask=row < rows)
+
+
+class _Scales(NamedTuple):
+    """The scales of 8-bit operands: ``hidden [R]`` and ``weight [V]``."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def screen_tiles(block: Block, launch: Launch) -> TileMasses:
+    """Screen with the operands' own dtype; W is cast to that of H."""
+    given = operands(block)
+    found = _empty_masses(given)
+    _screen(given, _Scales(), found, launch)
+    return _by_rows(found)
+
+
+def screen_quantised(
+    block: Block, launch: Launch, dtype: torch.dtype, byte_budget: int
+) -> TileMasses:
+    """Screen with 8-bit operands.
+
+    The rows of W are those that an index has quantised, or are quantised here, as many tiles at a
+    time as the budget holds.
+    """
+    given, tiles = operands(block), block.tiles
+    found = _empty_masses(given)
+    if tiles.quantised is not None and tiles.quantised.dtype == dtype:
+        hidden, scale = quantised(given.hidden, dtype)
+        kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
+        _screen(kept, _Scales(scale, tiles.row_scales), found, launch)
+        return _by_rows(found)
+    columns = balance(given.hidden, given.weight)
+    hidden, scale = quantised(given.hidden, dtype, columns=columns.reciprocal())
+    step = max(1, byte_budget // (TILE.value * given.dim))
+    for first in range(0, given.tiles, step):
+        places = range(first * TILE.value, min((first + step) * TILE.value, given.vocab))
+        weight, scales = quantised(
+            given.weight, dtype, order=given.order, places=places, columns=columns
+        )
+        bias = None if given.bias is None else given.bias[places.start : places.stop]
+        part = given._replace(hidden=hidden, weight=weight, order=None, bias=bias)
+        here = [None if x is None else x[first : first + step] for x in found]
+        _screen(part, _Scales(scale, scales), here, launch)
+    return _by_rows(found)
+
+
+def _empty_masses(given: Operands) -> list[Tensor | None]:
+    """Allocate log-masses and slopes, ``[T, R]`` both; without a softcap there are no slopes."""
+    log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
+    return [log_mass, None if given.options.softcap is None else torch.empty_like(log_mass)]
+
+
+def _by_rows(found: list[Tensor | None]) -> TileMasses:
+    log_mass, slope = found
+    return TileMasses(log_mass.T, None if slope is None else slope.T)
+
+
+def _screen(given: Operands, scales: _Scales, found: list[Tensor | None], launch: Launch) -> None:
+    screen_kernel[(-(-given.rows // launch.block_r) * given.tiles,)](
+        given.hidden,
+        scales.hidden,
+        given.weight,
+        scales.weight,
+        given.order,
+        given.bias,
+        *found,
+        given.rows,
+        **common(given),
+        BLOCK_R=launch.block_r,
+        BLOCK_D=launch.block_d,
+        GROUP=GROUP,
+        **tuning(launch),
+    )

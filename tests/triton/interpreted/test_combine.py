@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels.backends.triton import host
-from str_kernels.engine.contract import Head, OpenRows, RowShares
+from str_kernels.backends.triton.combine import combine_rows as combine
+from str_kernels.backends.triton.route import plan_chunks
+from str_kernels.engine.contract import Block, Head, OpenRows, RowShares
 from str_kernels.engine.rows import combine_rows
+from str_kernels.options import LossOptions
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,8 +35,9 @@ def test_it_is_what_torch_makes_of_the_same(hidden_dtype, parts, also, silent):
         labels < 0 if silent else None,
     )
     whole = OpenRows(live, dead, random(rows))
-    got = host.combine(head, labels, whole, shares)
-    want = combine_rows(head, labels, whole, shares, spare=False)
+    block = Block(head, labels, None, LossOptions())
+    got = combine(block, whole, shares)
+    want = combine_rows(block, whole, shares, spare=False)
     assert got.dtype == want.dtype
     assert not silent or not got[labels < 0].any()
     close = {"rtol": 1e-2, "atol": 1e-2} if hidden_dtype == torch.bfloat16 else {}
@@ -46,7 +49,7 @@ def test_a_long_plan():
     g = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 3, (1500,), generator=g, dtype=torch.int32)
     counts[700] = 300
-    plan = host.plan_chunks(counts, 300, 8)
+    plan = plan_chunks(counts, 300, 8)
     number = int(plan[0, 0])
     want = [
         [tile, tile * 300 + first, tile * 300 + min(first + 8, count)]

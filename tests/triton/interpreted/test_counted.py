@@ -13,7 +13,7 @@ from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 from str_kernels.backends.triton.launch import launch_for
 from str_kernels.engine import products
-from str_kernels.engine.contract import Head
+from str_kernels.engine.contract import Block, Head
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions
 from tests.backends.test_routed import clustered_case
@@ -90,10 +90,9 @@ def test_routed_work(screen, kept, trainable, backend, dot_flops, traffic):
     case, eight_bits = _case(), screen == "int8"
     index = VocabularyIndex.build(case.weight, case.hidden_states, screen=screen if kept else None)
     tiles = tiles_of(case.weight, index, fresh=False)
-    masses = backend.screen(
-        Head(case.hidden_states, case.weight, None), tiles, LossOptions(), screen
-    )
-    counts = backend.route(masses, case.labels, tiles, DEFAULT_EPS).counts
+    head = Head(case.hidden_states, case.weight, None)
+    block = Block(head, case.labels, tiles, LossOptions())
+    counts = backend.route(block, backend.screen(block, screen), DEFAULT_EPS).counts
     traffic.update(dict.fromkeys(traffic, 0))
     arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
     operations = _run(case, backend, dot_flops, trainable, **arguments)

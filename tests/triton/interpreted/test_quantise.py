@@ -7,8 +7,9 @@ import torch
 
 from str_kernels import VocabularyIndex
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend, host
-from str_kernels.engine.contract import Head, Tiles
+from str_kernels.backends.triton import TritonBackend
+from str_kernels.backends.triton.quantise import quantised
+from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
@@ -22,7 +23,7 @@ def test_the_numbers(count, dim, dtype):
     rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(dim)).bfloat16()
     rows[0] = 0.0
     rows[-1] *= 1e30
-    (eight, scales), (want, want_scales) = host.quantised(rows, dtype), quantise_rows(rows, dtype)
+    (eight, scales), (want, want_scales) = quantised(rows, dtype), quantise_rows(rows, dtype)
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
     differ = (eight.float() - want.float()).abs()
     if dtype == torch.int8:
@@ -38,7 +39,9 @@ def test_through_an_order():
     """Places of the order, from anywhere to the end of the vocabulary; columns scaled first."""
     rows, columns = torch.randn(300, 40), torch.rand(40) + 0.1
     order = torch.randperm(300)
-    eight, scales = host.quantised(rows, torch.int8, order, range(128, 300), columns)
+    eight, scales = quantised(
+        rows, torch.int8, order=order, places=range(128, 300), columns=columns
+    )
     want, want_scales = quantise_rows(rows[order[128:]], torch.int8, columns)
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0.0)
     differ = (eight.float() - want.float()).abs()
@@ -51,7 +54,7 @@ def test_what_is_not_finite_stays_so(value):
     """Its row's scale is no number, and no other's: the guard sees it in the log-sum-exp."""
     rows = torch.randn(6, 33)
     rows[2, 5] = value
-    _, scales = host.quantised(rows, torch.int8)
+    _, scales = quantised(rows, torch.int8)
     assert scales.isfinite().tolist() == [row != 2 for row in range(6)]
 
 
@@ -65,12 +68,13 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     rows = case.weight if order is None else case.weight[order]
     # of columns that the balance leaves alone: what an index keeps is not balanced
     case.hidden_states[0] = float("nan")
-    kept = Tiles(order, inverse, index.mean_rows, *host.quantised(rows, torch.int8))
+    kept = Tiles(order, inverse, index.mean_rows, *quantised(rows, torch.int8))
     head = Head(case.hidden_states, case.weight, case.bias)
+    anew = kept._replace(quantised=None, row_scales=None)
     small = TritonBackend(byte_budget=8 * TILE * 72)
     settings = LossOptions(softcap=options.get("softcap"))
-    got = small.screen(head, kept._replace(quantised=None, row_scales=None), settings, "int8")
-    want = backend.screen(head, kept, settings, "int8")
+    got = small.screen(Block(head, None, anew, settings), "int8")
+    want = backend.screen(Block(head, None, kept, settings), "int8")
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one[1:], other[1:])
@@ -88,8 +92,9 @@ def test_columns_are_balanced_as_a_cpu_does(options, ordered):
         tiles_of(case.weight, index, fresh=False),
     )
     settings = LossOptions(softcap=options.get("softcap"))
-    got = TritonBackend(byte_budget=8 * TILE * 72).screen(head, tiles, settings, "int8")
-    want = TorchBackend().screen(head, tiles, settings, "int8")
+    block = Block(head, None, tiles, settings)
+    got = TritonBackend(byte_budget=8 * TILE * 72).screen(block, "int8")
+    want = TorchBackend().screen(block, "int8")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=0.0, atol=1e-4)
     assert (got.slope is None) == (want.slope is None)
     if got.slope is not None:

@@ -8,9 +8,10 @@ import torch
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.backends.triton import TritonBackend
 from str_kernels.backends.triton.launch import launch_for
-from str_kernels.engine.contract import Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
+from str_kernels.backends.triton.route import plan_chunks
+from str_kernels.engine.contract import Block, Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case, index_of
@@ -29,14 +30,14 @@ def setting(request):
     tiles = Tiles(index.order, index.inverse, index.mean_rows)
     options.pop("bias", None)
     head = Head(case.hidden_states, case.weight, case.bias)
-    return head, case.labels.masked_fill(case.labels < 0, -1), tiles, LossOptions(**options)
+    labels = case.labels.masked_fill(case.labels < 0, -1)
+    return Block(head, labels, tiles, LossOptions(**options))
 
 
 def test_screen(setting, backend):
     """Log-masses, and with a softcap the tiles' mean slopes."""
-    head, _, tiles, options = setting
-    want = TorchBackend().screen(head, tiles, options, "exact")
-    got = backend.screen(head, tiles, options, "exact")
+    want = TorchBackend().screen(setting, "exact")
+    got = backend.screen(setting, "exact")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=TOLERANCE, atol=TOLERANCE)
     if want.slope is not None:
         torch.testing.assert_close(got.slope, want.slope, rtol=1e-4, atol=TOLERANCE)
@@ -45,11 +46,10 @@ def test_screen(setting, backend):
 @pytest.mark.parametrize("eps", [1e-30, DEFAULT_EPS, 0.1])
 def test_route(setting, eps, backend):
     """The same pairs live, listed tile by tile in ascending order; the same dead shares."""
-    head, labels, tiles, options = setting
-    masses = TorchBackend().screen(head, tiles, options, "exact")
-    want = TorchBackend().route(masses, labels, tiles, eps)
+    masses = TorchBackend().screen(setting, "exact")
+    want = TorchBackend().route(setting, masses, eps)
     copy = masses._replace(log_mass=masses.log_mass.clone())
-    got = backend.route(copy, labels, tiles, eps)
+    got = backend.route(setting, copy, eps)
     assert torch.equal(got.live(), want.live())
     assert torch.equal(got.counts.long(), want.counts)
     lists = [row[:count] for row, count in zip(got.rows, got.counts.tolist(), strict=True)]
@@ -61,35 +61,34 @@ def test_route(setting, eps, backend):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_refine(setting, deterministic):
     """Masses, expected rows and largest logits of the live pairs, with and without atomics."""
-    head, labels, tiles, options = setting
     reference, backend = TorchBackend(), TritonBackend(1 << 16)
-    masses = reference.screen(head, tiles, options, "exact")
-    torch_work = reference.route(masses, labels, tiles, 0.01)
-    want = reference.refine(head, labels, tiles, torch_work, options, ALL)
-    work = backend.route(backend.screen(head, tiles, options, "exact"), labels, tiles, 0.01)
+    torch_work = reference.route(setting, reference.screen(setting, "exact"), 0.01)
+    want = reference.refine(setting, torch_work, ALL)
+    work = backend.route(setting, backend.screen(setting, "exact"), 0.01)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        got = backend.refine(head, labels, tiles, work, options, ALL)
+        got = backend.refine(setting, work, ALL)
     finally:
         torch.use_deterministic_algorithms(False)
     for name in ("mass", "expected", "maximum"):
         torch.testing.assert_close(
             getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name
         )
-    without = backend.refine(head, labels, tiles, work, options, ALL._replace(hidden=False))
+    without = backend.refine(setting, work, ALL._replace(hidden=False))
     assert without.expected is None
     torch.testing.assert_close(without.mass, want.mass, rtol=1e-4, atol=1e-6)
 
 
 def test_exact(setting, backend):
     """Every field of ``Dense``."""
-    head, labels, _, options = setting
     wanted = Wanted(hidden=True, masses=False, entropy=True)
-    want = TorchBackend().exact(head, labels, options, wanted)
-    got = backend.exact(head, labels, options, wanted)
+    want = TorchBackend().exact(setting._replace(tiles=None), wanted)
+    got = backend.exact(setting._replace(tiles=None), wanted)
     opened = [dense.opened.scale[:, None] * dense.opened.live for dense in (got, want)]
     torch.testing.assert_close(*opened, rtol=1e-4, atol=1e-5)
-    for name in ("lse", "entropy", "open_mass", "dead_mass"):
+    torch.testing.assert_close(got.open_mass, want.open_mass, rtol=1e-4, atol=1e-5)
+    got, want = got.statistics, want.statistics
+    for name in ("lse", "entropy", "dead_mass"):
         torch.testing.assert_close(
             getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name
         )
@@ -106,12 +105,13 @@ def test_weight_gradients(setting, routed, needs, smoothed):
         head = head._replace(bias=torch.zeros(head.weight.shape[0]))
     reference, backend = TorchBackend(), TritonBackend(1 << 18)
     if routed:
-        masses = reference.screen(head, tiles, options, "exact")
-        work = reference.route(masses, labels, tiles, DEFAULT_EPS)
-        refined = reference.refine(head, labels, tiles, work, options, ALL)
-        dense = join_pairs(head, labels, tiles, masses, work, refined, options, ALL)
+        block = Block(head, labels, tiles, options)
+        masses = reference.screen(block, "exact")
+        work = reference.route(block, masses, DEFAULT_EPS)
+        dense = join_pairs(block, masses, work, reference.refine(block, work, ALL), ALL)
     else:
-        dense = reference.exact(head, labels, options, ALL)
+        block = Block(head, labels, None, options)
+        dense = reference.exact(block, ALL)
     g = torch.Generator().manual_seed(0)
     alpha = torch.randn(70, generator=g) * 1e-6  # a mean over a long batch
     alpha[::5] = 0.0
@@ -121,20 +121,20 @@ def test_weight_gradients(setting, routed, needs, smoothed):
     head.hidden_states[0, 0] = 1e30  # ... but inf · 0 would, in any GEMM
     ids = torch.tensor([5, 130, 877])
     safety = SafetyTerm(ids, torch.randn(3, head.weight.shape[1], generator=g) * 1e-6, alpha[1:4])
-    saved = Saved(dense.lse, dense.open_mass, tiles, dense.masses, dense.slope)
-    arguments = (head, labels, saved, coefficients, safety, options, needs)
-    got, want = backend.weight_gradients(*arguments), reference.weight_gradients(*arguments)
-    for name in ("weight", "bias"):
-        if getattr(want, name) is None:
-            assert getattr(got, name) is None
-        else:
-            assert relative_error(getattr(got, name), getattr(want, name)) < 1e-4, name
+    saved = Saved(dense.statistics.lse, dense.open_mass, dense.masses, dense.slope, None)
+    got, want = (
+        one.weight_gradients(block, saved, coefficients, safety=safety, needs=needs)
+        for one in (backend, reference)
+    )
+    for mine, other in zip(got, want, strict=True):
+        assert (mine is None) == (other is None)
+        assert other is None or relative_error(mine, other) < 1e-4
 
 
 def test_plan_covers_every_live_row_once():
     """Chunks of a tile's rows: none empty, none overlapping, none missing; their number."""
     counts = torch.tensor([0, 3, 64, 65, 0, 200, 1], dtype=torch.int32)
-    plan = host.plan_chunks(counts, 200, 64)
+    plan = plan_chunks(counts, 200, 64)
     number = int(plan[0, 0])
     assert number == 0 + 1 + 1 + 2 + 0 + 4 + 1
     covered = [set() for _ in counts]
@@ -159,8 +159,8 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     )
     head = Head(case.hidden_states, case.weight, None)
     tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
-    masses = backend.screen(head, tiles, LossOptions(), screen)
-    counts = backend.route(masses, case.labels, tiles, DEFAULT_EPS).counts
+    block = Block(head, case.labels, tiles, LossOptions())
+    counts = backend.route(block, backend.screen(block, screen), DEFAULT_EPS).counts
     chunk = launch_for(0, "refine", torch.float16).block_r
     padded = (-(-counts // chunk) * chunk).sum().item() * TILE / (256 * 2048)
     live = counts.sum().item() * TILE / (256 * 2048)

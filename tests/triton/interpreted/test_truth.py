@@ -7,7 +7,7 @@ import torch
 
 from str_kernels import VocabularyIndex
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.backends.triton import TritonBackend, host
+from str_kernels.backends.triton import TritonBackend, refine
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from tests.backends.test_exact import OPTIONS
@@ -192,7 +192,7 @@ def test_entropy_and_statistics(backend):
     options = LossOptions(softcap=8.0)
 
     def run(case, chosen):
-        return row_terms(
+        terms = row_terms(
             case.hidden_states,
             case.weight,
             case.labels,
@@ -201,6 +201,7 @@ def test_entropy_and_statistics(backend):
             backend=chosen,
             entropy=True,
         )
+        return terms.statistics
 
     got, want = run(case.to(torch.float32), backend), run(case, "dense")
     labelled = case.labels >= 0
@@ -245,8 +246,8 @@ def test_deterministic_and_no_uninitialised_memory(atomic, budget, monkeypatch):
 def test_a_planted_fault_is_seen(backend, monkeypatch):
     """Labels taken for places in the order (as if there were no index) exceed every tolerance."""
     case = clustered_case(40, 600).to(torch.float32)
-    places = host.label_places
-    monkeypatch.setattr(host, "label_places", lambda labels, inverse: places(labels, None))
+    places = refine.label_places
+    monkeypatch.setattr(refine, "label_places", lambda labels, tiles: places(labels, None))
     with pytest.raises(AssertionError):
         check(case, torch.float32, backend=backend, filter_eps=ALL_LIVE, index=index_of(case))
 

@@ -1,0 +1,97 @@
+"""What every launcher prepares: a block's tensors as the kernels take them, and shared arguments.
+
+No launcher waits for the device, except the refinement without atomics, which reads one number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.backends.triton.launch import Launch
+from str_kernels.engine.contract import Block, Tiles
+from str_kernels.engine.tiles import positions_of
+from str_kernels.options import TILE, LossOptions
+
+GROUP = 8  # blocks of rows that share a tile of W in L2
+
+
+class Operands(NamedTuple):
+    """The operands of the logits, contiguous; ``bias`` is in tile order."""
+
+    hidden: Tensor
+    weight: Tensor
+    order: Tensor | None
+    bias: Tensor | None
+    precision: str
+    options: LossOptions
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.hidden.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.hidden.shape[1]
+
+    @property
+    def tiles(self) -> int:
+        """T."""
+        return -(-self.vocab // TILE)
+
+
+def operands(block: Block) -> Operands:
+    """Make a block's tensors contiguous, which copies only a strided one, and order its bias."""
+    head, order = block.head, None if block.tiles is None else block.tiles.order
+    bias = head.bias
+    if bias is not None:
+        bias = bias.contiguous() if order is None else bias[order]
+    return Operands(
+        head.hidden_states.contiguous(),
+        head.weight.contiguous(),
+        order,
+        bias,
+        "tf32" if _tf32_allowed() else "ieee",
+        block.options,
+    )
+
+
+def _tf32_allowed() -> bool:
+    """Whether the user lets torch's own fp32 products use tf32; AMD has fp32 matrix units."""
+    if torch.version.hip:
+        return False
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # since torch 2.9; the older name would mix with it
+        return settings.fp32_precision == "tf32"
+    return settings.allow_tf32
+
+
+def common(given: Operands) -> dict[str, Any]:
+    """Return the arguments that every kernel with logits takes."""
+    options = given.options
+    return {
+        "vocab": given.vocab,
+        "logit_scale": float(options.logit_scale),
+        "dim": given.dim,
+        "softcap": None if options.softcap is None else float(options.softcap),
+        "precision": given.precision,
+    }
+
+
+def tuning(launch: Launch) -> dict[str, int]:
+    """Return warps and stages under the names that Triton gives them."""
+    return {"num_warps": launch.warps, "num_stages": launch.stages}
+
+
+def label_places(labels: Tensor, tiles: Tiles | None) -> Tensor:
+    """Return each label's place in the order, ``[R]`` int32; -1 where a row has no label."""
+    return positions_of(labels, None if tiles is None else tiles.inverse).int()

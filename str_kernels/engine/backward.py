@@ -1,0 +1,142 @@
+"""The backward: upstream gradients of both terms in, gradients of the head's operands out.
+
+Stage: ``Kept``, two upstream gradients ``[N]`` → gradients of hidden states ``[N, D]``, weight
+``[V, D]`` and bias ``[V]``. A frozen head's backward runs no kernel: the kept ``∂CE/∂h`` is scaled
+by the upstream gradient and the constraint's K columns are added. What was kept is never changed,
+so a second backward is right as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from str_kernels.constraint import constraint_terms
+from str_kernels.engine.contract import (
+    Block,
+    Coefficients,
+    Head,
+    Kept,
+    Resolved,
+    SafetyTerm,
+    Saved,
+    Tiles,
+)
+from str_kernels.engine.logits import logit_slope
+from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
+
+_SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward_rows(
+    kept: Kept,
+    tiles: Tiles | None,
+    resolved: Resolved,
+    grad_cross_entropy: Tensor | None,
+    grad_penalty: Tensor | None,
+) -> Gradients:
+    """Gradients of hidden states, weight and bias; None for those that ``resolved`` does not need.
+
+    An upstream gradient of None is a zero.
+    """
+    upstream = [
+        torch.zeros_like(kept.lse) if grad is None else grad
+        for grad in (grad_cross_entropy, grad_penalty)
+    ]
+    needs = resolved.needs
+    # backward() may be called under the user's autocast, which would round the fp32 scratch
+    with torch.autocast(kept.lse.device.type, enabled=False):
+        backward = _Backward(kept, tiles, resolved, *upstream)
+        hidden = backward.hidden_gradient() if needs[0] else None
+        weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
+    return hidden, weight, bias
+
+
+class _Backward:
+    """One backward: the upstream gradients of both terms, and what each gradient is made from."""
+
+    def __init__(
+        self,
+        kept: Kept,
+        tiles: Tiles | None,
+        resolved: Resolved,
+        grad_cross_entropy: Tensor,
+        grad_penalty: Tensor,
+    ) -> None:
+        self.kept, self.tiles, self.resolved = kept, tiles, resolved
+        self.options, self.dtype = resolved.options, kept.lse.dtype
+        self.plan = plan_rows(kept.labels, kept.position_weights, self.options, self.dtype)
+        self.everything = len(kept.rows) == len(self.plan.labels)
+        self.grad_cross_entropy = grad_cross_entropy
+        self.beta = self.d_lse = self.ids = None
+        if self.options.constrained:
+            self._differentiate_penalty(grad_penalty * self.plan.penalty_scale)
+
+    def _differentiate_penalty(self, scale: Tensor) -> None:
+        """β ``[N, K]`` with the slope of the safety logits, and the penalty's part of α ``[N]``."""
+        safety, kept = self.options.safety, self.kept
+        terms = constraint_terms(safety, kept.safety_logits, kept.reference, kept.lse)
+        on = scale != 0
+        beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, self.options)
+        self.beta = torch.where(on[:, None], beta, 0.0)
+        if terms.d_lse is not None:
+            self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
+        self.ids = torch.tensor(safety.token_ids, device=kept.lse.device)
+
+    def hidden_gradient(self) -> Tensor:
+        """``[N, D]``: scaled row gradients plus the constraint's K columns."""
+        kept, dtype = self.kept, self.resolved.dtype
+        make = torch.empty if self.everything else torch.zeros  # rows that nothing reaches
+        shape = (len(self.plan.labels), kept.weight.shape[1])
+        out = make(shape, dtype=dtype, device=kept.weight.device)
+        size = max(1, _SCRATCH // shape[1])
+        for block, rows in row_blocks(kept.rows, len(out), size):
+            gradient = _scaled(kept.ce_gradient[block], self.grad_cross_entropy[rows])
+            if self.d_lse is not None:
+                gradient += _scaled(kept.lse_gradient[block], self.d_lse[rows])
+            if self.beta is not None:
+                gradient += self._safety_part(rows)
+            out[rows] = gradient.to(dtype)
+        if self.beta is not None:
+            for rows in kept.safety_alone.split(size):
+                out[rows] = self._safety_part(rows).to(dtype)
+        return out
+
+    def _safety_part(self, rows: Tensor | slice) -> Tensor:
+        return self.beta[rows] @ self.kept.weight[self.ids].to(self.dtype)
+
+    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight ``[V, D]`` and bias ``[V]``; the backend makes the logits again."""
+        kept = self.kept
+        rows = slice(None) if self.everything else kept.rows
+        coefficients = weight_coefficients(
+            self.plan,
+            kept.lse,
+            self.grad_cross_entropy,
+            self.d_lse,
+            options=self.options,
+            vocab_size=len(kept.weight),
+        )
+        head = Head(kept.hidden_states[rows].contiguous(), kept.weight, kept.bias)
+        return self.resolved.backend.weight_gradients(
+            Block(head, self.plan.labels[rows], self.tiles, self.options),
+            Saved(kept.lse[rows], kept.open_mass, kept.masses, kept.slope, kept.probabilities),
+            Coefficients(*(None if c is None else c[rows] for c in coefficients)),
+            safety=self._safety_term(),
+            needs=self.resolved.needs[1:],
+        )
+
+    def _safety_term(self) -> SafetyTerm | None:
+        if self.beta is None:
+            return None
+        rows = self.plan.safety.nonzero()[:, 0]
+        beta = self.beta[rows]
+        hidden = self.kept.hidden_states[rows].to(self.dtype)
+        return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Rows ``[R, D]`` times their upstream gradients ``[R]``, in the dtype of the latter."""
+    # a row without any upstream gradient adds nothing, even where its logits overflowed
+    return silence(gradient * upstream[:, None], upstream == 0)

@@ -1,0 +1,143 @@
+"""The reference of a batch, from the same weights: one pass with the adapters off, no gradients.
+
+Stage: the arguments of a forward → `Fold` of the model without its adapters → reference ``[R, K]``,
+one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` also
+needs the log-sum-exp, which is computed on constrained rows alone. There is never a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_kernels.engine.contract import Backend
+from str_kernels.huggingface.constraint.adapters import adapters_off
+from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.head import deferring
+from str_kernels.huggingface.deferred.tensor import DeferredLogits
+from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
+
+_NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
+
+
+class _NoLoss:
+    """Owner of the reference pass's logits: there are no labels, so there is no loss."""
+
+    def cross_entropy(self, *_: Any, **__: Any) -> Tensor:
+        raise ValueError("the model computes a loss without labels, so it has no reference pass.")
+
+    def logits_read(self, by: str, size: int) -> None:
+        raise ValueError(
+            f"reference='adapter_off': the model's own {by} needs its real logits, which the "
+            "reference pass does not make; use a cache file."
+        )
+
+
+def reference_fold(
+    model: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any], *, adapters: bool
+) -> Fold:
+    """The logits of the aligned model on these arguments, as a fold.
+
+    Args:
+        model: whose adapters are switched off and which is put in evaluation mode; both restored.
+        forward: the model's forward without the patch.
+        arguments: of the training forward, by name; labels are left out.
+        adapters: False for a model that has none and is itself the reference.
+
+    Raises:
+        ValueError: no adapter to switch off, one merged into the weights, a call that goes on from
+            ``past_key_values``, or a model whose logits cannot be deferred.
+    """
+    if arguments.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values: reference='adapter_off' runs the body twice and would extend the "
+            "cache twice; train without a cache, or use a cache file."
+        )
+    kept = {name: x for name, x in arguments.items() if name not in _NOT_FOR_REFERENCE}
+    modules = list(model.modules())
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
+    device = next(model.parameters()).device
+    with adapters_off(model) if adapters else nullcontext(), _evaluating(modules, device):
+        outputs = forward(**kept)
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
+    if not isinstance(logits, DeferredLogits) or logits.fold is None:
+        raise ValueError(
+            f"reference='adapter_off': the logits of {type(model).__name__} cannot be deferred, so "
+            "its reference cannot be computed; use a cache file."
+        )
+    return logits.fold
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
+
+    This is ``eval()``, except that every module gets its own mode back.
+    """
+    training = [module for module in modules if module.training]
+    devices = [] if device.type == "cpu" else [device]
+    dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+    with (
+        torch.no_grad(),
+        # a weight cast here would be cached without its graph, and used so by the training pass
+        torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
+        torch.random.fork_rng(devices, device_type=device.type),
+        deferring(_NoLoss()),
+    ):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def safety_reference(
+    fold: Fold, constrained: Tensor, options: LossOptions, backend: str | Backend = "auto"
+) -> Tensor:
+    """Reference ``[R, K]`` of the head's R rows: logits, or log-probabilities for ``logprob``.
+
+    The very arithmetic of the training loss (fp32 accumulation), so that an adapter that has not
+    moved has no penalty at all.
+
+    Args:
+        fold: the aligned model's logits.
+        constrained: ``[R]`` bool; every other row comes back as NaN and is never read.
+        options: of the training loss: its constraint, filter and screen.
+        backend: as in ``linear_cross_entropy``.
+    """
+    rows, safety = fold.rows.reshape(-1), replace(options.safety, strength=1.0)
+    options = LossOptions(
+        safety=safety,
+        logit_scale=fold.logit_scale,
+        softcap=fold.softcap,
+        filter_eps=options.filter_eps,
+        screen=options.screen,
+    )
+    states = fold.hidden_states.reshape(-1, fold.hidden_states.shape[-1])
+    wanted = constrained[rows]
+    with torch.no_grad():
+        terms = row_terms(
+            states,
+            fold.weight,
+            torch.full_like(rows, options.ignore_index),
+            options,
+            bias=fold.bias,
+            reference=states.new_zeros(len(safety.token_ids)),
+            position_weights=wanted.float(),
+            backend=backend,
+        )
+        values = terms.statistics.safety_logits
+        if safety.kind == "logprob":
+            values = values - terms.statistics.lse[:, None]
+        table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
+        table[rows] = values
+        return table

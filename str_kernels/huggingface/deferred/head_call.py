@@ -1,0 +1,51 @@
+"""What the tensors that come from one call of a head have in common."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.freshness import Freshness
+
+
+class LossOwner(Protocol):
+    """The labelled forward that the logits belong to."""
+
+    def cross_entropy(
+        self,
+        fold: Fold,
+        target: Tensor,
+        *,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        """The fused loss in place of ``F.cross_entropy``."""
+        ...
+
+    def logits_read(self, by: str, size: int) -> None:
+        """Real logits of ``size`` bytes were needed; ``by`` names the function that asked."""
+        ...
+
+
+@dataclass
+class HeadCall:
+    """What the tensors derived from one call of the head have in common."""
+
+    owner: LossOwner | None
+    members: list[weakref.ref] = field(default_factory=list)
+    fresh: list[Freshness] = field(default_factory=list)
+    fused: bool = False
+    watched: bool = False
+    written: bool = False
+
+    def materialise_all(self) -> None:
+        """Compute the values of every tensor that is still alive."""
+        for reference in self.members:
+            member = reference()
+            if member is not None:
+                member.materialise()

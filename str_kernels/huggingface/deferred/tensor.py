@@ -1,0 +1,263 @@
+"""`DeferredLogits`: the tensor that a patched head returns, computed when it is first read.
+
+Stage: `Fold` → `DeferredLogits [..., V]` → the fused loss, or real logits for whoever reads them.
+
+An operation that `recording` knows makes another deferred tensor; torch's cross-entropy of one is
+the fused loss; everything else computes the logits, by the very calls of the model in the same
+order, and goes on with those. What is not known is slower, never wrong.
+
+These rules keep it so:
+
+- the values are computed under the grad mode and autocast of their forward, and never after the
+  weights have changed: an optimizer step in between is an error;
+- an in-place write first computes every tensor of the same head call, because views must see the
+  write and copies must not;
+- a gradient of the logits (hook, ``retain_grad``) must be asked for before the loss, which then
+  uses the real logits; after a fused loss, which has no such gradient, it is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from str_kernels.huggingface.deferred.fold import Fold, fold_linear
+from str_kernels.huggingface.deferred.freshness import Freshness
+from str_kernels.huggingface.deferred.head_call import HeadCall
+from str_kernels.huggingface.deferred.modes import Modes
+from str_kernels.huggingface.deferred.recording import extend
+from str_kernels.huggingface.deferred.torch_functions import (
+    GRADIENT_WATCHERS,
+    LOSSES,
+    METADATA,
+    is_torch_hook,
+    loss_arguments,
+    name_of,
+    writes,
+)
+
+
+class DeferredLogits(Tensor):
+    """Logits of a head, computed when first read; see the module's docstring."""
+
+    _fold: Fold
+    _replay: Callable[[], Tensor]
+    _call: HeadCall
+    _modes: Modes
+    _value: Tensor | None
+
+    @property
+    def fold(self) -> Fold | None:
+        """The record, or None after a write into the logits."""
+        return None if self._call.written else self._fold
+
+    @property
+    def is_materialised(self) -> bool:
+        """Whether the real logits exist."""
+        return self._value is not None
+
+    def materialise(self) -> Tensor:
+        """The real logits with their graph; computed once.
+
+        Raises:
+            RuntimeError: the weights have changed since the forward.
+        """
+        if self._value is None:
+            with self._modes.again():
+                self._value = self._replay()
+        return self._value
+
+    def __repr__(self, **_: Any) -> str:
+        """Describe without computing."""
+        state = "materialised" if self.is_materialised else "pending"
+        return f"DeferredLogits({list(self.shape)}, {self.dtype}, {state})"
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.materialise().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialise().detach().__reduce_ex__(protocol)
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Answer from the record where that is possible, else from the real logits."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        logits = _first_deferred(args, kwargs)
+        if logits is not None and not logits._call.written:
+            if func in LOSSES:
+                loss = _fused_loss(logits, func, args, kwargs)
+                if loss is not None:
+                    return loss
+            folds = tree_map_only(DeferredLogits, _fold_of, (args, kwargs))
+            fold = extend(logits._fold, func, *folds)
+            if fold is not None:
+                replay = _replay_of(func, args, kwargs)
+                return _record(fold, replay, logits._call)
+        return _with_real_logits(logits, func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Code below torch functions sees the values alone; autograd has the node's graph."""
+        args, kwargs = tree_map_only(
+            DeferredLogits, lambda x: x.materialise().detach(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+def defer_linear(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+) -> DeferredLogits:
+    """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
+    fresh = Freshness(hidden_states, weight, bias)
+    call.fresh.append(fresh)
+
+    def replay() -> Tensor:
+        fresh.require()
+        return F.linear(hidden_states, weight, bias)
+
+    return _record(fold_linear(hidden_states, weight, bias), replay, call)
+
+
+class _GraphNode(Function):
+    """A ``grad_fn`` for the wrapper, for code that runs below torch functions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, make: Callable
+    ) -> DeferredLogits:
+        logits = make()
+        ctx.save_for_backward(hidden_states, weight, bias)
+        ctx.fold, ctx.call = logits._fold, logits._call
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.call.written:
+            raise RuntimeError("logits were written in place and then used below torch functions")
+        if isinstance(grad, DeferredLogits):
+            grad = grad.materialise()
+        operands, needs = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.detach().requires_grad_(need)
+                for x, need in zip(operands, needs, strict=False)
+            ]
+            logits = ctx.fold.compute(*leaves).to(grad.dtype)
+            wanted = [x for x, need in zip(leaves, needs, strict=False) if x is not None and need]
+            found = iter(torch.autograd.grad(logits, wanted, grad))
+        gradients = (
+            next(found) if x is not None and need else None
+            for x, need in zip(leaves, needs, strict=False)
+        )
+        return (*gradients, None)
+
+
+def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> DeferredLogits:
+    modes = Modes.now(fold.device.type)
+
+    def make() -> DeferredLogits:
+        logits = Tensor._make_wrapper_subclass(
+            DeferredLogits, fold.shape, dtype=fold.dtype, device=fold.device
+        )
+        logits._fold, logits._replay, logits._call = fold, replay, call
+        logits._modes, logits._value = modes, None
+        call.members.append(weakref.ref(logits))
+        return logits
+
+    differentiable = any(x is not None and x.requires_grad for x in fold.operands)
+    if modes.grad and differentiable and not fold.words_second:
+        return _GraphNode.apply(*fold.operands, make)
+    return make()
+
+
+def _replay_of(func: Callable, args: tuple, kwargs: dict) -> Callable[[], Tensor]:
+    def replay() -> Tensor:
+        real_args, real_kwargs = _real(args, kwargs)
+        return func(*real_args, **real_kwargs)
+
+    return replay
+
+
+def _real(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tree_map_only(DeferredLogits, DeferredLogits.materialise, (args, kwargs))
+
+
+def _fold_of(logits: DeferredLogits) -> Fold | Tensor:
+    return logits.materialise() if logits._call.written else logits._fold
+
+
+def _first_deferred(args: tuple, kwargs: dict) -> DeferredLogits | None:
+    found = (x for x in (*args, *kwargs.values()) if isinstance(x, DeferredLogits))
+    return next(found, None)
+
+
+def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+    """``F.cross_entropy`` or ``F.nll_loss`` without the logits, or None where it needs them."""
+    fold, call = logits._fold, logits._call
+    given = loss_arguments(args, kwargs)
+    target = given.get("target")
+    if call.owner is None or call.watched or given.get("input") is not logits:
+        return None
+    if any(given.get(name) is not None for name in ("weight", "size_average", "reduce")):
+        return None
+    if (func is F.nll_loss) != fold.log_softmax or not (fold.words_second or len(fold.shape) == 2):
+        return None
+    if not isinstance(target, Tensor) or isinstance(target, DeferredLogits):
+        return None
+    if target.is_floating_point() or target.shape != fold.hidden_states.shape[:-1]:
+        return None
+    for fresh in call.fresh:
+        fresh.require()
+    call.fused = True
+    with logits._modes.autocast_again():
+        loss = call.owner.cross_entropy(
+            fold,
+            target,
+            ignore_index=given.get("ignore_index", -100),
+            reduction=given.get("reduction", "mean"),
+            label_smoothing=given.get("label_smoothing", 0.0),
+        )
+    return loss.to(fold.dtype)
+
+
+def _with_real_logits(
+    logits: DeferredLogits | None, func: Callable, args: tuple, kwargs: dict
+) -> Any:
+    """Run ``func`` on the values, after the rules of writes and gradients."""
+    name = name_of(func)
+    if logits is None:  # inside a list, as torch.cat has them
+        logits = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits))
+    call = logits._call
+    if is_torch_hook(func, args):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in GRADIENT_WATCHERS:
+        if call.fused:
+            raise RuntimeError(
+                f"{name}: the fused loss of a patched model does not pass through its logits, so "
+                "they have no gradient; unpatch the model, or watch the hidden states."
+            )
+        call.watched = True
+    if call.owner is not None and not logits.is_materialised:
+        call.owner.logits_read(name, logits.numel() * logits.dtype.itemsize)
+    if writes(func, kwargs):
+        call.materialise_all()
+        call.written = True
+    real_args, real_kwargs = _real(args, kwargs)
+    return func(*real_args, **real_kwargs)

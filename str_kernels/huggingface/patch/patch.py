@@ -1,0 +1,236 @@
+"""`Patch`: what a patched model carries, and what happens in its forward.
+
+::
+
+    forward(labels=...) ──▶ reference pass (adapters off, no grad), if the constraint needs one
+            │
+         lm_head ──▶ DeferredLogits ──the model's own arithmetic──▶ F.cross_entropy ──▶ fused loss
+
+The model's class, its ``forward``, its loss function and their signatures stay as they are; there
+is no code per model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_kernels.engine.contract import Backend
+from str_kernels.functional import LossParts
+from str_kernels.huggingface import trl
+from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.positions import Positions
+from str_kernels.huggingface.constraint.reference_pass import reference_fold
+from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.forward import (
+    PATCH,
+    has_own_forward,
+    inner_forward,
+    install_forward,
+    remove_forward,
+)
+from str_kernels.huggingface.deferred.freshness import StepClock
+from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
+from str_kernels.huggingface.patch.comparison import Verification
+from str_kernels.huggingface.patch.context import LossContext, Reference
+from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource, fall_back
+from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
+from str_kernels.huggingface.patch.meter import LossMeter
+from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.rows import check_weights
+from str_kernels.options import LossOptions
+
+
+class Patch:
+    """A patched model; ``patch_model`` makes it. As a context manager it unpatches on leaving.
+
+    Attributes:
+        model: the causal language model inside, without PEFT's wrapper.
+        options: ``LossOptions`` of its loss, the constraint among them.
+        reference: ``"adapter_off"`` or a ``ReferenceCache``.
+        positions: what is constrained.
+        backend: as in ``linear_cross_entropy``.
+        guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
+        last_parts: ``LossParts`` of the latest loss, detached; None before the first.
+        meter: sums of the losses in training mode since they were last taken.
+        verification: the result of the trial of the patch on this model; None: there was none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        options: LossOptions,
+        *,
+        reference: Reference = "adapter_off",
+        positions: Positions = "all",
+        index: Index = "auto",
+        backend: str | Backend = "auto",
+        check_accuracy_every: int | None = None,
+        verification: Verification | None = None,
+    ) -> None:
+        """Install; ``patch_model`` has checked everything."""
+        self.guard = AccuracyGuard(check_accuracy_every)
+        self.model, self.options = model, options
+        self.reference, self.positions = reference, positions
+        self.backend, self.verification = backend, verification
+        self.last_parts: LossParts | None = None
+        self.meter, self.notices = LossMeter(), Notices()
+        self._index, self._head = IndexSource(index), head
+        self._clock: StepClock | None = StepClock.shared()
+        self._running = False
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
+        install_forward(model, _patched_forward)
+        defer_head(head)
+        model.__dict__[PATCH] = self
+        trl.watch_for_head(model)
+        body = model.base_model
+        self._body_hook = (
+            None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+    def unpatch(self) -> None:
+        """Restore the model; harmless when done already."""
+        if self.model.__dict__.get(PATCH) is not self:
+            return
+        trl.stop_watching(self.model)
+        del self.model.__dict__[PATCH]
+        if self._body_hook is not None:
+            self._body_hook.remove()
+        for module in self.model.modules():
+            remove_forward(module)
+        self._clock = None
+
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        """The model's own forward; its head defers if there are labels."""
+        before, self._running = self._running, True
+        try:
+            return self._run(inner_forward(self.model), args, kwargs)
+        finally:
+            self._running = before
+
+    def _run(self, inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        weights = kwargs.pop("position_weights", None)  # the model does not know this argument
+        check_weights(weights, self.options)
+        asked = kwargs.pop(trl.RENAMED, False)
+        if kwargs.get(trl.FLAG):
+            if not trl.asks_for_sft(inner):
+                self._bypassed()
+                return _undeferred(inner, args, kwargs)
+            asked = kwargs.pop(trl.FLAG)
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if arguments.get("labels") is None and arguments.get("shift_labels") is None:
+            if weights is not None:
+                raise ValueError("position_weights: there are no labels, so no loss to weigh.")
+            self._warn_unlabelled()
+            return _undeferred(inner, args, kwargs)
+        self._follow_head()
+        tokens = trl.TokenTerms() if asked else None
+        forward = LabelledForward(self._context(inner, arguments, weights, tokens))
+        with deferring(forward):
+            outputs = inner(*args, **kwargs)
+        forward.leave(outputs)
+        while forward.losses:
+            self._observe(forward.losses.pop(0))
+        if tokens is None:
+            return outputs
+        return tokens.answer(outputs, arguments, constrained=self.options.constrained)
+
+    def _follow_head(self) -> None:
+        """PEFT or resize_token_embeddings may have replaced the head."""
+        if self.model.get_output_embeddings() is not self._head:
+            self._head = find_head(self.model)
+            defer_head(self._head)
+
+    def _context(
+        self,
+        inner: Callable[..., Any],
+        arguments: dict[str, Any],
+        weights: Tensor | None,
+        tokens: trl.TokenTerms | None,
+    ) -> LossContext:
+        return LossContext(
+            model=type(self.model).__name__,
+            options=self.options,
+            reference=self.reference,
+            positions=self.positions,
+            backend=self.backend,
+            index=self._index,
+            notices=self.notices,
+            arguments=arguments,
+            aligned=self._aligned(inner, arguments),
+            position_weights=weights,
+            tokens=tokens,
+        )
+
+    def _aligned(self, inner: Callable[..., Any], arguments: dict[str, Any]) -> Fold | None:
+        """The reference pass of this batch, where the reference is the model without adapters."""
+        if not self.options.constrained or not isinstance(self.reference, str):
+            return None
+        aligned = reference_fold(self.model, inner, arguments, adapters=True)
+        require_fixed_base(self.model)
+        return aligned
+
+    def _observe(self, loss: FusedLoss) -> None:
+        """Keep the statistics of a loss, detached and on the device, and check the filter."""
+        self.last_parts = loss.parts
+        self._index.judge(loss.parts.live_share)
+        if not self.model.training:
+            return
+        self.meter.add(loss.terms, loss.parts)
+        if loss.constrained is not None:
+            self.meter.add_drift(loss.terms, self.options.safety, *loss.constrained)
+        if torch.is_grad_enabled():
+            advice = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+            if advice is not None:
+                self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
+
+    def _warn_unlabelled(self) -> None:
+        if self.model.training and torch.is_grad_enabled() and self.options.constrained:
+            self.notices.warn_unconstrained(
+                "the model was called in training mode without labels, so the loss is computed "
+                "elsewhere (label smoothing or compute_loss_func of the trainer?)"
+            )
+
+    def _notice_bypass(self, body: nn.Module, args: tuple) -> None:
+        """A hook of the body: notice training through another forward than the patched one."""
+        training = self.model.training and torch.is_grad_enabled()
+        if training and not self._running and not has_own_forward(self.model):
+            self._bypassed()
+
+    def _bypassed(self) -> None:
+        if not self.options.constrained:
+            self.notices.warn_bypassed()
+            return
+        raise ValueError(
+            f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
+            "computed past the patch (fused_lm_head=True of TRL's trainers). DPO, GRPO, KTO and "
+            "the like have no cross-entropy that the constraint could join; for them patch with "
+            "safety=None or not at all. SFTTrainer has one: from TRL 1.15 on, its own loop trains "
+            "with the constraint if TRL was imported before the model was patched; in a loop of "
+            "yours call model.train() after the trainer is made."
+        )
+
+
+# a compiled caller runs the patched forward eagerly: deferred tensors cannot be traced
+@torch.compiler.disable
+def _patched_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    patch = model.__dict__.get(PATCH)
+    if patch is None:  # unpatched below a newer wrapper
+        return inner_forward(model)(*args, **kwargs)
+    return patch.run(args, kwargs)
+
+
+def _undeferred(inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    with deferring(None):
+        return inner(*args, **kwargs)

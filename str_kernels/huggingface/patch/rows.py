@@ -1,0 +1,119 @@
+"""The constraint's inputs of one loss, row by row.
+
+Stage: `Fold` with its row numbers, labels ``[n]`` → weights ``[n]``, references ``[n, K]``. Both
+are made for all R rows of the head's call, and those of the loss are gathered from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from str_kernels.huggingface.constraint.positions import position_weights
+from str_kernels.huggingface.constraint.reference_pass import safety_reference
+from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.patch.context import LossContext
+from str_kernels.options import LossOptions
+
+
+class Constrained(NamedTuple):
+    """The constraint's inputs of n rows: ``reference [n, K]`` and ``weights [n]``."""
+
+    reference: Tensor
+    weights: Tensor
+
+
+def check_weights(weights: Any, options: LossOptions) -> None:
+    """Refuse ``position_weights`` of a batch that are no weights, or have nothing to weigh.
+
+    Raises:
+        ValueError: no tensor of floating point, or no constraint.
+    """
+    if weights is None:
+        return
+    if options.safety is None:
+        raise ValueError(
+            "position_weights: weigh the positions of the safety constraint, and the model was "
+            "patched with safety=None."
+        )
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        given = getattr(weights, "dtype", type(weights).__name__)
+        raise ValueError(f"position_weights={given}: must be a tensor [B, T] of floating point.")
+
+
+def constrained_rows(
+    context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
+) -> Constrained:
+    """Weights and references of the rows whose targets are ``labels [n]``, already shifted."""
+    rows = fold.rows.reshape(-1)
+    table = _weights(context, fold, labels, ignore_index)
+    if isinstance(context.reference, ReferenceCache):
+        reference = _cached(context, fold)
+    else:
+        reference = _computed(context, fold, table > 0)
+    return Constrained(reference[rows], table[rows])
+
+
+def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int) -> Tensor:
+    """Weights ``[R]`` of the rows of the head's call, from the labels that reached the loss."""
+    shape, rows = batch_shape(context, fold), fold.rows.reshape(-1)
+    given = context.position_weights
+    if given is not None:
+        if given.shape != shape:
+            raise ValueError(
+                f"position_weights={list(given.shape)}: must have one number for each row of the "
+                f"head, {list(shape)}."
+            )
+        return given.to(labels.device, torch.float32).reshape(-1)
+    every = labels.new_full((shape.numel(),), ignore_index)
+    every[rows] = labels
+    scored = torch.zeros_like(every, dtype=torch.bool)
+    scored[rows] = True
+    weights = position_weights(
+        every.reshape(shape),
+        context.positions,
+        ignore_index=ignore_index,
+        attention_mask=context.arguments.get("attention_mask"),
+        packing=context.arguments,
+        scored=scored.reshape(shape),
+    )
+    return weights.reshape(-1)
+
+
+def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
+    """``[B, T]`` of the rows that the head was called with."""
+    shape, ids = fold.batch_shape, context.arguments.get("input_ids")
+    if len(shape) == 1 and ids is not None and ids.dim() == 2 and ids.numel() == shape.numel():
+        return ids.shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"model={context.model}: calls its head with rows {list(shape)}, not [B, T], so the "
+            "safety constraint cannot tell sequences apart."
+        )
+    return shape
+
+
+def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
+    """References ``[R, K]`` from the pass with the adapters off."""
+    if context.aligned.batch_shape != fold.batch_shape:
+        raise ValueError(
+            f"reference='adapter_off': with labels the head is called with rows "
+            f"{list(fold.batch_shape)}, without them {list(context.aligned.batch_shape)}; use a "
+            "cache file."
+        )
+    return safety_reference(context.aligned, constrained, context.options, context.backend)
+
+
+def _cached(context: LossContext, fold: Fold) -> Tensor:
+    """References ``[R, K]`` from a cache file."""
+    ids = context.arguments.get("input_ids")
+    if ids is None or ids.shape != batch_shape(context, fold):
+        raise ValueError(
+            "input_ids: a reference cache is looked up by token ids [B, T], one for each row "
+            f"of the head, {list(fold.batch_shape)}."
+        )
+    values = context.reference.lookup(ids, context.arguments.get("attention_mask"))
+    return values.reshape(-1, values.shape[-1]).to(fold.device)
