@@ -93,7 +93,7 @@ def bench(
             budget_s=10.0,
             advance=lambda name: advance(),
         )
-    written = publish([found], out, "bench")
+    written = publish(results)
     if as_json:
         console.print_json({**results.as_dict(), "rows": found})
     else:
