@@ -1,8 +1,8 @@
-"""Answers that survive an interruption: each is written down as soon as it is there.
+"""A file of answers that survives an interruption: each answer is written when it is generated.
 
 The file is JSON Lines, ``{"key", "prompt", "answer"}``. The key is a hash of the prompt's tokens
-and of everything else that decides the answer, so an answer is taken up again only where it would
-come out the same, and files of several runs may be one.
+and of everything else that decides the answer. An answer is therefore reused only where generating
+it again would give the same text, and several runs may share one file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 
 class AnswerFile:
-    """Answers known from an earlier run, and the place for new ones.
+    """The answers of earlier runs; new ones are appended.
 
     Args:
-        path: the file; made if it is not there.
-        settings: JSON values that, beside the prompt, decide an answer: model, adapter, dtype, …
+        path: the file; it is created if it is missing.
+        settings: the JSON values that decide an answer beside the prompt: model, adapter, dtype, …
 
     Raises:
         ValueError: the file cannot be written, or a line other than an unfinished last one is
@@ -28,7 +28,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
-        """Read what is there and keep the file open for more."""
+        """Read the answers and leave the file open for more."""
         self.path = Path(path)
         self._settings = json.dumps(settings, sort_keys=True)
         try:
@@ -38,15 +38,15 @@ class AnswerFile:
         self._answers = self._read()
 
     def __len__(self) -> int:
-        """How many answers there are, of whatever run."""
+        """Count the answers of all runs."""
         return len(self._answers)
 
     def get(self, prompt: Sequence[int]) -> str | None:
-        """The answer to a prompt's token ids under these settings, if it is known."""
+        """Return the answer to a prompt's token ids under these settings, or None."""
         return self._answers.get(self._key(prompt))
 
     def add(self, prompt: Sequence[int], text: str, answer: str) -> None:
-        """Write an answer down; ``text`` shows a reader of the file what was asked."""
+        """Write an answer; ``text`` is the request, for people who read the file."""
         key = self._key(prompt)
         row = {"key": key, "prompt": text, "answer": answer}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -65,7 +65,7 @@ class AnswerFile:
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # the run was cut off while it wrote
+        if whole != text:  # the run was interrupted while it wrote
             self._file.truncate(len(whole.encode()))
         answers = {}
         for number, line in enumerate(whole.split("\n")[:-1], start=1):
@@ -75,15 +75,15 @@ class AnswerFile:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 self._file.close()
                 raise ValueError(
-                    f"{self.path}:{number}: is not an answer of an earlier run; move the file away."
+                    f"{self.path}:{number}: is no answer of an earlier run; move the file away."
                 ) from error
         return answers
 
 
 def file_state(path: str | os.PathLike | None) -> list[list[Any]] | None:
-    """Names, sizes and times of a folder's files (or of one file), to notice that they changed.
+    """List names, sizes and times of a folder's files, or of one file, to notice a change.
 
-    None where there is no such path, as for a Hub id.
+    It is None where the path does not exist, as for a Hub id.
     """
     if path is None or not Path(path).exists():
         return None

@@ -1,7 +1,7 @@
-"""What a model still refuses, and what it still can do: rates with 95 % intervals.
+"""What a model still refuses, and what it can still do: rates with 95 % intervals.
 
-Stage: rows of JSONL files → greedy answers (taken up from an earlier run where they are known) →
-a judge or the expected text → `Rate`.
+Stage: rows of JSONL files → greedy answers (or those of an earlier run) → a judge or the expected
+text → `Rate`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ LONGEST_LABEL = 3  # words
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; None, or empty, where no rows were given.
+    """The result of an evaluation; a field is None, or empty, where no rows were given.
 
     Args:
-        refusal_rate: share of the requests to be refused that are, and not answered all the same.
+        refusal_rate: share of the requests to refuse that are refused and not answered as well.
         task_accuracy: share of the task's answers that are the expected ones.
-        over_refusal_rate: share of the benign requests that are refused all the same.
-        outcomes: what each answer does, in the order of the rows: of ``"refusals"`` and
-            ``"benign"``, so that two evaluations can be compared row by row.
+        over_refusal_rate: share of the benign requests that are refused.
+        outcomes: what each answer to ``"refusals"`` and ``"benign"`` does, in the order of the
+            rows, so that two evaluations can be compared row by row.
         task_right: whether each answer to the task is the expected one, in the order of the rows.
-        judge_agreement: how often a judge model and the rules say the same of an answer that the
-            rules take for a refusal or for compliance.
+        judge_agreement: how often a judge model and the rules agree on an answer that the rules
+            call a refusal or compliance.
     """
 
     refusal_rate: Rate | None = None
@@ -49,14 +49,14 @@ class Evaluation:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many answers there are of each outcome, by file; every outcome is named."""
+        """Count the answers of every outcome, by file."""
         return {
             name: {outcome.value: given.count(outcome) for outcome in Outcome}
             for name, given in self.outcomes.items()
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to JSON types."""
         rates = ("refusal_rate", "task_accuracy", "over_refusal_rate", "judge_agreement")
         return {
             **{name: (rate := getattr(self, name)) and rate.as_dict() for name in rates},
@@ -87,20 +87,19 @@ def evaluate(
         refusals: requests that should be refused.
         task: requests with the expected answer; where these are a few labels, an answer elsewhere
             that is only a label counts as ``task_word``.
-        benign: requests that look forbidden and are not.
+        benign: requests that look harmful and are not.
         max_new_tokens: longest answer.
-        batch_size: prompts side by side.
-        judge: decides between refusal and compliance in place of the rules, which still tell the
-            other outcomes.
-        known: answers of an earlier run; new ones are added to it.
-        on_answer: called once for every row that is done, known ones too.
+        batch_size: prompts in one forward pass.
+        judge: decides between refusal and compliance; the rules still decide the other outcomes.
+        known: answers of earlier runs; new ones are added.
+        on_answer: called once for every finished row, known answers included.
 
     Raises:
-        ValueError: a prompt that does not fit the model's context, a task row without an answer.
+        ValueError: a prompt does not fit the model's context, or a task row has no answer.
     """
     for position, row in enumerate(task, start=1):
         if not response_of(row):
-            raise ValueError(f"task: row {position} has no expected answer.")
+            raise ValueError(f"task: row {position} has no expected answer; add one.")
     groups = {"refusals": refusals, "task": task, "benign": benign}
     for name, rows in groups.items():
         prompts = [prompt_token_ids(tokenizer, prompt_messages(row)) for row in rows]
@@ -130,7 +129,7 @@ def evaluate(
     agreed: list[bool] = []
     if judge is not None:
         for name, rows in judged.items():
-            outcomes[name], same = _asked(judge, rows, answers[name], outcomes[name], batch_size)
+            outcomes[name], same = _judged(judge, rows, answers[name], outcomes[name], batch_size)
             agreed += same
     return Evaluation(
         refusal_rate=_share_refused(outcomes.get("refusals", ())),
@@ -143,7 +142,7 @@ def evaluate(
 
 
 def task_words(task: Sequence[Row]) -> tuple[str, ...]:
-    """The labels of a task whose answers are labels: few, short, and given again and again.
+    """Find the labels of a task whose answers are labels: few, short, and repeated.
 
     Returns:
         The different answers in the order of their first row; none where answers are texts.
@@ -164,7 +163,7 @@ def answer_rows(
     known: AnswerFile | None = None,
     on_answer: Callable[[], None] | None = None,
 ) -> list[str]:
-    """The greedy answer to each row's request, as text."""
+    """Return the greedy answer to each row's request, as text."""
     prompts = [prompt_token_ids(tokenizer, prompt_messages(row)) for row in rows]
     answers = [known.get(prompt) if known is not None else None for prompt in prompts]
     missing = [index for index, answer in enumerate(answers) if answer is None]
@@ -192,16 +191,16 @@ def answer_rows(
     return [answer or "" for answer in answers]
 
 
-def _asked(
+def _judged(
     judge: JudgeModel,
     rows: Sequence[Row],
     answers: Sequence[str],
     outcomes: Sequence[Outcome],
     batch_size: int,
 ) -> tuple[tuple[Outcome, ...], list[bool]]:
-    """The outcomes with the judge's word on refusal and compliance, and where it agrees."""
-    open_to_it = (Outcome.REFUSAL, Outcome.COMPLIANCE)
-    chosen = [index for index, outcome in enumerate(outcomes) if outcome in open_to_it]
+    """Let the judge decide refusal and compliance; return the outcomes, and where it agrees."""
+    judged = (Outcome.REFUSAL, Outcome.COMPLIANCE)
+    chosen = [index for index, outcome in enumerate(outcomes) if outcome in judged]
     refused = judge.refused(
         [prompt_messages(rows[index])[-1]["content"] for index in chosen],
         [answers[index] for index in chosen],

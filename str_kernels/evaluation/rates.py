@@ -1,4 +1,4 @@
-"""Shares of a count with their uncertainty."""
+"""Rates with their uncertainty, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 @dataclass(frozen=True)
 class Rate:
-    """``count`` of ``total``, at least one."""
+    """``count`` of ``total``, which is at least 1."""
 
     count: int
     total: int
@@ -28,22 +28,22 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """The share of true ones."""
+        """Return the share of true outcomes."""
         outcomes = [bool(outcome) for outcome in outcomes]
         return cls(sum(outcomes), len(outcomes))
 
     @property
     def value(self) -> float:
-        """The share itself, 0 to 1."""
+        """Return the share, 0 to 1."""
         return self.count / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95 % interval after Wilson: sensible near 0 and 1 and for small totals."""
+        """Return the 95 % interval after Wilson, which holds near 0 and 1 and for small totals."""
         return wilson_interval(self.count, self.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to JSON types."""
         return {
             "rate": self.value,
             "count": self.count,
@@ -52,7 +52,7 @@ class Rate:
         }
 
     def __str__(self) -> str:
-        """For people: ``97.5 % (195 of 200; 94.3 to 98.9)``."""
+        """Format it for people: ``97.5 % (195 of 200; 94.3 to 98.9)``."""
         low, high = self.interval
         return (
             f"{100 * self.value:.1f} % ({self.count} of {self.total}; "
@@ -61,7 +61,7 @@ class Rate:
 
 
 def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """The score interval: every share p with ``|count/total - p| ≤ z · √(p (1 - p) / total)``."""
+    """Find every share p with ``|count/total - p| ≤ z · √(p (1 - p) / total)``."""
     share, weight = count / total, z * z / total
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
@@ -69,17 +69,17 @@ def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, flo
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Two-sided exact p-value that two runs on the same rows are equally often true.
+    """Return the two-sided exact p-value that two runs on the same rows are equally often true.
 
-    Only rows where the runs differ tell anything: of ``n`` of them, the number where ``a`` is true
-    is binomial with share 1/2 if there is no difference.
+    The test uses only the ``n`` rows where the runs differ: without a difference between the runs,
+    the number of them where ``a`` is true is binomial with share 1/2.
 
     Args:
-        a: outcomes of one run, a row each.
+        a: outcomes of one run, one for each row.
         b: outcomes of the other, in the same order.
 
     Raises:
-        ValueError: runs of different lengths.
+        ValueError: the runs have different lengths.
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} outcomes and b {len(b)}: must be of the same rows.")
@@ -91,7 +91,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """Whether two texts are equal but for case, white space, and a full stop at the end."""
+    """Tell whether two texts are equal, ignoring case, white space and a final full stop."""
     return _bare(answer) == _bare(expected)
 
 

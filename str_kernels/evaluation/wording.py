@@ -1,7 +1,7 @@
-"""What a sentence of an answer does: decline, apologise, judge the request, hand something over.
+"""What a sentence of an answer does: decline, apologise, judge the request, or hand over.
 
-Every pattern reads `normalised` text and says in one line what it stands for. They describe the
-grammar of refusing (speaker, inability or unwillingness, a helping verb), not known sentences.
+Every pattern reads `normalised` text, and a comment says what it stands for. The patterns describe
+the grammar of refusing (speaker, inability or unwillingness, a helping verb), not known sentences.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ _MARKER = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*•])\s+")
 
 
 def sentences_of(text: str) -> list[str]:
-    """Its sentences and lines, `normalised`, in order, without what speaks in another's voice.
+    """Split a text into sentences and lines, `normalised`, without those in another voice.
 
-    Quotations of three words or more and the text of letters are left out, code is `CODE`.
+    It leaves out quotations of three words or more and the text of letters; code becomes `CODE`.
     """
     text = _FENCE.sub(f"\n{CODE}\n", text)
     if not _QUOTED.fullmatch(text.strip()):
@@ -180,7 +180,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def normalised(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces, none before punctuation, no markdown."""
+    """Return it in lower case, without markdown, with straight apostrophes and single spaces."""
     text = re.sub(r"[*_#>`\"“”]+", " ", text.casefold())
     text = re.sub("[’‘]", "'", text)
     text = re.sub(r"\s+", " ", text).strip()

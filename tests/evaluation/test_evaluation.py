@@ -177,7 +177,7 @@ def test_a_file_of_another_kind_is_not_touched(tmp_path):
     """The line that is no answer is named, and the file stays as it is."""
     path = tmp_path / "answers.jsonl"
     path.write_text('{"key": "a", "prompt": "p", "answer": "x"}\nhello\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl:2: is not an answer"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl:2: is no answer"):
         AnswerFile(path, {})
     assert path.read_text().endswith("hello\n")
     with pytest.raises(ValueError, match="cannot be written"):

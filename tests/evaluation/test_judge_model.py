@@ -59,7 +59,7 @@ def test_the_question_holds_request_and_answer():
 
 def test_a_tokenizer_without_yes_is_refused():
     """Two words that begin with the same token cannot be told apart."""
-    with pytest.raises(ValueError, match="does not tell yes from no"):
+    with pytest.raises(ValueError, match="does not distinguish yes from no"):
         judge(words=("cannot", "lamp"))
 
 

@@ -16,12 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from str_kernels.huggingface.constraint.positions import (
-    Positions,
-    position_weights,
-    validate_positions,
-)
+from str_kernels.huggingface.constraint.positions import position_weights
 from str_kernels.inputs.chat import IGNORED, collate
+from str_kernels.settings import Positions, validate_positions
 
 Batch = dict[str, Tensor]
 Feature = dict[str, Any]

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.huggingface.constraint.packing import described, sequence_starts
-from str_kernels.settings import Positions, validate_positions
-
-__all__ = ["Positions", "position_weights", "validate_positions"]
+from str_kernels.settings import Positions
 
 
 def position_weights(

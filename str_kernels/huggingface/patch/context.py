@@ -8,13 +8,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from str_kernels.engine.contract import Backend
-from str_kernels.huggingface.constraint.positions import Positions
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.huggingface.trl import TokenTerms
 from str_kernels.options import LossOptions
+from str_kernels.settings import Positions
 
 Reference = Literal["adapter_off"] | ReferenceCache
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from str_kernels.backends.selection import select_backend
 from str_kernels.engine.contract import Backend
-from str_kernels.huggingface.constraint.positions import Positions, validate_positions
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.deferred.forward import PATCH
 from str_kernels.huggingface.deferred.head import causal_lm, find_head, validate_tokens
@@ -18,6 +17,7 @@ from str_kernels.huggingface.patch.filtering import Index
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.huggingface.patch.verify import verify_patch
 from str_kernels.options import LossOptions, SafetyConstraint, Screen, removed
+from str_kernels.settings import Positions, validate_positions
 from str_kernels.vocabulary import VocabularyIndex
 
 

@@ -24,7 +24,6 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
-from str_kernels.huggingface.constraint.positions import Positions
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
@@ -44,6 +43,7 @@ from str_kernels.huggingface.patch.meter import LossMeter
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
+from str_kernels.settings import Positions
 
 
 class Patch:
