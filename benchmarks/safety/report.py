@@ -193,11 +193,11 @@ def _merit(group: Group) -> tuple[float, ...]:
 
 def _sentences(groups: Sequence[Group]) -> str:
     plain = _plain(groups)
-    held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
-    if plain is None or not held:
+    constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
+    if plain is None or not constrained:
         return ""
-    seeds = max(group.seeds for group in held)
-    compared = [group for group in held if group.seeds == seeds]
+    seeds = max(group.seeds for group in constrained)
+    compared = [group for group in constrained if group.seeds == seeds]
     best = max(compared, key=_merit)
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
@@ -228,13 +228,13 @@ def _cost_table(groups: Sequence[Group]) -> str:
     for group in groups:
         median, largest = group.gradient_norm()
         drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
-        held = group.results[0]["run"]["method"]["loss"] == "str"
+        constrained = group.results[0]["run"]["method"]["loss"] == "str"
         rows.append(
             [
                 group.method,
                 f"{group.last_cross_entropy():.3f}",
                 f"{median:.2f}, {largest:.0f}",
-                f"{sum(drift) / len(drift):.2f}" if held else "",
+                f"{sum(drift) / len(drift):.2f}" if constrained else "",
                 f"{group.mean('step_seconds'):.2f}",
                 f"{group.mean('training_peak_mib'):,.0f}",
             ]

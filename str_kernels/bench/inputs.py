@@ -191,10 +191,10 @@ def from_model(
     from str_kernels.bench.reading import read_states
 
     states, labels, weight = read_states(model, data, rows + CALIBRATION_ROWS, positions)
-    spare = min(CALIBRATION_ROWS, len(states) // 2)
+    first = min(CALIBRATION_ROWS, len(states) // 2)
     name = f"{Path(model).name}, {_text_name(data, positions)}"
     # the first ones, as training makes its index from the first batch
-    calibration, states, labels = states[:spare], states[spare:], labels[spare:]
+    calibration, states, labels = states[:first], states[first:], labels[first:]
     return Case(name, states[:rows], weight, labels[:rows], calibration)
 
 
