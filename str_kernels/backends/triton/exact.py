@@ -166,7 +166,7 @@ class _RunningTotals:
         """Begin with the sums of no tile."""
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
-        self.place = label_places(block.labels, block.tiles)
+        self.place = label_places(block)
         sums = torch.zeros(given.rows, dtype=torch.float32, device=given.hidden.device)
         self.maximum = torch.full_like(sums, LOWEST.value)
         self.mass, self.ones = sums, torch.ones_like(sums)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.engine.contract import Block, Tiles
+from str_kernels.engine.contract import Block
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE, LossOptions
 
@@ -92,6 +92,6 @@ def tuning(launch: Launch) -> dict[str, int]:
     return {"num_warps": launch.warps, "num_stages": launch.stages}
 
 
-def label_places(labels: Tensor, tiles: Tiles | None) -> Tensor:
+def label_places(block: Block) -> Tensor:
     """Return each label's place in the order, ``[R]`` int32; -1 where a row has no label."""
-    return positions_of(labels, None if tiles is None else tiles.inverse).int()
+    return positions_of(block.labels, None if block.tiles is None else block.tiles.inverse).int()

@@ -158,8 +158,7 @@ def refine_in_order(
 
 
 def _pairs(block: Block, work: Worklist, launch: Launch, programs: int) -> _Pairs:
-    label = label_places(block.labels, block.tiles)
-    return _Pairs(operands(block), label, work, launch, programs)
+    return _Pairs(operands(block), label_places(block), work, launch, programs)
 
 
 class _Pairs(NamedTuple):

@@ -149,7 +149,7 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     """List the live pairs; the memory of the log-masses is reused for ``dead``."""
     log_mass = masses.log_mass.T.contiguous()
     count, rows = log_mass.shape
-    label = label_places(block.labels, block.tiles)
+    label = label_places(block)
     shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
     log_eps = math.log(eps) if eps else -math.inf
     threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](

@@ -26,6 +26,7 @@ from str_kernels.backends.triton.operands import Operands, label_places, operand
 from str_kernels.backends.triton.tiles import TILE, multiply, rows_at
 from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share
+from str_kernels.engine.tiles import positions_of
 
 POINTERS = {
     "i64": ("order",),
@@ -148,16 +149,16 @@ def weight_gradients(
     byte_budget: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of R rows; ``launches`` are those of the logits and of the product."""
-    routed = saved.masses is not None
-    given, inverse = operands(block), block.tiles.inverse if routed else None
-    spread = dead_share(block, saved, coefficients) if routed else (None, None)
+    given, spread = operands(block), (None, None)
+    if saved.masses is not None:
+        spread = dead_share(block, saved, coefficients)
     pack, scale = packed(coefficients, saved)
-    rows = Rows(given, label_places(block.labels, block.tiles), pack)
+    rows = Rows(given, label_places(block), pack)
     result = _Result(
         given,
         scale,
         spread[0],
-        _safety_slots(safety, inverse, given.vocab),
+        _safety_slots(safety, block),
         None if safety is None else safety.weight,
         torch.empty_like(given.weight) if needs[0] else None,
         torch.zeros(given.vocab, device=given.hidden.device) if needs[1] else None,
@@ -175,12 +176,13 @@ def weight_gradients(
     return result.weight, bias
 
 
-def _safety_slots(safety: SafetyTerm | None, inverse: Tensor | None, vocab: int) -> Tensor | None:
-    """``[V]`` int32: which safety token stands at a place of the order, -1 for none."""
+def _safety_slots(safety: SafetyTerm | None, block: Block) -> Tensor | None:
+    """Return the index of the safety token at each place of the order, ``[V]`` int32; -1: none."""
     if safety is None:
         return None
+    vocab = block.head.weight.shape[0]
     slots = torch.full((vocab,), -1, dtype=torch.int32, device=safety.ids.device)
-    places = safety.ids if inverse is None else inverse[safety.ids]
+    places = positions_of(safety.ids, None if block.tiles is None else block.tiles.inverse)
     slots[places] = torch.arange(len(places), dtype=torch.int32, device=slots.device)
     return slots
 
