@@ -1,6 +1,6 @@
-"""What every launcher prepares: a block's tensors as the kernels take them, and shared arguments.
+"""Every launcher prepares a block's tensors as the kernels take them, and shared arguments.
 
-No launcher waits for the device, except the refinement without atomics, which reads one number.
+Only the refinement without atomics waits for the device, since it reads one number.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _tf32_allowed() -> bool:
     if torch.version.hip:
         return False
     settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # since torch 2.9; the older name would mix with it
+    # since torch 2.9; it must not be mixed with the older name
+    if hasattr(settings, "fp32_precision"):
         return settings.fp32_precision == "tf32"
     return settings.allow_tf32
 

@@ -1,4 +1,4 @@
-"""The gradient of a trainable weight and bias, some tiles at a time, without atomics.
+"""The gradient of a trainable weight and bias is computed some tiles at a time, without atomics.
 
 Stage: ``Saved``, ``Coefficients`` → gradients. ``dz`` of a group of tiles is recomputed into a
 buffer. One program owns each block of the weight's gradient: it sums ``dzᵀ H`` in fp32, adds what
@@ -56,12 +56,13 @@ def weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: one of the C tiles from ``first_tile`` on × BLOCK_E columns, its own to write.
+    """One program alone writes BLOCK_E columns of one of the C tiles from ``first_tile`` on.
 
     In: ``hidden [R, D]``, ``dz [C, R, TILE]``, ``list [C, R]`` and ``count [C]`` int32 or None,
-    ``order [V]`` int64 or None, ``scale [1]`` fp32 what dz is multiplied by, ``spread [T, D]`` fp32
-    or None, ``safety_slot [V]`` int32 in tile order (-1: none) or None, ``safety [K, D]`` fp32.
-    Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, of dz alone, or None.
+    ``order [V]`` int64 or None, ``scale [1]`` fp32, the factor of dz, ``spread [T, D]`` fp32 or
+    None, ``safety_slot [V]`` int32 in tile order (-1: none) or None, ``safety [K, D]`` fp32.
+    Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, from dz alone, or
+    None.
     """
     wide = tl.cdiv(dim, BLOCK_E)
     slot, block = tl.program_id(0) // wide, tl.program_id(0) % wide
@@ -85,7 +86,7 @@ def weight_kernel(
     position, scale = tile * TILE + column, tl.load(scale_ptr)
     inside = position < vocab
     if bias_grad_ptr is not None:
-        first = position < tl.where(block == 0, vocab, 0)  # one of the tile's programs writes it
+        first = position < tl.where(block == 0, vocab, 0)  # one of the tile's programs writes
         tl.store(bias_grad_ptr + position, bias * scale, mask=first)
     if weight_grad_ptr is not None:
         total *= scale
@@ -190,7 +191,7 @@ def _safety_slots(safety: SafetyTerm | None, block: Block) -> Tensor | None:
 def _finish_bias(
     bias: Tensor, spread: Tensor | None, order: Tensor | None, safety: SafetyTerm | None
 ) -> Tensor:
-    """Add the dead pairs' and the constraint's part; from tile order to token order, ``[V]``."""
+    """Add the dead pairs' and the constraint's part; return ``[V]`` in token order."""
     if spread is not None:
         bias = bias + spread.repeat_interleave(TILE.value)[: len(bias)]
     if order is not None:
