@@ -1,4 +1,4 @@
-"""``REPORT.md`` and its pictures, made from the results alone.
+"""Make ``REPORT.md`` and its pictures from the results alone.
 
 Every sentence that states a result is made from numbers; what is fixed text says how it was
 measured and where its limits are.
@@ -42,7 +42,7 @@ LIMITS = """\
 
 
 def write(folder: Path) -> Path:
-    """Write the report beside the results; returns its path.
+    """Write the report beside the results; return its path.
 
     Raises:
         ValueError: the folder holds no results, or strange ones.
@@ -182,7 +182,7 @@ def _plain(groups: Sequence[Group]) -> Group | None:
 
 
 def _merit(group: Group) -> tuple[float, ...]:
-    """Refusals kept; where two keep as much, fewer look-alikes refused, then accuracy."""
+    """Rank by refusals kept; among equals by fewer look-alikes refused, then accuracy."""
     refused, over, task = (
         group.rate("harmful", "refusal"),
         group.rate("benign", "refusal"),
@@ -258,7 +258,7 @@ def _pictures(findings: Findings, setting: str, folder: Path) -> str:
 
 
 def _shares(group: Group) -> list[str]:
-    """Refused, over-refused, right."""
+    """Return the shares refused, over-refused and right."""
     rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
     return [_share(rate) for rate in rates]
 

@@ -1,4 +1,4 @@
-"""What every command does on a terminal: progress and remarks on stderr, the result on stdout."""
+"""Terminal output of every command: progress and remarks on stderr, the result on stdout."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 5.0  # between lines of progress where stderr is no terminal
 
 
 def say(text: str) -> None:
-    """A remark for people, on stderr."""
+    """Write a remark for people to stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def print_json(value: Any) -> None:
-    """The result for programs, on stdout."""
+    """Write the result for programs to stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """The result for people, on stdout."""
+    """Write the result for people to stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -43,19 +43,19 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' bars and notices off stderr; their errors stay."""
+    """Keep progress bars and notices of the libraries off stderr; their errors stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("peft").setLevel(logging.ERROR)
-    # transformers warns of names that PEFT still uses; no user can change that
+    # Transformers warns of names that PEFT still uses, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """Say what takes a while: with a spinner on a terminal, with a line elsewhere."""
+    """Announce slow work, with a spinner on a terminal and with a line elsewhere."""
     if not sys.stderr.isatty():
         say(f"{text} …")
         yield
@@ -68,7 +68,7 @@ def stage(text: str) -> Iterator[None]:
 
 @contextmanager
 def counting(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """Progress over ``total`` things: yields the function to call after each."""
+    """Show progress over ``total`` items; yields the function to call after each item."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
@@ -94,16 +94,18 @@ def _line_counter(text: str, total: int) -> Callable[[], None]:
 
 
 def check_output(name: str, path: str | os.PathLike) -> Path:
-    """Make sure that a file can be written later, before the slow work.
+    """Check before the slow work that a file can be written after it.
 
     Raises:
-        ValueError: a folder of that name, or no writable folder to put it in.
+        ValueError: the path is a folder, or its folder is missing or not writable.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{name}={str(path)!r}: is a folder; must be a file's name.")
+        raise ValueError(f"{name}={str(path)!r}: is a folder; give the name of a file.")
     if not path.parent.is_dir():
-        raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}.")
+        raise ValueError(
+            f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}; create it first."
+        )
     try:
         if path.exists():
             path.open("a").close()

@@ -1,4 +1,4 @@
-"""`str-kernels doctor`: what is installed, what would run here and why, and whether it is right."""
+"""`str-kernels doctor`: what is installed, which backend runs here and why, and a self-check."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from str_kernels.cli.console import print_json, print_table, say, stage
+from str_kernels.cli.options import AsJson
 from str_kernels.version import versions
 
 SCHEMA = "str_kernels.doctor/1"
@@ -18,26 +19,29 @@ COMPILERS = ("cc", "gcc", "clang", "cl")
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    *,
+    as_json: AsJson = False,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Compile the GPU kernels instead; needs no GPU.")
+        bool, typer.Option("--kernels", help="Compile the GPU kernels instead; no GPU is needed.")
     ] = False,
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="With --kernels: 90 or gfx942, say; repeatable. Default: the GPU here."),
+        typer.Option(
+            help="With --kernels: a chip (90, gfx942); repeatable. Default: the GPU here."
+        ),
     ] = None,
 ) -> None:
-    """Report versions, devices and what would run here; check it against the oracle.
+    """Report versions, devices and the backend that runs here, and check it against the oracle.
 
-    With --kernels: registers, shared memory, spills and matrix instruction of every GPU kernel.
-    Exits with 1 if the check fails.
+    With --kernels it reports registers, shared memory, spills and the matrix instruction of every
+    GPU kernel. It exits with 1 if the check fails.
     """
     if arch and not kernels:
         raise typer.BadParameter("needs --kernels", param_hint="--arch")
     if kernels:
         _kernels(arch or [], as_json)
         return
-    with stage("looking around"):
+    with stage("reading versions and devices"):
         found = {
             "schema": SCHEMA,
             "versions": versions(*PACKAGES),
@@ -56,7 +60,7 @@ def doctor(
     for sentence in found["missing"]:
         say(f"missing: {sentence}")
     if not all(check["passed"] for check in found["checks"]):
-        say("the fused loss disagrees with the oracle here: please report this output")
+        say("the fused loss disagrees with the oracle on this machine: please report this output")
         raise typer.Exit(1)
     say("next: str-kernels demo")
 
@@ -77,18 +81,18 @@ def _kernels(archs: list[str], as_json: bool) -> None:
 
 
 def _missing() -> list[str]:
-    """What a faster backend would need; none of it stops the package from working."""
+    """Name what a faster backend needs; the package works without it."""
     found = []
     if versions("triton")["triton"] is None:
-        found.append("triton, for kernels on a GPU (pip install triton; Linux only)")
+        found.append("triton, for GPU kernels (pip install triton; Linux only)")
     compilers = [os.environ.get("CC"), *COMPILERS]
     if not any(shutil.which(name) for name in compilers if name):
-        found.append(f"a C compiler for triton to launch kernels with (none of {COMPILERS})")
+        found.append(f"a C compiler, which triton needs to launch kernels (none of {COMPILERS})")
     return found
 
 
 def _devices() -> dict[str, str]:
-    """Name of every device that torch can use, and what it is."""
+    """Describe every device that torch can use, by its name."""
     import torch
 
     from str_kernels.backends.torch.reduce import fused_reduction
@@ -111,7 +115,7 @@ def _devices() -> dict[str, str]:
 
 
 def _choices(name: str) -> list[dict[str, Any]]:
-    """Backend, screen, filter and products of the default settings, fp32 and bf16 operands."""
+    """Return what the default settings choose: backend, screen, filter and products' dtype."""
     import torch
 
     from str_kernels.backends.selection import resolve, select_backend

@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from str_kernels.cli.console import (
-    check_output,
-    counting,
-    print_json,
-    quiet_libraries,
-    say,
-    stage,
-)
-from str_kernels.cli.evaluation_view import next_command, record, show
+from str_kernels.cli import console
+from str_kernels.cli.evaluation_view import Command, next_command, record, show
+from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
 from str_kernels.files import write_json
 
 if TYPE_CHECKING:
@@ -23,33 +17,38 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")],
+    model: ModelName,
+    *,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to put on the model.")] = None,
     refusals: Annotated[
         Path | None, typer.Option(help="JSONL of requests that should be refused.")
     ] = None,
-    task: Annotated[Path | None, typer.Option(help="JSONL of requests with the answer.")] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="JSONL of requests with the right answer.")
+    ] = None,
     benign: Annotated[
-        Path | None, typer.Option(help="JSONL of harmless requests that look otherwise.")
+        Path | None, typer.Option(help="JSONL of harmless requests that look harmful.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="First rows of each file.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts side by side.", min=1)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
+    limit: Annotated[
+        int | None, typer.Option(help="Read only this many rows of each file.", min=1)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    batch_size: BatchSize = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    dtype: Dtype = None,
+    device: Device = "auto",
     judge: Annotated[
         str | None,
         typer.Option(help="Model that decides what is a refusal, in place of the rules."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Save the result here, and each answer beside it: a rerun goes on."),
+        typer.Option(
+            help="File for the result; each answer is saved beside it, so that a rerun continues."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure refusals and task accuracy, greedily, with 95 % intervals and counts."""
+    """Measure refusals and task accuracy of greedy answers, with 95 % intervals and counts."""
     paths = {"refusals": refusals, "task": task, "benign": benign}
     given = {name: path for name, path in paths.items() if path is not None}
     if not given:
@@ -62,21 +61,22 @@ def evaluate(
         "device": device,
         "judge": judge,
     }
+    command = Command(model, adapter, given, settings)
     if out is not None:
-        check_output("out", out)
-    with stage("reading"):
-        quiet_libraries()
+        console.check_output("out", out)
+    with console.stage("reading"):
+        console.quiet_libraries()
         rows = {name: _rows(name, path, limit) for name, path in given.items()}
-    measured = _measure(model, adapter, rows, settings, out)
-    result = record(model, adapter, settings, given, rows, measured)
+    measured = _measure(command, rows, out)
+    result = record(command, rows, measured)
     if out is not None:
         write_json(out, result)
-        say(f"saved {out}")
+        console.say(f"saved {out}")
     if as_json:
-        print_json(result)
+        console.print_json(result)
     else:
-        show(model, adapter, measured)
-    say(next_command(model, adapter))
+        show(command, measured)
+    console.say(next_command(command))
 
 
 def _rows(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -85,42 +85,35 @@ def _rows(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
     return read_jsonl(path, response_required=name == "task")[:limit]
 
 
-def _measure(
-    model: str,
-    adapter: str | None,
-    rows: dict[str, list],
-    settings: dict[str, Any],
-    out: Path | None,
-) -> Evaluation:
+def _measure(command: Command, rows: dict[str, list], out: Path | None) -> Evaluation:
     from str_kernels.evaluation.answers import AnswerFile, file_state
     from str_kernels.evaluation.evaluation import evaluate as measure
     from str_kernels.evaluation.judge_model import JudgeModel
     from str_kernels.inputs.loading import load_model_and_tokenizer
 
+    settings = command.settings
     deciding = {
-        "model": [model, file_state(model)],
-        "adapter": [adapter, file_state(adapter)],
+        "model": [command.model, file_state(command.model)],
+        "adapter": [command.adapter, file_state(command.adapter)],
         "dtype": settings["dtype"],
         "max_new_tokens": settings["max_new_tokens"],
     }
     known = None
     if out is not None:
         known = AnswerFile(out.with_name(out.name + ".answers.jsonl"), deciding)
-    with stage("loading the model"):
-        loaded, tokenizer = load_model_and_tokenizer(
-            model, dtype=settings["dtype"], adapter=adapter, device=settings["device"]
+    device = settings["device"]
+    with console.stage("loading the model"):
+        loaded = load_model_and_tokenizer(
+            command.model, dtype=settings["dtype"], adapter=command.adapter, device=device
         )
     judge = None
     if settings["judge"] is not None:
-        with stage("loading the judge"):
-            judge = JudgeModel(
-                *load_model_and_tokenizer(settings["judge"], device=settings["device"])
-            )
+        with console.stage("loading the judge"):
+            judge = JudgeModel(*load_model_and_tokenizer(settings["judge"], device=device))
     try:
-        with counting("answers", sum(map(len, rows.values()))) as advance:
+        with console.counting("answers", sum(map(len, rows.values()))) as advance:
             return measure(
-                loaded,
-                tokenizer,
+                *loaded,
                 **rows,
                 max_new_tokens=settings["max_new_tokens"],
                 batch_size=settings["batch_size"],

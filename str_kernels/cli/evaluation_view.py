@@ -1,10 +1,10 @@
-"""How an evaluation is written down and shown."""
+"""The record of an evaluation, and its tables."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from str_kernels.cli.console import print_table
 from str_kernels.version import __version__, versions
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
 MEANINGS = {
     "refusal_rate": "refuses what it should",
-    "task_accuracy": "answers the task right",
-    "over_refusal_rate": "refuses what is harmless",
+    "task_accuracy": "answers the task correctly",
+    "over_refusal_rate": "refuses harmless requests",
     "judge_agreement": "judge and rules agree",
 }
-FILES = {"refusals": "of what to refuse", "benign": "of what is harmless"}
+FILES = {"refusals": "requests to refuse", "benign": "harmless requests"}
 
 
-def record(
-    model: str,
-    adapter: str | None,
-    settings: dict[str, Any],
-    paths: dict[str, Path],
-    rows: dict[str, list],
-    measured: Evaluation,
-) -> dict[str, Any]:
-    """What was measured, on what, with which settings and versions, as plain JSON types."""
+class Command(NamedTuple):
+    """What the command line asks for: ``paths`` by what their rows are, ``settings`` by name."""
+
+    model: str
+    adapter: str | None
+    paths: dict[str, Path]
+    settings: dict[str, Any]
+
+
+def record(command: Command, rows: dict[str, list], measured: Evaluation) -> dict[str, Any]:
+    """Return what was measured, on what, with which settings and versions, as JSON types."""
     from str_kernels.evaluation.evaluation import SCHEMA
 
     files = {
@@ -38,21 +40,21 @@ def record(
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "rows": len(rows[name]),
         }
-        for name, path in paths.items()
+        for name, path in command.paths.items()
     }
     return {
         "schema": SCHEMA,
-        "model": model,
-        "adapter": adapter,
+        "model": command.model,
+        "adapter": command.adapter,
         **measured.as_dict(),
-        "settings": settings,
+        "settings": command.settings,
         "files": files,
         "versions": {"str-kernels": __version__, **versions("torch", "transformers", "peft")},
     }
 
 
-def show(model: str, adapter: str | None, measured: Evaluation) -> None:
-    """The rates and the counts of outcomes as tables on stdout."""
+def show(command: Command, measured: Evaluation) -> None:
+    """Print the rates and the counts of outcomes as tables."""
     rows = []
     for name, meaning in MEANINGS.items():
         rate = getattr(measured, name)
@@ -60,7 +62,7 @@ def show(model: str, adapter: str | None, measured: Evaluation) -> None:
             low, high = (f"{100 * bound:.1f}" for bound in rate.interval)
             share = f"{100 * rate.value:.1f} %"
             rows.append([meaning, share, f"{low} to {high}", f"{rate.count} of {rate.total}"])
-    title = f"{model} with {adapter}" if adapter else model
+    title = command.model + (f" with {command.adapter}" if command.adapter else "")
     print_table(title, ["", "rate", "95 % interval", "rows"], rows)
     if measured.outcomes:
         _show_counts(measured.counts)
@@ -73,11 +75,11 @@ def _show_counts(counts: dict[str, dict[str, int]]) -> None:
         for outcome in outcomes
         if any(given[outcome] for given in counts.values())
     ]
-    print_table("what the answers do", ["", *(FILES[name] for name in counts)], rows)
+    print_table("outcomes of the answers", ["", *(FILES[name] for name in counts)], rows)
 
 
-def next_command(model: str, adapter: str | None) -> str:
-    """What a user would do next."""
-    if adapter is None:
-        return f"next: str-kernels train {model} DATA.jsonl --out ADAPTER"
-    return f"next, to compare: str-kernels evaluate {model} with the same files, no --adapter"
+def next_command(command: Command) -> str:
+    """Name the command that a user would run next."""
+    if command.adapter is None:
+        return f"next: str-kernels train {command.model} DATA.jsonl --out ADAPTER"
+    return f"next: str-kernels evaluate {command.model} with the same files, to compare"

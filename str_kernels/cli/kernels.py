@@ -1,4 +1,4 @@
-"""`str-kernels doctor --kernels`: what the compilers make of the kernels, without a GPU."""
+"""`str-kernels doctor --kernels`: compile the kernels without a GPU, and report what they use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any
 from str_kernels.cli.console import counting, say
 
 SCHEMA = "str_kernels.kernels/1"
-WITHOUT_GPU = 90  # the chip that is compiled for where there is none
+WITHOUT_GPU = 90  # the chip to compile for where no GPU is found
 COLUMNS = ["kernel", "type", "sizes", "regs", "KiB", "spills", "instruction"]
 _TYPES = {"bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "fp8"}
 
 
 def compile_table(archs: list[str]) -> dict[str, Any]:
-    """Compile the launch table's choices for these chips; none given: the GPU here, else sm_90.
+    """Compile the kernels of the launch table for these chips.
+
+    Args:
+        archs: names of chips; none: the GPU here, or sm_90 without one.
 
     Raises:
-        ValueError: triton or what it compiles with is missing, or a chip that is not in the table.
+        ValueError: triton or its compiler is missing, or a chip is not in the table.
     """
     _check_triton()
     from str_kernels.backends.triton import ahead
@@ -44,7 +47,7 @@ def compile_table(archs: list[str]) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """Chip, and a line for each of its kernels, as ``COLUMNS`` names it."""
+    """Yield each chip with a row for each of its kernels, in the order of ``COLUMNS``."""
     for chip in dict.fromkeys(row["chip"] for row in found["rows"]):
         yield chip, [_line(row) for row in found["rows"] if row["chip"] == chip]
 
@@ -63,7 +66,7 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 
 def _short(instruction: str) -> str:
-    """``wgmma m64n128k16`` for the whole name, which the JSON has."""
+    """Shorten the name of an instruction, as in ``wgmma m64n128k16``; the JSON has it whole."""
     shape = re.search(r"m\d+n\d+k\d+|\d+x\d+x\d+", instruction)
     name = re.match(r"wgmma|tcgen05\.mma|mma|v_mfma", instruction)
     parts = [found.group() for found in (name, shape) if found]
@@ -78,21 +81,21 @@ def _check_triton() -> None:
 
 
 def _check_tools(chips: list[int | str]) -> None:
-    """Without them Triton's own error speaks of paths and not of what to do."""
+    """Say what to install; Triton's own error names only paths."""
     if not any(isinstance(chip, int) for chip in chips):
-        return  # AMD's assembler and linker are inside Triton
+        return  # Triton contains AMD's assembler and linker
     folder = tools()
     missing = [name for name in ("ptxas", "cuobjdump") if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"--kernels: triton's {' and '.join(missing)} missing in {str(folder)!r}; install "
+            f"--kernels: triton's {' and '.join(missing)} are missing in {str(folder)!r}; install "
             "triton's own wheel (pip install --force-reinstall triton), or ask for an AMD chip "
             "(--arch gfx942), which needs none."
         )
 
 
 def tools() -> Path:
-    """Where Triton keeps NVIDIA's assembler."""
+    """Return the folder of NVIDIA's assembler in Triton."""
     package = importlib.import_module("triton")
     return Path(package.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -104,12 +107,12 @@ def _present() -> int | str:
 
     if torch.cuda.is_available():
         return arch_of(torch.device("cuda"))
-    say(f"no GPU here: compiling for {_name(WITHOUT_GPU)}; choose others with --arch")
+    say(f"no GPU found: compiling for {_name(WITHOUT_GPU)}; --arch chooses another chip")
     return WITHOUT_GPU
 
 
 def _chip(name: str) -> int | str:
-    """``90``, ``sm_90`` or ``gfx942``."""
+    """Read ``90``, ``sm_90`` or ``gfx942``."""
     number = name.removeprefix("sm_")
     return int(number) if number.isdecimal() else name
 

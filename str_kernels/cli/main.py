@@ -1,7 +1,7 @@
 """`str-kernels`: the commands, and how their errors reach a user.
 
-The result goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure, 2 for a wrong
-command line. A mistake of the user's is one readable message; `--debug` shows where it was found.
+The result goes to stdout, everything else to stderr. The exit code is 0, 1 for a failure or 2 for a
+wrong command line. A mistake of the user gives one readable message; `--debug` adds the trace.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; ends the process with its exit code."""
+    """Run the command line, and end the process with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get(DEBUG_VARIABLE) == "1"
     given = [argument for argument in given if argument != "--debug"]  # wherever it stands

@@ -1,4 +1,4 @@
-"""Is the fused loss right on this machine? A small random problem, against the oracle in fp64."""
+"""Check the fused loss on this machine: a small random problem, against the oracle in fp64."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from str_kernels.functional import linear_cross_entropy
 from str_kernels.options import SafetyConstraint
 from str_kernels.vocabulary import VocabularyIndex
 
-# Relative to fp64. fp32 sums of 64 terms are off by about 1e-6; the filter leaves out 2⁻¹¹ of a
-# row's probability, 1e-4 of the gradient here. A wrong formula is off by 1e-2 and more.
+# Both are relative to fp64. A sum of 64 terms in fp32 errs by about 1e-6; the filter leaves out
+# 2⁻¹¹ of a row's probability, here 1e-4 of the gradient. A wrong formula errs by 1e-2 or more.
 EXACT_TOLERANCE = 1e-5
 FILTERED_TOLERANCE = 3e-3
 
 
 def self_check(device: str) -> list[dict[str, Any]]:
-    """Loss and gradients of a random problem, fused in fp32 against the oracle in fp64.
+    """Compare loss and gradients of a random problem in fp32 with the oracle in fp64.
 
-    Once exactly, once with a vocabulary index and the screen and filter that go with it.
+    The fused loss runs once exactly, and once filtered, with a vocabulary index.
     """
     make = torch.Generator().manual_seed(0)
     rows, vocabulary, hidden, tokens = 48, 2048, 64, (3, 17, 101, 2047)

@@ -7,47 +7,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from str_kernels.cli.console import (
-    check_output,
-    print_json,
-    print_table,
-    quiet_libraries,
-    say,
-    stage,
-)
+from str_kernels.cli import console
+from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
 
 if TYPE_CHECKING:
     from str_kernels.safety.tokens import SafetyTokens
 
 
 def tokens(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")],
-    out: Annotated[Path, typer.Option(help="Where to save them.")] = Path("safety_tokens.json"),
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="File to save the tokens in.")] = Path(
+        "safety_tokens.json"
+    ),
     top_k: Annotated[int, typer.Option(help="How many tokens to keep.", min=1, max=1024)] = 64,
     templates: Annotated[
         Path | None,
-        typer.Option(help="Rejections: a text a line, or JSONL responses. Default: built in."),
+        typer.Option(help="Rejections: one on each line, or JSONL responses. Default: built in."),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Requests to refuse: a text a line, or JSONL. Default: built in."),
+        typer.Option(help="Requests to refuse: one on each line, or JSONL. Default: built in."),
     ] = None,
     benign: Annotated[
         Path | None,
-        typer.Option(help="Requests to answer: a text a line, or JSONL. Default: built in."),
+        typer.Option(help="Requests to answer: one on each line, or JSONL. Default: built in."),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter to put on the model.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences side by side.", min=1)] = 8,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Find the tokens that a model's refusals are made of, and save them."""
-    check_output("out", out)
-    with stage("reading"):
-        quiet_libraries()
+    """Find the tokens that a model's refusals consist of, and save them."""
+    console.check_output("out", out)
+    with console.stage("reading"):
+        console.quiet_libraries()
         from str_kernels.inputs.loading import load_model_and_tokenizer
         from str_kernels.safety.tokens import SafetyTokens
 
@@ -59,17 +54,17 @@ def tokens(
         loaded, tokenizer = load_model_and_tokenizer(
             model, dtype=dtype, adapter=adapter, device=device
         )
-    with stage("listening to refusals"):
+    with console.stage("identifying safety tokens"):
         found = SafetyTokens.identify(
             loaded, tokenizer, top_k=top_k, batch_size=batch_size, **texts
         )
     found.save(out)
     if as_json:
-        print_json({"path": str(out), **found.as_dict()})
+        console.print_json({"path": str(out), **found.as_dict()})
     else:
         _show(model, found)
-    say(f"saved {out}")
-    say(f"next: str-kernels train {model} DATA.jsonl --tokens {out} --out ADAPTER")
+    console.say(f"saved {out}")
+    console.say(f"next: str-kernels train {model} DATA.jsonl --tokens {out} --out ADAPTER")
 
 
 def _show(model: str, found: SafetyTokens) -> None:
@@ -79,7 +74,9 @@ def _show(model: str, found: SafetyTokens) -> None:
             zip(found.token_ids, found.tokens, found.scores or (), strict=True), start=1
         )
     ]
-    print_table(f"{len(found)} safety tokens of {model}", ["", "id", "token", "score"], rows)
+    console.print_table(
+        f"{len(found)} safety tokens of {model}", ["", "id", "token", "score"], rows
+    )
 
 
 def _answers(path: Path | None) -> list[str] | None:
@@ -108,5 +105,5 @@ def _lines(path: Path | None) -> list[str] | None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
     if not any(found):
-        raise ValueError(f"{path}: holds no text; must have one a line.")
+        raise ValueError(f"{path}: holds no text; write one text on each line.")
     return [line for line in found if line]

@@ -1,4 +1,4 @@
-"""How a fine-tuning run looks in a terminal: progress on stderr, its result on stdout."""
+"""Terminal output of a fine-tuning run: progress on stderr, the result on stdout."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ LOGGED = (
 
 
 class Lines:
-    """Progress of a run as lines on stderr."""
+    """Write the progress of a run as lines to stderr."""
 
     def stage(self, text: str) -> None:
-        """Name what begins."""
+        """Name the stage that begins."""
         say(f"{text} …")
 
     def step(self, done: int, total: int) -> None:
-        """Nothing: the logs are enough."""
+        """Write nothing: the logs are enough."""
 
     def log(self, values: dict[str, float]) -> None:
-        """One line of averages."""
+        """Write the averages as one line."""
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in LOGGED if name in values)
         say(f"step {values['step']:>5}  {shown}")
 
     def notice(self, text: str) -> None:
-        """A sentence of its own."""
+        """Write the sentence on a line."""
         say(f"note: {text}")
 
 
 class Bar(Lines):
-    """The same lines above a bar."""
+    """Write the same lines above a progress bar."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=None)
 
     def stage(self, text: str) -> None:
-        """Name what begins, beside the bar."""
+        """Name the stage that begins, beside the bar."""
         self._progress.update(self._task, description=text)
 
     def step(self, done: int, total: int) -> None:
@@ -63,7 +63,7 @@ class Bar(Lines):
 
 @contextmanager
 def terminal_progress() -> Iterator[Lines]:
-    """A bar on a terminal, lines elsewhere."""
+    """Yield a bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
         yield Lines()
         return
@@ -80,8 +80,8 @@ def run_training(given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     """Check, train, and show what was measured.
 
     Raises:
-        ValueError: everything that is wrong with the command, before its first slow step.
-        FloatingPointError: the loss stopped being finite.
+        ValueError: the command has faults; they are found before its first slow step.
+        FloatingPointError: the loss is not finite.
     """
     with terminal_progress() as progress:
         progress.stage("checking")
@@ -117,7 +117,7 @@ def _rows(result: Result) -> list[list[str]]:
 
 def _say_next(settings: TrainSettings, result: Result) -> None:
     if result.interrupted:
-        say(f"stopped and saved in {settings.out}; the same command with --resume goes on")
+        say(f"stopped and saved in {settings.out}; the same command with --resume continues")
         raise typer.Exit(code=1)
     say(f"saved {settings.out}")
     say(

@@ -51,7 +51,7 @@ class StrKernelsPlugin(_BasePlugin):
             ValueError: a setting or a token file that is wrong; another loss; preference training
                 with a constraint.
         """
-        constraint = _settings(cfg).constraint()
+        constraint = _settings(cfg).read_constraint()
         for name in _OTHER_LOSSES:
             if cfg.get(name):
                 raise ValueError(
@@ -77,7 +77,7 @@ class StrKernelsPlugin(_BasePlugin):
         if self._patch is None:
             return []
         processor = getattr(trainer, "processing_class", None)
-        _settings(cfg).constraint(getattr(processor, "tokenizer", processor))
+        _settings(cfg).read_constraint(getattr(processor, "tokenizer", processor))
         return [SafetyLogCallback(self._patch)]
 
     def post_train(self, cfg: Mapping[str, Any], model: Any) -> None:

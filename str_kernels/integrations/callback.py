@@ -34,7 +34,7 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         super().__init__()
         self._config = config
         self._settings = PatchSettings.from_config(config)
-        self._settings.constraint()
+        self._settings.read_constraint()
 
     def state(self) -> dict:
         """For the trainer's checkpoint: what it takes to make this callback again."""

@@ -130,7 +130,7 @@ def check_reference_file(
         )
     if tokens is None:
         return
-    cache = ReferenceCache(reference, tokens.constraint(settings.strength, kind=settings.kind))
+    cache = ReferenceCache(reference, settings.constraint(tokens.token_ids))
     for file in files:
         ids = [sequence.input_ids for sequence in file.sequences]
         missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]

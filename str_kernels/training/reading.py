@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from str_kernels.inputs.data import TrainingData, encode_file, read_numbered
 from str_kernels.inputs.loading import load_config, load_tokenizer, resolve_device
 from str_kernels.safety.tokens import SafetyTokens
-from str_kernels.training.settings import Faults, TrainSettings
+from str_kernels.settings import Faults
+from str_kernels.training.settings import TrainSettings
 
 TOKENS = "safety_tokens.json"
 
@@ -146,7 +147,7 @@ def _tokens(
         return None
     tokens = SafetyTokens.load(path, tokenizer)
     try:
-        tokens.constraint(settings.strength, settings.kind)
+        settings.constraint(tokens.token_ids)
     except ValueError as error:
         raise ValueError(f"tokens={os.fspath(path)!r}: {error}") from error
     return tokens

@@ -175,14 +175,13 @@ def _patch(
         return None
     if tokens is None:
         return patch_model(model)
-    safety = tokens.constraint(settings.strength, settings.kind)
-    reference = settings.reference
-    if reference == "cache":
-        reference = settings.folder / REFERENCES
+    safety, held = settings.constraint(tokens.token_ids), settings.of_the_patch
+    if settings.reference == "cache":
+        held["reference"] = reference = settings.folder / REFERENCES
         if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
             progress.stage("computing the references")
             cache_references(model, prepared, safety, reference)
-    return patch_model(model, safety, reference=reference, positions=settings.positions)
+    return patch_model(model, safety, **held)
 
 
 def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:

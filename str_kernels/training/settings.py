@@ -10,31 +10,22 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from str_kernels.options import DEFAULT_KIND, DEFAULT_STRENGTHS, REMOVED, ConstraintKind, removed
+from str_kernels.options import MAX_SAFETY_TOKENS
+from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
-KINDS = get_args(ConstraintKind)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
 
-# may differ between the interrupted and the resumed part of one run: none changes a weight
+# These may differ between the interrupted and the resumed part of a run: none changes a weight.
 FREE_ON_RESUME = ("out", "logging_steps", "save_steps")
 
 
-class Faults(ValueError):
-    """Everything that is wrong with a command, found before its first slow step."""
-
-    def __init__(self, faults: list[str]) -> None:
-        """Join the sentences, one a line."""
-        self.faults = tuple(faults)
-        super().__init__("\n".join(faults))
-
-
 @dataclass(frozen=True)
-class TrainSettings:
-    """One LoRA fine-tuning run.
+class TrainSettings(ConstraintSettings):
+    """One LoRA fine-tuning run: the constraint's settings, and these.
 
     Args:
         model: a Hub id, a local folder, or a GGUF file.
@@ -42,37 +33,6 @@ class TrainSettings:
         out: folder for the adapter, its description and the checkpoints.
         method: ``"str"`` (fused loss and constraint), ``"plain"`` (fused loss alone) or
             ``"unpatched"`` (the model's own head, for comparison).
-        tokens: a file of safety tokens; None: identified with the model before training.
-        top_k: how many tokens are identified.
-        strength: λ, the weight of the constraint; None: 10 with ``kl``, 0.1 with the others.
-        kind: ``"mse"``, ``"logprob"`` or ``"kl"``.
-        positions: ``"all"``, ``"labels"``, or the first k labelled positions of each sequence.
-        anchors: JSONL files like ``data``, of which every forward gets a row each, held and not
-            learned, a quarter of the constraint's weight beside the data's own (see
-            ``AnchoredCollator``): refused requests in one, benign look-alikes in another, with the
-            answers of the aligned model.
-        reference: ``"adapter_off"``, ``"cache"`` (computed once, at the start) or a cache file.
-        rank: LoRA rank.
-        alpha: LoRA alpha; None: twice the rank.
-        dropout: LoRA dropout, 0 to below 1.
-        target_modules: names of the adapted modules; ``("all-linear",)`` is every linear layer
-            but the head.
-        learning_rate: the largest one.
-        schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, after the warm-up.
-        warmup: steps if 1 or more, else the share of all steps.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm; 0 for never.
-        epochs: passes over the data, unless ``steps`` is given.
-        steps: optimizer steps; None: as many as ``epochs`` need.
-        batch: sequences of one forward.
-        accumulation: forwards of one optimizer step.
-        max_length: longest sequence in tokens; longer responses are cut at their end.
-        dtype: precision of the body: one of the weights, or ``"mixed-…"`` for fp32 weights under
-            autocast.
-        gradient_checkpointing: recompute the body's activations in the backward pass.
-        seed: of adapter, dropout and order of the data.
-        save_steps: steps between checkpoints; 0: only at the end.
-        logging_steps: steps between log lines.
 
     Raises:
         Faults: every argument outside these rules, together.
@@ -81,74 +41,90 @@ class TrainSettings:
     model: str
     data: str
     out: str
-    method: str = "str"
-    tokens: str | None = None
-    top_k: int = 64
-    strength: float | str | None = None
-    kind: str = DEFAULT_KIND
-    positions: str | int = "all"
-    anchors: tuple[str, ...] = ()
-    reference: str = "adapter_off"
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    learning_rate: float = 2e-4
-    schedule: str = "linear"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 8
-    accumulation: int = 1
-    max_length: int = 2048
-    dtype: str = "auto"
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    save_steps: int = 0
-    logging_steps: int = 10
+    method: str = dataclasses.field(default="str", metadata={"rule": one_of(*METHODS)})
+    tokens: str | None = setting(None, "Safety tokens file; default: identify at the start.")
+    top_k: int = setting(
+        64,
+        "How many tokens to identify.",
+        Rule(f"1 to {MAX_SAFETY_TOKENS}", lambda value: 1 <= value <= MAX_SAFETY_TOKENS),
+    )
+    reference: str = setting(
+        "adapter_off", "adapter_off, cache (computed once, at the start), or a cache file."
+    )
+    anchors: tuple[str, ...] = setting(
+        (),
+        "JSONL like the data. A row of each such file joins every forward: the constraint holds "
+        "it, nothing is learned from it. Give refused requests in one file, benign look-alikes in "
+        "another, with the answers of the aligned model.",
+        option=list[str] | None,
+    )
+    rank: int = setting(16, "LoRA rank.", at_least(1))
+    alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
+    dropout: float = setting(
+        0.0, "LoRA dropout.", Rule("0 to below 1", lambda value: 0 <= value < 1)
+    )
+    target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        "Modules to adapt, comma-separated; all-linear means every linear layer but the head.",
+        Rule("names of modules, or all-linear", bool),
+        option=str,
+    )
+    learning_rate: float = setting(2e-4, "Peak learning rate.", above(0))
+    schedule: str = setting(
+        "linear",
+        "Learning rate after the warm-up: constant, linear or cosine.",
+        one_of(*SCHEDULES),
+    )
+    warmup: float = setting(
+        0.03, "Warm-up: a number of steps, or below 1 a share of all steps.", at_least(0)
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", at_least(0))
+    max_grad_norm: float = setting(
+        1.0, "Clip the norm of the gradients to this; 0: do not clip.", at_least(0)
+    )
+    epochs: float = setting(1.0, "Passes over the data.", above(0))
+    steps: int | None = setting(None, "Optimizer steps, instead of epochs.", at_least(1))
+    batch: int = setting(8, "Sequences in one forward.", at_least(1))
+    accumulation: int = setting(1, "Forwards in one optimizer step.", at_least(1))
+    max_length: int = setting(
+        2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
+    )
+    dtype: str = setting(
+        "auto",
+        "Precision of the body: auto (the checkpoint's), float32, bfloat16, float16, or "
+        "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
+        one_of(*DTYPES),
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
+    save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
+    logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
 
     def __post_init__(self) -> None:
-        """Check every field; freeze the lists of names."""
-        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors)
+        """Turn lists of names into tuples, check every field, and fill in the strength."""
+        anchors, modules = self.anchors, self.target_modules
+        anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors or ())
+        if isinstance(modules, str):
+            modules = [name.strip() for name in modules.split(",") if name.strip()]
         object.__setattr__(self, "anchors", anchors)
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if self.strength is None:
-            # an unknown kind is reported below
-            object.__setattr__(self, "strength", DEFAULT_STRENGTHS.get(self.kind, 0.0))
-        object.__setattr__(self, "strength", _number_or_word(self.strength))
-        faults = [fault for fault in map(self._fault, _RULES) if fault]
-        if isinstance(self.positions, str):
-            if self.positions.isdigit():
-                object.__setattr__(self, "positions", int(self.positions))
-            elif self.positions not in ("all", "labels"):
-                faults.append(f"positions={self.positions!r}: must be 'all', 'labels' or a number.")
-        if isinstance(self.positions, int) and self.positions < 1:
-            faults.append(f"positions={self.positions}: a number of positions must be 1 or more.")
-        unheard = self.tokens is not None or self.anchors or self.reference != "adapter_off"
-        if self.method != "str" and unheard:
-            faults.append(
+        object.__setattr__(self, "target_modules", tuple(modules))
+        super().__post_init__()
+        object.__setattr__(self, "strength", self.constraint(range(2)).strength)
+
+    def faults(self) -> list[str]:
+        """A sentence for each value outside its rule, and for values that do not go together."""
+        found = super().faults()
+        unused = self.tokens is not None or self.anchors or self.reference != "adapter_off"
+        if self.method != "str" and unused:
+            found.append(
                 f"method={self.method!r}: holds no safety tokens, so tokens, anchors and reference "
                 "have no use; leave them out."
             )
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
-            faults.append("top_k=1: kind='kl' holds proportions among tokens; take 2 or more.")
-        if not self.target_modules:
-            faults.append("target_modules is empty: name modules, or 'all-linear'.")
-        if faults:
-            raise Faults(faults)
-
-    def _fault(self, rule: tuple[str, str, Any]) -> str | None:
-        name, text, holds = rule
-        value = getattr(self, name)
-        if value is None and name in ("alpha", "steps"):
-            return None
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name}={value}: must be a finite number."
-        if f"{name}={value!r}" in REMOVED:
-            return removed(f"{name}={value!r}")
-        return None if holds(value) else f"{name}={value!r}: must be {text}."
+            found.append("top_k=1: kind='kl' holds proportions among tokens; take 2 or more.")
+        return found
 
     @property
     def lora(self) -> dict[str, Any]:
@@ -183,50 +159,10 @@ class TrainSettings:
         return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * total)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Names of settings that differ from ``other`` and would change a resumed run."""
+        """Names of settings that differ from ``other`` and would change a resumed run.
+
+        ``other`` may be of an earlier version: a setting that it lacks had its default then.
+        """
         own = self.as_dict()
-        return [n for n in own if n not in FREE_ON_RESUME and own[n] != other.get(n)]
-
-
-def _number_or_word(value: float | str) -> float | str:
-    """A number, also one in a string; any other string as it is."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def _one_of(name: str, choices: tuple[str, ...]) -> tuple[str, str, Any]:
-    return name, f"one of {', '.join(choices)}", lambda value: value in choices
-
-
-def _at_least(name: str, least: float) -> tuple[str, str, Any]:
-    return name, f"{least:g} or more", lambda value: value >= least
-
-
-def _above_zero(name: str) -> tuple[str, str, Any]:
-    return name, "above 0", lambda value: value > 0
-
-
-_RULES = (
-    _one_of("method", METHODS),
-    ("top_k", "1 to 1024", lambda value: 1 <= value <= 1024),
-    ("strength", "a number of 0 or more", lambda x: not isinstance(x, str) and x >= 0),
-    _one_of("kind", KINDS),
-    _at_least("rank", 1),
-    _above_zero("alpha"),
-    ("dropout", "0 to below 1", lambda value: 0 <= value < 1),
-    _above_zero("learning_rate"),
-    _one_of("schedule", SCHEDULES),
-    _at_least("warmup", 0),
-    _at_least("weight_decay", 0),
-    _at_least("max_grad_norm", 0),
-    _above_zero("epochs"),
-    _at_least("steps", 1),
-    _at_least("batch", 1),
-    _at_least("accumulation", 1),
-    _at_least("max_length", 2),
-    _one_of("dtype", DTYPES),
-    _at_least("save_steps", 0),
-    _at_least("logging_steps", 1),
-)
+        other = {**TrainSettings(self.model, self.data, self.out).as_dict(), **other}
+        return [n for n in own if n not in FREE_ON_RESUME and own[n] != other[n]]

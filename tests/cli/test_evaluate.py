@@ -86,7 +86,7 @@ def test_a_table_for_people(capsys, aligned_model_dir, files):
     called = call(capsys, "evaluate", aligned_model_dir, *options(files), "--max-new-tokens", 16)
     assert "100.0 %" in called.out
     assert "20 of 20" in called.out
-    assert "what the answers do" in called.out
+    assert "outcomes of the answers" in called.out
     assert "compliance" not in called.out
     assert called.err.splitlines()[-1].startswith("next: str-kernels train")
 

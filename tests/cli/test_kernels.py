@@ -66,7 +66,7 @@ def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "tools", lambda: tmp_path)
     called = call(capsys, "doctor", "--kernels", "--arch", "90")
     assert called.code == 1
-    assert "ptxas and cuobjdump missing" in called.err
+    assert "ptxas and cuobjdump are missing" in called.err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     called = call(capsys, "doctor", "--kernels")
     assert called.code == 1

@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_resume_finishes(run, tiny_model_dir, data_file, tmp_pa
         )
         code, _, err = run(*given)
     assert code == 1
-    assert "the same command with --resume goes on" in err
+    assert "the same command with --resume continues" in err
     code, out, err = run(*given, "--resume")
     assert code == 0, err
     assert "3 of 3" in out

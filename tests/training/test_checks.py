@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from str_kernels.settings import Faults
 from str_kernels.training import checks
 from str_kernels.training.checks import prepare
-from str_kernels.training.settings import Faults, TrainSettings
+from str_kernels.training.settings import TrainSettings
 
 GOOD = {"prompt": "tell me the topic of rain", "response": "weather ."}
 

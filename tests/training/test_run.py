@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from str_kernels.settings import Faults
 from str_kernels.training.callbacks import Silence
 from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, prepare
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
-from str_kernels.training.settings import Faults, TrainSettings
+from str_kernels.training.settings import TrainSettings
 
 ROWS = [
     {"prompt": f"tell me the topic of {word}", "response": f"{topic} ."}

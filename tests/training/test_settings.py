@@ -2,7 +2,8 @@
 
 import pytest
 
-from str_kernels.training.settings import Faults, TrainSettings
+from str_kernels.settings import Faults
+from str_kernels.training.settings import TrainSettings
 
 
 def settings(**changes):
@@ -73,3 +74,17 @@ def test_a_resumed_run_may_differ_only_where_nothing_changes():
     before = settings().as_dict()
     assert settings(logging_steps=1, save_steps=5).differences(before) == []
     assert settings(seed=1, rank=4).differences(before) == ["rank", "seed"]
+
+
+def test_a_run_of_an_earlier_version_can_be_resumed():
+    """It had the default of a setting that came later, and names some that are gone."""
+    before = settings(kind="mse").as_dict() | {"drift_budget": None}
+    del before["temperature"]
+    assert settings(kind="mse").differences(before) == []
+    assert settings(temperature=2.0).differences(before) == ["strength", "kind", "temperature"]
+
+
+def test_names_of_modules_may_be_one_text():
+    """As a command line gives them; a list in JSON is the same."""
+    assert settings(target_modules="q_proj, v_proj").target_modules == ("q_proj", "v_proj")
+    assert settings(target_modules=["q_proj"]).as_dict()["target_modules"] == ["q_proj"]

@@ -8,28 +8,15 @@ each for all T positions that are not padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from str_kernels.huggingface.constraint.packing import described, sequence_starts
+from str_kernels.settings import Positions, validate_positions
 
-Positions = Literal["labels", "all"] | int
-
-
-def validate_positions(positions: Positions) -> None:
-    """Refuse anything but ``"labels"``, ``"all"`` or a positive integer.
-
-    Raises:
-        ValueError: says what is allowed.
-    """
-    whole = isinstance(positions, int) and not isinstance(positions, bool)
-    if positions not in ("labels", "all") and not (whole and positions > 0):
-        raise ValueError(
-            f"positions={positions!r}: must be 'labels', 'all' or a positive integer k, the first "
-            "k labelled positions of each sequence."
-        )
+__all__ = ["Positions", "position_weights", "validate_positions"]
 
 
 def position_weights(
