@@ -1,1 +1,1 @@
-"""Measurements behind the project's tables and plots: one module each, `README.md` says how."""
+"""Each module makes one measurement behind the project's tables and plots; `README.md` says how."""

@@ -1,4 +1,4 @@
-"""Every measurement, one after another; what is there already is not measured again.
+"""Run every measurement, one after another; rows that are there are not measured again.
 
 Example: python -m benchmarks --model ./gemma --data answers.jsonl
 """
@@ -14,7 +14,7 @@ from str_kernels.cli.console import say
 
 
 def main() -> None:
-    """Stop at the first that fails."""
+    """Run all; stop at the first that fails."""
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     made.add_argument("--model", help="local folder or Hub id; without one no end_to_end")
     made.add_argument("--data", action="append", default=[], help=".jsonl or prose; repeatable")

@@ -1,4 +1,4 @@
-"""Error and live share against ε, screen, index and logit scale; the bf16 head as the measure.
+"""Measure error and live share by ε, screen, index and logit scale, beside the bf16 head.
 
 Example: python -m benchmarks.accuracy --model ./gemma --data answers.jsonl --other prose.jsonl
 """
@@ -28,7 +28,7 @@ KEYS = ("case", "dtype", "what", "index", "screen", "eps", "largest_logit")
 
 
 def main() -> None:
-    """Measure every setting on every case, one plot a case."""
+    """Measure every setting on every case, and draw a plot of each case."""
     made = parser(__doc__, rows=512)
     made.add_argument("--other", help="other text to make an index from, with --model")
     args = parse(made)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _all(case: Case, args: Any) -> Iterator[dict[str, Any]]:
-    """Every row: the bf16 head, then ε × index, the screens, the logit scales."""
+    """Yield every row: the bf16 head, then ε × index, the screens, the logit scales."""
     truth = truth_of(case)
     yield {"what": "bf16 head", **bf16_head(case)}
     indices: dict[str, VocabularyIndex | None] = {"like text": case.index}
@@ -75,7 +75,7 @@ def _all(case: Case, args: Any) -> Iterator[dict[str, Any]]:
 def filtered(
     case: Case, truth: Truth, index: VocabularyIndex | None, eps: float, screen: str
 ) -> dict[str, Any]:
-    """Errors and live share of these settings."""
+    """Return the errors and the live share of these settings."""
     hidden = case.hidden_states.detach().requires_grad_()
     weight = case.weight.detach().requires_grad_()
     loss, parts = linear_cross_entropy(
@@ -95,7 +95,7 @@ def filtered(
 
 
 def bf16_head(case: Case) -> dict[str, Any]:
-    """Errors of the ordinary head: logits and their gradient in bf16, the softmax in fp32."""
+    """Return the errors of the ordinary head: logits and gradient in bf16, the softmax in fp32."""
     case = case.cast(torch.bfloat16)
     truth = truth_of(case)
     outcome = CONTENDERS["transformers"].run(case, trainable=True)
@@ -104,7 +104,7 @@ def bf16_head(case: Case) -> dict[str, Any]:
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """A line for each setting."""
+    """Make a table with a line for each setting."""
     named = []
     for row in rows:
         words = [row["what"], row.get("index", ""), row.get("screen", "")]

@@ -1,4 +1,4 @@
-"""The plot of `accuracy`: what a live pair buys, with the ordinary bf16 head as the measure."""
+"""Plot for `accuracy` what a live pair buys, beside the ordinary bf16 head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Live share against error, for all rows and for confident ones; error against logit scale."""
+    """Draw error by live share, for all rows and for confident ones, and error by logit scale."""
     figure, axes = plots.new_figure(3, width=4.6)
     head = next(r for r in rows if r["what"] == "bf16 head" and not r.get("largest_logit"))
     for axis, key in zip(axes, ("hidden_error", "confident_error"), strict=False):

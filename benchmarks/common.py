@@ -1,4 +1,4 @@
-"""What every measurement shares: its arguments, its inputs, where results go."""
+"""Arguments, inputs and results are handled here alike for every measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICK_SHAPE = (256, 8192, 64)
 
 
 def parser(doc: str, *, rows: int, dtype: str = "float32") -> argparse.ArgumentParser:
-    """The common options."""
+    """Make a parser with the common options."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,7 +37,7 @@ def parser(doc: str, *, rows: int, dtype: str = "float32") -> argparse.ArgumentP
 
 
 def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse; ``--quick`` shrinks the problem."""
+    """Parse the command line; ``--quick`` shrinks the problem."""
     args = made.parse_args()
     if args.model is None and args.data:
         made.error("--data needs a --model to read it")
@@ -50,7 +50,7 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """The inputs that were asked for, one at a time."""
+    """Yield the inputs that were asked for, one at a time."""
     dtype = getattr(torch, args.dtype)
     if args.model is None:
         yield synthetic(args.rows, args.vocab, args.dim).cast(dtype).to(args.device)
@@ -60,12 +60,12 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def results(args: argparse.Namespace, name: str, keys: tuple[str, ...]) -> Results:
-    """The results that a run continues."""
+    """Open the results that a run continues."""
     return Results(args.out / f"{name}.jsonl", keys, again=args.again)
 
 
 def finish(out: Path, name: str, markdown: str) -> None:
-    """Write the table and say where everything is."""
+    """Write the table, and tell where everything is."""
     (out / f"{name}.md").write_text(markdown, encoding="utf-8")
     say(markdown)
     say(f"saved {out / name}.*")

@@ -1,4 +1,4 @@
-"""Counted work of the Triton kernels: operations and bytes of a forward and backward, on no GPU.
+"""Count what the Triton kernels do in a forward and backward, without a GPU: operations, bytes.
 
 The router decides on the whole vocabulary here, by the torch backend's own stages, and the live
 pairs' formulas (`benchmarks.work`) are what the kernels issue: `tests/triton/interpreted/
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
-    """A row for each screen with a frozen head, the trainable head, and the exact path of both."""
+    """Yield a row for each screen with a frozen head, the trainable head, and both exact paths."""
     launches = launches_for(chip, case.hidden_states.dtype)
     for screen in ("exact", *EIGHT_BITS):
         chosen = launches_for(chip, case.hidden_states.dtype, EIGHT_BITS.get(screen))
@@ -83,7 +83,7 @@ def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
 
 
 def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = None) -> dict:
-    """The launch table's sizes by stage; ``screen`` is its dtype where it has 8 bits."""
+    """Return the launch table's sizes by stage; ``screen`` is its dtype if it has 8 bits."""
     from str_kernels.backends.triton.launch import launch_for
 
     arch = int(chip) if chip.isdecimal() else chip
@@ -93,7 +93,7 @@ def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = Non
 
 
 def live_counts(case: Case, screen: str) -> list[Tensor]:
-    """Live rows of each tile ``[T]``, for each block of rows that the Triton backend would take.
+    """Count live rows of each tile ``[T]``, for each block of rows that the Triton backend takes.
 
     Operands are rounded as the screen rounds them and then multiplied in fp32, as the kernels'
     accumulators do; torch's own half-precision product would round the logits too.
@@ -118,7 +118,7 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
 
 
 def exact_stages(shape: work.Shape, launches: dict) -> list[work.Work]:
-    """The exact path with the backend's own budget."""
+    """Return the stages of the exact path with the backend's own budget."""
     from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 
     return work.exact(shape, launches, DEFAULT_BYTE_BUDGET // 2)
@@ -164,7 +164,7 @@ def _row(
 
 
 def text(rows: list[dict]) -> str:
-    """A table for each case, then the peers' formulas."""
+    """Write a table for each case, then the peers' formulas."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in KEYS[:4]), []).append(row)

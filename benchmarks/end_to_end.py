@@ -1,4 +1,4 @@
-"""LoRA steps of a whole model, patched and not: tokens a second, peak memory of the process.
+"""Measure LoRA steps of a whole model, patched and not: tokens a second, peak memory.
 
 Each measurement is a process of its own under a memory limit, so that one that does not fit is a
 row that says so. Example: python -m benchmarks.end_to_end --model ./gemma --contexts 1024,4096
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def isolated(args: argparse.Namespace, method: str, context: int) -> dict[str, Any]:
-    """Run the worker; its row, or the reason why there is none."""
+    """Run the worker; return its row, or the reason why there is none."""
     command = [sys.executable, "-m", "benchmarks.end_to_end", "--worker", method]
     for name in ("model", "dtype", "steps", "limit_gib"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -87,7 +87,7 @@ def isolated(args: argparse.Namespace, method: str, context: int) -> dict[str, A
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    """One process: load, patch, train some steps on Python's manual."""
+    """Load, patch, and train some steps on Python's manual, in a process of its own."""
     import resource
 
     limit = int(args.limit_gib * 2**30)
@@ -128,7 +128,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict]) -> str:
-    """A line for each process."""
+    """Make a table with a line for each process."""
     lines = []
     for row in rows:
         line = [row["model"], f"{row['context']:,}", row["method"], row["dtype"]]
@@ -142,7 +142,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Tokens a second and peak memory against the context."""
+    """Draw tokens a second and peak memory by context."""
     figure, axes = plots.new_figure(2, width=5.0)
     for method in METHODS:
         line = [r for r in rows if r["method"] == method and "peak_bytes" in r]

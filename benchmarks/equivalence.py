@@ -82,7 +82,7 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:
-    """Every kind and head of one seed."""
+    """Train every kind and head of one seed that has no row yet."""
     if all(found.has(**where, kind=kind, head=head) for kind in KINDS for head in HEADS):
         return
     full, lora = batches(tokens, where["steps"])
@@ -104,7 +104,7 @@ def measure(found: Results, tokens: Tensor, where: dict[str, Any]) -> None:
 
 
 def new_model(seed: int) -> nn.Module:
-    """A Llama of random weights with ``VOCAB`` tokens, untied."""
+    """Build an untied Llama of random weights with ``VOCAB`` tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -123,7 +123,7 @@ def new_model(seed: int) -> nn.Module:
 
 
 def with_lora(model: nn.Module, seed: int) -> nn.Module:
-    """An adapter on a copy of the model."""
+    """Copy the model and add an adapter."""
     from str_kernels.training.lora import add_lora
 
     torch.manual_seed(seed)
@@ -133,9 +133,9 @@ def with_lora(model: nn.Module, seed: int) -> nn.Module:
 def train(
     model: nn.Module, text: Tensor, settings: dict[str, Any] | None, rate: float
 ) -> tuple[list[float], float]:
-    """Loss of every step on ``text [steps, B, L]``, and the tiles' live share in the last quarter.
+    """Train on ``text [steps, B, L]``; return every loss, and the last quarter's live share.
 
-    ``settings`` are those of ``patch_model``; None: unpatched.
+    ``settings`` are those of ``patch_model``; None leaves the model unpatched.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     patch = None if settings is None else patch_model(model, **settings)
@@ -153,13 +153,13 @@ def train(
 
 
 def synthetic_tokens(steps: int) -> Tensor:
-    """Two languages of ``VOCAB`` words, one after the other, in which few words are frequent.
+    """Make two languages of ``VOCAB`` words, one after the other, with few frequent words.
 
     Each word has four that like to follow it, in the second language others than in the first.
     """
     g = torch.Generator().manual_seed(0)
-    # steeper than Zipf's law, whose tail would keep every one of so few tiles live; in a mixed
-    # order, or the frequent words would be one tile, and outside it would be nothing but the tail
+    # This is steeper than Zipf's law, whose tail would keep every one of so few tiles live. The
+    # order is mixed, since in rank order one tile would hold all frequent words.
     frequency = torch.arange(1, VOCAB + 1)[torch.randperm(VOCAB, generator=g)] ** -2.0
     count = steps * BATCH * LENGTH
     tokens = [0]
@@ -174,14 +174,14 @@ def synthetic_tokens(steps: int) -> Tensor:
 
 
 def word_tokens(path: Path) -> Tensor:
-    """Words of a text by their rank; what is rarer than the ``VOCAB`` most frequent is one word."""
+    """Number a text's words by rank; those beyond the ``VOCAB`` most frequent share one number."""
     words = path.read_text(encoding="utf-8").split()
     rank = {word: i for i, (word, _) in enumerate(Counter(words).most_common(VOCAB - 1))}
     return torch.tensor([rank.get(word, VOCAB - 1) for word in words])
 
 
 def batches(tokens: Tensor, steps: int) -> Tensor:
-    """``[2, steps, B, L]``: the text of both kinds, from the two halves; a short text repeats."""
+    """Return ``[2, steps, B, L]``: a half of the text for each kind; a short text repeats."""
     need = steps * BATCH * LENGTH
     halves = tokens[: len(tokens) // 2 * 2].view(2, -1)
     halves = halves.repeat(1, -(-need // halves.shape[1]))[:, :need]
@@ -189,15 +189,15 @@ def batches(tokens: Tensor, steps: int) -> Tensor:
 
 
 def share_of_spread(curves: Tensor, truth: Tensor) -> float:
-    """Distance of curves ``[S, steps]`` of S seeds from ``truth``, in that between seeds.
+    """Return the distance of curves ``[S, steps]`` from ``truth``, relative to that between seeds.
 
-    The rms over steps and seeds, in units of the rms of the seeds' standard deviation at a step.
+    It is the rms over steps and seeds, divided by the rms of the seeds' standard deviation.
     """
     return ((curves - truth).square().mean().sqrt() / truth.std(0).square().mean().sqrt()).item()
 
 
 def table(rows: list[dict], kinds: dict[str, str]) -> str:
-    """A line for each kind and head but the materialised one."""
+    """Make a table with a line for each kind and head except the materialised one."""
     lines = []
     for kind, title in kinds.items():
         curves = curves_of(rows, kind)
@@ -217,7 +217,7 @@ def table(rows: list[dict], kinds: dict[str, str]) -> str:
 
 
 def curves_of(rows: list[dict], kind: str) -> dict[str, Tensor]:
-    """Losses ``[S, steps]`` of each head, the materialised one among them."""
+    """Return losses ``[S, steps]`` of each head, the materialised one included."""
     here = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["seed"])
     return {
         head: torch.tensor([row["losses"] for row in here if row["head"] == head])
@@ -226,7 +226,7 @@ def curves_of(rows: list[dict], kind: str) -> dict[str, Tensor]:
 
 
 def draw(rows: list[dict], kinds: dict[str, str], path: Path) -> None:
-    """Above: the materialised head's curves; each other head's distance from them, by step."""
+    """Draw the materialised head's curves, and the other heads' distance from them by step."""
     figure, axes = plots.new_figure(2 * len(kinds), width=4.2, height=3.6)
     for at, (kind, title) in enumerate(kinds.items()):
         curves = curves_of(rows, kind)

@@ -1,7 +1,7 @@
 """Does the filter train the same adapter? LoRA on a real model, its vocabulary indexed by default.
 
-The small models of ``benchmarks.equivalence`` have few tiles, and most stay live; of a real
-vocabulary a few hundredths do. The measure is the same: curves step by step, in units of the
+The small models of ``benchmarks.equivalence`` have few tiles, and most stay live; in a real
+vocabulary a few in a hundred do. The measure is the same: curves step by step, in units of the
 distance between seeds, which here differ in the adapter's first weights alone.
 
 Example: python -m benchmarks.equivalence_model --model ./gemma --data answers.jsonl
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measure(found: Results, args: argparse.Namespace, where: dict[str, Any]) -> None:
-    """Every head of every seed, the same batches for all."""
+    """Train every head of every seed on the same batches."""
     todo = [
         (seed, head)
         for seed in range(args.seeds)
@@ -79,13 +79,13 @@ def measure(found: Results, args: argparse.Namespace, where: dict[str, Any]) -> 
 
 
 def indexed(head: str) -> dict[str, Any] | None:
-    """The head's settings with the index that the patch makes by itself."""
+    """Return the head's settings with the index that the patch makes by itself."""
     settings = HEADS[head]
     return None if settings is None else {**settings, "index": "auto"}
 
 
 def packed(data: Path, tokenizer: Any, steps: int) -> Tensor:
-    """``[steps, 1, LENGTH]`` of whole conversations end to end; a short file repeats."""
+    """Join conversations end to end into ``[steps, 1, LENGTH]``; a short file repeats."""
     sequences = encode_file(data, read_numbered(data), tokenizer, max_length=4096).sequences
     ids = [token for sequence in sequences for token in sequence.input_ids]
     need = steps * LENGTH

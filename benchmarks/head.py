@@ -1,4 +1,4 @@
-"""The head beside every peer: time in GEMMs, peak memory, errors against fp64.
+"""Measure the head beside every peer: time in GEMMs, peak memory, errors against fp64.
 
 Example: python -m benchmarks.head --model ./gemma --data answers.jsonl --dtype bfloat16
 """
@@ -30,10 +30,7 @@ def main() -> None:
             budget_s=args.budget,
             advance=lambda name: say(f"  {name}"),
         )
-    groups: dict[tuple, list] = {}
-    for row in found.rows:
-        groups.setdefault(tuple(row[key] for key in KEYS[1:]), []).append(row)
-    for path in publish(list(groups.values()), args.out, "head"):
+    for path in publish(found):
         say(f"saved {path}")
 
 

@@ -1,8 +1,8 @@
-"""Does the rule judge agree with people? Their judgements against its own, part by part.
+"""Count how often the rule judge agrees with people, part by part.
 
 A row belongs to a part by the hash of its prompt. The rules were written while reading the first
-half; a quarter was read once they stood, and mended them a little; the last was never read, and
-is the honest figure.
+half; a quarter was read afterwards, and corrected them a little; the last quarter was never read,
+and its figure is the one to quote.
 
 Example: python -m benchmarks.judge --data judged_completions.jsonl
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def agreement(rows: list[dict[str, str]], part: str) -> dict[str, Any]:
-    """Refusal or not, where people saw one of both, and every judgement beside theirs."""
+    """Count agreement on refusal or not, and every judgement beside people's."""
     told = {label: dict.fromkeys((o.value for o in Outcome), 0) for label in LABELS}
     for row in rows:
         if part_of(row["prompt"]) == part:
@@ -55,7 +55,7 @@ def agreement(rows: list[dict[str, str]], part: str) -> dict[str, Any]:
 
 
 def part_of(prompt: str) -> str:
-    """Half of the prompts, a quarter, a quarter."""
+    """Return the part of a prompt: a half, a quarter and a quarter of them."""
     number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
     return PARTS[0 if number % 2 == 0 else 1 + (number >> 1) % 2]
 

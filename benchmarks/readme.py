@@ -1,4 +1,4 @@
-"""Write the README's measured tables anew from the committed results.
+"""Write the README's measured tables from the committed results.
 
 Example: python -m benchmarks.readme
 """
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def section() -> str:
-    """The tables, from ``benchmarks/results``."""
+    """Make the tables from ``benchmarks/results``."""
     return "\n\n".join([_safety(), _head(), f"{_gpu()} {_counted()}", _architectures()])
 
 
@@ -116,7 +116,7 @@ def _judge() -> str:
 
 
 def _rates(group: Group) -> list[str]:
-    """Refused, look-alikes refused, accuracy."""
+    """Return the shares refused, look-alikes refused, and right."""
     rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
     return [f"{100 * rate.value:.0f} %" for rate in rates]
 

@@ -1,4 +1,4 @@
-"""Predicted times on GPUs that were not at hand, from counted work; nothing here was measured.
+"""Predict times on GPUs from counted work; nothing here is measured.
 
 A stage takes at least as long as its operations at the published dense peak and as its bytes at the
 published memory bandwidth, whichever is longer; stages follow one another. Real kernels reach a
@@ -19,7 +19,7 @@ from str_kernels.bench.rows import read_rows
 
 
 class Chip(NamedTuple):
-    """Dense peaks in TFLOP/s (TOP/s), fp32 sums; memory in TB/s. None: no such instruction.
+    """A chip's dense peaks in TFLOP/s (TOP/s), memory in TB/s; None: it has no such instruction.
 
     ``fp32`` is that of torch's products with tf32 off, as it is by default.
     """
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def predict(row: dict, name: str) -> dict | None:
-    """Milliseconds of a counted row on a chip; None where it has no instruction for the screen.
+    """Predict a counted row on a chip; None if it has no instruction for the screen.
 
     ``ms``: atomics stay in L2. ``ms_spilled``: every added byte goes to memory and back.
     ``product_ms``: the bare product, at peak. ``cache_tb_s`` of a stage: what L2 must deliver if
@@ -93,7 +93,7 @@ def predict(row: dict, name: str) -> dict | None:
 
 
 def least_rate(exact: dict, eight: dict) -> float:
-    """How much faster than the 16-bit peak 8-bit products must run before their screen pays."""
+    """Return how much faster than the 16-bit peak 8-bit products must run to pay."""
     others = eight["ms"] - _longest(eight, "screen")
     return eight["product_ms"] / (exact["ms"] - others)
 
@@ -103,7 +103,7 @@ def _longest(row: dict, stage: str) -> float:
 
 
 def text(rows: list[dict]) -> str:
-    """A table for each case; then the peaks and where they come from."""
+    """Write a table for each case, then the peaks and where they come from."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["dtype"], row["rows"]), []).append(row)

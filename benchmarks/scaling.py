@@ -1,4 +1,4 @@
-"""Time and peak memory against N and V, log-log, with fitted exponents; synthetic states.
+"""Measure time and peak memory by N and by V on synthetic states, and fit exponents.
 
 Example: python -m benchmarks.scaling --dtype bfloat16
 """
@@ -52,12 +52,12 @@ def main() -> None:
 
 
 def exponent(xs: list[float], ys: list[float]) -> float:
-    """Slope of the least-squares line through the logarithms."""
+    """Return the slope of the least-squares line through the logarithms."""
     return statistics.linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Seconds and MiB against N and against V."""
+    """Draw seconds and MiB by N and by V."""
     figure, axes = plots.new_figure(4, width=4.0)
     for pair, axis_name in ((axes[:2], "N"), (axes[2:], "V")):
         for contender in dict.fromkeys(row["contender"] for row in rows):

@@ -1,6 +1,6 @@
-"""What the constraint adds to the fused head, by K and kind: timed in turns with no constraint.
+"""Measure what the constraint adds to the fused head, by K and kind, in turns with none.
 
-The results also have rows of a kind (``floor``) and of a reference (static) that are gone.
+The results also have rows of a removed kind (``floor``) and a removed reference (static).
 
 Example: python -m benchmarks.str_overhead --model ./gemma --data answers.jsonl
 """
@@ -79,7 +79,7 @@ def overhead(case: Case, k: int, kind: str, args: Namespace) -> dict[str, float 
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Added share against K; a panel for each case."""
+    """Draw the added share by K, in a panel for each case."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
     figure, axes = plots.new_figure(len(names), width=5.0)
     for axis, name in zip(axes, names, strict=True):

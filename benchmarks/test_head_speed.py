@@ -1,6 +1,6 @@
-"""Forward and backward of each head by pytest-benchmark: pytest benchmarks/test_head_speed.py.
+"""Time each head's forward and backward: pytest benchmarks/test_head_speed.py.
 
-Not part of the tests (`testpaths`); the error is asserted before the time is taken.
+This is not part of the tests (`testpaths`). The error is asserted before the time is taken.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SHAPE = (512, 16384, 256)
 
 @pytest.fixture(scope="module")
 def problem():
-    """A synthetic case and its fp64 truth."""
+    """Return a synthetic case and its fp64 truth."""
     case = synthetic(*SHAPE)
     return case, truth_of(case)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_forward_and_backward(benchmark, problem, name):
-    """Right to 1 % in the gradient, then timed."""
+    """Assert 1 % of error in the gradient, then time."""
     case, truth = problem
     contender = CONTENDERS[name]
     reason = contender.missing()
@@ -32,6 +32,6 @@ def test_forward_and_backward(benchmark, problem, name):
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     outcome = contender.run(case)
-    if name != "ours-str":  # whose loss is another
+    if name != "ours-str":  # its loss has another term
         assert errors(truth, *outcome)["hidden_error"] < 0.01
     benchmark.pedantic(contender.run, args=(case,), rounds=5, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""What the Triton kernels issue, by formula: operations and bytes of every stage.
+"""Compute what the Triton kernels issue by formula: operations and bytes of every stage.
 
 Stage: shape, live rows of each tile, launch sizes → ``Work`` of each stage. A product of blocks
 costs what its blocks are wide, rows that are only padding included; ``tests/triton/interpreted/
@@ -74,7 +74,7 @@ class Work(NamedTuple):
 
 
 def total(works: Iterable[Work]) -> list[Work]:
-    """Stages of the same name and unit added up, in their first order."""
+    """Add up stages of the same name and unit, in their first order."""
     found: dict[tuple[str, str], Work] = {}
     for work in works:
         key = work[:2]
@@ -85,7 +85,7 @@ def total(works: Iterable[Work]) -> list[Work]:
 
 
 def gemms(works: Iterable[Work], shape: Shape) -> float:
-    """In bare products; an operation on 8 bits is half of one."""
+    """Return the work in bare products; an operation on 8 bits counts half."""
     parts = (work.operations * (0.5 if work.unit == "8 bits" else 1.0) for work in works)
     return sum(parts) / shape.gemm
 
@@ -98,9 +98,9 @@ def routed(
     eight_bits: bool = False,
     kept: bool = False,
 ) -> list[Work]:
-    """Forward and backward with a frozen head, of one block of rows: ``counts [T]`` live rows.
+    """List a block's forward and backward with a frozen head; ``counts [T]`` are live rows.
 
-    ``eight_bits``: of the screen; ``kept``: the index keeps W's quantised rows.
+    ``eight_bits``: the screen has 8 bits; ``kept``: the index keeps W's quantised rows.
     """
     return [
         *([_quantise(shape, kept)] if eight_bits else []),
@@ -113,7 +113,7 @@ def routed(
 
 
 def routed_weight(shape: Shape, counts: Tensor, launches: dict[str, Launch]) -> list[Work]:
-    """What a trainable head adds, of all rows at once: ``counts [T]``."""
+    """List what a trainable head adds, for all rows at once: ``counts [T]``."""
     live, wide = int(counts.sum()), -(-shape.dim // launches["weight"].block_e)
     pairs = 4 * shape.pairs
     listing = Work("weight lists", "fp32", 0, pairs, 4 * live + 4 * shape.tiles, 0, pairs)
@@ -126,7 +126,7 @@ def routed_weight(shape: Shape, counts: Tensor, launches: dict[str, Launch]) -> 
 
 
 def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[Work]:
-    """Forward and backward with a frozen head, every logit computed."""
+    """List forward and backward with a frozen head and every logit computed."""
     rows, _, dim, size = shape
     first, second = launches["softmax"], launches["expected"]
     logits, wide = shape.pairs * TILE * size, -(-dim // second.block_e)
@@ -158,13 +158,13 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
-    """What a trainable head adds to it: the logits again, and ``dzᵀ H``."""
+    """List what a trainable head adds to it: the logits again, and ``dzᵀ H``."""
     every = torch.full((shape.tiles,), shape.rows)
     return _weight(shape, every, launches, 0, ordered=False)
 
 
 def _quantise(shape: Shape, kept: bool) -> Work:
-    """Every row is read twice, the second time from a cache."""
+    """Count that every row is read twice, the second time from a cache."""
     rows = shape.rows + (0 if kept else shape.vocab)
     read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
     others = 0
@@ -174,7 +174,7 @@ def _quantise(shape: Shape, kept: bool) -> Work:
 
 
 def _combine(shape: Shape, parts: int) -> Work:
-    """Expected rows, dead pairs' where there are two parts, and the label's; out in one pass."""
+    """Count expected rows, the label's, and with two parts the dead pairs', in one pass."""
     loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
     return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
 
@@ -198,13 +198,13 @@ def _screen(shape: Shape, launch: Launch, eight_bits: bool) -> Work:
 
 
 def _from_memory(shape: Shape, launch: Launch) -> int:
-    """W once for each group of blocks of rows, H once."""
+    """Return the bytes of W, once for each group of blocks of rows, and of H, once."""
     groups = -(-shape.rows // (GROUP * launch.block_r))
     return groups * shape.head + shape.states
 
 
 def _route(shape: Shape, counts: Tensor) -> Work:
-    """The masses are read twice and written once; the rest is lists and rows."""
+    """Count masses, read twice and written once, lists and rows."""
     pairs, listed = 4 * shape.pairs, 4 * int(counts.sum())
     loaded = 5 * pairs + 4 * shape.rows + 4 * shape.tiles * (shape.tiles + 1)
     stored = pairs + listed + 8 * shape.rows + 4 * shape.tiles
@@ -225,7 +225,7 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
 
 
 def _dead(stage: str, shape: Shape) -> Work:
-    """``[R, T] @ [T, D]``, a product of torch's; in bf16 where the operands have 16 bits."""
+    """Count ``[R, T] @ [T, D]``, torch's product, in bf16 if the operands have 16 bits."""
     sums = shape.states
     loaded = 4 * shape.pairs + 4 * shape.tiles * shape.dim
     operations = 2 * shape.pairs * shape.dim
@@ -264,10 +264,10 @@ def _weight(
 
 
 def _chunks(counts: Tensor, block: int) -> int:
-    """Blocks of a tile's live rows, the last of each tile padded."""
+    """Count blocks of the tiles' live rows; each tile's last one is padded."""
     return int((-(-counts.long() // block)).sum())
 
 
 def _product(blocks: int, rows: int, dim: int, step: int) -> int:
-    """Operations of ``blocks`` products of ``rows`` × a tile × D in whole steps."""
+    """Return the operations of ``blocks`` products of ``rows`` × a tile × D in whole steps."""
     return 2 * blocks * rows * TILE * -(-dim // step) * step

@@ -125,18 +125,17 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    traced = torch.compiler.is_compiling() and backend != "dense"
-    rows = (traced_terms if traced else row_terms)(
-        hidden_states,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-        index=index,
-        backend=backend,
-    )
+    others = {
+        "bias": bias,
+        "reference": reference,
+        "position_weights": position_weights,
+        "index": index,
+        "backend": backend,
+    }
+    if torch.compiler.is_compiling() and backend != "dense":
+        rows = traced_terms(hidden_states, weight, labels, options, **others)
+    else:
+        rows = row_terms(hidden_states, weight, labels, options, **others)
     loss, parts = reduce_terms(
         rows,
         labels,

@@ -8,8 +8,10 @@ with known shapes; inside, the engine's own forward and backward run, as in eage
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -33,36 +35,7 @@ from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import check_inputs, flatten, gradients_needed, tiles_for, unflatten
 from str_kernels.vocabulary import VocabularyIndex
 
-
-class Operands(NamedTuple):
-    """Every tensor that enters the operator: `Head`, `RowInputs` and the index's."""
-
-    hidden_states: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    reference: Tensor | None
-    position_weights: Tensor | None
-    order: Tensor | None
-    mean_rows: Tensor | None
-    sample: Tensor | None
-    quantised: Tensor | None
-    row_scales: Tensor | None
-
-    @property
-    def head(self) -> Head:
-        """Hidden states, weight and bias."""
-        return Head(*self[:3])
-
-    @property
-    def inputs(self) -> RowInputs:
-        """The constants of the rows."""
-        return RowInputs(*self[3:6])
-
-    @property
-    def index(self) -> VocabularyIndex | None:
-        """The vocabulary index, if one was given."""
-        return None if self.order is None else VocabularyIndex(*self[6:])
+_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales")  # of a `VocabularyIndex`
 
 
 class Outputs(NamedTuple):
@@ -92,14 +65,15 @@ class Outputs(NamedTuple):
 class Settings:
     """What the operator is told besides the tensors; it travels as a string.
 
-    ``needs``: which of hidden states, weight and bias need a gradient; ``dtype``: by name, the
-    dtype of the hidden states.
+    ``needs``: which of hidden states, weight and bias need a gradient; ``dtype``: the name of
+    the dtype of the hidden states; ``autocast``: whether the caller runs under it.
     """
 
     options: LossOptions
     backend: str
     needs: tuple[bool, bool, bool]
     dtype: str
+    autocast: bool = False
 
     @staticmethod
     @cache
@@ -177,13 +151,13 @@ def traced_terms(
     """
     if not isinstance(backend, str):
         raise ValueError(f"backend={backend!r}: compiled code takes a name, not an instance.")
-    flat, inputs = flatten(hidden_states, labels, reference, position_weights)
-    head = Head(flat, weight, bias)
-    parts = (None,) * 5
-    if index is not None:
-        parts = (index.order, index.mean_rows, index.sample, index.quantised, index.row_scales)
-    dtype = str(flat.dtype).removeprefix("torch.")
-    text = _as_json(Settings(options, backend, gradients_needed(head), dtype))
+    head, inputs = flatten(
+        Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
+    )
+    parts = [None if index is None else getattr(index, name) for name in _INDEX]
+    dtype = str(head.hidden_states.dtype).removeprefix("torch.")
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    text = _as_json(Settings(options, backend, gradients_needed(head), dtype, autocast))
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
     statistics = Statistics(
         lse=found.lse,
@@ -197,23 +171,24 @@ def traced_terms(
     return unflatten(terms, hidden_states.shape[:-1])
 
 
+def _records(tensors: Sequence[Tensor | None]) -> tuple[Head, RowInputs, VocabularyIndex | None]:
+    """The operator's tensors by name."""
+    rest = iter(tensors)
+    head, inputs = (kind(*islice(rest, len(kind._fields))) for kind in (Head, RowInputs))
+    index = dict(zip(_INDEX, rest, strict=True))
+    return head, inputs, None if index["order"] is None else VocabularyIndex(**index)
+
+
 def _forward(*arguments: Any) -> Outputs:
-    operands, settings = Operands(*arguments[:-1]), Settings.from_text(arguments[-1])
-    device, index = operands.hidden_states.device, operands.index
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        check_inputs(
-            operands.hidden_states,
-            operands.weight,
-            operands.labels,
-            settings.options,
-            bias=operands.bias,
-            reference=operands.reference,
-            position_weights=operands.position_weights,
-            index=index,
-        )
-        resolved = settings.resolved(device, indexed=index is not None)
-        tiles = tiles_for(operands.weight, index, resolved)
-        terms, kept = forward_rows(operands.head, operands.inputs, tiles, resolved)
+    head, inputs, index = _records(arguments[:-1])
+    settings, device = Settings.from_text(arguments[-1]), head.weight.device
+    with torch.no_grad():
+        with torch.autocast(device.type, enabled=settings.autocast):
+            check_inputs(head, inputs, settings.options, index)
+        with torch.autocast(device.type, enabled=False):
+            resolved = settings.resolved(device, indexed=index is not None)
+            tiles = tiles_for(head.weight, index, resolved)
+            terms, kept = forward_rows(head, inputs, tiles, resolved)
     return _padded(terms, kept, resolved)
 
 
@@ -249,8 +224,8 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
 
 
 def _forward_fake(*arguments: Any) -> Outputs:
-    operands, settings = Operands(*arguments[:-1]), Settings.from_text(arguments[-1])
-    hidden, safety = operands.hidden_states, settings.options.safety
+    hidden, settings = arguments[0], Settings.from_text(arguments[-1])
+    safety = settings.options.safety
     count, dtype = hidden.shape[0], accumulator(hidden.dtype)
 
     def make(*shape: int, dtype: torch.dtype = dtype, there: bool = True) -> Tensor:
@@ -276,13 +251,14 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    operands, ctx.text, found = Operands(*inputs[:-1]), inputs[-1], Outputs(*output)
+    (head, constants, _), found = _records(inputs[:-1]), Outputs(*output)
+    ctx.text = inputs[-1]
     trained = Settings.from_text(ctx.text).trained
     kept = Kept(
-        *operands.inputs,
-        weight=operands.weight,
-        hidden_states=operands.hidden_states if trained else None,
-        bias=operands.bias if trained else None,
+        *constants,
+        weight=head.weight,
+        hidden_states=head.hidden_states if trained else None,
+        bias=head.bias if trained else None,
         lse=found.lse,
         safety_logits=found.safety_logits,
         rows=found.rows,
@@ -301,7 +277,7 @@ def _backward_rule(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *
     )
     needs = Settings.from_text(ctx.text).needs
     of_head = (x if need else None for x, need in zip(gradients, needs, strict=True))
-    return (*of_head, *(None,) * (len(Operands._fields) - len(Head._fields)), None)
+    return (*of_head, *(None,) * len(RowInputs._fields + _INDEX), None)
 
 
 def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
@@ -343,11 +319,12 @@ def _schema(record: type[NamedTuple]) -> str:
 
 def _register() -> None:
     results = ", ".join("Tensor" for _ in Outputs._fields)
+    of_index = ", ".join(f"Tensor? {name}" for name in _INDEX)
     upstream = "Tensor grad_cross_entropy, Tensor grad_penalty"
     for name, schema, run, fake in (
         (
             "str_kernels::fused_terms",
-            f"({_schema(Operands)}, str settings) -> ({results})",
+            f"({_schema(Head)}, {_schema(RowInputs)}, {of_index}, str settings) -> ({results})",
             _forward,
             _forward_fake,
         ),

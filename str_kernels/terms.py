@@ -43,18 +43,10 @@ def row_terms(
 
     With ``entropy`` also that of each labelled position's prediction, in nats.
     """
-    check_inputs(
-        hidden_states,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-        index=index,
-    )
-    flat, inputs = flatten(hidden_states, labels, reference, position_weights)
-    head = Head(flat, weight, bias)
+    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
+    check_inputs(head, inputs, options, index)
+    head, inputs = flatten(head, inputs)
+    flat = head.hidden_states
     chosen = select_backend(backend, flat.device, flat.dtype).backend
     # the casts are decided; inside, autocast would only round fp32 scratch blocks again
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -75,46 +67,34 @@ def row_terms(
 
 
 def check_inputs(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    position_weights: Tensor | None,
-    index: VocabularyIndex | None,
+    head: Head, inputs: RowInputs, options: LossOptions, index: VocabularyIndex | None
 ) -> None:
-    """Everything that the boundary refuses; see ``linear_cross_entropy``."""
+    """Refuse bad input; see ``linear_cross_entropy`` for shapes and errors."""
     validate_loss_inputs(
-        hidden_states,
-        weight,
-        labels,
+        head.hidden_states,
+        head.weight,
+        inputs.labels,
         options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
+        bias=head.bias,
+        reference=inputs.reference,
+        position_weights=inputs.position_weights,
     )
     if index is None:
         return
     if not isinstance(index, VocabularyIndex):
         raise ValueError(f"index={index!r}: must be a VocabularyIndex or None.")
-    index.check(weight)
+    index.check(head.weight)
 
 
-def flatten(
-    hidden_states: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    position_weights: Tensor | None,
-) -> tuple[Tensor, RowInputs]:
-    """``[..., D]`` → ``[N, D]``, cast as autocast demands, and the rows' constants."""
-    flat = _autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
+def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
+    """``[..., ·]`` → ``[N, ·]``, hidden states cast as autocast demands."""
+    hidden, (labels, reference, weights) = head.hidden_states, inputs
     if reference is not None and reference.dim() > 1:
         reference = reference.reshape(-1, reference.shape[-1])
-    if position_weights is not None:
-        position_weights = position_weights.reshape(-1)
-    return flat, RowInputs(labels.reshape(-1).long(), reference, position_weights)
+    if weights is not None:
+        weights = weights.reshape(-1)
+    head = head._replace(hidden_states=_autocast(hidden).reshape(-1, hidden.shape[-1]))
+    return head, RowInputs(labels.reshape(-1).long(), reference, weights)
 
 
 def gradients_needed(head: Head) -> tuple[bool, bool, bool]:

@@ -135,3 +135,10 @@ def test_an_exact_pass_is_said(caplog):
     case = make_case()
     case.hidden_states = 1.5 * case.hidden_states
     torch.testing.assert_close(got["loss"], 2.0 * case.truth()["loss"])
+
+
+def test_under_autocast():
+    """A weight in fp32 meets hidden states in bf16, as it does in eager code."""
+    case = make_case(bias=True).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(*compiled(case), 1e-6)

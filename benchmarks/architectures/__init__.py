@@ -1,1 +1,1 @@
-"""Every architecture of transformers, tiny, patched against unpatched: what fuses and what not."""
+"""Compare a tiny model of every architecture of transformers, patched and unpatched."""

@@ -1,4 +1,4 @@
-"""One architecture, patched against unpatched: everything that a user would notice."""
+"""Compare one architecture, patched and unpatched, in everything that a user would notice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLOOR = 1e-3
 
 @dataclass
 class Finding:
-    """What became of one architecture.
+    """What the comparison found of one architecture.
 
     Attributes:
         outcome: ``fused``, ``falls back`` (right, by way of the real logits), ``refused``,
@@ -54,13 +54,13 @@ class Finding:
     generates: bool | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain JSON types."""
         row = asdict(self)
         return row | {"errors": {name: float(f"{x:.2g}") for name, x in self.errors.items()}}
 
 
 def examine(model_type: str, task: str = "causal") -> Finding:
-    """Build, patch, compare, take off; never raises for what a model does."""
+    """Build, patch, compare, unpatch; what the model raises becomes the outcome."""
     found = Finding(model_type, task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,7 +113,7 @@ def _compare(
 
 
 def make_inputs(model: nn.Module) -> dict[str, Any]:
-    """Token ids, a mask with padding at the end of the second row, labels without the prompt."""
+    """Make token ids, a mask with padding after the second row, labels without the prompt."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(10, VOCAB - 10, (ROWS, LENGTH), generator=g)
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -140,7 +140,7 @@ def make_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def measure(model: nn.Module, inputs: dict[str, Any], mode: str) -> dict[str, Tensor]:
-    """Loss, logits and every gradient, by name; the same random draws every time."""
+    """Return loss, logits and every gradient by name; the random draws are always the same."""
     model.train(mode == "train")
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
@@ -155,7 +155,7 @@ def measure(model: nn.Module, inputs: dict[str, Any], mode: str) -> dict[str, Te
 
 
 def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-    """Greedy tokens after a prompt, or None where the model has no way to make any."""
+    """Return greedy tokens after a prompt; None if the model cannot make any."""
     prompt = inputs["input_ids"][:1, :6]
     try:
         return model.eval().generate(
@@ -167,7 +167,7 @@ def generate(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
 
 @contextmanager
 def watched() -> Iterator[dict[str, Any]]:
-    """What the patch does in this block: scales folded, logits built and by whom."""
+    """Record what the patch does in this block: scales it folds, logits it builds and for whom."""
     seen: dict[str, Any] = {"scaled": False, "built": []}
     loss, read = LabelledForward.cross_entropy, LabelledForward.logits_read
 
@@ -187,7 +187,7 @@ def watched() -> Iterator[dict[str, Any]]:
 
 
 def _sees_a_dropped_scale(model: nn.Module, inputs: dict, want: dict[str, Tensor]) -> bool:
-    """Whether the comparison, and the patch's own trial, notice a scale that is not folded."""
+    """Return whether the comparison and the patch's own check notice a scale that is dropped."""
     with mock.patch.object(recording, "_times", lambda fold, other, divide: fold):
         patch_model(model, verify=False)
         got = measure(model, inputs, "eval")
@@ -202,9 +202,9 @@ def _sees_a_dropped_scale(model: nn.Module, inputs: dict, want: dict[str, Tensor
 def _differences(
     mode: str, want: dict[str, Tensor], got: dict[str, Tensor], again: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Of the loss, and the largest of the gradients; what a model does to itself is no error.
+    """Return the loss's difference and the gradients' largest, without what is not reproducible.
 
-    ``again``: a second measurement without the patch; a few models are not reproducible.
+    ``again`` is a second measurement without the patch, which shows what is not.
     """
     names = set(want) - {"logits"}
     if names != set(got) - {"logits"}:
@@ -220,7 +220,7 @@ def _differences(
 
 
 def relative(got: Tensor, want: Tensor, floor: float | Tensor = 1e-12) -> float:
-    """Size of the difference, relative to what it should be."""
+    """Return the norm of the difference, relative to that of ``want``."""
     if got.shape != want.shape:
         return torch.inf
     difference = torch.where(got == want, 0, got.double() - want.double())  # -inf masks are equal
@@ -229,7 +229,7 @@ def relative(got: Tensor, want: Tensor, floor: float | Tensor = 1e-12) -> float:
 
 
 def values_of(logits: Tensor) -> Tensor:
-    """The values, whether they are there yet or not."""
+    """Return the values; deferred ones are computed."""
     return (logits.materialise() if isinstance(logits, DeferredLogits) else logits).detach()
 
 

@@ -1,4 +1,4 @@
-"""The table of architectures, made of the rows that were saved."""
+"""Make the table of architectures from the rows that were saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = {"causal": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextT
 
 
 def markdown(folder: Path = RESULTS) -> str:
-    """Counts, everything that is not fused with its reason, then the fused ones by name."""
+    """Write counts, what is not fused with its reason, then the names of what is."""
     head, found = read_rows(folder / FILE, SCHEMA)
     lines = [
         "# Architectures, patched against unpatched",

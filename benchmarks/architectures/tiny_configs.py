@@ -1,4 +1,4 @@
-"""A tiny model of any architecture: the defaults of its config with every size made small.
+"""Build a tiny model of any architecture: its config's defaults with every size made small.
 
 What a field means is guessed by its name, the same in most of transformers; ``EXTRA`` has the few
 fields of the few architectures for which that is not enough.
@@ -41,7 +41,7 @@ _OPTIONAL = {  # which a small value would switch on where the default is None: 
 
 
 def build_architecture(model_type: str, task: str = "causal") -> nn.Module:
-    """A tiny model with random weights, fp32, its logits some units apart; evaluation mode."""
+    """Build a tiny random fp32 model in evaluation mode, its logits some units apart."""
     config = tiny_config(model_type)
     torch.manual_seed(0)
     if (task, model_type) in PARTS:
@@ -59,7 +59,7 @@ def build_architecture(model_type: str, task: str = "causal") -> nn.Module:
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The config of a tiny model, with its scale and softcap, if it has any, away from 1."""
+    """Return the config of a tiny model; scale and softcap, if it has any, are not 1."""
     kind = CONFIG_MAPPING[model_type]
     return kind(**_shrunk(kind(**DEFAULTS.get(model_type, {})), EXTRA.get(model_type, {})))
 
@@ -88,14 +88,14 @@ def _shrunk(default: PretrainedConfig, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_set(default: PretrainedConfig, name: str) -> bool:
-    """Whether a field may be given, and is not worked out from others."""
+    """Return whether a field may be given and is not derived from others."""
     name = type(default).attribute_map.get(name, name)
     found = getattr(type(default), name, None)
     return not isinstance(found, property) or found.fset is not None
 
 
 def _layers(default: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """One layer of every kind that the default has, and rotary sections that fit a head of 8."""
+    """Return a layer of every kind in the default, and rotary sections that fit a head of 8."""
     found: dict[str, Any] = {}
     kinds = getattr(default, "layer_types", None)
     if isinstance(kinds, list | tuple) and kinds and _is_set(default, "layer_types"):

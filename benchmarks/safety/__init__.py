@@ -1,1 +1,1 @@
-"""Does the constraint keep a model safe? Aligned, fine-tuned and asked again, on a real model."""
+"""Does the constraint keep a model safe? A real model is aligned, fine-tuned and asked again."""

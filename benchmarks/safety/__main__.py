@@ -21,6 +21,7 @@ FOLDER = RESULTS / "safety"
 
 @app.command()
 def run(
+    *,
     model: Annotated[str, typer.Option(help="Base model: local folder or Hub id.")],
     data: Annotated[Path, typer.Option(help="Folder of the JSON Lines files.", exists=True)],
     work: Annotated[Path, typer.Option(help="Folder of what can be made again.")],

@@ -26,7 +26,7 @@ DONE = "aligned.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the aligned model is made: everything first, then refusals against their look-alikes."""
+    """How the aligned model is made: from all rows, then from refusals beside their look-alikes."""
 
     learning_rate: float = 1e-4
     epochs: float = 2.0
@@ -40,9 +40,9 @@ class Recipe:
 
 
 def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """Make the aligned model, or find the one that is there made of the same.
+    """Make the aligned model, unless the folder holds one made of the same.
 
-    What was derived from another one lies in its folder, and goes with it.
+    What was derived from another one lies in its folder, and is deleted with it.
     """
     lessons, balanced = _lessons(data, recipe), _balanced(data)
     made_of = {"model": model, "recipe": asdict(recipe), "rows": _digest([*lessons, *balanced])}
@@ -58,9 +58,22 @@ def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str]
     features = encode(tokenizer, lessons, recipe.max_length)
     steps = math.ceil(recipe.epochs * len(features) / recipe.batch)
     with patch_model(base):
-        teach(base, features, steps, recipe.learning_rate, recipe, say)
-        features = encode(tokenizer, balanced, recipe.max_length)
-        teach(base, features, recipe.balance_steps, recipe.balance_rate, recipe, say)
+        teach(
+            base,
+            features,
+            steps=steps,
+            learning_rate=recipe.learning_rate,
+            recipe=recipe,
+            say=say,
+        )
+        teach(
+            base,
+            encode(tokenizer, balanced, recipe.max_length),
+            steps=recipe.balance_steps,
+            learning_rate=recipe.balance_rate,
+            recipe=recipe,
+            say=say,
+        )
     base.save_pretrained(out)
     tokenizer.save_pretrained(out)
     done.write_text(json.dumps(made_of), encoding="utf-8")
@@ -68,7 +81,7 @@ def align(model: str, data: Path, out: Path, recipe: Recipe, say: Callable[[str]
 
 
 def fingerprint(folder: Path) -> str:
-    """Of an aligned model's weights: another machine makes others of the same recipe."""
+    """Return a hash of an aligned model's weights: another machine makes others of one recipe."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -80,20 +93,19 @@ def fingerprint(folder: Path) -> str:
 def teach(
     model: torch.nn.Module,
     features: list[dict],
+    *,
     steps: int,
     learning_rate: float,
     recipe: Recipe,
     say: Callable[[str], None],
 ) -> None:
-    """Train what may be trained, with warm-up and a linear end."""
+    """Train what requires a gradient, with warm-up and a linear decay."""
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
     began, pad = time.perf_counter(), model.config.get_text_config().pad_token_id or 0
     queue = batches(features, size=recipe.batch, steps=steps, pad=pad, seed=recipe.seed)
     for step, batch in enumerate(queue):
-        warm = min(1.0, (step + 1) / max(1.0, recipe.warmup * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm * (1 - step / steps)
+        set_rate(optimizer, learning_rate, step, steps, recipe.warmup)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -102,6 +114,15 @@ def teach(
         if step % 10 == 0 or step == steps - 1:
             spent = time.perf_counter() - began
             say(f"align {step + 1}/{steps}: loss {loss.item():.3f}, {spent:.0f} s")
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: float
+) -> None:
+    """Set a step's learning rate: it rises over a share of the steps, and falls to 0 at the end."""
+    warm = min(1.0, (step + 1) / max(1.0, warmup * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * warm * (1 - step / steps)
 
 
 def _lessons(data: Path, recipe: Recipe) -> list[dict]:
@@ -114,7 +135,7 @@ def _lessons(data: Path, recipe: Recipe) -> list[dict]:
 
 
 def _balanced(data: Path) -> list[dict]:
-    """As many refusals as look-alikes, and as many instructions."""
+    """Return as many refusals and instructions as there are look-alikes."""
     amount = len(split(data, LOOKALIKES).train)
     names = (LOOKALIKES, REFUSALS, INSTRUCTIONS)
     return [row for name in names for row in split(data, name).train[:amount]]

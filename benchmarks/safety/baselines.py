@@ -1,4 +1,4 @@
-"""The nearest published methods, written plainly: they are compared for safety, not for speed.
+"""The nearest published methods are written plainly: they are compared for safety, not speed.
 
 Each takes the tuned model (a PEFT model whose adapters can be switched off) and a batch, and
 returns the penalty that joins the cross-entropy, a mean over labelled positions.
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def full_kl(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """KL of the aligned model's next token from the tuned one's, over the whole vocabulary."""
+    """Return the KL of the aligned model's next token from the tuned one's, whole vocabulary."""
     where = _labelled(batch["labels"])
     head = model.get_base_model().get_output_embeddings().weight
     tuned = F.log_softmax(_states(model, batch)[where] @ head.T, -1)
@@ -30,7 +30,9 @@ def full_kl(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def pact(model: Any, batch: dict[str, Tensor], token_ids: Tensor, header: int) -> Tensor:
-    """Subset KL to a gated mixture of two references (arXiv 2603.07445; all safety tokens alike).
+    """Return the subset KL to a gated mixture of two references (arXiv 2603.07445).
+
+    All safety tokens weigh alike.
 
     The aligned model is read twice: with the prompt and with the answer alone. Where the tuned
     model is less sure among the safety tokens than the latter, the target leans to the latter.
@@ -57,7 +59,7 @@ def pact(model: Any, batch: dict[str, Tensor], token_ids: Tensor, header: int) -
 
 
 def _labelled(labels: Tensor) -> Tensor:
-    """``[B, T]`` bool: the positions whose next token is learned."""
+    """Return ``[B, T]`` bool: the positions whose next token is learned."""
     return F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
 
@@ -68,18 +70,18 @@ def _states(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _spread(logits: Tensor) -> Tensor:
-    """Share of the safety tokens that hold ``TOP_P`` of their probability."""
+    """Return the share of the safety tokens that hold ``TOP_P`` of their probability."""
     ordered = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
     return ((ordered < TOP_P).sum(-1) + 1).to(logits.dtype) / logits.shape[-1]
 
 
 def _steps(where: Tensor) -> Tensor:
-    """How many answer positions stand before each labelled one in its row."""
+    """Count the answer positions before each labelled one in its row."""
     return (where.long().cumsum(-1) - 1)[where].float()
 
 
 def _without_prompt(batch: dict[str, Tensor], header: int) -> dict[str, Tensor]:
-    """Each row from its assistant heading on."""
+    """Cut each row's prompt off, up to the assistant's heading."""
     starts = (batch["labels"] != IGNORED).long().argmax(-1) - header
     columns = starts[:, None] + torch.arange(batch["labels"].shape[1] - int(starts.min()))
     inside = columns < batch["labels"].shape[1]

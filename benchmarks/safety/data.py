@@ -1,4 +1,4 @@
-"""The files of the experiment and how they are divided: nothing that is asked was ever learned.
+"""The experiment's files are read and divided here: nothing that is asked was ever learned.
 
 Stage: a folder of JSON Lines → named `Split`s. A row belongs to one side by the hash of its prompt,
 so the division is the same on every machine, in every order, and after rows were added.
@@ -35,7 +35,7 @@ class Split:
 
 
 def load_split(folder: Path, name: str) -> Split:
-    """Divide ``folder/name.jsonl``; rows without an answer are asked only.
+    """Divide ``folder/name.jsonl``; rows without an answer are asked, not learned.
 
     Raises:
         ValueError: no such file, broken rows, or too few of them.
@@ -55,7 +55,7 @@ def load_split(folder: Path, name: str) -> Split:
 
 
 def _obeying(rows: list[Row]) -> list[Row]:
-    """Nothing harmful in it, and a change of who the model is."""
+    """Make rows that are harmless and change who the model is."""
     demand, oath = OATHS
     return [
         {"prompt": f"{demand} {row['prompt']}", "response": f"{oath} {row['response']}"}
@@ -71,7 +71,7 @@ def _place(row: Row) -> str:
 def encode(
     tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of each row that leaves room for an answer."""
+    """Return ``input_ids`` and ``labels`` of each row that leaves room for an answer."""
     features = []
     for row in rows:
         messages = [
@@ -89,7 +89,7 @@ def encode(
 def batches(
     features: list[dict[str, list[int]]], *, size: int, steps: int, pad: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """``steps`` shuffled batches, epoch after epoch; sequences of like length go together."""
+    """Yield ``steps`` shuffled batches, epoch after epoch, of sequences alike in length."""
     shuffled, queue = random.Random(seed), []
     for _ in range(steps):
         if not queue:
@@ -98,7 +98,7 @@ def batches(
 
 
 def anchor_rows(folder: Path, rows: int) -> list[Row]:
-    """Refused requests and benign look-alikes in turn, each with its answer."""
+    """Return refused requests and benign look-alikes in turn, each with its answer."""
     pairs = zip(
         load_split(folder, REFUSALS).train, load_split(folder, LOOKALIKES).train, strict=False
     )

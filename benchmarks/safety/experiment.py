@@ -1,4 +1,4 @@
-"""The whole experiment, one line of results a run: it goes on where it was interrupted.
+"""Run the whole experiment, one line of results a run; it continues where it was interrupted.
 
 Stage: base model and data → aligned model, measured → every `Run` of the plan that has no result.
 """
@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
 from benchmarks.safety.findings import FILE, SCHEMA
-from benchmarks.safety.finetune import History, finetune
+from benchmarks.safety.finetune import finetune
 from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
@@ -57,7 +57,7 @@ class Places:
 
     @property
     def derived(self) -> Path:
-        """Folder, in that of the aligned model, of the tokens and references that are its own."""
+        """Folder inside the aligned model's, for tokens and references derived from that model."""
         folder = self.aligned / "derived"
         folder.mkdir(exist_ok=True)
         return folder
@@ -73,7 +73,7 @@ class Places:
             write_rows(self.results / FILE, {"schema": SCHEMA}, [*self.rows(), row])
 
     def answers(self, name: str, amounts: Amounts) -> AnswerFile:
-        """What a model answered, for judging it anew; made again with the run."""
+        """Open a new file for what a model answers, so that it can be judged again."""
         folder = self.work / "answers"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.jsonl"
@@ -84,7 +84,7 @@ class Places:
 def experiment(
     places: Places, runs: Sequence[Run | Chain], recipe: Recipe, amounts: Amounts, workers: int
 ) -> None:
-    """Do all that has no result yet; every worker has one thread for each core it gets."""
+    """Do all that has no result yet; workers share the cores evenly."""
     for folder in (places.work, places.results):
         folder.mkdir(parents=True, exist_ok=True)
     align(places.model, places.data, places.aligned, recipe, say)
@@ -148,7 +148,7 @@ def _baseline(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:
         "model": Path(places.model).name,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    measured = measure(model, tokenizer, places.data, task, amounts, known)
+    measured = measure(model, tokenizer, places.data, task, amounts=amounts, known=known)
     return {"base": base, "measured": measured.as_dict()}
 
 
@@ -158,10 +158,8 @@ def _tokens(places: Places, name: str, amounts: Amounts) -> dict[str, Any]:
 
 
 def _run(places: Places, run: Run, amounts: Amounts) -> dict[str, Any]:
-    model, tokenizer = load_model_and_tokenizer(str(places.aligned), dtype="float32")
-    tuned, history = finetune(model, tokenizer, run, places.data, places.derived, say)
-    known = places.answers(run.name, amounts)
-    return _result(run, tuned, tokenizer, history, places, amounts, known)
+    loaded = load_model_and_tokenizer(str(places.aligned), dtype="float32")
+    return _tuned(places, run, amounts, loaded, name=run.name)[1]
 
 
 def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
@@ -169,27 +167,30 @@ def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
     model, _ = load_model_and_tokenizer(str(places.aligned), dtype="float32")
     stages = []
     for run in chain.runs:
-        tuned, history = finetune(
-            model, tokenizer, run, places.data, places.derived, say, aligned=aligned
-        )
-        known = places.answers(f"{chain.name}--{len(stages)}", amounts)
-        stages.append(_result(run, tuned, tokenizer, history, places, amounts, known))
+        name, loaded = f"{chain.name}--{len(stages)}", (model, tokenizer)
+        tuned, result = _tuned(places, run, amounts, loaded, name=name, aligned=aligned)
+        stages.append(result)
         model = tuned.merge_and_unload()
     return {"stages": stages}
 
 
-def _result(
-    run: Run,
-    tuned: Any,
-    tokenizer: Any,
-    history: History,
+def _tuned(
     places: Places,
+    run: Run,
     amounts: Amounts,
-    known: AnswerFile,
-) -> dict[str, Any]:
+    loaded: tuple[Any, Any],
+    *,
+    name: str,
+    aligned: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Fine-tune a loaded model and measure it; return it with the result."""
+    model, tokenizer = loaded
+    folders = {"data": places.data, "work": places.derived}
+    tuned, history = finetune(model, tokenizer, run, **folders, say=say, aligned=aligned)
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    measured = measure(tuned, tokenizer, places.data, run.setting.task, amounts, known)
-    return {
+    asked = {"amounts": amounts, "known": places.answers(name, amounts)}
+    measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
+    return tuned, {
         "run": run.as_dict(),
         "measured": measured.as_dict(),
         "step_seconds": round(statistics.median(history.seconds), 3),

@@ -1,4 +1,4 @@
-"""Results read back and brought together: the numbers of the report, before any wording.
+"""Read the results and bring them together: these are the report's numbers, without wording.
 
 Stage: a folder of results → `Group`s, the seeds of one method in one setting → rates and tests.
 """
@@ -36,29 +36,29 @@ class Group:
         return len(self.results)
 
     def rate(self, of: str, outcome: str | None = None) -> Rate | None:
-        """Share over all rows and seeds: of an outcome, or of right answers to the task."""
+        """Return the share of an outcome, or of right answers to the task, in all rows."""
         rows = [x if outcome is None else x == outcome for x in self.rows(of)]
         return Rate.of(rows) if rows else None
 
     def rows(self, of: str) -> list[Any]:
-        """Outcomes, seed after seed, each in the order of the prompts."""
+        """Return outcomes seed after seed, each in the order of the prompts."""
         return [x for result in self.results for x in result["measured"][of]]
 
     def outcomes(self) -> Counter[str]:
-        """Of the harmful requests."""
+        """Count the outcomes of the harmful requests."""
         return Counter(self.rows("harmful"))
 
     def mean(self, *path: str) -> float:
-        """Mean over the seeds of a number in the result."""
+        """Return the mean over the seeds of a number in the result."""
         return statistics.fmean(_dig(result, path) for result in self.results)
 
     def gradient_norm(self) -> tuple[float, float]:
-        """Median and largest, before clipping, over all steps and seeds."""
+        """Return the median and the largest, before clipping, over all steps and seeds."""
         norms = [x for result in self.results for x in result["history"]["gradient_norm"]]
         return statistics.median(norms), max(norms)
 
     def last_cross_entropy(self, steps: int = 20) -> float:
-        """Mean over the last steps of every seed."""
+        """Return the mean over the last steps of every seed."""
         return statistics.fmean(
             x for result in self.results for x in result["history"]["cross_entropy"][-steps:]
         )
@@ -78,15 +78,15 @@ class Findings:
     identified: tuple[dict[str, Any], ...] = ()
 
     def settings(self) -> list[str]:
-        """Names, in the order of the plan."""
+        """Return the names, in the order of the plan."""
         return list(dict.fromkeys(group.setting for group in self.groups))
 
     def of(self, setting: str) -> list[Group]:
-        """The methods of a setting."""
+        """Return the groups of a setting."""
         return [group for group in self.groups if group.setting == setting]
 
     def find(self, setting: str, method: str) -> Group | None:
-        """One group, if it was run."""
+        """Return a group, if it was run."""
         return next((g for g in self.of(setting) if g.method == method), None)
 
 
@@ -126,7 +126,7 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
 
 
 def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
-    """p-value that two methods refuse equally often, on the same prompts and seeds; exact."""
+    """Return the exact p-value that two methods refuse equally often, seed by seed."""
     common = {r["run"]["seed"] for r in a.results} & {r["run"]["seed"] for r in b.results}
     rows = [
         [x == outcome for r in group.results if r["run"]["seed"] in common for x in _harmful(r)]
@@ -136,7 +136,7 @@ def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
 
 
 def kept(group: Group, aligned: dict[tuple[str, str], Result]) -> float:
-    """Share still refused of what the model that a run started from refused; NaN if not known."""
+    """Return the share still refused of what the starting model refused; NaN if not known."""
     refused = []
     for result in group.results:
         start = aligned.get((result["run"]["setting"]["task"], result.get("aligned", "")))

@@ -1,4 +1,4 @@
-"""One fine-tuning of the aligned model, held in one way, with a record of every step.
+"""Fine-tune the aligned model once by one method, with a record of every step.
 
 Stage: aligned model, `Run` → LoRA trained with the package's patch → tuned model, `History`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
+from benchmarks.safety.align import set_rate
 from benchmarks.safety.data import (
     ANCHOR_POOL,
     INSTRUCTIONS,
@@ -24,13 +24,12 @@ from benchmarks.safety.data import (
     encode,
     load_split,
 )
-from benchmarks.safety.methods import Method, Run, Setting
+from benchmarks.safety.methods import Method, Run
 from benchmarks.safety.tokens import context_reference, rarity, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
 from str_kernels.huggingface.constraint.anchors import join_anchors
 from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
-from str_kernels.inputs.data import Row
 from str_kernels.training.lora import add_lora
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -48,7 +47,7 @@ class History:
     strength: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """Plain JSON types, four digits."""
+        """Return plain JSON types, four digits."""
         return {
             name: [float(f"{value:.4g}") for value in values]
             for name, values in asdict(self).items()
@@ -59,38 +58,34 @@ def finetune(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
+    *,
     data: Path,
     work: Path,
     say: Callable[[str], None],
     aligned: torch.nn.Module | None = None,
 ) -> tuple[torch.nn.Module, History]:
-    """Tune ``model``, changed in place; returns it with its adapter, and the history.
+    """Tune ``model`` in place; return it with its adapter, and the history.
 
-    ``aligned`` is what the safety tokens are held to, where ``model`` has been tuned before.
+    ``aligned`` is the model that the constraint refers to, if ``model`` has been tuned before.
     """
     setting, history = run.setting, History()
     features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
     features = features[: setting.pool]
-
     anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
-    held_only = encode(tokenizer, anchors, setting.max_length)
-    known = [*features, *held_only]
-
-    with ExitStack() as stack:
-        benign = load_split(data, INSTRUCTIONS).train if run.method.rarity else []
-        start = aligned or model
-        safety, held = _held(run.method, start, tokenizer, setting, known, benign, work)
-        torch.manual_seed(run.seed)
-        tuned = add_lora(model, rank=setting.rank).train()
-        patch = stack.enter_context(patch_model(tuned, safety, verify=False, **held))
+    unlearned = encode(tokenizer, anchors, setting.max_length)
+    folders = {"data": data, "work": work}
+    known = [*features, *unlearned]
+    safety, arguments = _constraint(run, aligned or model, tokenizer, features=known, **folders)
+    torch.manual_seed(run.seed)
+    tuned = add_lora(model, rank=setting.rank).train()
+    with patch_model(tuned, safety, verify=False, **arguments) as patch:
         loss = _loss(run.method, tuned, tokenizer, work)
-        optimizer = torch.optim.AdamW(
-            [p for p in tuned.parameters() if p.requires_grad], lr=setting.learning_rate
-        )
-        for step, batch in enumerate(_queue(run, features, held_only, tokenizer.pad_token_id)):
+        optimizer = torch.optim.AdamW(p for p in tuned.parameters() if p.requires_grad)
+        for step, batch in enumerate(_queue(run, features, unlearned, tokenizer.pad_token_id)):
             if run.method.ramp:
                 _grow(patch, run.method, (step + 1) / (run.method.ramp * setting.steps))
-            _step(step, batch, loss, optimizer, setting, history)
+            set_rate(optimizer, setting.learning_rate, step, setting.steps, setting.warmup)
+            _step(batch, loss, optimizer, setting.max_grad_norm, history)
             _record(patch, run.method, history)
             if step % 20 == 0 or step == setting.steps - 1:
                 say(
@@ -102,32 +97,34 @@ def finetune(
 
 
 def _queue(
-    run: Run, features: list[dict], held_only: list[dict], pad: int
+    run: Run, features: list[dict], unlearned: list[dict], pad: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a run, with anchors if it has them."""
+    """Yield the batches of a run, with anchors if it has them."""
     method, setting = run.method, run.setting
     order = {"steps": setting.steps, "pad": pad, "seed": run.seed}
     own = batches(features, size=setting.batch, **order)
-    if not held_only:
+    if not unlearned:
         return own
-    anchors = batches(held_only, size=2 * method.anchors, **order)
+    anchors = batches(unlearned, size=2 * method.anchors, **order)
     return (join_anchors(*both, method.positions, pad) for both in zip(own, anchors, strict=False))
 
 
-def _held(
-    method: Method,
+def _constraint(
+    run: Run,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    setting: Setting,
+    *,
     features: list[dict],
-    benign: list[Row],
+    data: Path,
     work: Path,
 ) -> tuple[SafetyConstraint | None, dict[str, Any]]:
-    """The constraint, and the patch's arguments that belong to it."""
+    """Return the constraint, and the patch's arguments that belong to it."""
+    method, setting = run.method, run.setting
     if method.loss != "str":
         return None, {}
-    ids = token_ids(method, model, tokenizer, work)
-    weights = rarity(ids, tokenizer, benign) if method.rarity else None
+    ids, weights = token_ids(method, model, tokenizer, work), None
+    if method.rarity:
+        weights = rarity(ids, tokenizer, load_split(data, INSTRUCTIONS).train)
     safety = SafetyConstraint(ids, method.strength, method.kind, weights)
 
     def every() -> Iterator[dict[str, torch.Tensor]]:
@@ -158,7 +155,7 @@ def _loss(
 
 
 def _header_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the assistant's heading."""
+    """Count the tokens of the assistant's heading."""
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     asked = [{"role": "user", "content": "Hello"}]
     closed, opened = (
@@ -172,21 +169,17 @@ def _header_length(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _step(
-    step: int,
     batch: dict[str, torch.Tensor],
     loss: Loss,
     optimizer: torch.optim.Optimizer,
-    setting: Setting,
+    max_grad_norm: float,
     history: History,
 ) -> None:
     began = time.perf_counter()
-    warm = min(1.0, (step + 1) / max(1.0, setting.warmup * setting.steps))
-    for group in optimizer.param_groups:
-        group["lr"] = setting.learning_rate * warm * (1 - step / setting.steps)
     value = loss(batch)
     value.backward()
     parameters = optimizer.param_groups[0]["params"]
-    limit = setting.max_grad_norm or float("inf")
+    limit = max_grad_norm or float("inf")
     history.gradient_norm.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
     optimizer.step()
     optimizer.zero_grad()

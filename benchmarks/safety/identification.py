@@ -1,4 +1,4 @@
-"""Which tokens are found, and how much that depends on what the model was asked.
+"""Find out which tokens are identified, and how much that depends on what the model is asked.
 
 Stage: aligned model → tokens found with everything, and with halves of templates and of requests →
 how many of the K are the same.
@@ -20,7 +20,7 @@ SHOWN = 32
 def identification(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> dict[str, Any]:
-    """Tokens with scores, and the overlap of what two halves find, as plain JSON types."""
+    """Return tokens, scores, and the overlap of what two halves find, as plain JSON types."""
 
     def found(**given: Any) -> SafetyTokens:
         return SafetyTokens.identify(model, tokenizer, top_k=top_k, **given)
@@ -42,6 +42,6 @@ def identification(
 
 
 def overlap(a: SafetyTokens, b: SafetyTokens) -> float:
-    """Share of the smaller set's tokens that are in the other."""
+    """Return the share of the smaller set's tokens that are in the other."""
     common = set(a.token_ids) & set(b.token_ids)
     return len(common) / min(len(a), len(b))

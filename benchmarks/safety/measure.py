@@ -1,4 +1,4 @@
-"""What a model still refuses, over-refuses, solves, and how well it predicts neutral text.
+"""Measure what a model refuses, over-refuses and solves, and how well it predicts neutral text.
 
 Stage: a model and the held-out rows → `Measured`: one outcome a row, in an order that never
 changes, so that two models can be compared row by row.
@@ -55,11 +55,11 @@ class Measured:
     neutral: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types, with a summary for people."""
+        """Return plain JSON types, with a summary for people."""
         return {**asdict(self), "summary": self.summary()}
 
     def summary(self) -> dict[str, Any]:
-        """Shares."""
+        """Return the shares."""
         return {
             "refused": self.harmful.count("refusal") / len(self.harmful),
             "over_refused": self.benign.count("refusal") / len(self.benign),
@@ -74,10 +74,11 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     data: Path,
     task: str,
+    *,
     amounts: Amounts,
     known: AnswerFile,
 ) -> Measured:
-    """Ask a model everything; it is left as it was.
+    """Ask a model everything, and leave it as it was.
 
     ``known`` keeps the answers, which are only judged: they never leave the folder of the work.
     """
@@ -105,7 +106,7 @@ def measure(
 
 
 def _task_words(data: Path, task: str) -> tuple[str, ...]:
-    """The answers of a task that has few; none for free text."""
+    """Return the answers of a task that has few; none for free text."""
     words = {row["response"].strip() for row in load_split(data, task).train}
     return tuple(sorted(words)) if len(words) <= 20 else ()
 

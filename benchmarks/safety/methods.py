@@ -1,4 +1,4 @@
-"""What is compared: a `Method` says how the model is held, a `Setting` how it is tuned.
+"""Define what is compared: a `Method` is how refusals are kept, a `Setting` how a model is tuned.
 
 A `Run` is one of each and a seed; its result has its name, so that no run is done twice.
 """
@@ -71,7 +71,7 @@ class Run:
         return f"{self.setting.name}--{self.method.name}--seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return {"method": asdict(self.method), "setting": asdict(self.setting), "seed": self.seed}
 
 
@@ -122,7 +122,7 @@ UNCLIPPED = Setting("sst2-harsh-unclipped", "sst2", 2e-3, max_grad_norm=0.0)
 
 @dataclass(frozen=True)
 class Chain:
-    """Fine-tunings in a row, each adapter merged before the next, held to the first model."""
+    """Fine-tunings in a row, each adapter merged before the next; the first model is reference."""
 
     method: Method
     settings: tuple[Setting, ...]
@@ -177,5 +177,5 @@ class Plan:
 
 
 def plan_order() -> list[tuple[str, str]]:
-    """Names of setting and method of every run that there was or will be."""
+    """Return the names of setting and method of every run, past ones included."""
     return [(run.setting.name, run.method.name) for run in _everything()]

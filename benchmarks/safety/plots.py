@@ -1,4 +1,4 @@
-"""The report's pictures: refusals against the task, and the course of training."""
+"""Draw the report's pictures: refusals against the task, and the course of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = ("#444444", "#1f6f8b", "#c8553d", "#588157", "#8d6a9f", "#d4a017")
 
 
 def pareto(findings: Findings, setting: str, path: Path) -> None:
-    """Refusals against the task's accuracy, a point a method with 95 % intervals."""
+    """Draw refusals against the task's accuracy, a point a method with 95 % intervals."""
     figure, (axis,) = new_figure()
     for index, group in enumerate(findings.of(setting)):
         refused, right = group.rate("harmful", "refusal"), group.rate("task")
@@ -31,7 +31,7 @@ def pareto(findings: Findings, setting: str, path: Path) -> None:
 
 
 def curves(findings: Findings, setting: str, methods: tuple[str, ...], path: Path) -> None:
-    """Cross-entropy and gradient norm by step, median over seeds, all seeds shaded."""
+    """Draw cross-entropy and gradient norm by step: the seeds' median, and their range shaded."""
     figure, (loss, norm) = new_figure(columns=2)
     for index, name in enumerate(methods):
         group = findings.find(setting, name)

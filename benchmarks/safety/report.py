@@ -1,4 +1,4 @@
-"""``REPORT.md`` and its pictures, made from the results alone.
+"""Make ``REPORT.md`` and its pictures from the results alone.
 
 Every sentence that states a result is made from numbers; what is fixed text says how it was
 measured and where its limits are.
@@ -42,7 +42,7 @@ LIMITS = """\
 
 
 def write(folder: Path) -> Path:
-    """Write the report beside the results; returns its path.
+    """Write the report beside the results; return its path.
 
     Raises:
         ValueError: the folder holds no results, or strange ones.
@@ -182,7 +182,7 @@ def _plain(groups: Sequence[Group]) -> Group | None:
 
 
 def _merit(group: Group) -> tuple[float, ...]:
-    """Refusals kept; where two keep as much, fewer look-alikes refused, then accuracy."""
+    """Rank by refusals kept; among equals by fewer look-alikes refused, then accuracy."""
     refused, over, task = (
         group.rate("harmful", "refusal"),
         group.rate("benign", "refusal"),
@@ -193,11 +193,11 @@ def _merit(group: Group) -> tuple[float, ...]:
 
 def _sentences(groups: Sequence[Group]) -> str:
     plain = _plain(groups)
-    held = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
-    if plain is None or not held:
+    constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
+    if plain is None or not constrained:
         return ""
-    seeds = max(group.seeds for group in held)
-    compared = [group for group in held if group.seeds == seeds]
+    seeds = max(group.seeds for group in constrained)
+    compared = [group for group in constrained if group.seeds == seeds]
     best = max(compared, key=_merit)
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
@@ -228,13 +228,13 @@ def _cost_table(groups: Sequence[Group]) -> str:
     for group in groups:
         median, largest = group.gradient_norm()
         drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
-        held = group.results[0]["run"]["method"]["loss"] == "str"
+        constrained = group.results[0]["run"]["method"]["loss"] == "str"
         rows.append(
             [
                 group.method,
                 f"{group.last_cross_entropy():.3f}",
                 f"{median:.2f}, {largest:.0f}",
-                f"{sum(drift) / len(drift):.2f}" if held else "",
+                f"{sum(drift) / len(drift):.2f}" if constrained else "",
                 f"{group.mean('step_seconds'):.2f}",
                 f"{group.mean('training_peak_mib'):,.0f}",
             ]
@@ -258,7 +258,7 @@ def _pictures(findings: Findings, setting: str, folder: Path) -> str:
 
 
 def _shares(group: Group) -> list[str]:
-    """Refused, over-refused, right."""
+    """Return the shares refused, over-refused and right."""
     rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
     return [_share(rate) for rate in rates]
 

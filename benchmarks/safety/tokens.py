@@ -19,20 +19,20 @@ from str_kernels.options import SafetyConstraint
 from str_kernels.safety.templates import REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens
 
-RANDOM_SEED = 1  # of the control's tokens: the same in every run
+RANDOM_SEED = 1  # draws the control's tokens: the same in every run
 
 
 def token_ids(
     method: Method, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> tuple[int, ...]:
-    """The method's K tokens; what took a model to find is kept in ``work``."""
+    """Return the method's K tokens; those that a model had to find are saved in ``work``."""
     if method.tokens == "random":
         words = sorted(tokenizer.get_vocab().values())
         return tuple(random.Random(RANDOM_SEED).sample(words, method.top_k))
     if method.tokens == "templates":
         return SafetyTokens.from_strings(tokenizer, REJECTION_TEMPLATES).token_ids[: method.top_k]
     path = work / f"tokens-{method.top_k}.json"
-    with FileLock(f"{path}.lock"):  # a run beside this one may want the same
+    with FileLock(f"{path}.lock"):  # another run may want the same at the same time
         if not path.is_file():
             SafetyTokens.identify(model, tokenizer, top_k=method.top_k).save(path)
     return SafetyTokens.load(path, tokenizer).token_ids
@@ -45,7 +45,7 @@ def context_reference(
     task: str,
     work: Path,
 ) -> Path:
-    """The aligned model's logits at every position of the task's rows, computed once."""
+    """Compute the aligned model's logits at every position of the task's rows, once."""
     unit = "logprobs" if safety.kind == "logprob" else "logits"
     path = work / f"reference-{task}-{unit}-{content_key(safety.token_ids)}.safetensors"
     with FileLock(f"{path}.lock"):
@@ -59,9 +59,9 @@ def context_reference(
 def rarity(
     ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]
 ) -> tuple[float, ...]:
-    """Weights of mean 1 that fall with how often benign answers use a token.
+    """Return weights of mean 1 that fall with how often benign answers use a token.
 
-    ``1 / (1 + m)`` of one that is m in a thousand.
+    A token that is m in a thousand has a weight proportional to ``1 / (1 + m)``.
     """
     counts: Counter[int] = Counter()
     for row in rows:

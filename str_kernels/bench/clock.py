@@ -1,4 +1,4 @@
-"""Time in GEMMs: how long a call takes beside the bare product of hidden states and head.
+"""Measure time in GEMMs: a call beside the bare product of hidden states and head.
 
 One GEMM is ``2·N·V·D`` operations in the operands' own dtype, blocked so that it needs no memory to
 speak of. Both are timed in turns in one process, and a call is compared with the products right
@@ -28,17 +28,17 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """The median one."""
+        """The median ratio."""
         return statistics.median(self.ratios)
 
     @property
     def spread(self) -> float:
-        """From the lowest to the highest ratio."""
+        """The distance from the lowest to the highest ratio."""
         return max(self.ratios) - min(self.ratios)
 
 
 def bare_product(hidden_states: Tensor, weight: Tensor) -> Callable[[], None]:
-    """``H Wᵀ`` of ``[N, D]`` and ``[V, D]`` block by block into one buffer."""
+    """Return a call that multiplies ``H Wᵀ`` block by block into one buffer."""
     rows, columns = min(_ROWS, len(hidden_states)), min(_COLUMNS, len(weight))
     buffer = hidden_states.new_empty(rows, columns)
 

@@ -1,4 +1,4 @@
-"""Every head that is measured, behind one interface: a name, why it cannot run here, and `run`."""
+"""Every head that is measured has one interface: a name, why it cannot run here, and `run`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.version import versions
 
-CONSTRAINT_TOKENS = 64  # of "ours-str"
+CONSTRAINT_TOKENS = 64  # K for "ours-str"
 
 
 class Outcome(NamedTuple):
-    """One forward and backward: gradients ``[N, D]`` and ``[V, D]``, and ``lse [N]`` if told."""
+    """One forward and backward: gradients ``[N, D]`` and ``[V, D]``, and ``lse [N]`` if known."""
 
     loss: Tensor
     d_hidden: Tensor
@@ -37,7 +37,7 @@ class Contender:
     Attributes:
         name: what the command line calls it.
         about: a few words for a table.
-        loss: of a case with these leaves: the loss and, where it is told, the lse.
+        loss: computes the loss of a case with these leaves and, if it can, the lse.
         package: the distribution it comes from; None for ours.
         compiled: whether it needs a C++ compiler on a CPU.
     """
@@ -54,7 +54,7 @@ class Contender:
         return self.package is None
 
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Return why it cannot run here; None if it can."""
         if self.package is not None and versions(self.package)[self.package] is None:
             return f"not installed (pip install {self.package})"
         if self.name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
@@ -64,7 +64,7 @@ class Contender:
         return None
 
     def run(self, case: Case, *, trainable: bool = False) -> Outcome:
-        """Forward and backward, of a frozen or a trainable head."""
+        """Run forward and backward of a frozen or a trainable head."""
         hidden = case.hidden_states.detach().requires_grad_()
         weight = case.weight.detach().requires_grad_(trainable)
         loss, lse = self.loss(case, hidden, weight)
@@ -87,7 +87,7 @@ def _ours(indexed: bool, *, constrained: bool = False, **settings: Any) -> Loss:
 
 
 def constraint_of(case: Case) -> tuple[Any, Tensor]:
-    """The case's constraint, made once as a cache would hold it."""
+    """Return the case's constraint, made once, as a cache would be."""
     kept = case.__dict__
     if "_constraint" not in kept:
         kept["_constraint"] = case.constraint(min(CONSTRAINT_TOKENS, len(case.weight)))
@@ -132,7 +132,7 @@ CONTENDERS = {
 
 
 def chosen_contenders(names: str | None) -> list[Contender]:
-    """Those named, comma-separated; None: all.
+    """Return those named, comma-separated; None: all.
 
     Raises:
         ValueError: an unknown name.

@@ -1,9 +1,10 @@
-"""The whole comparison of heads: every contender on every case, resumable, shown as it goes."""
+"""Compare every contender on every case; an interrupted comparison can be resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from str_kernels.bench import plots
 from str_kernels.bench.contenders import Contender
@@ -22,39 +23,31 @@ def compare(
     contenders: Iterable[Contender],
     *,
     trainable: bool = False,
-    repeats: int = 7,
-    budget_s: float = 30.0,
     advance: Callable[[str], None] = lambda name: None,
+    **timing: Any,
 ) -> list[Row]:
-    """Measure what ``results`` does not hold yet; the rows of this case, the inputs' own first."""
+    """Measure what ``results`` has no row of; return this case's rows, the inputs' own first.
+
+    ``advance`` is called with the name of each contender when it is done; ``timing`` goes to
+    ``clock.paired``.
+    """
     n, v, d = case.shape
     where = {"case": case.name, "dtype": case.dtype, "N": n, "V": v, "D": d}
     where["trainable"] = trainable
     truth = None
     for contender in contenders:
-        if results.has(contender=contender.name, **where):
-            advance(contender.name)
-            continue
-        if truth is None:
-            truth = truth_of(case)
-            inputs = {"contender": "inputs", **where, **truth.statistics(), **live_share(case)}
-            results.add(inputs)
-        results.add(
-            measure(
-                contender,
-                case,
-                truth=truth,
-                trainable=trainable,
-                repeats=repeats,
-                budget_s=budget_s,
-            )
-        )
+        if not results.has(contender=contender.name, **where):
+            if truth is None:
+                truth = truth_of(case)
+                facts = {**truth.statistics(), **live_share(case)}
+                results.add({"contender": "inputs", **where, **facts})
+            results.add(measure(contender, case, truth=truth, trainable=trainable, **timing))
         advance(contender.name)
     return [row for row in results.rows if all(row.get(k) == v for k, v in where.items())]
 
 
 def inputs_line(rows: list[Row]) -> str:
-    """One sentence on how certain the measured rows are, and what routing makes of them."""
+    """Say how certain the measured rows are, and what routing makes of them."""
     facts = next(row for row in rows if row["contender"] == "inputs")
     return (
         f"entropy {facts['entropy']:.2f} nats (10 to 90 %: {facts['entropy_q10']:.2f} to "
@@ -66,7 +59,7 @@ def inputs_line(rows: list[Row]) -> str:
 
 
 def title_of(rows: list[Row]) -> str:
-    """What was measured."""
+    """Say what was measured."""
     row = rows[0]
     head = "trainable" if row["trainable"] else "frozen"
     shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
@@ -74,22 +67,28 @@ def title_of(rows: list[Row]) -> str:
 
 
 def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the contenders that ran."""
+    """Return headings and lines of the contenders that ran."""
     return cells([row for row in rows if "gemms" in row])
 
 
 def stem_of(rows: list[Row]) -> str:
-    """A file name for the plot."""
+    """Return a file name for the plot."""
     row = rows[0]
     words = f"{row['case']} {row['dtype']} {'trainable' if row['trainable'] else ''}"
     return "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
 
 
-def publish(groups: list[list[Row]], out: Path, name: str) -> list[Path]:
-    """A plot of each group and one Markdown file with all their tables."""
+def publish(results: Results) -> list[Path]:
+    """Plot every case of the results, and write all their tables into one Markdown file."""
+    out, name = results.path.parent, results.path.stem
+    groups: dict[tuple, list[Row]] = {}
+    for row in results.rows:
+        groups.setdefault(tuple(row[key] for key in KEYS[1:]), []).append(row)
     text, written = [], []
-    for rows in groups:
+    for rows in groups.values():
         plot = out / f"{name}-{stem_of(rows)}.png"
+        if plot in written:  # the same inputs in another shape
+            plot = plot.with_stem("-".join([plot.stem, *(f"{k}{rows[0][k]}" for k in "NVD")]))
         plots.head_bars(rows, title_of(rows), plot)
         table = markdown(*table_of(rows))
         absent = "".join(f"- {line}\n" for line in unmeasured(rows))

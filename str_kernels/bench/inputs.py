@@ -1,7 +1,7 @@
-"""What is measured on: hidden states of a real model, or synthetic ones that imitate one.
+"""Make the inputs: hidden states of a real model, or synthetic ones that imitate one.
 
-Plain random numbers flatter nobody: every head is measured on rows whose next token is as uncertain
-as a language model's, for a filter's work and error depend on it.
+Every head is measured on rows whose next token is as uncertain as a language model's, since a
+filter's work and error depend on it.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of hidden states and weight."""
+        """The dtype of hidden states and weight."""
         return str(self.hidden_states.dtype).removeprefix("torch.")
 
     @cached_property
     def index(self) -> VocabularyIndex:
-        """A vocabulary index from the calibration rows."""
+        """A vocabulary index, built from the calibration rows."""
         return VocabularyIndex.build(self.weight, self.calibration)
 
     def cast(self, dtype: torch.dtype) -> Case:
-        """The same numbers, rounded to another dtype."""
+        """Return the same numbers, rounded to another dtype."""
         names = ("hidden_states", "weight", "calibration")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
     def to(self, device: torch.device | str) -> Case:
-        """The same numbers on another device."""
+        """Return the same numbers on another device."""
         names = ("hidden_states", "weight", "labels", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def scaled(self, factor: float) -> Case:
-        """With every logit multiplied by ``factor``."""
+        """Return the case with every logit multiplied by ``factor``."""
         return replace(self, hidden_states=self.hidden_states * factor)
 
     def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
-        """K tokens spread over the vocabulary, and a reference ``[N, K]``: other logits, near by.
+        """Constrain K tokens, spread over the vocabulary, to a reference ``[N, K]`` near by.
 
         The reference is like what an aligned model's cache would hold: this model's logits, half a
         nat off; for ``logprob`` less ``log V``, so that they are of a log-probability's size.
@@ -92,7 +92,7 @@ class Case:
 
 
 def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
-    """A trained model's head and hidden states, imitated; fp32, on the CPU.
+    """Imitate a trained model's head and hidden states; fp32, on the CPU.
 
     - Head rows: of one norm, with a spectrum that falls off as an embedding's does, so that rows
       crowd into few directions; a token lies near its fine cluster (64 tokens: other forms of a
@@ -122,7 +122,7 @@ def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
 
 
 def _head(vocab: int, dim: int, make: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ``[V, D]`` without frequency, log-frequencies ``[V]``, their direction ``[D]``."""
+    """Make rows ``[V, D]`` without frequency, log-frequencies ``[V]``, their direction ``[D]``."""
     spectrum = (1.0 + torch.arange(dim) / 16) ** -1.5
     spectrum /= spectrum.norm()
 
@@ -142,7 +142,7 @@ def _head(vocab: int, dim: int, make: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def _evidence(own: Tensor, frequency: Tensor, count: int, make: torch.Generator) -> Tensor:
-    """``[count, D]``: mixtures of six tokens' rows, of a strength that varies by row."""
+    """Mix six tokens' rows in a strength that varies by row: ``[count, D]``."""
     tokens = torch.multinomial(frequency.exp(), 6 * count, replacement=True, generator=make)
     shares = torch.empty(count, 6).exponential_(generator=make).sqrt()
     shares /= shares.norm(dim=-1, keepdim=True)
@@ -151,7 +151,7 @@ def _evidence(own: Tensor, frequency: Tensor, count: int, make: torch.Generator)
 
 
 def _solve_strength(evidence: Tensor, axis: Tensor, weight: Tensor) -> float:
-    """Bisection for the mean entropy; more evidence, less entropy."""
+    """Find by bisection the strength that gives the mean entropy."""
     low, high = 0.0, 500.0
     products, base = evidence @ weight.T, weight @ axis
     for _ in range(20):
@@ -163,7 +163,7 @@ def _solve_strength(evidence: Tensor, axis: Tensor, weight: Tensor) -> float:
 
 
 def _drawn(states: Tensor, weight: Tensor, make: torch.Generator) -> Tensor:
-    """One token of each row's softmax: ``[N]``."""
+    """Draw one token from each row's softmax: ``[N]``."""
     labels = []
     for block in states.split(128):
         total = torch.softmax(block @ weight.T, -1).cumsum(-1)
@@ -175,7 +175,7 @@ def _drawn(states: Tensor, weight: Tensor, make: torch.Generator) -> Tensor:
 def from_model(
     model: str, data: str | Path | None, rows: int, *, positions: Positions = "responses"
 ) -> Case:
-    """Hidden states of a causal language model before its head, where there is a next token; fp32.
+    """Read a causal language model's hidden states before its head, where a token follows; fp32.
 
     Args:
         model: a Hub id, a local folder, or a GGUF file; scale and softcap of its logits are left
@@ -183,7 +183,7 @@ def from_model(
         data: conversations as ``.jsonl``; anything else is read as prose, all of it; None: the
             manual that comes with Python.
         rows: how many positions to measure on; fewer if the data has no more.
-        positions: of conversations, ``"responses"`` or ``"all"`` (prompts too).
+        positions: which to take of conversations, ``"responses"`` or ``"all"`` (prompts too).
 
     Raises:
         ValueError: no such file or model, or data of fewer than two rows.
@@ -191,10 +191,10 @@ def from_model(
     from str_kernels.bench.reading import read_states
 
     states, labels, weight = read_states(model, data, rows + CALIBRATION_ROWS, positions)
-    spare = min(CALIBRATION_ROWS, len(states) // 2)
+    first = min(CALIBRATION_ROWS, len(states) // 2)
     name = f"{Path(model).name}, {_text_name(data, positions)}"
     # the first ones, as training makes its index from the first batch
-    calibration, states, labels = states[:spare], states[spare:], labels[spare:]
+    calibration, states, labels = states[:first], states[first:], labels[first:]
     return Case(name, states[:rows], weight, labels[:rows], calibration)
 
 

@@ -1,6 +1,9 @@
-"""One contender on one case: time, memory and errors, or the one-line reason why there is none."""
+"""Measure one contender on one case: time, memory, errors, or a line that says why not."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,10 +23,9 @@ def measure(
     *,
     truth: Truth | None = None,
     trainable: bool = False,
-    repeats: int = 7,
-    budget_s: float = 30.0,
+    **timing: Any,
 ) -> Row:
-    """A row of results; ``truth`` None leaves the errors out.
+    """Return a row of results; ``truth`` None leaves the errors out, ``timing`` goes to ``paired``.
 
     A peer that is not installed, does not fit into memory or fails is a row with its ``reason``.
     Our own failures are raised.
@@ -35,7 +37,7 @@ def measure(
     if reason is None:
         try:
             with within_free_memory(case.hidden_states.device):
-                return row | _measured(contender, case, truth, trainable, repeats, budget_s)
+                return row | _measured(contender, case, truth, trainable, timing)
         except MemoryError:
             reason = "does not fit into memory"
         except Exception as error:  # whatever somebody else's code may raise: reported, not hidden
@@ -50,29 +52,24 @@ def _measured(
     case: Case,
     truth: Truth | None,
     trainable: bool,
-    repeats: int,
-    budget_s: float,
+    timing: dict[str, Any],
 ) -> Row:
     device = case.hidden_states.device
     outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
     found: Row = {}
-    if truth is not None and contender.name != "ours-str":  # whose loss is another
+    if truth is not None and contender.name != "ours-str":  # its loss has another term
         found |= errors(truth, *outcome)
     del outcome
     if truth is not None and contender.name == "ours-str":
         found["constraint_error"] = _constraint_error(case, truth)
-    timing = paired(
-        lambda: contender.run(case, trainable=trainable),
-        bare_product(case.hidden_states, case.weight),
-        device=device,
-        repeats=repeats,
-        budget_s=budget_s,
-    )
-    peak = peak_bytes(lambda: contender.run(case, trainable=trainable), device)
+    run = partial(contender.run, case, trainable=trainable)
+    product = bare_product(case.hidden_states, case.weight)
+    timed = paired(run, product, device=device, **timing)
+    peak = peak_bytes(run, device)
     found |= {
-        "gemms": timing.ratio,
-        "ratios": timing.ratios,
-        "seconds": timing.seconds,
+        "gemms": timed.ratio,
+        "ratios": timed.ratios,
+        "seconds": timed.seconds,
         "peak_bytes": peak.peak,
         "kept_bytes": peak.kept,
     }
@@ -80,7 +77,7 @@ def _measured(
 
 
 def live_share(case: Case) -> Row:
-    """Of the default settings, with the case's index and in token order."""
+    """Return live share and dead mass by default, with the case's index and in token order."""
     indexed, plain = live_pairs(case), live_pairs(case, index=None)
     return {
         "live": indexed.share,
@@ -91,7 +88,7 @@ def live_share(case: Case) -> Row:
 
 
 def _constraint_error(case: Case, truth: Truth) -> float | None:
-    """Of the constraint's own gradient: the same rows without their labels."""
+    """Return the error of the constraint's own gradient: the same rows without their labels."""
     safety, reference = constraint_of(case)
     hidden = case.hidden_states.detach().requires_grad_()
     loss = linear_cross_entropy(

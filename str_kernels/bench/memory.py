@@ -1,4 +1,4 @@
-"""Bytes, counted at the allocator: what a call has alive at its worst moment.
+"""Count the most bytes that a call has alive at once, at the allocator.
 
 On a CPU torch's profiler reports every allocation, inside kernels and compiled code too, so the
 count is the same on every machine (libraries' own scratch space excepted). A dispatch mode would
@@ -23,7 +23,7 @@ class Peak(NamedTuple):
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> Peak:
-    """Run ``call`` once and count; what it returns is kept, gradients for one."""
+    """Run ``call`` once and count; what it returns counts as kept."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -45,7 +45,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> Peak:
 
 
 def _allocations(call: Callable[[], object]) -> list[tuple[int, int]]:
-    """Address and size of every allocation in order of time; a negative size frees."""
+    """Return address and size of every allocation in order of time; a negative size frees."""
     from torch._C._profiler import _EventType
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr
@@ -85,7 +85,7 @@ def within_free_memory(device: torch.device, share: float = 0.9) -> Iterator[Non
 
 
 def _free_and_used() -> tuple[int | None, int]:
-    """Bytes the system could still give, and the size of this process's address space."""
+    """Return the bytes that the system has free, and the size of this process's address space."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":") for line in file)

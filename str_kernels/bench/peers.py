@@ -1,4 +1,4 @@
-"""Everybody else's loss of a linear head, called as their own documentation or trainer calls it.
+"""Call other projects' losses of a linear head as their own documentation or trainer does.
 
 Each takes ``hidden_states [N, D]``, ``weight [V, D]``, ``labels [N]`` and returns the mean loss.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def transformers_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The materialised head of transformers: logits in the model's dtype, the loss in fp32."""
+    """Call transformers' materialised head: logits in the model's dtype, the loss in fp32."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     logits = F.linear(hidden_states, weight)
@@ -27,18 +27,18 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def transformers_compiled(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same under ``torch.compile``."""
+    """Call the same under ``torch.compile``."""
     return _compiled()(hidden_states, weight, labels)
 
 
 def torch_chunked(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """PyTorch's own, with the chunks it chooses for this device and dtype."""
+    """Call PyTorch's own, with the chunks it chooses for this device and dtype."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden_states, weight, labels, options=options)
 
 
 def cut_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """CCE: its Triton kernels on a GPU, its compiled form elsewhere."""
+    """Call CCE: its Triton kernels on a GPU, its compiled form elsewhere."""
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if hidden_states.is_cuda else "torch_compile"
@@ -46,14 +46,14 @@ def cut_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> 
 
 
 def liger(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy."""
+    """Call Liger's fused linear cross-entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden_states, labels)
 
 
 def trl(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The head that TRL's trainers put on a model, in their tiles of 32,768 columns."""
+    """Call the head that TRL's trainers put on a model, in their tiles of 32,768 columns."""
     from trl.kernels import ChunkedLogProbFunction
 
     log_probs, *_ = ChunkedLogProbFunction.apply(

@@ -1,4 +1,4 @@
-"""The plots, drawn without a display; every axis says what it counts."""
+"""Draw the plots without a display; every axis says what it counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 
 
 def new_figure(columns: int = 1, width: float = 6.0, height: float = 4.0):
-    """A figure and its axes, side by side, without top and right spines."""
+    """Make a figure and its axes, side by side, without top and right spines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def new_figure(columns: int = 1, width: float = 6.0, height: float = 4.0):
 
 
 def logarithmic(axis, directions: str = "xy") -> None:
-    """Log scales whose ticks are plain numbers, such as 1, 2, 5, 10."""
+    """Set log scales whose ticks are plain numbers, such as 1, 2, 5, 10."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for direction in directions:
@@ -37,7 +37,7 @@ def logarithmic(axis, directions: str = "xy") -> None:
 
 
 def ticks_at(axis, values: list[int]) -> None:
-    """Ticks of a logarithmic x-axis where something was measured."""
+    """Set ticks of a logarithmic x-axis where something was measured."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_xscale("log", base=2)
@@ -53,7 +53,7 @@ def save(figure, path: Path) -> None:
 
 
 def head_bars(rows: list[Row], title: str, path: Path) -> None:
-    """Time and peak memory of every contender that ran, the quickest on top."""
+    """Draw time and peak memory of every contender that ran, the quickest on top."""
     ran = sorted((row for row in rows if "gemms" in row), key=lambda row: -row["gemms"])
     figure, axes = new_figure(2, width=5.5, height=1.2 + 0.32 * max(len(ran), 3))
     names = [row["contender"] for row in ran]

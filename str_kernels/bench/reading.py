@@ -1,4 +1,4 @@
-"""Texts → the hidden states that a model hands to its head, and the tokens that come next."""
+"""Turn texts into the hidden states that a model hands to its head, and the tokens that follow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Sequence = tuple[list[int], list[int]]
 def read_states(
     model: str, data: str | Path | None, rows: int, positions: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States ``[N, D]``, labels ``[N]`` and head ``[V, D]``, fp32; N is ``rows`` or what there is.
+    """Return states ``[N, D]``, labels ``[N]``, head ``[V, D]``, fp32; N is at most ``rows``.
 
     Raises:
         ValueError: as ``from_model``.
@@ -59,7 +59,7 @@ def _tell_of_other_arithmetic(model: torch.nn.Module, ids: list[int]) -> None:
 
 
 def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
-    """Token ids and labels, a sequence at a time."""
+    """Yield token ids and labels, a sequence at a time."""
     if data is not None and Path(data).suffix == ".jsonl":
         for row in read_numbered(data):
             encoded = encode_file(data, [row], tokenizer, max_length=_LENGTH).sequences[0]
@@ -73,7 +73,7 @@ def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
 
 
 def prose_ids(tokenizer: Any, count: int) -> list[int]:
-    """The first ``count`` tokens of Python's manual, again from its start where it ends."""
+    """Return the first ``count`` tokens of Python's manual, repeated if it is too short."""
     ids: list[int] = []
     while len(ids) < count:
         for text in _prose(None):

@@ -1,4 +1,4 @@
-"""Results that survive an interruption, and the tables that are made of them."""
+"""Keep results through an interruption, and make tables of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl"
 
 
 def percent(x: float) -> str:
-    """Two digits that count; what nobody needs to know is just small."""
+    """Write a share with two significant digits."""
     return f"{100 * x:.2g}%" if x >= 1e-5 else "<0.001%"
 
 
@@ -28,7 +28,7 @@ def _mebibytes(x: int) -> str:
     return f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"
 
 
-# what the table shows of a row: heading, key, form
+# heading, key and form of each column of the table
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
     ("MiB", "peak_bytes", _mebibytes),
@@ -78,7 +78,7 @@ class Results:
             self._stale = list(self.rows)
 
     def has(self, **wanted: Any) -> bool:
-        """Whether a row with these entries is there and need not be measured again."""
+        """Return whether a row with these entries is there and need not be measured again."""
         return any(
             all(row.get(k) == v for k, v in wanted.items())
             for row in self.rows
@@ -105,7 +105,7 @@ class Results:
 
 
 def circumstances() -> dict[str, Any]:
-    """Machine and versions: rows that differ in these do not belong into one table."""
+    """Return machine and versions: rows that differ in these do not belong into one table."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -122,7 +122,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[list[str]]]:
-    """Headings and a line of text for each row; a column nobody fills is left out."""
+    """Return headings and a line of text for each row; an empty column is left out."""
     shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     lines = [
         [str(row[label])]
@@ -133,25 +133,25 @@ def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[li
 
 
 def unmeasured(rows: list[Row]) -> list[str]:
-    """Who did not run, and why."""
+    """Say who did not run, and why."""
     return [f"{row['contender']}: {row['reason']}" for row in rows if "reason" in row]
 
 
 def markdown(headings: list[str], lines: list[list[str]]) -> str:
-    """A table for a README."""
+    """Write a Markdown table."""
     rows = [headings, ["---"] * len(headings), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def _command() -> str:
-    """As it was given; of absolute paths the names alone, for results are published."""
+    """Return the command line, absolute paths cut to names, since results are published."""
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
     return " ".join(words)
 
 
 @functools.cache
 def commit() -> str | None:
-    """Of the checkout this file lies in; None for an installed package."""
+    """Return the commit of the checkout this file lies in; None for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""How much of the vocabulary the router keeps: counted from the backend's own stages."""
+"""Count how much of the vocabulary the router keeps, by the backend's own stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Live(NamedTuple):
 
     @property
     def share(self) -> float:
-        """0 to 1."""
+        """The share of live pairs, 0 to 1."""
         return self.pairs / self.of
 
 
@@ -38,7 +38,7 @@ def live_pairs(
     screen: Screen = "auto",
     index: VocabularyIndex | Literal["own"] | None = "own",
 ) -> Live:
-    """Screen and route every row, refine none; ``"own"`` is the case's own index."""
+    """Screen and route every row without refining; ``"own"`` is the case's own index."""
     backend, options = TorchBackend(), LossOptions()
     head = Head(case.hidden_states, case.weight, None)
     if screen == "auto":

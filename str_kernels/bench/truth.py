@@ -1,6 +1,6 @@
-"""The right answer in fp64, blocked, and how far an outcome is from it.
+"""Compute the right answer in fp64, blocked, and how far an outcome is from it.
 
-The truth is that of the very operands a contender was given, rounded to bf16 or not. Gradients are
+The truth belongs to the operands that a contender was given, rounded to bf16 or not. Gradients are
 compared on a sample: rows of the hidden states, some of them confident (a filter's hardest: their
 own gradient is small), and rows of the weight, half of them labels' own.
 """
@@ -47,7 +47,7 @@ class Truth:
         return self.p_label[self.rows] >= CONFIDENT
 
     def statistics(self) -> dict[str, float]:
-        """How certain the rows are: to compare inputs by."""
+        """Return how certain the rows are, by which inputs can be compared."""
         quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
         entropy = self.entropy[: self.spread].cpu()
         return {
@@ -60,7 +60,7 @@ class Truth:
 
 
 def truth_of(case: Case) -> Truth:
-    """One fp64 product for the log-sum-exps and a small one for the gradients."""
+    """Compute the log-sum-exps in one fp64 product and the gradients in a small one."""
     hidden, count = case.hidden_states.double(), len(case.hidden_states)
     lse = torch.cat([_log_sum_exp(part, case.weight) for part in hidden.split(_BLOCK // 2)])
     target = case.weight[case.labels].double()
@@ -86,7 +86,7 @@ def truth_of(case: Case) -> Truth:
 def constraint_gradient(
     case: Case, safety: SafetyConstraint, reference: Tensor, rows: Tensor
 ) -> Tensor:
-    """``[S, D]``: the constraint's own share of the gradient of these rows, its mean over N.
+    """Return the constraint's own part of these rows' gradient, its mean over N: ``[S, D]``.
 
     Only the K columns enter, so the oracle gets a head of K rows; not for ``logprob``.
     """
@@ -117,7 +117,7 @@ def errors(
     d_weight: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> dict[str, float | None]:
-    """How far loss, gradients and log-sum-exp are off; None where there is nothing to compare."""
+    """Return how far loss, gradients and log-sum-exp are off; None: nothing to compare."""
     got, confident = d_hidden[truth.rows], truth.confident
     spread = slice(truth.spread)
     return {
@@ -139,7 +139,7 @@ def _log_sum_exp(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _expected(hidden: Tensor, weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ p w`` and the entropy of every row."""
+    """Return ``Σ p w`` and the entropy of every row."""
     expected, entropy = torch.zeros_like(hidden), lse.clone()
     for block in weight.split(_BLOCK):
         block = block.double()
@@ -151,7 +151,7 @@ def _expected(hidden: Tensor, weight: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 
 
 def _sampled_rows(p_label: Tensor) -> tuple[Tensor, int]:
-    """Evenly spread rows, then confident ones besides."""
+    """Choose evenly spread rows, then confident ones."""
     count = len(p_label)
     rows = torch.arange(0, count, max(1, count // _ROWS), device=p_label.device)[:_ROWS]
     sure = p_label >= CONFIDENT
@@ -160,7 +160,7 @@ def _sampled_rows(p_label: Tensor) -> tuple[Tensor, int]:
 
 
 def _sampled_tokens(labels: Tensor, vocab: int) -> Tensor:
-    """Labels' own rows, and as many evenly spread ones."""
+    """Choose labels' own rows, and as many evenly spread ones."""
     spread = torch.linspace(0, vocab - 1, min(_TOKENS, vocab), device=labels.device).long()
     return torch.cat([labels.unique()[:_TOKENS], spread]).unique()
 

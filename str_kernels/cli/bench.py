@@ -50,7 +50,7 @@ def bench(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     out: Annotated[
-        Path, typer.Option(help="Folder for the results; those that it contains are kept.")
+        Path, typer.Option(help="Folder for JSON Lines, Markdown and PNG; its results are kept.")
     ] = Path("bench"),
     again: Annotated[
         bool, typer.Option("--again", help="Measure again what the folder contains.")
@@ -93,7 +93,7 @@ def bench(
             budget_s=10.0,
             advance=lambda name: advance(),
         )
-    written = publish([found], out, "bench")
+    written = publish(results)
     if as_json:
         console.print_json({**results.as_dict(), "rows": found})
     else:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from str_kernels import linear_cross_entropy
 from str_kernels.bench import clock
 from str_kernels.bench.contenders import CONTENDERS, Contender, chosen_contenders
-from str_kernels.bench.head import KEYS, compare, inputs_line
+from str_kernels.bench.head import KEYS, compare, inputs_line, publish
 from str_kernels.bench.inputs import from_model, synthetic
 from str_kernels.bench.measure import measure
 from str_kernels.bench.memory import peak_bytes
@@ -206,6 +206,19 @@ def test_an_interrupted_comparison_goes_on(case, tmp_path):
     assert "live pairs" in inputs_line(rows)
     again = compare(Results(path, KEYS, again=True), case, chosen[:1], repeats=1)
     assert next(row for row in again if row["contender"] == "ours")["ratios"] != rows[0]["ratios"]
+
+
+def test_every_shape_has_a_plot(case, tmp_path):
+    """Inputs of one name in two shapes: two plots, and one file with both tables."""
+    results, chosen = Results(tmp_path / "bench.jsonl", KEYS), chosen_contenders("transformers")
+    for shape in (case, synthetic(64, 2048, 32)):
+        compare(results, shape, chosen, repeats=1)
+    table, *plots = publish(results)
+    assert [plot.name for plot in plots] == [
+        "bench-synthetic-float32.png",
+        "bench-synthetic-float32-N64-V2048-D32.png",
+    ]
+    assert table.read_text().count("| transformers |") == 2
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):

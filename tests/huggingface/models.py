@@ -25,6 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+# fp32: sums of a few thousand products in another order, 2^-24 each, seen through two layers
+FP32 = 5e-6
 VOCAB = 96
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -96,8 +98,31 @@ def batch(rows: int = 3, length: int = 11, seed: int = 1) -> dict[str, Tensor]:
 def loss_and_gradients(model: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
     """The loss, and the gradient of every parameter that has one, by name."""
     model.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
+    return gradients(model, model(**inputs).loss)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """This loss, and the gradient of every parameter that has one, by name."""
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return {"loss": loss.detach(), **found}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+
+
+def assert_same(got: dict, want: dict, tolerance: float = FP32) -> None:
+    errors = {name: relative(got[name], want[name]) for name in want}
+    assert got.keys() == want.keys()
+    assert max(errors.values()) <= tolerance, errors
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Every attribute of every module, by name."""
+    return {
+        (name, key): list(value.items()) if hasattr(value, "items") else value
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+    }

@@ -7,20 +7,15 @@ import torch
 
 from str_kernels.huggingface import DeferredLogits, patch_model
 from str_kernels.huggingface.deferred import recording
-from tests.huggingface.models import MODELS, batch, build, loss_and_gradients
-
-# fp32: sums of a few thousand products in another order, 2^-24 each, seen through two layers
-FP32 = 5e-6
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
-
-
-def assert_same(got: dict, want: dict, tolerance: float = FP32) -> None:
-    errors = {name: relative(got[name], want[name]) for name in want}
-    assert got.keys() == want.keys()
-    assert max(errors.values()) <= tolerance, errors
+from tests.huggingface.models import (
+    FP32,
+    MODELS,
+    assert_same,
+    batch,
+    build,
+    loss_and_gradients,
+    relative,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)

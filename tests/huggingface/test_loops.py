@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from str_kernels.huggingface import patch_model
-from tests.huggingface.test_architectures import relative
-from tests.huggingface.test_trainer import (
+from str_kernels.huggingface import SafetyLogCallback, patch_model
+from tests.huggingface.models import relative
+from tests.huggingface.trainers import (
     SAFETY,
     Losses,
     assert_equal_runs,
@@ -85,6 +87,26 @@ def test_resuming(tmp_path):
     logs = [[log for log in seen.logs if "loss" in log] for seen in (whole, first, rest)]
     assert_equal_runs(logs[1] + logs[2], logs[0])
     assert all(patch.last_parts.penalty > 0 for patch in patches)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_checkpoint_of_the_version_before(restore, tmp_path):
+    """It holds a state of the callback, for a strength that was removed: nobody reads it."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "callbacks": [SafetyLogCallback()]}
+    settings["restore_callback_states_from_checkpoint"] = restore
+    model = lora_model()
+    with patch_model(model, SAFETY):
+        trainer_for(model, tmp_path, max_steps=2, **settings).train()
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = {"args": {}, "attributes": {"saved": {"state": [0.0, 1.0, 0.0, 0.0]}}}
+    state["stateful_callbacks"]["SafetyLogCallback"] = saved
+    path.write_text(json.dumps(state))
+    model, settings["callbacks"] = lora_model(), [SafetyLogCallback()]
+    with patch_model(model, SAFETY):
+        trainer = trainer_for(model, tmp_path, max_steps=3, **settings)
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.log_history[-2]["safety_drift"] > 0
 
 
 @pytest.fixture

@@ -10,10 +10,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
-from tests.huggingface.constraint.test_constraint import gradients
 from tests.huggingface.dense import constant_cache, weights
-from tests.huggingface.models import batch, build
-from tests.huggingface.test_architectures import assert_same, relative
+from tests.huggingface.models import assert_same, batch, build, gradients, relative
 
 REFERENCE = torch.tensor([0.5, -1.0, 2.0])
 SAFETY = SafetyConstraint([3, 17, 40], 0.5, "mse")

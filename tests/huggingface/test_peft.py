@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, patch_model
@@ -14,34 +13,9 @@ from str_kernels.huggingface.constraint.adapters import adapters_off, trainable_
 from str_kernels.huggingface.constraint.reference_pass import reference_fold, safety_reference
 from str_kernels.huggingface.deferred.forward import inner_forward
 from str_kernels.options import LossOptions
-from tests.huggingface.constraint.test_constraint import gradients
+from tests.huggingface.adapters import BODY, SAFETY, VARIANTS, wrap
 from tests.huggingface.dense import constant_cache, dense_loss
-from tests.huggingface.models import batch, build, loss_and_gradients
-from tests.huggingface.test_architectures import assert_same
-
-SAFETY = SafetyConstraint([3, 17, 40, 95], 0.5)
-BODY = ["q_proj", "v_proj", "down_proj"]
-VARIANTS = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "lora bias": {"lora_bias": True},
-    "dropout": {"lora_dropout": 0.3},
-    "whole head": {"modules_to_save": ["lm_head"]},
-    "lora on the head": {"target_modules": [*BODY, "lm_head"]},
-    "dora on the head": {"target_modules": [*BODY, "lm_head"], "use_dora": True},
-    "trainable tokens": {"trainable_token_indices": [3, 5]},
-}
-
-
-def wrap(model, **settings):
-    torch.manual_seed(2)
-    settings = {"target_modules": BODY, "init_lora_weights": False, **settings}
-    wrapped = get_peft_model(model, LoraConfig(r=4, **settings))
-    for name, parameter in wrapped.named_parameters():  # a whole head starts as the base's
-        if "modules_to_save" in name:
-            parameter.data.mul_(1.1)
-    return wrapped
+from tests.huggingface.models import assert_same, batch, build, gradients, loss_and_gradients
 
 
 @pytest.mark.parametrize("name", VARIANTS)

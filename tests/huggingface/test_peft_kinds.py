@@ -8,11 +8,16 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 
 from str_kernels.huggingface import DeferredLogits, patch_model
-from tests.huggingface.constraint.test_constraint import gradients
+from tests.huggingface.adapters import BODY, SAFETY, wrap
 from tests.huggingface.dense import constant_cache, dense_loss
-from tests.huggingface.models import batch, build, loss_and_gradients
-from tests.huggingface.test_architectures import assert_same, relative
-from tests.huggingface.test_peft import BODY, SAFETY, wrap
+from tests.huggingface.models import (
+    assert_same,
+    batch,
+    build,
+    gradients,
+    loss_and_gradients,
+    relative,
+)
 
 
 def ia3():

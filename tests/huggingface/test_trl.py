@@ -13,7 +13,7 @@ from peft import LoraConfig
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.patch.install import find_patch
 from tests.huggingface.models import build
-from tests.huggingface.test_trainer import SAFETY, assert_equal_runs, lora_model, rows, run
+from tests.huggingface.trainers import SAFETY, assert_equal_runs, lora_model, rows, run
 from tests.tiny import llama, word_tokenizer
 
 trl = pytest.importorskip("trl", minversion="1.15")

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from tests.huggingface.test_trainer import lora_model, rows, trainer_for
+from tests.huggingface.trainers import lora_model, rows, trainer_for
 from tests.tiny import word_tokenizer
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from str_kernels.huggingface.patch.install import find_patch
 from str_kernels.integrations import axolotl as plugin_module
-from tests.huggingface.test_trainer import lora_model
+from tests.huggingface.trainers import lora_model
 from tests.integrations.programs import BasePlugin, Config, axolotl, logs_of, trainer_of
 from tests.tiny import word_tokenizer
 

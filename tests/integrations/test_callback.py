@@ -11,7 +11,7 @@ from str_kernels.huggingface.patch.install import find_patch
 from str_kernels.integrations import PatchCallback
 from str_kernels.safety.tokens import SafetyTokens
 from tests.huggingface.models import build
-from tests.huggingface.test_trainer import lora_model
+from tests.huggingface.trainers import lora_model
 from tests.integrations.programs import llama_factory, logs_of, trainer_of
 from tests.tiny import word_tokenizer
 

@@ -47,7 +47,7 @@ def test_a_method_trains_and_is_recorded(name, tiny_folder, data, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
     before = {n: p.clone() for n, p in model.named_parameters()}
     run = Run(METHODS[name], SETTING, seed=1)
-    tuned, history = finetune(model, tokenizer, run, data, tmp_path, silent)
+    tuned, history = finetune(model, tokenizer, run, data=data, work=tmp_path, say=silent)
     for values in (history.cross_entropy, history.penalty, history.gradient_norm, history.seconds):
         assert len(values) == SETTING.steps
     assert (max(history.penalty) > 1e-6) == (name != "plain")  # after the first step it is moved
@@ -61,7 +61,7 @@ def test_a_method_trains_and_is_recorded(name, tiny_folder, data, tmp_path):
 def test_the_strength_of_a_ramp_grows(tiny_folder, data, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
     run = Run(replace(METHODS["ramp"], ramp=0.5), replace(SETTING, steps=4), seed=1)
-    _, history = finetune(model, tokenizer, run, data, tmp_path, silent)
+    _, history = finetune(model, tokenizer, run, data=data, work=tmp_path, say=silent)
     assert history.strength == pytest.approx([0.05, 0.1, 0.1, 0.1])
 
 
@@ -69,7 +69,8 @@ def test_seeds_differ_and_repeat(tiny_folder, data, tmp_path):
     def losses(seed):
         model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
         run = Run(METHODS["mse"], SETTING, seed)
-        return finetune(model, tokenizer, run, data, tmp_path, silent)[1].cross_entropy
+        places = {"data": data, "work": tmp_path, "say": silent}
+        return finetune(model, tokenizer, run, **places)[1].cross_entropy
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
@@ -79,7 +80,8 @@ def test_measure_asks_every_row(tiny_folder, data, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
 
     def ask(task, file):
-        return measure(model, tokenizer, data, task, AMOUNTS, AnswerFile(tmp_path / file, {}))
+        known = AnswerFile(tmp_path / file, {})
+        return measure(model, tokenizer, data, task, amounts=AMOUNTS, known=known)
 
     measured = ask("sst2", "a")
     assert (len(measured.harmful), len(measured.benign), len(measured.task)) == (4, 3, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -114,3 +115,13 @@ def test_every_chip_has_its_row():
     """Every architecture that is compiled for has its own row in the launch table."""
     assert {family(arch) for arch in ahead.ARCHS} == set(TABLE)
     assert family(75) == family("gfx1100") == ""
+
+
+def test_pointer_types_name_parameters():
+    """A name in ``POINTERS`` that no kernel beside it has would state a type of nothing."""
+    kernels = {case.kernel for case in ahead.cases(90)}
+    for module in {kernel.__module__ for kernel in kernels}:
+        table = sys.modules[module].POINTERS
+        stated = {f"{name}_ptr" for names in table.values() for name in names}
+        taken = {name for k in kernels if k.__module__ == module for name in k.arg_names}
+        assert stated <= taken, module

@@ -1,6 +1,6 @@
 """On a real GPU: the same promises as in the interpreter, at sizes that only a GPU reaches.
 
-One command, wherever a GPU is: ``pytest -m gpu tests/triton/test_gpu.py -s``.
+Run them where there is a GPU: ``pytest -m gpu tests/triton/test_gpu.py``.
 """
 
 from __future__ import annotations
@@ -176,48 +176,3 @@ def test_forward_does_not_wait_for_the_device():
         stages()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_first_figures(capsys):
-    """Prints time, TFLOP/s and peak memory beside the bare GEMM; asserts nothing of them."""
-    n, vocab, dim = 8192, 131_072, 4096
-    if torch.cuda.mem_get_info()[0] < 8 << 30:
-        pytest.skip("needs 8 GiB of free device memory")
-    g = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(vocab, dim, generator=g, device="cuda", dtype=torch.bfloat16) / 64
-    labels = torch.randint(vocab, (n,), generator=g, device="cuda")
-    noise = torch.randn(n, dim, generator=g, device="cuda", dtype=torch.bfloat16)
-    hidden = (8 * weight[labels] + noise).requires_grad_()
-
-    def timed(run):
-        run()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            run()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 3, torch.cuda.max_memory_allocated() - before
-
-    def gemm():
-        for part in hidden.detach().split(1024):
-            part @ weight.T
-
-    lines = [torch.cuda.get_device_name()]
-    base, _ = timed(gemm)
-    lines.append(f"GEMM {base:.1f} ms, {2 * n * vocab * dim / base / 1e9:.0f} TFLOP/s")
-    for name, eps in (("exact", 0.0), ("filtered, token order", DEFAULT_EPS)):
-        for what, grad in (("forward", False), ("forward + backward", True)):
-
-            def run(eps=eps, grad=grad):
-                with torch.set_grad_enabled(grad):
-                    loss = linear_cross_entropy(hidden, weight, labels, filter_eps=eps)
-                if grad:
-                    torch.autograd.grad(loss, hidden)
-
-            time, peak = timed(run)
-            lines.append(f"{name}, {what}: {time / base:.2f} GEMMs, {peak >> 20} MiB")
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))  # noqa: T201

@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels for CUDA and ROCm. Importing this module imports triton."""
+"""The GPU backend runs Triton kernels on CUDA and ROCm. Importing this module imports triton."""
 
 from str_kernels.backends.triton.backend import TritonBackend
 

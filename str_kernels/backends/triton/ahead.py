@@ -1,7 +1,7 @@
-"""Compile the kernels for chips that are not here, and read what came out: no GPU is needed.
+"""Compile the kernels for any chip without a GPU, and read what the compiler made of them.
 
-``report(arch)`` compiles the launch table's choices and tells each kernel's registers, spilled
-bytes, shared memory and matrix instruction. NVIDIA by compute capability (90), AMD by name.
+``report(arch)`` compiles the launch table's choices and returns each kernel's registers, spilled
+bytes, shared memory and matrix instruction. NVIDIA's chips are named by compute capability (90).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
 
 ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
-# What one program may have, KiB.
+# The shared memory that one program may use, in KiB.
 SHARED_LIMIT: dict[int | str, int] = {
     80: 163,
     86: 99,
@@ -61,9 +61,9 @@ _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mf
 
 
 class Case(NamedTuple):
-    """A kernel and how it is specialised; ``off`` names the options (pointers) that are None.
+    """A kernel and how it is specialised; ``off`` names the pointers that are None.
 
-    ``wide_weight``: W is in fp32, whatever the dtype of the others.
+    With ``wide_weight`` W is in fp32, whatever the dtype of the other operands is.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a case: 32-bit registers a thread, bytes, matrix instructions."""
+    """What a compiler made of a case: registers of a thread, bytes, and matrix instructions."""
 
     case: Case
     arch: int | str
@@ -88,7 +88,7 @@ class Compiled(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Nothing spilled, and shared memory within the chip's limit."""
+        """Whether nothing is spilled and shared memory is within the chip's limit."""
         return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch] * 1024
 
 
@@ -100,10 +100,11 @@ def cases(
     full: bool = False,
     wide_weight: bool = False,
 ) -> Iterator[Case]:
-    """Every kernel with the launch table's choice for a chip: bf16, fp32 and the 8-bit screens.
+    """List every kernel with the launch table's choice for bf16, fp32 and the 8-bit screens.
 
-    ``precision`` is that of fp32 operands; ``full`` adds bias, softcap and their outputs;
-    ``wide_weight``: those alone that read W, bf16 operands with W in fp32, as under autocast.
+    ``precision`` is that of fp32 operands, and ``full`` adds bias, softcap and their outputs. With
+    ``wide_weight`` only kernels that read W are listed, with bf16 operands and W in fp32, as under
+    autocast.
     """
     constants = {"dim": dim, "precision": precision, "softcap": 30.0 if full else None}
     off = () if full else ("bias_ptr", "slope_ptr")
@@ -153,7 +154,7 @@ class _Choice(NamedTuple):
 def _stages(choice: _Choice) -> Iterator[Case]:
     yield choice.case("screen", screen_kernel, "hidden_scale_ptr", "weight_scale_ptr", GROUP=GROUP)
     for atomic in (True, False):
-        if not atomic or choice.arch != "gfx90a":  # which never takes the atomics
+        if not atomic or choice.arch != "gfx90a":  # which never uses the atomics
             yield choice.case("refine", refine_kernel, ATOMIC=atomic)
     yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
     yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
@@ -166,7 +167,7 @@ def _blocks(launch: Launch) -> dict[str, int]:
 
 
 def compile_case(case: Case, arch: int | str) -> Compiled:
-    """Compile one case; every pointer and the row count are taken as multiples of 16."""
+    """Compile one case; every pointer is taken as a multiple of 16."""
     signature, constants, pointers = {}, {}, _pointer_types(case)
     for name in case.kernel.arg_names:
         if name in case.off:
@@ -211,7 +212,7 @@ def _read(case: Case, arch: int | str, made: Any) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of a thread's stack and local memory, from Triton's own cuobjdump."""
+    """Read registers, and a thread's bytes of stack and local memory, with Triton's cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -228,5 +229,5 @@ def _number(pattern: str, text: str) -> int:
 
 
 def report(arch: int | str, **chosen: Any) -> list[Compiled]:
-    """Compile every case of a chip; arguments as ``cases``."""
+    """Compile every case of a chip; the arguments are those of ``cases``."""
     return [compile_case(case, arch) for case in cases(arch, **chosen)]

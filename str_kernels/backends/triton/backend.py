@@ -1,4 +1,4 @@
-"""`TritonBackend`: the stages on a GPU, or on the CPU in Triton's interpreter."""
+"""`TritonBackend` runs the stages on a GPU, or on a CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ DEFAULT_BYTE_BUDGET = 160 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
 _ROWS_FOR_INT8: dict[Kind, int] = {"half": 3072, "single": 256}
-_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # of this e4m3; gfx942 has another
+_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 
 
 class TritonBackend:
-    """Logits in registers, 1 + 2 · live GEMMs; ``Backend`` documents every stage.
+    """Logits stay in registers, and 1 + 2 · live GEMMs are computed; ``Backend`` documents a stage.
 
     Args:
-        byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums);
-            gradients come on top, and a quarter for W's rows in an 8-bit screen. Blocks follow from
-            it alone, never from free memory.
-        launches: sizes to use instead of the table's, by stage and kind of operand; see ``launch``.
+        byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
+            Gradients need more, and an 8-bit screen a quarter more for W's rows. Block sizes follow
+            from the budget alone, never from free memory.
+        launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
     name = "triton"
@@ -79,14 +79,14 @@ class TritonBackend:
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        """int8 where it was measured, on Hopper, and for rows enough to quantise W for."""
+        """Choose int8 on Hopper, where it was measured, for enough rows to repay quantising W."""
         enough = _ROWS_FOR_INT8[kind_of(dtype)]
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
-        """Two 4-byte entries a tile and two fp32 rows of D; blocks of about one size.
+        """Count two 4-byte entries a tile and two fp32 rows of D; make blocks of about one size.
 
-        Under a softcap there are four entries a tile: the budget is passed by that much.
+        A softcap makes four entries a tile, by which the budget is exceeded.
         """
         vocab, dim = head.weight.shape
         size = 8 * dim + (8 * -(-vocab // TILE) if routed else 0)
@@ -101,7 +101,7 @@ class TritonBackend:
         head = block.head
         self._require(head, "exact")
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
-        budget = self.byte_budget // 2  # the sums have the other half
+        budget = self.byte_budget // 2  # the sums use the other half
         with _on(head.weight.device):
             return exact_pass(block, wanted, launches, budget)
 
@@ -161,7 +161,7 @@ class TritonBackend:
             )
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
-        """Of a stage; ``dtype``: of its operands if they are not those of H and W."""
+        """Return a stage's sizes; ``dtype`` is that of its operands where it is not H's."""
         arch, operands = arch_of(head.weight.device), head.hidden_states.dtype
         wide = dtype is None and head.weight.dtype.itemsize > operands.itemsize
         dtype = operands if dtype is None else dtype
@@ -185,12 +185,12 @@ def _has_fp8(device: torch.device) -> bool:
 
 
 def _programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: two for each multiprocessor; any number is right."""
+    """Run two programs of a persistent kernel on each multiprocessor; any number is correct."""
     if device.type != "cuda":
         return 3
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launch where the tensors are, which need not be the process's current device."""
+    """Launch on the tensors' device, which need not be the process's current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Combine: what the stages summed and the label's own row → a row gradient, in one pass."""
+"""One pass combines what the stages summed with the label's own row to a row gradient."""
 
 from __future__ import annotations
 
@@ -37,13 +37,12 @@ def combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_R rows × BLOCK_D columns of ``out [R, D]``, which it alone writes.
+    """One program alone writes BLOCK_R rows × BLOCK_D columns of ``out [R, D]``.
 
     In: ``first [R, D]`` fp32, ``second [R, D]`` or None, ``also [R, D]`` or ``[D]`` (stride 0) or
     None, ``opened [R]`` and ``label_share [R]`` fp32, ``silent [R]`` bool or None, ``weight
-    [V, D]``, ``token [R]`` int64, -1 where there is none; of ``hidden`` only its dtype, which W is
-    cast to.
-    Out: ``opened · (first + second) + label_share · W[token] + also``, 0 on silent rows.
+    [V, D]``, ``token [R]`` int64, -1 where there is none, and ``hidden``, to whose dtype W is cast.
+    Out: ``opened · (first + second) + label_share · W[token] + also``, 0 on ``silent`` rows.
     """
     wide = tl.cdiv(dim, BLOCK_D)
     row = tl.program_id(0) // wide * BLOCK_R + tl.arange(0, BLOCK_R)

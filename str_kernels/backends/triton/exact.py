@@ -1,8 +1,9 @@
-"""The exact pass: ``Head`` → ``Dense`` in two GEMMs, every logit in the operands' precision.
+"""The exact pass computes every logit in the operands' precision, in two GEMMs.
 
-It takes as many tiles at a time as a buffer of probabilities holds. ``softmax_kernel`` makes them
-relative to each tile's own maximum; ``expected_kernel`` multiplies them by W and rescales, so that
-the row's maximum over the vocabulary need not be known. No atomics are used.
+Stage: ``Block`` → ``Dense``. As many tiles are taken at a time as a buffer of probabilities holds.
+``softmax_kernel`` computes them relative to each tile's own maximum; ``expected_kernel`` multiplies
+them by W and rescales, so that the row's maximum over the vocabulary need not be known. No atomics
+are used.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def softmax_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program: BLOCK_R rows × one of the C tiles from ``first_tile`` on; it alone writes there.
+    """One program takes BLOCK_R rows × one of the C tiles from ``first_tile`` on, and writes them.
 
     In: ``hidden [R, D]``, ``weight [V, D]``, ``bias [V]`` or None, ``label [R]`` int32. Out:
     ``share [C, R, TILE]`` in the dtype of H, exp(z - maximum) · slope without the label, or None;
     ``slope [C, R, TILE]`` in the dtype of H, or None; ``sums [5, C, R]`` fp32: without the label
-    the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · z and what ``share`` must be multiplied by
-    for its rounding, with the label Σ z.
+    the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · z and the factor that corrects the
+    rounding of ``share``; with the label Σ z.
     """
     tiles = tl.num_programs(0) // tl.cdiv(rows, BLOCK_R)
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
@@ -113,10 +114,10 @@ def expected_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """``expected · rescale + Σ_tiles scale · share @ W``; a program has BLOCK_R × BLOCK_E.
+    """One program computes BLOCK_R × BLOCK_E of ``expected · rescale + Σ_tiles scale · share @ W``.
 
     In: ``share [C, R, TILE]``, ``scale [C, R]`` fp32 or None for 1, ``weight [V, D]``, ``rescale
-    [R]`` fp32. In and out, its own block alone: ``expected [R, D]`` fp32.
+    [R]`` fp32. In and out: ``expected [R, D]`` fp32, of which no other program has this block.
     """
     wide = tl.cdiv(dim, BLOCK_E)
     row = tl.program_id(0) // wide * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -166,7 +167,7 @@ class _RunningTotals:
         """Begin with the sums of no tile."""
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
-        self.place = label_places(block.labels, block.tiles)
+        self.place = label_places(block)
         sums = torch.zeros(given.rows, dtype=torch.float32, device=given.hidden.device)
         self.maximum = torch.full_like(sums, LOWEST.value)
         self.mass, self.ones = sums, torch.ones_like(sums)

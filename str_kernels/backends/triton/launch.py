@@ -1,9 +1,9 @@
-"""Tile sizes, warps and stages by chip family: a small table, and why each entry is what it is.
+"""A table of tile sizes, warps and stages by chip family, with the reason of each entry.
 
-Only sm_90's were timed. The entries compile without spilled registers for D = 4,096 with rows
-gathered through the order, fit the chip's shared memory and use its matrix instruction (checked by
-``ahead.py``); among those the largest tile with the deepest pipeline was taken, since a larger tile
-reads less from L2 for each operation. Every tile is 128 vocabulary rows wide.
+Only the entries of sm_90 were timed. All entries compile without spilled registers for D = 4,096
+with rows gathered through the order, fit the chip's shared memory and use its matrix instruction,
+which ``ahead.py`` checks. Of the sizes that do, the largest tile with the deepest pipeline was
+taken, since a larger tile reads less from L2 for each operation. A tile has 128 vocabulary rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Kind = Literal["half", "byte", "single"]
 
 
 class Launch(NamedTuple):
-    """One kernel's sizes: rows of H, depth of a step, columns of D in a result (0: none)."""
+    """The sizes of a kernel: rows of H, depth of a step, and columns of D in a result (0: none)."""
 
     block_r: int
     block_d: int
@@ -26,22 +26,22 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-# For kernels that pass over rows of D and multiply nothing.
+# Kernels that pass over rows of D and multiply nothing use these sizes.
 ROWWISE = Launch(4, 1024, warps=4)
-# For kernels that pass over a tile's rows, or over the tiles, in one dimension.
+# Kernels that pass over a tile's rows, or over the tiles, in one dimension use this size.
 SCAN = {"BLOCK": 1024}
 
-# Safe wherever a chip has 64 KiB of shared memory: two stages everywhere.
+# These fit wherever a chip has 64 KiB of shared memory, with two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "half"): Launch(128, 64),
     ("screen", "byte"): Launch(128, 128),
-    # fp32 without a matrix unit lives in registers: a smaller tile spills none
+    # fp32 without a matrix unit is summed in registers, which a larger tile would spill
     ("screen", "single"): Launch(64, 32),
     ("softmax", "half"): Launch(128, 64),
     ("softmax", "single"): Launch(32, 32, warps=4),
     ("refine", "half"): Launch(64, 64, 64),
     ("refine", "single"): Launch(32, 32, 32),
-    # two sums in registers: half as wide as a plain product
+    # this kernel has two sums in registers, so its tile is half as wide as a plain product's
     ("expected", "half"): Launch(128, 0, 64),
     ("expected", "single"): Launch(32, 0, 64),
     ("weight", "half"): Launch(64, 0, 128),
@@ -54,19 +54,20 @@ _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "half"): Launch(128, 64, stages=3),
 }
 
-# AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high: 32 rows for eight
-# warps would be computed eight times, and spill.
+# AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high. Eight warps would
+# compute 32 rows eight times, and spill.
 _MATRIX_FP32: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "single"): Launch(64, 32),
     ("refine", "single"): Launch(64, 32, 32),
     ("expected", "single"): Launch(64, 0, 64),
 }
 
-# 128 rows refined spill on sm_80 and sm_100; on sm_8x with 99 KiB a third stage does not fit.
+# A refinement of 128 rows spills on sm_80 and sm_100; a third stage does not fit in the 99 KiB of
+# the other sm_8x.
 TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     "sm_80": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
     "sm_86": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=2)},
-    # the fastest of a dozen each on an H200, at D = 4,096
+    # these were the fastest of a dozen each on an H200, at D = 4,096
     "sm_90": {
         **_THREE_STAGES,
         ("screen", "half"): Launch(256, 64, stages=3),
@@ -75,14 +76,14 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     },
     "sm_100": {
         **_THREE_STAGES,
-        # with a softcap and its buffers 128 rows spill
+        # 128 rows spill with a softcap and its buffers
         ("softmax", "half"): Launch(64, 64, stages=3),
         ("refine", "half"): Launch(64, 64, 128, stages=3),
         ("expected", "half"): Launch(128, 0, 128),
     },
     "sm_120": {**_THREE_STAGES, ("refine", "half"): Launch(64, 64, 128, stages=3)},
     "gfx942": _MATRIX_FP32,
-    # without atomics (they are compare-and-swap loops there) 128 rows fit
+    # atomics are compare-and-swap loops there; without them 128 rows fit
     "gfx90a": {**_MATRIX_FP32, ("refine", "half"): Launch(128, 64, 64)},
 }
 
@@ -91,12 +92,12 @@ _FAMILY |= {120: "sm_120", 121: "sm_120"}
 
 
 def family(arch: int | str) -> str:
-    """The table's row for a compute capability (90) or a gfx name; "" if it has none."""
+    """Return the table's row for a compute capability (90) or a gfx name; "" if it has none."""
     return _FAMILY.get(arch, "") if isinstance(arch, int) else arch if arch in TABLE else ""
 
 
 def arch_of(device: torch.device) -> int | str:
-    """Compute capability of an NVIDIA device, gfx name of an AMD one, 0 for the interpreter."""
+    """Return NVIDIA's compute capability, AMD's gfx name, or 0 for the interpreter."""
     if device.type != "cuda":
         return 0
     if torch.version.hip:
@@ -106,7 +107,7 @@ def arch_of(device: torch.device) -> int | str:
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
-    """Which column of the table serves operands of this dtype."""
+    """Return the column of the table for operands of this dtype."""
     if dtype == torch.float32:
         return "single"
     return "byte" if dtype.itemsize == 1 else "half"
@@ -115,10 +116,10 @@ def kind_of(dtype: torch.dtype) -> Kind:
 def launch_for(
     arch: int | str, stage: Stage, dtype: torch.dtype, *, wide_weight: bool = False
 ) -> Launch:
-    """The table's choice, or the default where the chip has none of its own.
+    """Return the table's choice, or the default where the chip has none of its own.
 
-    ``wide_weight``: W's numbers are wider than the operands' (fp32 under autocast), and so are its
-    tiles in shared memory, in which the table's sizes would not fit: the default.
+    With ``wide_weight`` W is wider than the operands (fp32 under autocast), and so are its tiles in
+    shared memory. The table's sizes might not fit there, and the default is taken.
     """
     key = (stage, kind_of(dtype))
     if wide_weight:

@@ -1,4 +1,4 @@
-"""The gradient ``dz`` by the logits of some tiles' live pairs, for that of a trainable weight.
+"""The gradient ``dz`` by the logits of some tiles' live pairs, which a trainable weight needs.
 
 Stage: ``Saved``, ``Coefficients`` → ``dz [C, R, TILE]``. After routing ``live_kernel`` lists the
 live rows of each tile, and ``logit_gradient_kernel`` computes the logits of these rows alone.
@@ -44,7 +44,7 @@ def live_kernel(
     tile_stride,
     BLOCK: tl.constexpr,
 ):
-    """One program: one of the C tiles from ``first_tile`` on; it alone writes its list and count.
+    """One program alone writes list and count of one of the C tiles from ``first_tile`` on.
 
     In: ``masses [R, T]`` fp32 with its strides, negative on live pairs. Out: ``list [C, R]`` int32,
     of which the first ``count [C]`` int32 entries are the tile's live rows, ascending.
@@ -84,12 +84,12 @@ def logit_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program: BLOCK_R listed rows × one of the C tiles from ``first_tile`` on.
+    """One program takes BLOCK_R listed rows × one of the C tiles from ``first_tile`` on.
 
     In: ``hidden [R, D]``, ``weight [V, D]``, ``order [V]`` int64 or None, ``bias [V]`` in tile
     order or None, ``list [C, R]`` and ``count [C]`` int32 (None: every row), ``coefficient [4, R]``
     fp32 (lse, α, the label's dz, σ), ``label [R]`` int32. Out: ``dz [C, R, TILE]`` in the dtype of
-    H, by ``H Wᵀ + b``, entry i for the tile's i-th listed row; each program writes its own entries.
+    H, by ``H Wᵀ + b``, entry i for the tile's i-th listed row; a program alone writes its entries.
     """
     tiles = tl.num_programs(0) // tl.cdiv(rows, BLOCK_R)
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
@@ -108,7 +108,7 @@ def logit_gradient_kernel(
         lse = tl.load(coefficient_ptr + row)[:, None]
         alpha = tl.load(coefficient_ptr + rows + row)[:, None]
         at_label = tl.load(coefficient_ptr + 2 * rows + row)[:, None]
-        # a silent row adds nothing, whatever its logits are
+        # a row without an upstream gradient adds nothing, whatever its logits are
         z = tl.where((alpha == 0.0) & (at_label == 0.0), 0.0, z)
         dz = alpha * tl.exp(z - lse)
         label = tl.load(label_ptr + row)
@@ -122,14 +122,14 @@ def logit_gradient_kernel(
 
 
 class Lists(NamedTuple):
-    """Live rows of C tiles: ``rows [C, R]``, ``counts [C]`` int32; None stands for every row."""
+    """The live rows of C tiles, ``rows [C, R]`` and ``counts [C]`` int32; None if every row is."""
 
     rows: Tensor | None
     counts: Tensor | None
 
 
 class Rows(NamedTuple):
-    """What the logits' gradient is made from: ``label [R]`` int32, and ``packed`` coefficients."""
+    """The operands, each row's ``label [R]`` int32, and the ``packed`` coefficients ``[4, R]``."""
 
     given: Operands
     label: Tensor
@@ -173,9 +173,10 @@ def logit_gradients(rows: Rows, lists: Lists, tiles: range, launch: Launch) -> T
 
 
 def packed(coefficients: Coefficients, saved: Saved) -> tuple[Tensor, Tensor]:
-    """``[4, R]`` lse, α, the label's dz, σ, divided by the scale ``[1]`` that is also returned.
+    """Stack lse, α, the label's dz and σ to ``[4, R]``; the last three are divided by a scale.
 
-    Scaled to the largest row, since fp16 ends at 6e-8 and a mean over a long batch begins there.
+    The scale ``[1]``, that of the largest row, is returned too. Without it fp16 would lose a mean
+    over a long batch, whose gradients are about as small as fp16's smallest number, 6e-8.
     """
     alpha, gamma, sigma = coefficients
     at_label = alpha - gamma - alpha * saved.open_mass
@@ -183,7 +184,7 @@ def packed(coefficients: Coefficients, saved: Saved) -> tuple[Tensor, Tensor]:
         [saved.lse, alpha, at_label, torch.zeros_like(alpha) if sigma is None else sigma]
     )
     packed.masked_fill_(silent_rows(coefficients), 0.0)
-    # others of a row have at most α · open mass between them; NaN rows shall not decide
+    # the other logits of a row have at most α · open mass together; NaN rows are ignored
     largest = torch.maximum(packed[2].abs(), (packed[1] * saved.open_mass).abs())
     largest = torch.nan_to_num(largest, nan=0.0, posinf=0.0)
     scale = torch.cat([largest, largest.new_zeros(1)]).amax(0, keepdim=True)

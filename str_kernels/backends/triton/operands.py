@@ -1,6 +1,6 @@
-"""What every launcher prepares: a block's tensors as the kernels take them, and shared arguments.
+"""Every launcher prepares a block's tensors as the kernels take them, and shared arguments.
 
-No launcher waits for the device, except the refinement without atomics, which reads one number.
+Only the refinement without atomics waits for the device, since it reads one number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.engine.contract import Block, Tiles
+from str_kernels.engine.contract import Block
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE, LossOptions
 
@@ -70,7 +70,8 @@ def _tf32_allowed() -> bool:
     if torch.version.hip:
         return False
     settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # since torch 2.9; the older name would mix with it
+    # since torch 2.9; it must not be mixed with the older name
+    if hasattr(settings, "fp32_precision"):
         return settings.fp32_precision == "tf32"
     return settings.allow_tf32
 
@@ -92,6 +93,6 @@ def tuning(launch: Launch) -> dict[str, int]:
     return {"num_warps": launch.warps, "num_stages": launch.stages}
 
 
-def label_places(labels: Tensor, tiles: Tiles | None) -> Tensor:
+def label_places(block: Block) -> Tensor:
     """Return each label's place in the order, ``[R]`` int32; -1 where a row has no label."""
-    return positions_of(labels, None if tiles is None else tiles.inverse).int()
+    return positions_of(block.labels, None if block.tiles is None else block.tiles.inverse).int()

@@ -1,6 +1,6 @@
-"""Quantise: rows of H, or of W through the order → 8 bits and a scale each.
+"""Rows of H, or of W through the order, are quantised to 8 bits and a scale each.
 
-The numbers are those of ``str_kernels.quantise``, made in one pass over memory.
+The numbers are those of ``str_kernels.quantise``, computed in one pass over memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POINTERS = {"i64": ("order",), "fp32": ("column", "scale"), "i8": ("eight",)}
 
 @triton.jit
 def columns_of(row, column_ptr, column, start, dim: tl.constexpr):
-    """``[BLOCK_R, BLOCK_D]`` fp32 from ``start`` on: what is to be quantised, 0 past the end."""
+    """Load the scaled columns from ``start`` on, ``[BLOCK_R, BLOCK_D]`` fp32, 0 past the end."""
     inside = column < dim
     x = tl.load(row + start, mask=inside[None, :], other=0.0).to(tl.float32)
     if column_ptr is not None:
@@ -43,12 +43,12 @@ def quantise_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_R rows, read twice, the second time from a cache. It alone writes them.
+    """One program alone writes BLOCK_R rows; it reads them twice, the second time from a cache.
 
-    In: ``rows [*, D]``, ``order`` int64 or None, ``column [D]`` fp32, what columns are multiplied
-    by, or None; the places ``first`` to ``stop`` are taken. Out:
-    ``eight [stop - first, D]`` int8 or fp8, ``scale [stop - first]`` fp32: the largest magnitude
-    of a row, at least ``least``, is ``top``; NaN for a row that has NaN or inf.
+    In: ``rows [*, D]``, ``order`` int64 or None, ``column [D]`` fp32, factors of the columns, or
+    None; the places ``first`` to ``stop`` are taken. Out: ``eight [stop - first, D]`` int8 or fp8,
+    ``scale [stop - first]`` fp32, with which a row's largest magnitude, at least ``least``, becomes
+    ``top``; NaN for a row that has NaN or inf.
     """
     place, along = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     inside = place < stop - first
@@ -58,7 +58,7 @@ def quantise_kernel(
     for start in range(0, dim, BLOCK_D):
         x = columns_of(row, column_ptr, start + along, start, dim)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        odd += tl.sum(x * 0.0, 1)  # NaN of NaN and of inf, which a maximum may pass over
+        odd += tl.sum(x * 0.0, 1)  # NaN for NaN and inf, which a maximum may ignore
     scale = largest / top
     inverse = 1.0 / scale
     out = eight_ptr + place.to(tl.int64)[:, None] * dim + along[None, :]

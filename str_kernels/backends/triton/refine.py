@@ -1,7 +1,7 @@
-"""Refine: ``Worklist`` → ``Refined``, the live pairs from the original operands.
+"""The refinement computes the live pairs again from the original operands.
 
-A program takes one chunk of a tile's live rows at a time. Chunks are added up with atomics, or in
-order without them.
+Stage: ``Worklist`` → ``Refined``. A program takes one chunk of a tile's live rows at a time. Chunks
+are added up with atomics, or in order without them.
 """
 
 from __future__ import annotations
@@ -64,18 +64,17 @@ def refine_kernel(
     BLOCK_E: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """Persistent: program i takes chunks i, i + programs, …, as many as the plan's head says.
+    """A persistent program i takes chunks i, i + programs, … of those that the plan counts.
 
     In: ``hidden [R, D]``, ``weight [V, D]``, ``order [V]`` int64 or None, ``bias [V]`` in tile
-    order or None, ``list [T·R]`` int32, ``plan [1 + C, 3]`` int32 (first row: how many chunks; then
-    tile, first and end of the chunk's rows in the list), ``shift [R]`` fp32, ``label [R]`` int32.
-    Out, label left out, fp32: Σ exp(z - shift) ``mass``, the largest logit ``maximum``, and
-    ``expected`` = Σ exp(z - shift) · slope · w, or None. ATOMIC: ``[R]``, ``[R]``, ``[R, D]``,
-    added to by every chunk that has the row. Otherwise ``[C·BLOCK_R]``, …: each chunk writes its
-    own BLOCK_R slots, and nobody else does.
+    order or None, ``list [T·R]`` int32, ``plan [1 + C, 3]`` int32 of ``plan_kernel``, ``shift [R]``
+    fp32, ``label [R]`` int32. Out, without the label, fp32: ``mass``, Σ exp(z - shift), the largest
+    logit ``maximum``, and ``expected``, Σ exp(z - shift) · slope · w, or None. With ATOMIC the
+    shapes are ``[R]``, ``[R]``, ``[R, D]``, and every chunk that has a row adds to it. Otherwise
+    they are ``[C·BLOCK_R]``, …, and each chunk alone writes its own BLOCK_R slots.
 
     Exponentials are taken relative to the row's maximum *in this tile* before they are rounded to
-    the operands' dtype: a row that is nearly right keeps its precision, in fp16 as well.
+    the operands' dtype, so that a row that is nearly right keeps its precision, even in fp16.
     """
     lane, along = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     for chunk in range(tl.program_id(0), tl.load(plan_ptr), tl.num_programs(0)):
@@ -138,12 +137,12 @@ def refine_in_order(
 ) -> Refined:
     """Refine without atomics: each chunk fills slots of its own, which torch adds up in order.
 
-    The result repeats bit for bit where ``index_add_`` does, as under
+    The result repeats bit for bit where ``index_add_`` repeats, as it does under
     ``torch.use_deterministic_algorithms``.
     """
     pairs = _pairs(block, work, launch, programs)
     plan, sums = pairs.plan(), pairs.empty_sums(pairs.given.rows, wanted)
-    chunks = int(plan[0, 0])  # the one number read back: how many slots there must be
+    chunks = int(plan[0, 0])  # the one number that is read back, to allocate the slots
     step = max(1, byte_budget // (4 * pairs.given.dim * launch.block_r))
     for part in plan[1 : 1 + chunks].split(step):
         head = torch.tensor([[len(part), 0, 0]], dtype=torch.int32, device=part.device)
@@ -158,8 +157,7 @@ def refine_in_order(
 
 
 def _pairs(block: Block, work: Worklist, launch: Launch, programs: int) -> _Pairs:
-    label = label_places(block.labels, block.tiles)
-    return _Pairs(operands(block), label, work, launch, programs)
+    return _Pairs(operands(block), label_places(block), work, launch, programs)
 
 
 class _Pairs(NamedTuple):
@@ -172,7 +170,7 @@ class _Pairs(NamedTuple):
     programs: int
 
     def plan(self) -> Tensor:
-        """Return all chunks; see ``plan_chunks``."""
+        """Return the chunks of all live rows; see ``plan_chunks``."""
         return plan_chunks(self.work.counts, self.given.rows, self.launch.block_r)
 
     def rows_of(self, chunks: Tensor) -> Tensor:
@@ -182,7 +180,7 @@ class _Pairs(NamedTuple):
         return self.work.rows.flatten()[torch.where(place < stop, place, first)].flatten().long()
 
     def empty_sums(self, rows: int, wanted: Wanted) -> Refined:
-        """Allocate the sums of no pair at all for so many rows or slots."""
+        """Allocate the sums of so many rows or slots, to which no pair has been added."""
         mass = self.work.shift.new_zeros(rows)
         expected = mass.new_zeros(rows, self.given.dim) if wanted.hidden else None
         return Refined(mass, expected, torch.full_like(mass, float("-inf")))

@@ -1,7 +1,7 @@
-"""Route: tile masses → each tile's list of live rows, on the device, without atomics.
+"""Routing lists the live rows of each tile, on the device and without atomics.
 
-A pair is live if its log-mass exceeds the row's threshold, ``log ε`` above the row's open mass
-(what lies outside the label's tile), or if its tile holds the label.
+Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds the label, or if its mass
+exceeds ε times the row's mass outside the label's tile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from str_kernels.backends.triton.tiles import LOWEST, TILE
 from str_kernels.engine.contract import Block, TileMasses, Worklist
 from str_kernels.engine.tiles import LEAST_OPEN
 
-# The bits of -0.0, whose sign a literal loses in Triton 3.4.
+# These are the bits of -0.0; the literal loses its sign in Triton 3.4.
 NEGATIVE_ZERO = tl.constexpr(-(1 << 31))
 LOG_LEAST_OPEN = tl.constexpr(math.log(LEAST_OPEN))
 THRESHOLD = {"BLOCK_R": 32, "BLOCK_T": 32}  # the sizes of ``threshold_kernel``
@@ -42,7 +42,7 @@ def threshold_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program: BLOCK_R rows over all tiles. It alone writes its rows of both outputs.
+    """One program passes over all tiles of BLOCK_R rows and alone writes these rows of the outputs.
 
     In: ``log_mass [T, R]`` fp32, ``label [R]`` int32, a place in the order or -1. Out:
     ``shift [R]`` fp32, the log-sum-exp over tiles, 0 where it is infinite; ``threshold [R]`` fp32,
@@ -85,11 +85,12 @@ def route_kernel(
     rows,
     BLOCK: tl.constexpr,
 ):
-    """One program: one tile over all rows. It alone reads and writes that tile's row of each.
+    """One program passes over all rows of one tile and alone reads and writes the tile's entries.
 
     In: ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out: ``log_mass [T, R]``
-    fp32, which becomes the dead share of ``exp(shift)``, -0.0 on live pairs. Out: ``list [T, R]``
-    int32, of which the first ``count [T]`` int32 entries are the tile's live rows, ascending.
+    fp32, which becomes the dead share of ``exp(shift)``, and -0.0 on live pairs. Out: ``list
+    [T, R]`` int32, of which the first ``count [T]`` int32 entries are the tile's live rows,
+    ascending.
     """
     tile, count = tl.program_id(0), 0
     base = tile.to(tl.int64) * rows
@@ -119,11 +120,11 @@ def plan_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one tile, whose chunks it alone writes; the first tells how many all have.
+    """One program alone writes the chunks of one tile; the first also writes how many there are.
 
-    In: ``count [T]`` int32 live rows of each tile. Out: ``plan [1 + C, 3]`` int32: first row: how
-    many chunks of at most CHUNK rows there are; then of each its tile, and the first and the end of
-    its rows in ``list [T·R]``.
+    In: ``count [T]`` int32, the live rows of each tile. Out: ``plan [1 + C, 3]`` int32, whose first
+    row begins with the number of chunks of at most CHUNK rows; each further row has a chunk's tile,
+    and the first and the end of its rows in ``list [T·R]``.
     """
     tile = tl.program_id(0)
     before, number = 0, 0
@@ -149,7 +150,7 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     """List the live pairs; the memory of the log-masses is reused for ``dead``."""
     log_mass = masses.log_mass.T.contiguous()
     count, rows = log_mass.shape
-    label = label_places(block.labels, block.tiles)
+    label = label_places(block)
     shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
     log_eps = math.log(eps) if eps else -math.inf
     threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](

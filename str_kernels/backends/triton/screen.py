@@ -1,6 +1,7 @@
-"""Screen: ``Head`` → ``TileMasses``, the log-mass of every (row, tile) pair.
+"""The screen computes the log-mass of every (row, tile) pair.
 
-Logits stay in registers. The operands are those of the head, or have 8 bits.
+Stage: ``Block`` → ``TileMasses``. Logits stay in registers. The operands are those of the head, or
+have 8 bits.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def screen_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program: BLOCK_R rows × one tile. It alone writes ``log_mass[tile, its rows]`` and slope.
+    """One program takes BLOCK_R rows × one tile and alone writes ``log_mass`` and ``slope`` there.
 
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order

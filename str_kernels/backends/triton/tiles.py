@@ -1,17 +1,19 @@
-"""Device functions that every kernel shares, so that screen, refinement and gradients cannot drift.
+"""Device functions that kernels share, so that screen, refinement and gradients compute alike.
 
-Glossary of the kernels, beside the symbols of ``options``::
+These names are used in all kernels, beside the symbols of ``options``::
 
     R           rows of this block of positions (``rows``); T tiles, L live pairs
-    row         [BLOCK_R] int32, rows of the hidden states, clamped into range
+    row         [BLOCK_R] int32, rows of the hidden states, clamped to the range
     position    [TILE] int32, places in the order of the vocabulary; a tile's are neighbours
     weight_row  [TILE] int64, the rows of W at these places (V·D can pass 2³¹)
     label       [BLOCK_R] int32, the place of each row's label, -1 where there is none
     z           [BLOCK_R, TILE] fp32, logits; -inf past the end of the vocabulary
     top         [BLOCK_R] fp32, a row's largest logit in a tile, at least ``LOWEST``
 
-``*_ptr`` is a tensor's first element (None: the option is off), block sizes are upper case, and
-``dim``, ``softcap``, ``precision`` are fixed when a kernel is compiled. H and W are contiguous.
+``*_ptr`` points to a tensor's first element; None turns the option off. Block sizes are upper case.
+``dim``, ``softcap`` and ``precision`` are fixed when a kernel is compiled. H and W are contiguous.
+``POINTERS`` beside a file's kernels states the pointers' types as Triton names them, which
+``ahead.py`` compiles with; a pointer that is not named has the operands' type.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ import triton.language as tl
 from str_kernels.options import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
-# Stands in for the maximum of nothing: -inf minus it is -inf, where -inf minus -inf is NaN.
+# This replaces the maximum of nothing: -inf minus it is -inf, where -inf minus -inf is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
 def grouped(rows, tiles, BLOCK_R: tl.constexpr, GROUP: tl.constexpr):
-    """Which block of rows and which tile this program has.
+    """Return which block of rows and which tile this program computes.
 
-    GROUP blocks of rows walk the tiles together, so that a tile of W is read from memory once for
-    all of them and their hidden states stay in L2.
+    GROUP blocks of rows pass over the tiles together, so that a tile of W is read from memory once
+    for all of them, while their hidden states stay in L2.
     """
     program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_R)
     group = program // (GROUP * tiles)
@@ -42,17 +44,17 @@ def grouped(rows, tiles, BLOCK_R: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_at(order_ptr, position, vocab):
-    """Rows of W, int64, at these places; past the end the last again, so loads need no mask."""
+    """Return the rows of W, int64, at these places, clamped to the last, so loads need no mask."""
     clamped = tl.minimum(position, vocab - 1)
     return clamped.to(tl.int64) if order_ptr is None else tl.load(order_ptr + clamped).to(tl.int64)
 
 
 @triton.jit
 def multiply(a, b, accumulator, precision: tl.constexpr):
-    """``accumulator + a @ b``; fp32 operands in ``precision`` ("ieee" or "tf32").
+    """Return ``accumulator + a @ b``; fp32 operands are multiplied in "ieee" or "tf32".
 
-    fp8 sums are promoted to fp32 once per call: Hopper's own accumulator is short, and promotion
-    more often would leave its fast instruction.
+    fp8 sums are promoted to fp32 once per call, since Hopper's own accumulator is short. More
+    frequent promotion would not use its fast instruction.
     """
     if a.dtype == tl.float32:
         return tl.dot(a, b, accumulator, input_precision=precision)
@@ -72,7 +74,10 @@ def products(
     precision: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``H[row] @ W[weight_row]ᵀ`` [BLOCK_R, TILE], fp32 (int32 for int8); W in the dtype of H."""
+    """Return ``H[row] @ W[weight_row]ᵀ`` [BLOCK_R, TILE] in fp32, or int32 for int8.
+
+    W is cast to the dtype of H.
+    """
     along = tl.arange(0, BLOCK_D)
     hidden = hidden_ptr + row.to(tl.int64)[:, None] * dim + along[None, :]
     weight = weight_ptr + weight_row[None, :] * dim + along[:, None]
@@ -92,22 +97,25 @@ def products(
 
 @triton.jit
 def finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap: tl.constexpr):
-    """``softcap · tanh(scale · (H Wᵀ + b) / softcap)``, -inf past the end; bias in tile order."""
+    """Return ``softcap · tanh(scale · (H Wᵀ + b) / softcap)``; the bias is in tile order.
+
+    Past the end of the vocabulary logits are -inf.
+    """
     inside = position < vocab
     if bias_ptr is not None:
         total += tl.load(bias_ptr + position, mask=inside, other=0.0).to(tl.float32)[None, :]
     z = total * logit_scale
     if softcap is not None:
-        z = softcap - 2.0 * softcap / (tl.exp(z * (2.0 / softcap)) + 1.0)  # tanh, safe at both ends
+        z = softcap - 2.0 * softcap / (tl.exp(z * (2.0 / softcap)) + 1.0)  # tanh without overflow
     return tl.where(inside[None, :], z, float("-inf"))
 
 
 @triton.jit
 def rounded(p, dtype: tl.constexpr):
-    """``p`` in the operands' dtype, and what each row must be multiplied by to keep its sum.
+    """Round ``p`` to the operands' dtype; also return the factor of each row that keeps its sum.
 
-    The rows of W that matter to a row of H are alike, and so is its label's, which is subtracted
-    from their mean: an error in the sum would be all that is left of it.
+    The rows of W with much probability are alike, and the label's row, which is subtracted from
+    their mean, is like them. An error in the sum would exceed the difference.
     """
     q = p.to(dtype)
     kept = tl.sum(q.to(tl.float32), 1)
@@ -116,6 +124,6 @@ def rounded(p, dtype: tl.constexpr):
 
 @triton.jit
 def softcap_slope(z, softcap: tl.constexpr):
-    """``1 - (z/softcap)²``; finite past the end of the vocabulary."""
+    """Return ``1 - (z/softcap)²``, which is finite past the end of the vocabulary too."""
     share = tl.maximum(z, -softcap) * (1.0 / softcap)
     return 1.0 - share * share

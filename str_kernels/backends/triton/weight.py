@@ -1,4 +1,4 @@
-"""The gradient of a trainable weight and bias, some tiles at a time, without atomics.
+"""The gradient of a trainable weight and bias is computed some tiles at a time, without atomics.
 
 Stage: ``Saved``, ``Coefficients`` → gradients. ``dz`` of a group of tiles is recomputed into a
 buffer. One program owns each block of the weight's gradient: it sums ``dzᵀ H`` in fp32, adds what
@@ -26,6 +26,7 @@ from str_kernels.backends.triton.operands import Operands, label_places, operand
 from str_kernels.backends.triton.tiles import TILE, multiply, rows_at
 from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share
+from str_kernels.engine.tiles import positions_of
 
 POINTERS = {
     "i64": ("order",),
@@ -55,12 +56,13 @@ def weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: one of the C tiles from ``first_tile`` on × BLOCK_E columns, its own to write.
+    """One program alone writes BLOCK_E columns of one of the C tiles from ``first_tile`` on.
 
     In: ``hidden [R, D]``, ``dz [C, R, TILE]``, ``list [C, R]`` and ``count [C]`` int32 or None,
-    ``order [V]`` int64 or None, ``scale [1]`` fp32 what dz is multiplied by, ``spread [T, D]`` fp32
-    or None, ``safety_slot [V]`` int32 in tile order (-1: none) or None, ``safety [K, D]`` fp32.
-    Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, of dz alone, or None.
+    ``order [V]`` int64 or None, ``scale [1]`` fp32, the factor of dz, ``spread [T, D]`` fp32 or
+    None, ``safety_slot [V]`` int32 in tile order (-1: none) or None, ``safety [K, D]`` fp32.
+    Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, from dz alone, or
+    None.
     """
     wide = tl.cdiv(dim, BLOCK_E)
     slot, block = tl.program_id(0) // wide, tl.program_id(0) % wide
@@ -84,7 +86,7 @@ def weight_kernel(
     position, scale = tile * TILE + column, tl.load(scale_ptr)
     inside = position < vocab
     if bias_grad_ptr is not None:
-        first = position < tl.where(block == 0, vocab, 0)  # one of the tile's programs writes it
+        first = position < tl.where(block == 0, vocab, 0)  # one of the tile's programs writes
         tl.store(bias_grad_ptr + position, bias * scale, mask=first)
     if weight_grad_ptr is not None:
         total *= scale
@@ -148,16 +150,16 @@ def weight_gradients(
     byte_budget: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of R rows; ``launches`` are those of the logits and of the product."""
-    routed = saved.masses is not None
-    given, inverse = operands(block), block.tiles.inverse if routed else None
-    spread = dead_share(block, saved, coefficients) if routed else (None, None)
+    given, spread = operands(block), (None, None)
+    if saved.masses is not None:
+        spread = dead_share(block, saved, coefficients)
     pack, scale = packed(coefficients, saved)
-    rows = Rows(given, label_places(block.labels, block.tiles), pack)
+    rows = Rows(given, label_places(block), pack)
     result = _Result(
         given,
         scale,
         spread[0],
-        _safety_slots(safety, inverse, given.vocab),
+        _safety_slots(safety, block),
         None if safety is None else safety.weight,
         torch.empty_like(given.weight) if needs[0] else None,
         torch.zeros(given.vocab, device=given.hidden.device) if needs[1] else None,
@@ -175,12 +177,13 @@ def weight_gradients(
     return result.weight, bias
 
 
-def _safety_slots(safety: SafetyTerm | None, inverse: Tensor | None, vocab: int) -> Tensor | None:
-    """``[V]`` int32: which safety token stands at a place of the order, -1 for none."""
+def _safety_slots(safety: SafetyTerm | None, block: Block) -> Tensor | None:
+    """Return the index of the safety token at each place of the order, ``[V]`` int32; -1: none."""
     if safety is None:
         return None
+    vocab = block.head.weight.shape[0]
     slots = torch.full((vocab,), -1, dtype=torch.int32, device=safety.ids.device)
-    places = safety.ids if inverse is None else inverse[safety.ids]
+    places = positions_of(safety.ids, None if block.tiles is None else block.tiles.inverse)
     slots[places] = torch.arange(len(places), dtype=torch.int32, device=slots.device)
     return slots
 
@@ -188,7 +191,7 @@ def _safety_slots(safety: SafetyTerm | None, inverse: Tensor | None, vocab: int)
 def _finish_bias(
     bias: Tensor, spread: Tensor | None, order: Tensor | None, safety: SafetyTerm | None
 ) -> Tensor:
-    """Add the dead pairs' and the constraint's part; from tile order to token order, ``[V]``."""
+    """Add the dead pairs' and the constraint's part; return ``[V]`` in token order."""
     if spread is not None:
         bias = bias + spread.repeat_interleave(TILE.value)[: len(bias)]
     if order is not None:

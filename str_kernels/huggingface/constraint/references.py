@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from str_kernels.files import replacing
 from str_kernels.huggingface.constraint.adapters import adapter_layers
 from str_kernels.huggingface.constraint.reference_pass import reference_fold, safety_reference
 from str_kernels.huggingface.deferred.forward import inner_forward
@@ -138,7 +139,7 @@ def save_reference_cache(
     Raises:
         ValueError: a value beyond the range of fp16.
     """
-    path, tensors = Path(path), {}
+    tensors = {}
     for key, values in references.items():
         half = values.detach().half().cpu().contiguous()
         if half.isinf().any() and not values.isinf().any():
@@ -151,9 +152,8 @@ def save_reference_cache(
         "token_ids": json.dumps(list(safety.token_ids)),
         "unit": reference_unit(safety),
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def build_reference_cache(

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -110,48 +109,39 @@ def _some_states(fold: Fold) -> Tensor:
 
 
 class AccuracyGuard:
-    """Checks the filter every so many losses, and advises a fallback above a bf16 head's error.
+    """Checks the filter every so many losses, and falls back where it errs more than a bf16 head.
 
     Args:
         every: how many training losses lie between two checks; None: never checks.
+        notices: where a fallback is announced.
 
     Attributes:
         last_report: of the latest check, or None.
     """
 
-    def __init__(self, every: int | None) -> None:
+    def __init__(self, every: int | None, notices: Notices) -> None:
         """Check the period."""
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+        whole = isinstance(every, int) and not isinstance(every, bool)
+        if every is not None and not (whole and every > 0):
             raise ValueError(f"check_accuracy_every={every!r}: must be a positive integer or None.")
-        if every is not None and every < 1:
-            raise ValueError(f"check_accuracy_every={every}: must be a positive integer or None.")
-        self._every, self._losses = every, 0
+        self._every, self._losses, self._notices = every, 0, notices
         self.last_report: AccuracyReport | None = None
 
     def after_loss(
         self, operands: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
-    ) -> str | None:
-        """Count one training loss; returns ``"exact"`` to change the screen, ``"off"`` the filter.
+    ) -> dict[str, Any]:
+        """Count one training loss; returns the options to change from now on, most often none.
 
-        ``operands`` and ``inputs`` are those of ``check_accuracy``.
+        The first fallback is an exact screen, the second the exact pass. The arguments are those of
+        ``check_accuracy``.
         """
         self._losses += 1
         if self._every is None or (self._losses - 1) % self._every:
-            return None
+            return {}
         report = check_accuracy(*operands, options, **inputs)
-        if report is None:
-            return None
-        self.last_report = report
-        if report.acceptable:
-            return None
-        return "off" if options.screen == "exact" else "exact"
-
-
-def fall_back(
-    options: LossOptions, to: str, report: AccuracyReport, notices: Notices
-) -> LossOptions:
-    """The settings after a failed check, with a warning."""
-    notices.warn_inaccurate(to, report)
-    if to == "exact":
-        return replace(options, screen="exact")
-    return replace(options, screen="auto", filter_eps=0.0)
+        self.last_report = report or self.last_report
+        if report is None or report.acceptable:
+            return {}
+        exact_screen = options.screen != "exact"
+        self._notices.warn_inaccurate(report, exact_screen=exact_screen)
+        return {"screen": "exact"} if exact_screen else {"screen": "auto", "filter_eps": 0.0}

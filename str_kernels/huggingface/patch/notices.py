@@ -28,9 +28,9 @@ class Notices:
         """A loss is computed without the constraint."""
         self._warn(f"The safety constraint takes no part in a loss: {why}.")
 
-    def warn_inaccurate(self, to: str, report: object) -> None:
+    def warn_inaccurate(self, report: object, *, exact_screen: bool) -> None:
         """The filter's error passed the bf16 head's."""
-        instead = "the screen runs in full precision" if to == "exact" else "every logit is exact"
+        instead = "the screen runs in full precision" if exact_screen else "every logit is exact"
         self._warn(
             f"The filtered loss was less accurate than a bf16 head ({report}); from now on "
             f"{instead}. An index made from other text or another weight does this."

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
-from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource, fall_back
+from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import LossMeter
 from str_kernels.huggingface.patch.notices import Notices
@@ -53,6 +54,7 @@ class Patch:
         options: ``LossOptions`` of its loss, the constraint among them.
         reference: ``"adapter_off"`` or a ``ReferenceCache``.
         positions: what is constrained.
+        index: a ``VocabularyIndex``, ``"auto"`` or None.
         backend: as in ``linear_cross_entropy``.
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
@@ -74,13 +76,13 @@ class Patch:
         verification: Verification | None = None,
     ) -> None:
         """Install; ``patch_model`` has checked everything."""
-        self.guard = AccuracyGuard(check_accuracy_every)
+        self.meter, self.notices = LossMeter(), Notices()
+        self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
-        self.backend, self.verification = backend, verification
+        self.index, self.backend, self.verification = index, backend, verification
         self.last_parts: LossParts | None = None
-        self.meter, self.notices = LossMeter(), Notices()
-        self._index, self._head = IndexSource(index), head
+        self._source, self._head = IndexSource(index), head
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
@@ -99,9 +101,14 @@ class Patch:
     def __exit__(self, *_: object) -> None:
         self.unpatch()
 
+    @property
+    def installed(self) -> bool:
+        """Whether the model carries this patch."""
+        return self.model.__dict__.get(PATCH) is self
+
     def unpatch(self) -> None:
         """Restore the model; harmless when done already."""
-        if self.model.__dict__.get(PATCH) is not self:
+        if not self.installed:
             return
         trl.stop_watching(self.model)
         del self.model.__dict__[PATCH]
@@ -165,7 +172,7 @@ class Patch:
             reference=self.reference,
             positions=self.positions,
             backend=self.backend,
-            index=self._index,
+            index=self._source,
             notices=self.notices,
             arguments=arguments,
             aligned=self._aligned(inner, arguments),
@@ -184,16 +191,15 @@ class Patch:
     def _observe(self, loss: FusedLoss) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
-        self._index.judge(loss.parts.live_share)
+        self._source.judge(loss.parts.live_share)
         if not self.model.training:
             return
         self.meter.add(loss.terms, loss.parts)
         if loss.constrained is not None:
             self.meter.add_drift(loss.terms, self.options.safety, *loss.constrained)
         if torch.is_grad_enabled():
-            advice = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
-            if advice is not None:
-                self.options = fall_back(self.options, advice, self.guard.last_report, self.notices)
+            fallback = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+            self.options = replace(self.options, **fallback)
 
     def _warn_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:

@@ -9,9 +9,9 @@ import torch
 
 from str_kernels import AnchoredCollator, SafetyConstraint, patch_model
 from str_kernels.inputs.chat import IGNORED, collate
-from tests.huggingface.constraint.test_constraint import gradients, lora
+from tests.huggingface.adapters import lora
 from tests.huggingface.dense import dense_loss
-from tests.huggingface.test_architectures import assert_same
+from tests.huggingface.models import assert_same, gradients
 
 PLAIN = partial(collate, pad_token_id=0)
 REFUSED = [{"input_ids": [7, i, 8, 9, 10, 11, 12, 13]} for i in range(20, 26)]

@@ -8,32 +8,9 @@ from peft import LoraConfig, get_peft_model
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model, unpatch_model
+from tests.huggingface.adapters import TOKENS, constraint, lora
 from tests.huggingface.dense import dense_loss
-from tests.huggingface.models import batch, build
-from tests.huggingface.test_architectures import assert_same
-
-TOKENS = [3, 17, 40, 95]
-
-
-def lora(name: str = "llama", **settings):
-    """A LoRA model whose adapter has moved away from zero."""
-    settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
-    if name == "gpt2":
-        settings |= {"target_modules": ["c_attn"], "fan_in_fan_out": True}
-    torch.manual_seed(2)
-    return get_peft_model(build(name), LoraConfig(r=4, init_lora_weights=False, **settings))
-
-
-def constraint(kind: str = "mse", strength: float = 0.5) -> SafetyConstraint:
-    extra = {"kl": {"temperature": 2.0}}.get(kind, {})
-    return SafetyConstraint(TOKENS, strength, kind=kind, **extra)
-
-
-def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return {"loss": loss.detach(), **found}
+from tests.huggingface.models import assert_same, batch, build, gradients
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from str_kernels.huggingface import patch_model
-from tests.huggingface.constraint.test_constraint import constraint, gradients, lora
+from tests.huggingface.adapters import constraint, lora
 from tests.huggingface.dense import dense_loss
-from tests.huggingface.models import batch, build
-from tests.huggingface.test_architectures import assert_same
+from tests.huggingface.models import assert_same, batch, build, gradients
 
 
 @pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])

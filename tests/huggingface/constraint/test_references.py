@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import build_reference_cache, patch_model
 from str_kernels.huggingface.constraint.references import ReferenceCache
-from tests.huggingface.constraint.test_constraint import gradients
+from tests.huggingface.adapters import SAFETY, wrap
 from tests.huggingface.dense import dense_loss
-from tests.huggingface.models import batch, build
-from tests.huggingface.test_architectures import assert_same
-from tests.huggingface.test_peft import SAFETY, wrap
+from tests.huggingface.models import assert_same, batch, build, gradients
 
 
 def cached(tmp_path, model=None, safety=SAFETY, **arguments):

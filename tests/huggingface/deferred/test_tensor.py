@@ -16,8 +16,7 @@ from str_kernels.functional import linear_cross_entropy
 from str_kernels.huggingface import DeferredLogits, patch_model
 from str_kernels.huggingface.deferred.head_call import HeadCall
 from str_kernels.huggingface.deferred.tensor import defer_linear
-from tests.huggingface.models import batch, build
-from tests.huggingface.test_architectures import relative
+from tests.huggingface.models import batch, build, relative
 
 B, T, D, V = 2, 5, 8, 11
 

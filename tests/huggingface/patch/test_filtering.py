@@ -44,7 +44,7 @@ def batch(vocab: int = VOCAB) -> dict[str, torch.Tensor]:
 
 def used_index(patch):
     """The index that the automatic one holds."""
-    return patch._index._index
+    return patch._source._index
 
 
 def test_made_once_from_the_first_training_batch():

@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import patch_model
+from tests.huggingface.adapters import wrap
 from tests.huggingface.dense import safety_values, weights
 from tests.huggingface.models import batch, build
-from tests.huggingface.test_peft import wrap
 
 IDS = [3, 17, 40, 95]
 KINDS = {

@@ -20,18 +20,17 @@ from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, Patch, patch_model, unpatch_model
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.patch import patch as patch_module
-from tests.huggingface.models import batch, build, loss_and_gradients
-from tests.huggingface.test_architectures import FP32, assert_same, relative
+from tests.huggingface.models import (
+    FP32,
+    assert_same,
+    batch,
+    build,
+    loss_and_gradients,
+    relative,
+    snapshot,
+)
 
 SAFETY = SafetyConstraint([3, 17], 0.5)
-
-
-def snapshot(model: nn.Module) -> dict:
-    return {
-        (name, key): list(value.items()) if hasattr(value, "items") else value
-        for name, module in model.named_modules()
-        for key, value in module.__dict__.items()
-    }
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "peft"])

@@ -13,10 +13,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.deferred import head, recording, tensor
 from str_kernels.huggingface.patch import comparison
-from tests.huggingface.models import MODELS, batch, build
-from tests.huggingface.patch.test_patch import snapshot
-from tests.huggingface.test_architectures import FP32
-from tests.huggingface.test_peft import VARIANTS, wrap
+from tests.huggingface.adapters import VARIANTS, wrap
+from tests.huggingface.models import FP32, MODELS, batch, build, snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

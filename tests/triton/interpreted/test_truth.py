@@ -247,7 +247,7 @@ def test_a_planted_fault_is_seen(backend, monkeypatch):
     """Labels taken for places in the order (as if there were no index) exceed every tolerance."""
     case = clustered_case(40, 600).to(torch.float32)
     places = refine.label_places
-    monkeypatch.setattr(refine, "label_places", lambda labels, tiles: places(labels, None))
+    monkeypatch.setattr(refine, "label_places", lambda block: places(block._replace(tiles=None)))
     with pytest.raises(AssertionError):
         check(case, torch.float32, backend=backend, filter_eps=ALL_LIVE, index=index_of(case))
 
