@@ -177,7 +177,7 @@ def identify_tokens(
 
 
 def constraint(tokens: SafetyTokens, settings: DemoSettings) -> SafetyConstraint:
-    """What STR holds."""
+    """Make the constraint on these tokens."""
     return SafetyConstraint(tokens.token_ids, settings.strength, "mse")
 
 

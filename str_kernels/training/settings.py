@@ -114,7 +114,7 @@ class TrainSettings(ConstraintSettings):
         object.__setattr__(self, "strength", self.constraint(range(2)).strength)
 
     def faults(self) -> list[str]:
-        """A sentence for each value outside its rule, and for values that do not go together."""
+        """Return a sentence for each value outside its rule, and for values that do not fit."""
         found = super().faults()
         unused = self.tokens is not None or self.anchors or self.reference != "adapter_off"
         if self.method != "str" and unused:
