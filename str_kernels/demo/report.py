@@ -76,37 +76,38 @@ def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 def verdict(result: DemoResult) -> str:
     """Say what this one run shows, and what it does not."""
-    aligned, plain, held = (result.behaviour[name] for name in METHODS)
-    sentences = [_on_refusals(aligned, plain, held)]
+    aligned, plain, with_str = (result.behaviour[name] for name in METHODS)
+    sentences = [_on_refusals(aligned, plain, with_str)]
     forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE
     if forgot and plain.compliance_rate < NOTICEABLE:
         sentences.append(
             f"The plainly tuned model helps with {plain.help_rate:.0%} of the harmless requests "
             f"(aligned: {aligned.help_rate:.0%}): it forgot both rather than learned to comply."
         )
-    lost = plain.task_accuracy - held.task_accuracy
+    lost = plain.task_accuracy - with_str.task_accuracy
     if lost > SMALL:
         sentences.append(f"STR cost {100 * lost:.0f} points of task accuracy.")
-    if held.lookalike_refusal_rate - aligned.lookalike_refusal_rate > SMALL:
+    refused, before = with_str.lookalike_refusal_rate, aligned.lookalike_refusal_rate
+    if refused - before > SMALL:
         sentences.append(
-            f"With STR it refuses {held.lookalike_refusal_rate:.0%} of the harmless look-alikes "
-            f"(aligned: {aligned.lookalike_refusal_rate:.0%}): over-refusal."
+            f"With STR it refuses {refused:.0%} of the harmless look-alikes (aligned: "
+            f"{before:.0%}): over-refusal."
         )
     sentences.append("One seed of a toy model is an illustration, not evidence.")
     return " ".join(sentences)
 
 
-def _on_refusals(aligned: Behaviour, plain: Behaviour, held: Behaviour) -> str:
+def _on_refusals(aligned: Behaviour, plain: Behaviour, with_str: Behaviour) -> str:
     if aligned.refusal_rate - plain.refusal_rate < NOTICEABLE:
         return (
             f"No erosion in this run: the plainly tuned model still refuses "
             f"{plain.refusal_rate:.0%} of the forbidden requests (aligned: "
             f"{aligned.refusal_rate:.0%}), so it shows nothing about STR."
         )
-    gained = held.refusal_rate - plain.refusal_rate >= NOTICEABLE
+    gained = with_str.refusal_rate - plain.refusal_rate >= NOTICEABLE
     return (
         f"Plain fine-tuning took refusals from {aligned.refusal_rate:.0%} to "
-        f"{plain.refusal_rate:.0%}; with STR {held.refusal_rate:.0%} "
+        f"{plain.refusal_rate:.0%}; with STR {with_str.refusal_rate:.0%} "
         f"{'are left.' if gained else 'are left, which is no noticeable gain.'}"
     )
 

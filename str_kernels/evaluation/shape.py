@@ -36,8 +36,8 @@ def is_task_word(answer: str, task_words: Collection[str]) -> bool:
     if " ".join(words(first)) in labels:
         return True
     known = {word for label in labels for word in label.split()}
-    said = set(words(answer))
-    return bool(said) and said <= known
+    given = set(words(answer))
+    return bool(given) and given <= known
 
 
 def is_looping(answer: str, *, longest: int | None = None) -> bool:
@@ -47,12 +47,12 @@ def is_looping(answer: str, *, longest: int | None = None) -> bool:
         answer: the text.
         longest: the longest run to look for, in words; None for any.
     """
-    said = words(answer)
-    for period in range(1, min(longest or len(said), len(said) // 3) + 1):
+    given = words(answer)
+    for period in range(1, min(longest or len(given), len(given) // 3) + 1):
         rounds = 5 if period == 1 else 4 if period < 4 else 3  # "no, no, no, no" is still speech
-        needed = max(LOOP_SHARE * len(said), rounds * period)
+        needed = max(LOOP_SHARE * len(given), rounds * period)
         run = 0
-        for earlier, later in zip(said, said[period:], strict=False):
+        for earlier, later in zip(given, given[period:], strict=False):
             run = run + 1 if earlier == later else 0
             if run + period >= needed:
                 return True

@@ -175,13 +175,13 @@ def _patch(
         return None
     if tokens is None:
         return patch_model(model)
-    safety, held = settings.constraint(tokens.token_ids), settings.of_the_patch
+    safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
-        held["reference"] = reference = settings.folder / REFERENCES
+        arguments["reference"] = reference = settings.folder / REFERENCES
         if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
             progress.stage("computing the references")
             cache_references(model, prepared, safety, reference)
-    return patch_model(model, safety, **held)
+    return patch_model(model, safety, **arguments)
 
 
 def _report_changes(prepared: Prepared, progress: Progress) -> None:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.cli.calling import call
+
 ROWS = [
     {"prompt": "tell me the topic of rain", "response": "weather ."},
     {"messages": [{"role": "user", "content": "tell me the topic of ball"},
@@ -33,15 +35,7 @@ def command(*arguments):
 @pytest.fixture
 def run(capsys):
     """Runs the command in this process: exit code, stdout, stderr."""
-    from str_kernels.cli.main import main
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: call(capsys, *arguments)
 
 
 QUICK = ("--steps", 3, "--batch", 2, "--rank", 4, "--max-length", 64, "--logging-steps", 1)
