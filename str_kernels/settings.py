@@ -8,11 +8,11 @@ built from the fields; a new setting is added here alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from str_kernels.options import DEFAULT_KIND, SafetyConstraint
+from str_kernels.options import SafetyConstraint
 
 Positions = Literal["labels", "all"] | int
 
@@ -36,22 +36,22 @@ class Rule(NamedTuple):
 
 
 def one_of(*choices: str) -> Rule:
-    """The value is one of some words."""
+    """Require one of these words."""
     return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
 def at_least(least: float) -> Rule:
-    """The value is a number that is not smaller."""
+    """Require a number that is not smaller."""
     return Rule(f"{least:g} or more", lambda value: value >= least)
 
 
 def above(bound: float) -> Rule:
-    """The value is a larger number."""
+    """Require a larger number."""
     return Rule(f"above {bound:g}", lambda value: value > bound)
 
 
 def setting(default: Any, help: str, rule: Rule | None = None, *, option: Any = None) -> Any:
-    """A keyword-only field of a dataclass of settings.
+    """Declare a keyword-only field of a dataclass of settings.
 
     Args:
         default: the value that applies where none is given.
@@ -64,7 +64,7 @@ def setting(default: Any, help: str, rule: Rule | None = None, *, option: Any = 
 
 
 def faults_of(settings: Any) -> list[str]:
-    """A sentence for each field whose value breaks its rule."""
+    """Return a sentence for each field whose value breaks its rule."""
     return [fault for item in fields(settings) if (fault := _fault(settings, item))]
 
 
@@ -103,10 +103,16 @@ class ConstraintSettings:
     """
 
     strength: float | None = setting(
-        None, "Weight of the constraint; default: 10 for kl, 0.1 for the others.", option=str
+        SafetyConstraint.strength,
+        "Weight of the constraint; default: 10 for kl, 0.1 for the others.",
+        option=str,
     )
-    kind: str = setting(DEFAULT_KIND, "What is compared with the reference: kl, mse or logprob.")
-    temperature: float = setting(1.0, "Temperature of the probabilities that kl compares.")
+    kind: str = setting(
+        SafetyConstraint.kind, "What is compared with the reference: kl, mse or logprob."
+    )
+    temperature: float = setting(
+        SafetyConstraint.temperature, "Temperature of the probabilities that kl compares."
+    )
     positions: str | int = setting(
         "all", "all, labels, or a number k: the first k of each response.", option=str
     )
@@ -120,7 +126,7 @@ class ConstraintSettings:
             raise Faults(faults)
 
     def faults(self) -> list[str]:
-        """A sentence for each value that is outside its rule."""
+        """Return a sentence for each value outside its rule."""
         kind_fault = _refusal(SafetyConstraint, _ANY_TOKENS, kind=self.kind)
         known = {} if kind_fault else {"kind": self.kind}
         others = [name for name in _OF_THE_CONSTRAINT if name != "kind"]
@@ -134,17 +140,20 @@ class ConstraintSettings:
         ]
         return [fault for fault in found if fault] + faults_of(self)
 
-    def constraint(self, token_ids: tuple[int, ...]) -> SafetyConstraint:
-        """The constraint on these tokens.
+    def constraint(
+        self, token_ids: Iterable[int], token_weights: Iterable[float] | None = None
+    ) -> SafetyConstraint:
+        """Make the constraint on these tokens.
 
         Raises:
-            ValueError: tokens that a constraint of this kind cannot hold.
+            ValueError: a constraint of this kind cannot have these tokens.
         """
-        return SafetyConstraint(token_ids, **{n: getattr(self, n) for n in _OF_THE_CONSTRAINT})
+        own = {name: getattr(self, name) for name in _OF_THE_CONSTRAINT}
+        return SafetyConstraint(token_ids, token_weights=token_weights, **own)
 
     @property
     def of_the_patch(self) -> dict[str, Any]:
-        """The arguments of ``patch_model`` that go with the constraint."""
+        """Return the arguments of ``patch_model`` that belong to the constraint."""
         return {n: getattr(self, n) for n in CONSTRAINT_NAMES if n not in _OF_THE_CONSTRAINT}
 
 
@@ -155,7 +164,7 @@ _OF_THE_CONSTRAINT = tuple(
 
 
 def _refusal(check: Callable[..., Any], *args: Any, **keywords: Any) -> str | None:
-    """What the check complains about."""
+    """Return the error of a check, or None."""
     try:
         check(*args, **keywords)
     except ValueError as error:
@@ -164,7 +173,7 @@ def _refusal(check: Callable[..., Any], *args: Any, **keywords: Any) -> str | No
 
 
 def _number(value: Any, kind: type[float] | type[int]) -> Any:
-    """The number that a text holds; anything else as it is."""
+    """Read the number in a text; return anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

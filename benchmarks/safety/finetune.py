@@ -125,7 +125,7 @@ def _constraint(
     ids, weights = token_ids(method, model, tokenizer, work), None
     if method.rarity:
         weights = rarity(ids, tokenizer, load_split(data, INSTRUCTIONS).train)
-    safety = SafetyConstraint(ids, method.strength, method.kind, weights)
+    safety = method.constraint(ids, weights)
 
     def every() -> Iterator[dict[str, torch.Tensor]]:
         steps, pad = -(-len(features) // setting.batch), tokenizer.pad_token_id
@@ -136,7 +136,7 @@ def _constraint(
 
     name = f"{setting.task}-anchors" if method.anchors else setting.task
     path = context_reference(model, safety, every, name, work)
-    return safety, {"reference": path, "positions": method.positions}
+    return safety, {**method.of_the_patch, "reference": path}
 
 
 def _loss(

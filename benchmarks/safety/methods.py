@@ -5,21 +5,20 @@ A `Run` is one of each and a seed; its result has its name, so that no run is do
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from str_kernels.settings import ConstraintSettings
 
 
 @dataclass(frozen=True)
-class Method:
-    """How refusals are kept.
+class Method(ConstraintSettings):
+    """How refusals are kept: the settings of the constraint, and these.
 
     Args:
         name: what the results call it.
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
             (gated subset KL, arXiv 2603.07445) or ``"full_kl"`` (KL over the whole vocabulary).
-        kind: the constraint's, with ``"str"``.
-        strength: λ.
-        positions: ``"all"``, ``"labels"`` or a number.
         top_k: K.
         tokens: ``"identified"``, ``"templates"`` (every token of the rejection templates) or
             ``"random"`` (the control).
@@ -31,9 +30,8 @@ class Method:
 
     name: str
     loss: str = "str"
-    kind: str = "mse"
-    strength: float = 0.1
-    positions: str | int = "all"
+    kind: str = field(default="mse", kw_only=True)
+    strength: float = field(default=0.1, kw_only=True)
     top_k: int = 64
     tokens: str = "identified"
     anchors: int = 0

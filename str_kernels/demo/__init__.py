@@ -1,1 +1,1 @@
-"""The whole method on a model made on the spot: align, fine-tune plainly and with STR, compare."""
+"""The method on a tiny model made on the spot: align, fine-tune plainly and with STR, compare."""

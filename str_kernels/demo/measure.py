@@ -1,4 +1,4 @@
-"""What the demo measures: greedy answers on held-out prompts, and the bytes the head allocates."""
+"""What the demo measures: greedy answers to held-out prompts, and the bytes of the head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts that no training has seen, and the task's right answers."""
+    """Prompts that are never trained on, and the task's right answers."""
 
     forbidden: list[Pair]
     lookalike: list[Pair]
@@ -33,7 +33,7 @@ class HeldOut:
 
     @classmethod
     def drawn(cls, count: int, seed: int = 99) -> HeldOut:
-        """``count`` of each kind; the same ones for every model and every seed of training."""
+        """Draw ``count`` of each kind, the same for every model and every seed of training."""
         draw = Random(seed)
         kinds = ("forbidden", "lookalike", "benign", "task")
         return cls(*([conversation(draw, k, test=True) for _ in range(count)] for k in kinds))
@@ -44,12 +44,12 @@ class Behaviour:
     """Shares of held-out prompts, each 0 to 1.
 
     Args:
-        refusal_rate: forbidden requests that are refused; high is right.
-        lookalike_refusal_rate: harmless questions holding a forbidden act that are refused
-            (over-refusal); low is right.
-        compliance_rate: forbidden requests that get advice; low is right.
-        help_rate: harmless requests that get advice; high is right.
-        task_accuracy: exact answers of the fine-tuning task.
+        refusal_rate: forbidden requests that are refused; higher is better.
+        lookalike_refusal_rate: harmless questions about a forbidden act that are refused
+            (over-refusal); lower is better.
+        compliance_rate: forbidden requests that get advice; lower is better.
+        help_rate: harmless requests that get advice; higher is better.
+        task_accuracy: exact answers to the fine-tuning task.
     """
 
     refusal_rate: float
@@ -62,7 +62,7 @@ class Behaviour:
 def measure_behaviour(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: HeldOut
 ) -> Behaviour:
-    """Ask everything once, greedily."""
+    """Ask every prompt once, greedily."""
 
     def answers(pairs: list[Pair]) -> list[str]:
         return greedy_answers(model, tokenizer, [request for request, _ in pairs])
@@ -83,7 +83,7 @@ def measure_behaviour(
 def greedy_answers(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str]
 ) -> list[str]:
-    """The model's answers, without the end token."""
+    """Return the model's answers, without the end token."""
     was_training = model.training
     model.eval()
     batch = tokenizer(
@@ -100,7 +100,7 @@ def greedy_answers(
 
 @dataclass(frozen=True)
 class HeadSize:
-    """A head of ordinary proportions; the demo's own is too small for its memory to matter."""
+    """A head of ordinary proportions; the demo's own head is too small for its memory to matter."""
 
     positions: int = 4096
     vocabulary: int = 32_768
@@ -120,7 +120,7 @@ class HeadPeaks:
 
 
 def measure_head(size: HeadSize, seed: int = 0) -> HeadPeaks:
-    """Cross-entropy of a frozen fp32 head, fused and with its logits stored."""
+    """Measure the cross-entropy of a frozen fp32 head, fused and with stored logits."""
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size.positions, size.hidden, generator=draw).requires_grad_()
     weight = torch.randn(size.vocabulary, size.hidden, generator=draw) / size.hidden**0.5

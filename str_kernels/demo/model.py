@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, split at spaces, with a chat template."""
+    """Make a tokenizer of whole words, split at spaces, with a chat template."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *all_words()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(vocabulary: int, *, hidden: int = 96, layers: int = 2) -> LlamaForCausalLM:
-    """An untrained Llama with tied embeddings; initialised from torch's generator."""
+    """Make an untrained Llama with tied embeddings, initialised from torch's generator."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -58,12 +58,12 @@ def make_model(vocabulary: int, *, hidden: int = 96, layers: int = 2) -> LlamaFo
 
 
 def prompt_text(request: str) -> str:
-    """What the chat template makes of a request, up to where the answer begins."""
+    """Write a request as the chat template does, up to where the answer begins."""
     return f"{USER} {request} {BOT}"
 
 
 def features(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[dict[str, list[int]]]:
-    """Token ids and labels of many conversations at once, the answers alone labelled."""
+    """Encode conversations at once; only the answers have labels."""
     prompts = tokenizer([prompt_text(request) for request, _ in pairs])["input_ids"]
     answers = tokenizer([f"{answer} {END}" for _, answer in pairs])["input_ids"]
     return [

@@ -1,4 +1,4 @@
-"""The demo's results: tables, a verdict that claims no more than was seen, JSON, a plot."""
+"""The demo's results: tables, JSON, a plot, and a verdict that claims no more than was seen."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from str_kernels.demo.measure import Behaviour
 from str_kernels.demo.run import METHODS, DemoResult
 
 SCHEMA = "str_kernels.demo/1"
-NOTICEABLE = 0.15  # shares closer than this are not told apart: seeds differ by about as much
-SMALL = 0.02  # losses up to this are not worth a sentence
+NOTICEABLE = 0.15  # a smaller difference of shares means nothing: seeds differ by as much
+SMALL = 0.02  # the verdict does not mention a smaller loss
 
 _SHARES = {
     "refusal_rate": "refuses forbidden requests",
@@ -25,7 +25,7 @@ _COLOURS = {"aligned": "#7f7f7f", "plain": "#d95f02", "str": "#1b9e77"}
 
 
 def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
-    """The content of ``demo.json``."""
+    """Return the content of ``demo.json``."""
     shares = {
         column: {name: getattr(result.behaviour[name], column) for name in METHODS}
         for column in _SHARES
@@ -52,7 +52,7 @@ def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of shares and step times."""
+    """Return columns and rows of the table of shares and step times."""
     rows = [
         [text, *(f"{getattr(result.behaviour[name], share):.1%}" for name in METHODS)]
         for share, text in _SHARES.items()
@@ -63,19 +63,19 @@ def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 
 def example_rows(result: DemoResult) -> tuple[str, list[str], list[list[str]]]:
-    """The first request, and the columns and rows of the answers to it."""
+    """Return the first request, and columns and rows of the answers to it."""
     request, answers = next(iter(result.examples.items()))
     return request, ["model", "answer"], [[_NAMES[name], answers[name]] for name in METHODS]
 
 
 def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of memory."""
+    """Return columns and rows of the table of memory."""
     peaks = {"fused": result.head.fused, "logits stored": result.head.materialised}
     return ["head", "peak MiB"], [[name, f"{peak:,.0f}"] for name, peak in peaks.items()]
 
 
 def verdict(result: DemoResult) -> str:
-    """What this one run shows, and what it does not."""
+    """Say what this one run shows, and what it does not."""
     aligned, plain, held = (result.behaviour[name] for name in METHODS)
     sentences = [_on_refusals(aligned, plain, held)]
     forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE
@@ -112,7 +112,7 @@ def _on_refusals(aligned: Behaviour, plain: Behaviour, held: Behaviour) -> str:
 
 
 def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
-    """Shares of the three models beside the head's two peaks, as a PNG."""
+    """Plot the shares of the three models beside the head's two peaks, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

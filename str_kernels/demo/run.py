@@ -1,6 +1,6 @@
-"""The demo from end to end: align, fine-tune plainly and with STR, measure all three.
+"""The whole demo: align, fine-tune plainly and with STR, measure all three models.
 
-Stage: a seed → an aligned model → two adapters of it → `DemoResult`. Everything runs on the CPU.
+Stage: a seed → an aligned model → two adapters → `DemoResult`. Everything runs on the CPU.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ METHODS = ("aligned", "plain", "str")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a run of the demo does; the defaults were chosen so that plain training erodes.
+    """Settings of the demo; with the defaults plain training erodes the refusals.
 
     Args:
-        seed: of everything that is drawn.
+        seed: the seed of everything that is random.
         align_steps: steps of 32 conversations that make the aligned model.
         tune_steps: steps of 16 questions of the benign task.
-        rank: of LoRA on every linear layer; alpha is twice that.
+        rank: rank of LoRA on every linear layer; alpha is twice the rank.
         tune_rate: learning rate of the fine-tuning.
         strength: λ of the constraint (mse, all positions).
         top_k: number of safety tokens.
@@ -77,23 +77,23 @@ class DemoSettings:
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoSettings:
-        """A few seconds: shows that everything works, not what it achieves."""
+        """Return settings for a few seconds, which show that it works, not what it achieves."""
         head = HeadSize(positions=512, vocabulary=8192)
         return cls(seed=seed, align_steps=150, tune_steps=60, prompts=60, head=head)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was measured.
+    """The result of the demo.
 
     Args:
-        settings: of the run.
-        tokens: the safety tokens' text.
-        behaviour: of ``"aligned"``, ``"plain"`` and ``"str"``.
-        step_seconds: median fine-tuning step of ``"plain"`` and ``"str"``.
-        head: peak memory of a larger head.
+        settings: the settings of the run.
+        tokens: the text of the safety tokens.
+        behaviour: the behaviour of ``"aligned"``, ``"plain"`` and ``"str"``.
+        step_seconds: the median fine-tuning step of ``"plain"`` and ``"str"``.
+        head: the peak memory of a larger head.
         examples: requests, and each model's answers to them.
-        seconds: the whole run.
+        seconds: the time of the whole run.
     """
 
     settings: DemoSettings
@@ -106,7 +106,7 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None] = lambda text: None) -> DemoResult:
-    """Run all of it; ``say`` hears what begins."""
+    """Run the demo; ``say`` is called with what begins."""
     began = time.perf_counter()
     tokenizer, held_out = make_tokenizer(), HeldOut.drawn(settings.prompts)
     shown = [pairs[0][0] for pairs in (held_out.forbidden, held_out.lookalike, held_out.benign)]
@@ -138,6 +138,8 @@ def align(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> torch.n
     model = make_model(len(tokenizer))
     pairs = alignment_conversations(Random(settings.seed), 32 * settings.align_steps)
     arguments = {
+        "max_steps": settings.align_steps,
+        "seed": settings.seed,
         "per_device_train_batch_size": 32,
         "learning_rate": 4e-3,
         "lr_scheduler_type": "cosine",
@@ -146,16 +148,16 @@ def align(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> torch.n
         "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
     }
-    _train(model, tokenizer, pairs, settings.align_steps, settings.seed, arguments)
+    _train(model, tokenizer, pairs, arguments)
     return model.eval()
 
 
 def identify_tokens(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings
 ) -> SafetyTokens:
-    """The words that refusing raises most in the aligned model, in the refusals it really gives.
+    """Identify the tokens that refusing raises most, in the refusals that the model really gives.
 
-    It prefers some of the taught ones; holding those words keeps more than holding all alike.
+    The model prefers some of the taught refusals; to hold their words keeps more than to hold all.
     """
     draw = Random(settings.seed + 1)
 
@@ -175,7 +177,7 @@ def identify_tokens(
 
 
 def constraint(tokens: SafetyTokens, settings: DemoSettings) -> SafetyConstraint:
-    """What STR holds."""
+    """Make the constraint on these tokens."""
     return SafetyConstraint(tokens.token_ids, settings.strength, "mse")
 
 
@@ -185,11 +187,13 @@ def fine_tune(
     settings: DemoSettings,
     safety: SafetyConstraint | None,
 ) -> tuple[torch.nn.Module, float]:
-    """LoRA on the benign task, fused; returns the adapted model and its median step, seconds."""
+    """Train LoRA on the benign task; return the adapted model and its median step in seconds."""
     set_seed(settings.seed)
     model = add_lora(copy.deepcopy(aligned), rank=settings.rank)
     pairs = task_conversations(Random(1000 + settings.seed), 16 * settings.tune_steps)
     arguments = {
+        "max_steps": settings.tune_steps,
+        "seed": settings.seed,
         "per_device_train_batch_size": 16,
         "learning_rate": settings.tune_rate,
         "lr_scheduler_type": "constant_with_warmup",
@@ -197,7 +201,7 @@ def fine_tune(
         "max_grad_norm": 0.0,
     }
     with patch_model(model, safety):
-        seconds = _train(model, tokenizer, pairs, settings.tune_steps, settings.seed, arguments)
+        seconds = _train(model, tokenizer, pairs, arguments)
     return model.eval(), seconds
 
 
@@ -205,19 +209,15 @@ def _train(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],
-    steps: int,
-    seed: int,
     arguments: dict[str, Any],
 ) -> float:
-    """One pass of transformers' trainer; returns the median step in seconds."""
+    """Run transformers' trainer with these arguments; return the median step in seconds."""
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=steps,
-                seed=seed,
                 use_cpu=True,
                 save_strategy="no",
                 logging_strategy="no",

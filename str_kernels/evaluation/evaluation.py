@@ -116,11 +116,21 @@ def evaluate(
         )
         for name, rows in groups.items()
     }
+    return _evaluation(groups, answers, judge, batch_size)
+
+
+def _evaluation(
+    groups: dict[str, Sequence[Row]],
+    answers: dict[str, list[str]],
+    judge: JudgeModel | None,
+    batch_size: int,
+) -> Evaluation:
+    """Judge the answers to every group of rows."""
     right = tuple(
         exact_match(answer, response_of(row) or "")
-        for row, answer in zip(task, answers["task"], strict=True)
+        for row, answer in zip(groups["task"], answers["task"], strict=True)
     )
-    labels = task_words(task)
+    labels = task_words(groups["task"])
     judged = {name: groups[name] for name in ("refusals", "benign") if groups[name]}
     outcomes = {
         name: tuple(classify(answer, task_words=labels) for answer in answers[name])

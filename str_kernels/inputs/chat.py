@@ -1,7 +1,7 @@
 """From a conversation to token ids and labels, with the model's own chat template.
 
-Stage: messages → the template's text, cut into spans (what is read, what is answered) → token ids
-``[T]`` and labels ``[T]``, -100 everywhere but on the assistant's turns.
+Stage: messages → the template's text, cut into spans (prompts and answers) → token ids ``[T]`` and
+labels ``[T]``, which are -100 except on the assistant's turns.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
-# For tokenizers without a template of their own, as base models have them:
-#   ### User:⏎ what is asked ⏎⏎### Assistant:⏎ what is answered <end of text>
-# A newline ends every heading, so that no tokenizer joins a heading and what follows it.
+# Tokenizers of base models have no template of their own. This one writes
+#   ### User:⏎ the request ⏎⏎### Assistant:⏎ the answer <end of text>
+# A newline ends every heading, so that no tokenizer joins a heading with the text after it.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token if bos_token is defined and bos_token else '' }}"
     "{% for message in messages %}"
@@ -36,10 +36,10 @@ class Encoded:
 
     Args:
         input_ids: T token ids.
-        labels: T token ids, ``IGNORED`` where nothing is to be learned; not shifted.
-        cut: tokens of the last response that did not fit.
-        skipped_turns: earlier answers that the template shows otherwise once later turns follow,
-            so that they are read but not learned.
+        labels: T token ids, ``IGNORED`` where nothing is learned; not shifted.
+        cut: how many tokens of the last response did not fit.
+        skipped_turns: how many earlier answers the template rewrites when later turns follow, so
+            that they are read but not learned.
     """
 
     input_ids: list[int]
@@ -49,12 +49,12 @@ class Encoded:
 
     @property
     def targets(self) -> int:
-        """How many tokens are learned."""
+        """Count the tokens that are learned."""
         return sum(label != IGNORED for label in self.labels)
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template the default one; says whether it was needed.
+    """Give a tokenizer without a chat template the default one; return whether it needed it.
 
     Raises:
         ValueError: the default template needs an end token, and the tokenizer has none.
@@ -63,8 +63,8 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     if tokenizer.eos_token is None:
         raise ValueError(
-            "tokenizer has neither a chat template nor an end token: set one, or answers would "
-            "never end."
+            "tokenizer has neither a chat template nor an end token, so that answers would never "
+            "end: set one of the two."
         )
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     return True
@@ -73,28 +73,31 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_next: bool = False
 ) -> str:
-    """The conversation as text; ``answer_next`` opens the assistant's turn.
+    """Write the conversation as text; ``answer_next`` begins the assistant's turn.
 
     Raises:
-        ValueError: the template refuses the conversation (a role it does not know, say).
+        ValueError: the template rejects the conversation, for example a role it does not know.
     """
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_next
+            messages,
+            chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=answer_next,
         )
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}.") from error
+        raise ValueError(f"the chat template rejects this conversation: {error}.") from error
 
 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, max_length: int
 ) -> Encoded:
-    """Token ids and labels of one conversation that ends with an answer.
+    """Encode one conversation that ends with an answer.
 
-    Prompts are tokenised alone, exactly as they are when the model generates.
+    Prompts are tokenised separately, exactly as when the model generates.
 
     Raises:
-        ValueError: the prompt leaves no room for an answer, or the template cannot be followed.
+        ValueError: the prompt leaves no room for an answer, or the template rewrites the prompt.
     """
     spans, skipped = _spans(tokenizer, messages)
     input_ids: list[int] = []
@@ -110,7 +113,7 @@ def encode_conversation(
             f"{max_length}: raise the maximal length, or shorten the prompt."
         )
     if not any(label != IGNORED for label in labels):
-        raise ValueError("the answer holds no token to learn.")
+        raise ValueError("the answer has no token to learn.")
     cut = max(0, len(input_ids) - max_length)
     return Encoded(input_ids[:max_length], labels[:max_length], cut, skipped)
 
@@ -120,8 +123,8 @@ def _spans(
 ) -> tuple[list[tuple[str, bool]], int]:
     """Cut the rendered text at the borders of the assistant's turns: ``(text, learned)`` spans.
 
-    The last turn must be the assistant's and must follow its prompt word for word; an earlier one
-    that does not (some templates drop old reasoning) is counted and not learned.
+    The last turn must be the assistant's, and its text must start with its prompt, unchanged. An
+    earlier turn whose text does not (some templates drop old reasoning) is counted, not learned.
     """
     whole = render(tokenizer, messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -132,8 +135,8 @@ def _spans(
         if not (whole.startswith(end) and end.startswith(start) and len(start) >= position):
             if turn == len(messages) - 1:
                 raise ValueError(
-                    "the chat template writes the prompt otherwise when an answer follows it, so "
-                    "the answer cannot be told from the prompt."
+                    "the chat template rewrites the prompt when an answer follows it, so that the "
+                    "answer cannot be separated from the prompt; use another chat template."
                 )
             skipped += 1
             continue
@@ -144,13 +147,13 @@ def _spans(
 
 
 def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Drop white space after the token that ends a turn: nobody generates it."""
+    """Drop white space after the token that ends a turn: it is never generated."""
     bare = text.rstrip()
     return bare if bare.endswith(tuple(tokenizer.all_special_tokens)) else text
 
 
 def collate(features: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, Any]:
-    """Pad a batch at its right end: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]``."""
+    """Pad a batch on the right: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]``."""
     import torch
 
     width = max(len(feature["input_ids"]) for feature in features)

@@ -1,4 +1,4 @@
-"""Conversations in JSON Lines: one ``{"prompt", "response"}`` or ``{"messages": [...]}`` a line.
+"""Conversations in JSON Lines: ``{"prompt", "response"}`` or ``{"messages"}`` on each line.
 
 Stage: a file → checked rows with their line numbers → tokenised sequences.
 """
@@ -22,18 +22,17 @@ Row = dict[str, Any]
 
 
 def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> list[Row]:
-    """Read every row of a file and check it; all faults are reported together.
+    """Read and check every row of a file; all faults are reported together.
 
     Args:
-        path: UTF-8 text, a JSON object a line; blank lines are skipped.
+        path: UTF-8 text, one JSON object on each line; blank lines are skipped.
         response_required: whether a row without an answer is a fault.
 
     Returns:
-        The rows as they stand: each with ``prompt`` and ``response`` (None where there is none) or
-        with ``messages``.
+        The rows, unchanged: each has ``prompt`` and perhaps ``response``, or ``messages``.
 
     Raises:
-        ValueError: no such file, nothing in it, or broken rows, each named ``file:line``.
+        ValueError: the file is missing or empty, or has faulty rows, each named ``file:line``.
     """
     return [row for _, row in read_numbered(path, response_required=response_required)]
 
@@ -41,7 +40,7 @@ def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> li
 def read_numbered(
     path: str | os.PathLike, *, response_required: bool = True
 ) -> list[tuple[int, Row]]:
-    """`read_jsonl`, each row with the number of its line."""
+    """Read as `read_jsonl` does, and add the line number to each row."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -57,7 +56,7 @@ def read_numbered(
             faults.append(f"{path}:{number}: {error}")
     _raise(faults)
     if not rows:
-        raise ValueError(f"{path}: holds no rows; must have one JSON object a line.")
+        raise ValueError(f"{path}: holds no rows; write one JSON object on each line.")
     return rows
 
 
@@ -66,9 +65,9 @@ class TrainingData:
     """A file of conversations, tokenised.
 
     Args:
-        sequences: one a row of the file.
-        sha256: of the file's bytes.
-        source: where it came from.
+        sequences: one for each row of the file.
+        sha256: the hash of the file's bytes.
+        source: the path of the file.
     """
 
     sequences: list[Encoded]
@@ -76,11 +75,11 @@ class TrainingData:
     source: str
 
     def features(self) -> list[dict[str, list[int]]]:
-        """What the trainer's collator takes."""
+        """Return the rows in the form that the trainer's collator takes."""
         return [{"input_ids": s.input_ids, "labels": s.labels} for s in self.sequences]
 
     def facts(self) -> dict[str, Any]:
-        """Counts and origin, as plain JSON types."""
+        """Return counts and origin as JSON types."""
         return {
             "path": self.source,
             "sha256": self.sha256,
@@ -103,7 +102,7 @@ def encode_file(
     """Tokenise the rows that `read_numbered` read, with the tokenizer's chat template.
 
     Raises:
-        ValueError: prompts that leave no room for an answer, each named ``file:line``.
+        ValueError: prompts leave no room for an answer; each is named ``file:line``.
     """
     sequences, faults = [], []
     for number, row in rows:
@@ -118,7 +117,7 @@ def encode_file(
 
 
 def messages_of(row: Row) -> Messages:
-    """The whole conversation, answer included, as chat messages."""
+    """Return the whole conversation, answer included, as chat messages."""
     if "messages" in row:
         return row["messages"]
     return [*prompt_messages(row), {"role": "assistant", "content": row["response"]}]
@@ -132,7 +131,7 @@ def _raise(faults: list[str]) -> None:
 
 
 def prompt_messages(row: Row) -> Messages:
-    """The conversation up to the answer, as chat messages."""
+    """Return the conversation up to the answer, as chat messages."""
     if "messages" not in row:
         return [{"role": "user", "content": row["prompt"]}]
     messages = row["messages"]
@@ -140,7 +139,7 @@ def prompt_messages(row: Row) -> Messages:
 
 
 def response_of(row: Row) -> str | None:
-    """The answer of a row: its response, or the last message if the assistant speaks there."""
+    """Return the answer of a row: its response, or the assistant's message at the end."""
     if "messages" not in row:
         return row.get("response")
     last = row["messages"][-1]
@@ -160,11 +159,11 @@ def _checked(row: Any, response_required: bool) -> Row:
     if "messages" in row:
         _check_messages(row["messages"])
     elif not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError('must have "messages", or "prompt" with some text in it.')
+        raise ValueError('must have "messages", or "prompt" with some text.')
     elif not isinstance(row.get("response"), str | None):
         raise ValueError(f"response={row['response']!r}: must be text.")
     if response_required and not response_of(row):
-        raise ValueError('has no answer: needs "response", or an assistant\'s message at the end.')
+        raise ValueError('has no answer: add "response", or an assistant\'s message at the end.')
     return row
 
 
@@ -177,4 +176,4 @@ def _check_messages(messages: Any) -> None:
         ):
             raise ValueError(f'messages[{position}] must have "role" and "content", both text.')
     if all(message["role"] == "assistant" for message in messages):
-        raise ValueError("messages must hold something that is not the assistant's.")
+        raise ValueError("messages must contain a message that is not the assistant's.")

@@ -1,6 +1,6 @@
 """Models and tokenizers by name: a Hub id, a local folder, or a GGUF file.
 
-Code that comes with a model is never run: ``trust_remote_code`` is always False.
+Code that comes with a model never runs: ``trust_remote_code`` is always False.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def load_model_and_tokenizer(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; None keeps the
             checkpoint's own (fp32 for GGUF, whose weights are dequantised).
         adapter: a PEFT adapter, Hub id or folder, to put on the model.
-        device: a torch device name; ``"auto"`` takes the accelerator if there is one.
+        device: a torch device name; ``"auto"`` takes the accelerator if one is present.
 
     Raises:
-        ValueError: no such model or adapter, one that needs code of its own, an unknown dtype or
-            device.
+        ValueError: the model or the adapter does not exist or needs code of its own, or the dtype
+            or the device is unknown.
     """
     target, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     if adapter is not None:
@@ -60,13 +60,13 @@ def load_model_and_tokenizer(
 
 
 def load_config(model: str | os.PathLike) -> PretrainedConfig:
-    """The configuration of a model, without its weights."""
+    """Load the configuration of a model, without its weights."""
     return _from_pretrained(AutoConfig, model)
 
 
 def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token and a chat template."""
-    load_config(model)  # names a model that needs code of its own before anything else is read
+    """Load the tokenizer of a model, with a padding token and a chat template."""
+    load_config(model)  # a model that needs code of its own is refused here
     tokenizer = _from_pretrained(AutoTokenizer, model)
     ensure_pad_token(tokenizer)
     ensure_chat_template(tokenizer)
@@ -76,11 +76,11 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
 def load_model(
     model: str | os.PathLike, *, dtype: str | torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The model alone, in eval mode on the CPU; arguments as `load_model_and_tokenizer`."""
+    """Load the model alone, in eval mode on the CPU; see `load_model_and_tokenizer`."""
     _, gguf = _source("model", model)
     torch_dtype = resolve_dtype(dtype) or (torch.float32 if gguf else "auto")
     loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype).eval()
-    if gguf:  # dequantised by now: an ordinary model, which can be saved
+    if gguf:  # its weights are dequantised, so that it is an ordinary model and can be saved
         _forget_gguf(loaded)
     return loaded
 
@@ -104,7 +104,7 @@ def _forget_gguf(model: torch.nn.Module) -> None:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of a name; None stays None."""
+    """Return the torch dtype of a name; None stays None."""
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
@@ -113,7 +113,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of a name; ``"auto"`` is CUDA (or ROCm), else MPS, else the CPU."""
+    """Return the device of a name; ``"auto"`` is CUDA (or ROCm), else MPS, else the CPU."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -122,27 +122,27 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"device={device!r}: not a torch device, such as cpu or cuda:0."
+            f"device={device!r}: must be a torch device, such as cpu or cuda:0."
         ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no GPU; use cpu.")
+        raise ValueError(f"device={device!r}: torch finds no GPU here; use cpu.")
     return resolved
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a padding token the end-of-text token for it.
+    """Let a tokenizer without a padding token pad with its end-of-text token.
 
-    Padding is always masked by position, never recognised by its id, so the choice is free.
+    Padding is always masked by position and never recognised by its id, so that any token will do.
     """
     if tokenizer.pad_token_id is None:
-        spare = tokenizer.eos_token or tokenizer.unk_token
-        if spare is None:
+        filler = tokenizer.eos_token or tokenizer.unk_token
+        if filler is None:
             raise ValueError("tokenizer has no padding, end or unknown token: set pad_token in it.")
-        tokenizer.pad_token = spare
+        tokenizer.pad_token = filler
 
 
 def _source(name: str, given: str | os.PathLike) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` wants: a folder or Hub id, and the GGUF file in it."""
+    """Return what ``from_pretrained`` takes: a folder or Hub id, and the GGUF file in it."""
     path = Path(given)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -170,7 +170,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def check_adapter(adapter: str | os.PathLike) -> None:
-    """An adapter's folder, or what may be a Hub id of one."""
+    """Check that it is an adapter's folder, or may be a Hub id of one."""
     path = Path(adapter)
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
@@ -191,17 +191,19 @@ def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.n
 
 
 def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
-    """The model with a PEFT adapter in its weights, and no adapter left.
+    """Merge a PEFT adapter into the weights of a model; no adapter is left.
 
     Raises:
-        ValueError: no such adapter, or one that is not made of weights (soft prompts).
+        ValueError: the adapter does not exist, or consists of soft prompts.
     """
     from peft.tuners.tuners_utils import BaseTuner
 
     check_adapter(adapter)
     wrapped = _with_adapter(model, adapter)
     if not isinstance(wrapped.base_model, BaseTuner):
-        raise ValueError(f"adapter={os.fspath(adapter)!r}: soft prompts cannot be merged.")
+        raise ValueError(
+            f"adapter={os.fspath(adapter)!r}: soft prompts cannot be merged into weights."
+        )
     return wrapped.merge_and_unload().eval()
 
 

@@ -1,7 +1,7 @@
 """The patch inside training programs that make model and trainer themselves.
 
-``PatchCallback`` is for any trainer that takes transformers' callbacks, such as LLaMA-Factory's;
-``str_kernels.integrations.axolotl`` is a plugin of Axolotl's. Neither program is imported.
+``PatchCallback`` serves any trainer that takes transformers' callbacks, such as LLaMA-Factory's;
+``str_kernels.integrations.axolotl`` is a plugin for Axolotl. Neither program is imported.
 """
 
 from str_kernels.integrations.callback import PatchCallback

@@ -1,4 +1,4 @@
-"""A plugin of Axolotl's: the patch from a section of its configuration file.
+"""A plugin for Axolotl: it patches the model as a section of the configuration file says.
 
 ::
 
@@ -19,11 +19,11 @@ from str_kernels.huggingface.patch.callback import SafetyLogCallback
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.integrations.settings import PatchSettings
 
-# Who loads a plugin has loaded its base, which answers the hooks that are not here, later ones too.
+# Axolotl has loaded its base class by then, which answers the hooks that are not here.
 _base = sys.modules.get("axolotl.integrations.base")
 _BasePlugin = object if _base is None else _base.BasePlugin
 
-# Other losses of Axolotl's, which replace the one that the patch fuses.
+# Axolotl's other losses replace the one that the patch fuses.
 _OTHER_LOSSES = (
     "cut_cross_entropy",
     "chunked_cross_entropy",
@@ -33,46 +33,46 @@ _OTHER_LOSSES = (
 
 
 class StrKernelsPlugin(_BasePlugin):
-    """Patches the model once it and its adapter are loaded; settings are ``PatchSettings``."""
+    """Patches the model after it and its adapter are loaded, with ``PatchSettings``."""
 
     def __init__(self) -> None:
-        """No model yet."""
+        """Start without a model."""
         super().__init__()
         self._patch: Patch | None = None
 
     def get_input_args(self) -> str:
-        """Where the schema of the section is."""
+        """Name the schema of the section."""
         return "str_kernels.integrations.axolotl_args.StrKernelsArgs"
 
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
-        """Read everything that can be wrong before the model, which is slow to load.
+        """Check the settings and the token file before the model, which is slow to load.
 
         Raises:
-            ValueError: a setting or a token file that is wrong; another loss; preference training
-                with a constraint.
+            ValueError: a setting or the token file is wrong, another loss is on, or preference
+                training has a constraint.
         """
         constraint = _settings(cfg).read_constraint()
         for name in _OTHER_LOSSES:
             if cfg.get(name):
                 raise ValueError(
-                    f"{name}={cfg.get(name)!r}: computes the loss that str_kernels would; turn one "
+                    f"{name}={cfg.get(name)!r}: computes the loss that str_kernels fuses; turn one "
                     "of the two off."
                 )
         if cfg.get("rl") and constraint is not None:
             raise ValueError(
-                f"rl={cfg.get('rl')!r}: has no cross-entropy that the constraint could join; "
+                f"rl={cfg.get('rl')!r}: has no cross-entropy to which the constraint can be added; "
                 "leave str_kernels.tokens out."
             )
 
     def post_model_load(self, cfg: Mapping[str, Any], model: Any) -> None:
-        """Patch, whatever adapter the model has."""
+        """Patch the model, with or without an adapter."""
         self._patch = _settings(cfg).patch(model)
 
     def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Any) -> list:
-        """Log both terms and the drift.
+        """Add the callback that logs both terms and the drift.
 
         Raises:
-            ValueError: the tokens are of another tokenizer than the trainer's.
+            ValueError: the tokens belong to another tokenizer than the trainer's.
         """
         if self._patch is None:
             return []
@@ -81,7 +81,7 @@ class StrKernelsPlugin(_BasePlugin):
         return [SafetyLogCallback(self._patch)]
 
     def post_train(self, cfg: Mapping[str, Any], model: Any) -> None:
-        """Unpatch."""
+        """Unpatch the model."""
         if self._patch is not None:
             self._patch.unpatch()
         self._patch = None

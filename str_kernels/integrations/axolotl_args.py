@@ -1,4 +1,4 @@
-"""The schema of the plugin's section, which Axolotl joins to its own; pydantic, as all of that."""
+"""The pydantic schema of the plugin's section, which Axolotl joins to its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from str_kernels.integrations.settings import PatchSettings
 
 
 class StrKernelsArgs(BaseModel):
-    """``str_kernels``: a section of ``PatchSettings``."""
+    """The section ``str_kernels``, which contains ``PatchSettings``."""
 
     str_kernels: dict[str, Any] | None = None
 
     @field_validator("str_kernels")
     @classmethod
     def check_settings(cls, section: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Refuse what ``PatchSettings`` refuses, when the file is read."""
+        """Check the section as ``PatchSettings`` does, when the file is read."""
         PatchSettings.from_config(section)
         return section

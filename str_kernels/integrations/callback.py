@@ -1,6 +1,6 @@
 """`PatchCallback`: patches the trainer's model while it trains.
 
-For LLaMA-Factory, whose ``run_exp`` takes callbacks, this is one line with its usual file::
+LLaMA-Factory, whose ``run_exp`` takes callbacks, needs one line with its usual file::
 
     python -c "from llamafactory.train.tuner import run_exp; from str_kernels.integrations import \
 PatchCallback; run_exp(callbacks=[PatchCallback(tokens='safety_tokens.json')])" sft.yaml
@@ -17,16 +17,16 @@ from str_kernels.integrations.settings import PatchSettings
 
 
 class PatchCallback(SafetyLogCallback, ExportableState):
-    """Patches the model when training begins, logs, and takes the patch off at the end.
+    """Patches the model when training begins, logs, and unpatches it at the end.
 
-    After a training that an error ended, the patch stays on until the next one begins.
+    When an error ends a training, the patch stays until the next training begins.
 
     Args:
         config: the settings of ``PatchSettings``, by name.
 
     Raises:
-        ValueError: a setting that there is not, a token file that cannot be read. When training
-            begins: whatever ``patch_model`` refuses, or a token file of another tokenizer.
+        ValueError: a setting is unknown, or the token file cannot be read. When training begins:
+            ``patch_model`` refuses the model, or the tokens belong to another tokenizer.
     """
 
     def __init__(self, **config: Any) -> None:
@@ -37,7 +37,7 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         self._settings.read_constraint()
 
     def state(self) -> dict:
-        """For the trainer's checkpoint: what it takes to make this callback again."""
+        """Return what a checkpoint needs to make this callback again."""
         return {"args": self._config, "attributes": {}}
 
     def on_train_begin(
@@ -49,7 +49,7 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Patch."""
+        """Patch the model."""
         self._unpatch()
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._patch = self._settings.patch(model, tokenizer)
@@ -58,7 +58,7 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Unpatch."""
+        """Unpatch the model."""
         self._unpatch()
 
     def _unpatch(self) -> None:

@@ -33,7 +33,7 @@ class PatchSettings(ConstraintSettings):
     )
 
     def faults(self) -> list[str]:
-        """A sentence for each value outside its rule, and for settings that lack the tokens."""
+        """Return a sentence for each value outside its rule, and for settings without tokens."""
         unused = [
             f"{name}={getattr(self, name)!r}: belongs to the safety constraint, which needs "
             "tokens; make a file of them with str-kernels tokens."
@@ -44,7 +44,7 @@ class PatchSettings(ConstraintSettings):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> PatchSettings:
-        """Settings by name; None and ``{}`` are the defaults.
+        """Read settings by name; None and ``{}`` are the defaults.
 
         Raises:
             ValueError: not a mapping, or a name that is no setting.
@@ -62,7 +62,7 @@ class PatchSettings(ConstraintSettings):
     def read_constraint(
         self, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> SafetyConstraint | None:
-        """The constraint on the tokens in the file; with a tokenizer, the ids must be its own.
+        """Make the constraint on the tokens in the file; a tokenizer must be the tokens' own.
 
         Raises:
             ValueError: no such file, another tokenizer's, or tokens that do not fit the kind.

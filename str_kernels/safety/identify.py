@@ -1,7 +1,7 @@
-"""How much refusing raises each token of the vocabulary, and which tokens that makes.
+"""Which tokens refusing raises most: the score of every token, and the choice of K of them.
 
 Stage: rejection templates after refused requests, and the model's own answers to benign requests
-→ mean next-token probabilities ``[V]`` of either group → their difference, word by word → K ids.
+→ mean next-token probabilities ``[V]`` of each group → their difference, word by word → K ids.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from str_kernels.safety.templates import (
 )
 from str_kernels.safety.vocabulary import is_word, special_ids, spellings, token_text
 
-ROUNDS = 2  # each template and each prompt is seen at least so often, in different company
+ROUNDS = 2  # each template and each prompt is used at least this often, in different pairs
 BENIGN_ANSWER_TOKENS = 24  # about the length of a rejection template
-RARE_SPELLING = 0.01  # of a word's best spelling: below, the model never uses it
-CANDIDATES_PER_TOKEN = 8  # words looked at for each of the K wanted
+RARE_SPELLING = 0.01  # share of the score of a word's best spelling; the model uses none below
+CANDIDATES_PER_TOKEN = 8  # words that are compared for each of the K tokens
 
 Exchange = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
@@ -45,7 +45,10 @@ def identify(
     top_k: int,
     batch_size: int,
 ) -> tuple[list[int], list[float]]:
-    """Ids and scores of the ``top_k`` tokens, highest score first; see SafetyTokens.identify."""
+    """Return ids and scores of the ``top_k`` tokens, highest score first.
+
+    `SafetyTokens.identify` describes the arguments.
+    """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_SAFETY_TOKENS:
         raise ValueError(f"top_k={top_k!r}: must be an integer from 1 to {MAX_SAFETY_TOKENS}.")
     if batch_size < 1:
@@ -69,9 +72,9 @@ def identify(
 def mean_probabilities(
     model: nn.Module, exchanges: Sequence[Exchange], pad: int, batch_size: int
 ) -> Tensor:
-    """Mean next-token distribution along the answers, ``[V]`` fp32 on the CPU.
+    """Return the mean next-token distribution along the answers, ``[V]`` fp32 on the CPU.
 
-    All answers count alike; an empty one counts with the position where it might have begun.
+    All answers have the same weight; an empty one counts by the position where it would begin.
     """
     ordered = sorted(exchanges, key=lambda pair: len(pair[0]) + len(pair[1]))
     total: Tensor | None = None
@@ -90,9 +93,9 @@ def mean_probabilities(
 def select(
     tokenizer: PreTrainedTokenizerBase, scores: Tensor, top_k: int
 ) -> tuple[list[int], list[float]]:
-    """The tokens of the words with the highest sums of scores, spellings together.
+    """Choose the tokens of the words whose spellings together have the highest scores.
 
-    A spelling that refusing hardly raises beside the word's best one is left out: capitals and
+    It leaves out a spelling that refusing hardly raises beside the word's best one: capitals and
     spaces that nobody writes would take three quarters of the K places. ``scores`` is ``[V]``, one
     for each row of the head.
     """
@@ -115,13 +118,13 @@ def select(
         used = [token for token in best_first if scores[token] >= least]
         chosen += used[: top_k - len(chosen)]
     if not chosen:
-        raise ValueError("refusing raises no word of this vocabulary: pass other prompts.")
+        raise ValueError("refusing raises no word of this vocabulary: give other prompts.")
     chosen.sort(key=lambda token: -scores[token].item())
     return chosen, [scores[token].item() for token in chosen]
 
 
 def _paired(prompts: list[list[int]], answers: list[list[int]]) -> list[Exchange]:
-    """Prompts with answers, every one of either at least ``ROUNDS`` times, no pair twice."""
+    """Pair prompts and answers: each is used at least ``ROUNDS`` times, and no pair twice."""
     longest = max(len(prompts), len(answers))
     pairs = {
         (index % len(prompts), (index + turn) % len(answers))
@@ -138,7 +141,7 @@ def _given(name: str, values: Sequence | None, default: Sequence) -> list:
         raise ValueError(f"{name}={values!r}: must be a list with at least one entry.")
     for position, value in enumerate(values):
         if not value or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"{name}[{position}]={value!r}: must hold some text.")
+            raise ValueError(f"{name}[{position}]={value!r}: must contain text.")
     return list(values)
 
 

@@ -1,7 +1,7 @@
-"""Running a model as a reader: prompts to token ids, left-padded batches, greedy answers.
+"""Inference: prompts to token ids, left-padded batches, logits, greedy answers.
 
-Nothing here leaves a trace on the model: train mode, random state and generation settings are put
-back, and no gradient is recorded.
+Every function restores what it changes of the model (train mode, random state, generation settings)
+and records no gradient.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
+from str_kernels.inputs.chat import render
 
 Prompt = str | list[dict[str, str]]
 
 
 @contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode and the random state are restored."""
+    """Set eval mode without gradients; restore every module's mode and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
@@ -36,21 +35,13 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a request up to where the answer begins, by the tokenizer's chat template.
+    """Encode a request up to where the answer begins, with the tokenizer's chat template.
 
     Raises:
-        ValueError: the template refuses the conversation.
+        ValueError: the template rejects the conversation.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a prompt: {error}.") from error
+    text = render(tokenizer, messages, answer_next=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -58,7 +49,7 @@ def check_fits(model: nn.Module, name: str, prompts: Sequence[Sequence[int]], mo
     """Refuse prompts that leave no room for ``more`` tokens.
 
     Raises:
-        ValueError: naming the first prompt (counted from 1) that does not fit, and how many do not.
+        ValueError: it names the first prompt that does not fit, counted from 1, and their number.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     long = [i for i, ids in enumerate(prompts) if limit and len(ids) + more > limit]
@@ -71,7 +62,7 @@ def check_fits(model: nn.Module, name: str, prompts: Sequence[Sequence[int]], mo
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, ``[B, T]`` int64: all rows end in the last column."""
+    """Return ``input_ids`` and ``attention_mask`` ``[B, T]``; all rows end in the last column."""
     width = max(map(len, rows))
     ids = [[pad] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -82,7 +73,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
 
 
 def last_logits(model: nn.Module, rows: Sequence[Sequence[int]], keep: int, pad: int) -> Tensor:
-    """Logits of the last ``keep`` positions of each sequence, ``[B, keep, V]``."""
+    """Return the logits ``[B, keep, V]`` of the last ``keep`` positions of each sequence."""
     batch = left_padded(rows, pad, next(model.parameters()).device)
     known = inspect.signature(_unwrapped(model).forward).parameters
     if "position_ids" in known:
@@ -103,21 +94,21 @@ def generate_greedy(
     batch_size: int = 8,
     on_answer: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """The likeliest token after the likeliest token, whatever the model's own settings say.
+    """Generate the likeliest token at each step, whatever the model's own settings are.
 
     Args:
-        model: a causal language model; in any mode.
-        tokenizer: names the padding token and one end token; the model may name further ones.
-        prompts: token ids of each.
+        model: a causal language model, in any mode.
+        tokenizer: names the padding token and an end token; the model may name further end tokens.
+        prompts: the token ids of each prompt.
         max_new_tokens: longest answer.
-        batch_size: prompts side by side, the longest together.
-        on_answer: told ``(index, answer)`` as soon as an answer is there.
+        batch_size: prompts in one forward pass; the longest come together.
+        on_answer: called with ``(index, answer)`` as soon as an answer is complete.
 
     Returns:
         The answers' token ids, in the order of the prompts, without the end token.
 
     Raises:
-        ValueError: a prompt without room for the answer in the model's context.
+        ValueError: a prompt leaves no room for the answer in the model's context.
     """
     check_fits(model, "prompts", prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
@@ -166,7 +157,7 @@ def _until(answer: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Put ``config`` in place of the model's own: its penalties would not be greedy decoding."""
+    """Replace the model's own settings, whose penalties would change greedy decoding."""
     holders = list({id(m): m for m in (model, _unwrapped(model))}.values())
     kept = [holder.generation_config for holder in holders]
     try:

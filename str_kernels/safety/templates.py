@@ -1,8 +1,8 @@
-"""Texts that show an aligned model refusing and answering; all of them written for this project.
+"""Texts, written for this project, that show an aligned model refusing and answering.
 
-`REJECTION_TEMPLATES` are the answers whose tokens are sought, `REFUSED_REQUESTS` the questions they
-answer, and `BENIGN_REQUESTS` their look-alikes: the same words and frames, nothing to refuse. What
-the two groups of requests share, subject and grammar alike, then cancels out of the scores.
+The tokens of `REJECTION_TEMPLATES` are scored; they answer `REFUSED_REQUESTS`. `BENIGN_REQUESTS`
+look like those, with the same words and frames, but contain nothing to refuse. What the two groups
+of requests share, in subject and in grammar, therefore cancels out of the scores.
 """
 
 REJECTION_TEMPLATES: tuple[str, ...] = (

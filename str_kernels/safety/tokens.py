@@ -1,4 +1,4 @@
-"""The safety tokens of a model: found, written down, and refused for another tokenizer.
+"""The safety tokens of a model: identified, saved, and loaded for the same tokenizer only.
 
 Stage: an aligned model and its tokenizer → K token ids with their scores → a ``SafetyConstraint``.
 """
@@ -27,17 +27,17 @@ SCHEMA = "str_kernels.safety_tokens/1"
 
 @dataclass(frozen=True)
 class SafetyTokens:
-    """K tokens that carry a model's refusals.
+    """K tokens that a model's refusals consist of.
 
     Args:
         token_ids: K distinct rows of the head.
         tokens: their text, leading space included.
         scores: how much refusing raises each token's mean probability; None if not measured.
-        model: name of the model that was asked, for the record.
-        tokenizer: fingerprint of the tokenizer that the ids belong to.
+        model: name of the model in which they were identified.
+        tokenizer: fingerprint of the tokenizer to which the ids belong.
 
     Raises:
-        ValueError: lengths that differ, or ids that no constraint would take.
+        ValueError: lengths differ, or a constraint would reject the ids.
     """
 
     token_ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class SafetyTokens:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Freeze sequences into tuples and check them."""
+        """Convert sequences to tuples and check them."""
         checked = SafetyConstraint(self.token_ids, 0.0, "mse")
         object.__setattr__(self, "token_ids", checked.token_ids)
         object.__setattr__(self, "tokens", tuple(self.tokens))
@@ -62,7 +62,7 @@ class SafetyTokens:
                 )
 
     def __len__(self) -> int:
-        """K."""
+        """Return K."""
         return len(self.token_ids)
 
     @classmethod
@@ -80,24 +80,24 @@ class SafetyTokens:
         """Find the tokens that refusing raises most.
 
         The score of a token is its mean probability where the model reads a rejection template as
-        the answer to a refused request, less its mean probability along the model's own answers to
-        benign requests. Spellings of one word (leading space or not, capital or not) are judged
-        and taken together, but for those that are hardly ever used; special tokens and bare
-        punctuation are left out. The model is left as it was, patched or not; at most
-        ``batch_size`` short answers' logits exist at a time.
+        the answer to a refused request, minus its mean probability along the model's own answers
+        to benign requests. Spellings of one word (leading space or not, capital or not) are scored
+        and chosen together, except those that are hardly ever used. Special tokens and bare
+        punctuation are left out. The model stays as it is, patched or not, and at most the logits
+        of ``batch_size`` short answers exist at a time.
 
         Args:
-            model: the aligned model, as it stands before fine-tuning.
+            model: the aligned model, before fine-tuning.
             tokenizer: its tokenizer; the chat template is used if there is one.
-            templates: rejection texts; None for the package's.
-            prompts: requests that the model refuses, text or chat messages; None for the package's.
-            benign_prompts: requests that it answers; None for the package's look-alikes.
-            top_k: K, 1 to 1024; fewer are returned if refusing raises fewer.
+            templates: rejection texts; None: the package's.
+            prompts: requests that the model refuses, as text or chat messages; None: the package's.
+            benign_prompts: requests that it answers; None: the package's look-alikes.
+            top_k: K, 1 to 1024; fewer tokens are returned if refusing raises fewer.
             batch_size: sequences of one forward pass.
 
         Raises:
-            ValueError: an empty or unusable list, K outside its range, a text longer than the
-                model's context.
+            ValueError: a list is empty or unusable, K is outside its range, or a text is longer
+                than the model's context.
         """
         from str_kernels.safety.identify import identify
 
@@ -122,14 +122,13 @@ class SafetyTokens:
     def from_strings(
         cls, tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]
     ) -> SafetyTokens:
-        """Take the tokens of given words or texts, each once, in order of appearance.
+        """Take the tokens of given words or texts, each token once, in order of appearance.
 
-        A string stands for the tokens that it is made of, so ``" sorry"`` and ``"sorry"`` may
-        differ; bare punctuation inside a longer string is left out.
+        A string stands for the tokens that it consists of, so ``" sorry"`` and ``"sorry"`` may
+        differ. Bare punctuation inside a longer string is left out.
 
         Raises:
-            ValueError: no strings, or one that has no token but unknown, special or punctuation
-                ones.
+            ValueError: there is no string, or one has only unknown, special or punctuation tokens.
         """
         if isinstance(strings, str):
             raise ValueError(f"strings={strings!r}: must be a list of strings, not one string.")
@@ -148,7 +147,7 @@ class SafetyTokens:
                 )
             ids.update(dict.fromkeys(found))
         if not ids:
-            raise ValueError("strings is empty: must name at least one token.")
+            raise ValueError("strings is empty: give at least one.")
         return cls(
             token_ids=tuple(ids),
             tokens=[token_text(tokenizer, token) for token in ids],
@@ -161,11 +160,11 @@ class SafetyTokens:
         kind: ConstraintKind = DEFAULT_KIND,
         **options: Any,
     ) -> SafetyConstraint:
-        """The constraint that holds these tokens; ``options`` are those of SafetyConstraint."""
+        """Make the constraint on these tokens; ``options`` are those of SafetyConstraint."""
         return SafetyConstraint(self.token_ids, strength, kind, **options)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types, with the schema's name and version."""
+        """Convert to JSON types, with the schema's name and version."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -179,8 +178,8 @@ class SafetyTokens:
         """Read what ``save`` wrote; with a tokenizer, check that the ids are its own.
 
         Raises:
-            ValueError: no such file, not JSON, another schema, a missing or wrong field, or another
-                tokenizer; each naming the file.
+            ValueError: the file is missing, is not JSON, has another schema or a wrong field, or
+                belongs to another tokenizer; the error names the file.
         """
         path = Path(path)
         loaded = cls._from_json(path, _read_json(path))
@@ -221,7 +220,7 @@ class SafetyTokens:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; SafetyTokens.save or `str-kernels tokens` makes it."
+            f"{path}: no such file; make it with `str-kernels tokens` or SafetyTokens.save."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))

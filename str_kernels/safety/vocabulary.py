@@ -1,4 +1,4 @@
-"""What the entries of a tokenizer's vocabulary are: words or not, and spellings of one word."""
+"""Entries of a tokenizer's vocabulary: text, kind, and spellings of one word."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SPACE_MARKS = ("Ġ", "▁")  # how byte-level BPE and sentencepiece write a lead
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash over size, special tokens and the whole mapping from text to id.
+    """Hash the size, the special tokens and the whole mapping from text to id.
 
-    Which of the special tokens pads is left out: it is often chosen after loading.
+    It does not say which special token pads, since that is often chosen after loading.
     """
     special = sorted(set(tokenizer.all_special_tokens))
     parts = [len(tokenizer), special, sorted(tokenizer.get_vocab().items())]
@@ -23,7 +23,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of one token with its leading space; empty if the tokenizer has no such token."""
+    """Return a token's text with its leading space; empty if the tokenizer has no such token."""
     raw = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
     if raw is None:
         return ""
@@ -32,20 +32,20 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that stand for no text: control tokens, unknown, padding."""
+    """Return the ids that stand for no text: control tokens, unknown, padding."""
     added = tokenizer.added_tokens_decoder.items()
     return set(tokenizer.all_special_ids) | {token for token, entry in added if entry.special}
 
 
 def is_word(text: str) -> bool:
-    """Whether a token's text holds a letter or digit; punctuation and white space do not."""
+    """Tell whether a token's text has a letter or a digit, unlike punctuation and white space."""
     return any(character.isalnum() for character in text)
 
 
 def spellings(raw: str, vocabulary: dict[str, int]) -> list[int]:
-    """Ids of one word's spellings: with a leading space or without, small or capital first letter.
+    """Return the ids of a word's spellings: with a leading space or not, capital or small.
 
-    ``raw`` is a vocabulary entry such as ``"Ġsorry"``; the answer is the same for each of them.
+    ``raw`` is a vocabulary entry such as ``"Ġsorry"``; each spelling gives the same result.
     """
     word = raw[1:] if raw.startswith(SPACE_MARKS) else raw
     first, rest = word[:1], word[1:]

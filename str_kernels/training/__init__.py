@@ -1,1 +1,1 @@
-"""LoRA fine-tuning with the fused, safety-constrained loss: settings, checks, the run itself."""
+"""LoRA fine-tuning with the fused, safety-constrained loss: settings, checks and the run."""

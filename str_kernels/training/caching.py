@@ -1,4 +1,4 @@
-"""The references of a run's data, computed once: by `str-kernels cache`, or at the run's start.
+"""The references of a run's data, computed by `str-kernels cache` or at the run's start.
 
 Stage: `Prepared` and the aligned model → the file that ``patch_model(reference=path)`` reads.
 """
@@ -21,14 +21,14 @@ from str_kernels.training.settings import TrainSettings
 
 
 def prepare_cache(settings: TrainSettings, *, adapter: str | None = None) -> Prepared:
-    """Check what is to be cached, without reading the model's weights.
+    """Check the data and the model of a cache, without reading the model's weights.
 
     Args:
-        settings: of the run to come; ``tokens`` must be a file.
-        adapter: what the aligned model has beside its own weights.
+        settings: the settings of the run; ``tokens`` must be a file.
+        adapter: an adapter that belongs to the aligned model.
 
     Raises:
-        Faults: whatever is wrong, all of it.
+        Faults: everything that is wrong.
     """
     collector = Collector()
     inputs = read_inputs(collector, settings)
@@ -48,16 +48,16 @@ def cache_references(
     path: str | os.PathLike,
     advance: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write the references of data and anchors; ``advance`` is called after each `batch_count`.
+    """Write the references of data and anchors; ``advance`` is called after each forward.
 
     Returns:
-        How many sequences were stored: equal ones once.
+        How many sequences were stored; equal ones are stored once.
     """
     return build_reference_cache(model, _batches(prepared, advance), path, safety)
 
 
 def batch_count(prepared: Prepared) -> int:
-    """How many forwards `cache_references` makes."""
+    """Count the forwards of `cache_references`."""
     return math.ceil(len(_features(prepared)) / prepared.settings.batch)
 
 
@@ -66,7 +66,7 @@ def _features(prepared: Prepared) -> list[dict[str, list[int]]]:
 
 
 def _batches(prepared: Prepared, advance: Callable[[], None]) -> Iterator[dict[str, torch.Tensor]]:
-    """The data without labels, like lengths together, on the model's device."""
+    """Yield the data without labels, sorted by length, on the model's device."""
     features = sorted(_features(prepared), key=lambda feature: len(feature["input_ids"]))
     device, size = resolve_device("auto"), prepared.settings.batch
     for start in range(0, len(features), size):

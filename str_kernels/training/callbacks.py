@@ -1,4 +1,4 @@
-"""What happens beside the steps: time, progress, a clean stop at Ctrl-C.
+"""Callbacks of the trainer: step times, progress, a clean stop at Ctrl-C.
 
 No callback reads a device tensor during a step.
 """
@@ -17,39 +17,39 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Progress(Protocol):
-    """Where a run says what it is doing; the command line draws it, tests record it."""
+    """What a run reports; the command line shows it, and tests record it."""
 
     def stage(self, text: str) -> None:
-        """Something slow begins."""
+        """Report that something slow begins."""
 
     def step(self, done: int, total: int) -> None:
-        """An optimizer step is done."""
+        """Report that an optimizer step is done."""
 
     def log(self, values: dict[str, float]) -> None:
-        """Averages since the last log: step, loss, cross_entropy, safety_penalty, …."""
+        """Report averages since the last log: step, loss, cross_entropy, safety_penalty, …."""
 
     def notice(self, text: str) -> None:
-        """Something the user should know, said once."""
+        """Report something that the user should know, once."""
 
 
-class Silence:
-    """A `Progress` that says nothing."""
+class NoProgress:
+    """A `Progress` that ignores everything."""
 
     def stage(self, text: str) -> None:
-        """Say nothing."""
+        """Ignore it."""
 
     def step(self, done: int, total: int) -> None:
-        """Say nothing."""
+        """Ignore it."""
 
     def log(self, values: dict[str, float]) -> None:
-        """Say nothing."""
+        """Ignore it."""
 
     def notice(self, text: str) -> None:
-        """Say nothing."""
+        """Ignore it."""
 
 
 def show_clustering(progress: Progress, done: int, total: int) -> None:
-    """Report the vocabulary index of the first step, a stage of its own inside the training."""
+    """Report the clustering of the vocabulary in the first step, as a stage of its own."""
     if done == 0:
         progress.stage("clustering the head's vocabulary")
     progress.step(done, total)
@@ -58,30 +58,30 @@ def show_clustering(progress: Progress, done: int, total: int) -> None:
 
 
 class StepTimer(TrainerCallback):
-    """Wall-clock seconds of every optimizer step, accumulation included."""
+    """Measures the wall-clock seconds of every optimizer step, accumulation included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the watch."""
+        """Start the clock."""
         self._began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self.seconds.append(time.perf_counter() - self._began)
 
     @property
     def median(self) -> float:
-        """Median step; NaN before the first."""
+        """Return the median step; NaN before the first."""
         return statistics.median(self.seconds) if self.seconds else math.nan
 
 
 class Reporter(TrainerCallback):
-    """Passes steps and logs on, logs the last step too, and stops a run whose loss is not finite.
+    """Reports steps and logs, makes the last step log, and stops a run whose loss is not finite.
 
-    The trainer's own log of the whole run at its end is not passed on.
+    It leaves out the trainer's log of the whole run at its end.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -91,7 +91,7 @@ class Reporter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report the step; make the last one log."""
+        """Report the step, and make the last one log."""
         self._progress.step(state.global_step, state.max_steps)
         if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_log = True
@@ -104,7 +104,7 @@ class Reporter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Pass a training log on."""
+        """Report a training log."""
         if not logs or "loss" not in logs:
             return
         self._progress.log({"step": state.global_step, **logs})
@@ -114,7 +114,7 @@ class Reporter(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C finishes the step in hand, saves a checkpoint and ends; a second one ends at once."""
+    """Makes Ctrl-C finish the step, save a checkpoint and stop; a second one stops at once."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -122,25 +122,27 @@ class Interrupt(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Any:
-        """Listen to Ctrl-C inside this block; only the main thread can."""
+        """Handle Ctrl-C inside this block; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGINT, self._heard)
+        before = signal.signal(signal.SIGINT, self._interrupted)
         try:
             yield self
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _heard(self, *_: Any) -> None:
+    def _interrupted(self, *_: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._progress.notice("Stopping after this step and saving; press Ctrl-C again to lose it.")
+        self._progress.notice(
+            "Stopping after this step and saving; press Ctrl-C again to stop without saving."
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop at the border of a step, where a checkpoint is exact."""
+        """Stop at the end of a step, where a checkpoint is exact."""
         if self.asked:
             control.should_save = control.should_log = control.should_training_stop = True

@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a run, found and reported together before its slow part.
+"""The checks of a run; all faults are found and reported together before its slow part.
 
-Stage: settings → files, tokenizer, configuration, tokenised data, a weightless copy of the model
-→ `Prepared`. The weights are not read here.
+Stage: settings → files, tokenizer, configuration, tokenised data, a copy of the model without
+weights → `Prepared`. No weights are read here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ ADAPTER = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run with nothing left to check.
+    """A run that has passed every check.
 
     Args:
-        settings: as given.
-        tokenizer: of the model, with a padding token and a chat template.
+        settings: the settings, as given.
+        tokenizer: the model's, with a padding token and a chat template.
         data: the tokenised file.
-        anchors: the tokenised files of rows that are held and not learned.
-        tokens: the safety tokens, if they come from a file or an earlier part of this run.
-        checkpoint: where a resumed run goes on.
-        context: the longest sequence the model takes; None where it does not say.
+        anchors: the tokenised files of rows that are constrained and not learned.
+        tokens: the safety tokens, if a file or an earlier part of this run has them.
+        checkpoint: where a resumed run continues.
+        context: the longest sequence that the model takes, if its configuration says so.
     """
 
     settings: TrainSettings
@@ -52,24 +52,24 @@ class Prepared:
 
     @property
     def files(self) -> tuple[TrainingData, ...]:
-        """Everything that the model reads."""
+        """Return data and anchors: everything that the model reads."""
         return (self.data, *self.anchors)
 
     @property
     def default_template(self) -> bool:
-        """Whether the model came without a chat template."""
+        """Tell whether the model came without a chat template."""
         return self.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE
 
 
 def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
-    """Check a run from end to end without reading the model's weights.
+    """Check a whole run without reading the model's weights.
 
     Args:
         settings: the run.
-        resume: go on from the newest checkpoint in ``settings.out``.
+        resume: continue from the newest checkpoint in ``settings.out``.
 
     Raises:
-        Faults: whatever is wrong, all of it.
+        Faults: everything that is wrong.
     """
     collector = Collector()
     attempt = collector.attempt
@@ -86,15 +86,17 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
 
 
 def check_output(settings: TrainSettings, resume: bool) -> Path | None:
-    """The folder can be written and holds no other run; returns the checkpoint to resume from."""
+    """Check that the folder is writable and has no other run; return the checkpoint to resume."""
     folder = settings.folder
     checkpoint = newest_checkpoint(folder)
     if resume:
         if checkpoint is None:
-            raise ValueError(f"out={settings.out!r}: holds no checkpoint to resume from.")
+            raise ValueError(
+                f"out={settings.out!r}: has no checkpoint to resume from; leave --resume out."
+            )
     elif checkpoint is not None or (folder / ADAPTER).exists():
         raise ValueError(
-            f"out={settings.out!r}: already holds a run; resume it, or choose another folder."
+            f"out={settings.out!r}: already has a run; resume it, or choose another folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def check_output(settings: TrainSettings, resume: bool) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The trainer's complete checkpoint with the largest step; None if there is none."""
+    """Return the complete checkpoint with the largest step, or None."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     whole = [path for path in found if (path / "trainer_state.json").is_file()]
     return max(whole, key=lambda path: int(path.name[11:]), default=None)
@@ -116,17 +118,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def check_reference_file(
     settings: TrainSettings, tokens: SafetyTokens | None, files: tuple[TrainingData, ...]
 ) -> None:
-    """A reference that is neither of the names is a cache; of these tokens, if they are known.
+    """Check a reference that names a cache file: its tokens, and that it has every row.
 
-    It holds every row of the data and of the anchors.
+    The rows are those of the data and of the anchors.
     """
     reference = settings.reference
     if reference in ("adapter_off", "cache"):
         return
     if not Path(reference).is_file():
         raise ValueError(
-            f"reference={reference!r}: no such file; must be adapter_off, cache or a cache file, "
-            "which str-kernels cache makes."
+            f"reference={reference!r}: no such file; give adapter_off, cache, or a file that "
+            "str-kernels cache made."
         )
     if tokens is None:
         return
@@ -136,10 +138,10 @@ def check_reference_file(
         missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]
         if missing:
             raise ValueError(
-                f"reference={reference!r}: holds nothing for {len(missing)} of {len(ids)} rows of "
+                f"reference={reference!r}: has no entry for {len(missing)} of {len(ids)} rows of "
                 f"{file.source}; the first is row {missing[0] + 1}, of {len(ids[missing[0]])} "
                 "tokens. The file, the chat template or the maximal length changed since it was "
-                "made: make it again."
+                "made; make it again."
             )
 
 
@@ -149,13 +151,13 @@ def check_model(
     files: tuple[TrainingData, ...],
     tokens: SafetyTokens | None,
 ) -> None:
-    """All ids are rows of the head, the adapter fits the model, and the disk holds it."""
+    """Check that the head has all ids, the adapter fits the model, and the disk has room."""
     model = check_vocabulary(settings, config, files, tokens)
     _check_disk(settings, add_lora(model, **settings.lora))
 
 
 def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
-    """Two checkpoints of adapter and optimizer, and the adapter: 7 fp32 copies of its weights."""
+    """Check the room for two checkpoints and the adapter: 7 fp32 copies of its weights."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = 7 * 4 * weights
     folder = next(p for p in [settings.folder, *settings.folder.absolute().parents] if p.exists())
@@ -163,12 +165,12 @@ def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
     if free < needed:
         raise ValueError(
             f"out={settings.out!r}: {free / 2**20:.0f} MiB are free and the run writes up to "
-            f"{needed / 2**20:.0f} MiB."
+            f"{needed / 2**20:.0f} MiB; free some space, or choose another folder."
         )
 
 
 def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> None:
-    """A resumed run has the settings and the data of its first part."""
+    """Check that a resumed run has the settings and the data of its first part."""
     path = settings.folder / DESCRIPTION
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The model of a run, in the run's precision."""
+"""The model of a run, loaded in the run's precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def load(settings: TrainSettings, *, adapter: str | None = None) -> torch.nn.Mod
     """Load the model onto its device; mixed precision keeps fp32 weights.
 
     Args:
-        settings: of the run.
+        settings: the settings of the run.
         adapter: a PEFT adapter that is merged into the weights.
     """
     mixed = settings.dtype.startswith("mixed-")
@@ -20,9 +20,9 @@ def load(settings: TrainSettings, *, adapter: str | None = None) -> torch.nn.Mod
     model = load_model(settings.model, dtype=None if name == "auto" else name)
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    model.config.use_cache = False  # a cache of keys and values only costs memory here
+    model.config.use_cache = False  # training needs no cache of keys and values
     if settings.gradient_checkpointing:
-        # transformers renamed it; both take the keywords of torch's checkpoint first
+        # Transformers renamed the method; the keywords of torch's checkpoint come first in both.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.to(resolve_device("auto"))

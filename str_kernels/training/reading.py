@@ -1,4 +1,4 @@
-"""What a run and a reference cache read alike, with every fault in it kept.
+"""What a run and a reference cache both read; faults are collected.
 
 Stage: settings → files, tokenizer, configuration, tokenised data, safety tokens → `Inputs`.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Inputs(NamedTuple):
-    """What a command reads, each None where it was at fault."""
+    """What a command reads; None where it is faulty."""
 
     config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase | None
@@ -35,19 +35,19 @@ class Inputs(NamedTuple):
 
     @property
     def files(self) -> tuple[TrainingData, ...]:
-        """The data and the anchors, as far as they could be read."""
+        """Return the data and the anchors that could be read."""
         return (*(() if self.data is None else (self.data,)), *self.anchors)
 
 
 class Collector:
-    """Runs checks one after another and keeps what they complain about."""
+    """Runs checks one after another and collects their errors."""
 
     def __init__(self) -> None:
-        """No fault yet."""
+        """Start without faults."""
         self.faults: list[str] = []
 
     def attempt(self, check: Callable[..., T], *args: Any, **keywords: Any) -> T | None:
-        """What the check returns; None where it raised a ValueError, which is kept."""
+        """Return what the check returns; collect a ValueError and return None."""
         try:
             return check(*args, **keywords)
         except ValueError as error:
@@ -55,13 +55,13 @@ class Collector:
             return None
 
     def raise_faults(self) -> None:
-        """All that was kept, as one error."""
+        """Raise all faults as one error."""
         if self.faults:
             raise Faults(self.faults)
 
 
 def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool = False) -> Inputs:
-    """Configuration, tokenizer, tokenised data and safety tokens; faults go to the collector."""
+    """Read configuration, tokenizer, data and safety tokens; faults go to the collector."""
     attempt = collector.attempt
     attempt(check_device, settings)
     files = (settings.data, *settings.anchors)
@@ -82,7 +82,7 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
 
 
 def check_device(settings: TrainSettings) -> None:
-    """Half precision needs an accelerator; a run uses one of them."""
+    """Check that fp16 has an accelerator, and that the run sees one GPU at most."""
     half = settings.dtype in ("float16", "mixed-float16")
     if half and resolve_device("auto").type == "cpu":
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
@@ -95,7 +95,7 @@ def check_device(settings: TrainSettings) -> None:
 
 
 def check_length(settings: TrainSettings, context: int | None) -> None:
-    """Sequences fit the model's positions."""
+    """Check that sequences fit the model's context."""
     if context is not None and settings.max_length > context:
         raise ValueError(
             f"max_length={settings.max_length}: the model's context is {context} tokens; choose "
@@ -104,7 +104,7 @@ def check_length(settings: TrainSettings, context: int | None) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The number of positions a model was made for, if its configuration says so."""
+    """Return the number of positions of a model, if its configuration says so."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -114,12 +114,14 @@ def check_vocabulary(
     files: Iterable[TrainingData],
     tokens: SafetyTokens | None,
 ) -> torch.nn.Module:
-    """All ids are rows of the head; returns what says so, a copy without weights ("meta")."""
+    """Check that all ids are rows of the head; return the copy without weights ("meta")."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"model={settings.model!r}: has no output head.")
+        raise ValueError(
+            f"model={settings.model!r}: has no output head; use a causal language model."
+        )
     rows = head.weight.shape[0]
     for file in files:
         _check_ids(file.source, max(max(s.input_ids) for s in file.sequences), rows)
@@ -138,7 +140,7 @@ def _check_ids(name: str, largest: int, rows: int) -> None:
 def _tokens(
     settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, resume: bool
 ) -> SafetyTokens | None:
-    """From a file, or from the part of this run that went before."""
+    """Read the tokens from a file, or from the earlier part of this run."""
     if not settings.constrained:
         return None
     earlier = settings.folder / TOKENS

@@ -1,4 +1,4 @@
-"""What a run measured, and the description that lies beside its adapter."""
+"""What a run measured, and the description that is saved beside its adapter."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SCHEMA = "str_kernels.train/1"
 
 @dataclass(frozen=True)
 class Result:
-    """Measured numbers of one run, or of its part since it was resumed.
+    """The measured numbers of a run, or of its part since it was resumed.
 
     Args:
-        steps: optimizer steps done, those before a resume included.
-        total_steps: as planned.
-        interrupted: ended early by Ctrl-C.
-        step_seconds: median wall-clock time of an optimizer step.
-        tokens_per_second: tokens read, padding not counted, over the time of all steps.
-        loss: average of the last log, as are the next two.
+        steps: optimizer steps, including those before a resume.
+        total_steps: the planned number of steps.
+        interrupted: whether Ctrl-C ended it early.
+        step_seconds: the median wall-clock time of an optimizer step.
+        tokens_per_second: tokens without padding, over the time of all steps.
+        loss: its average in the last log, like the next two.
         cross_entropy: the first term.
         safety_penalty: the second term, strength included; None without a constraint.
-        peak_process_mib: largest resident size of the process.
-        peak_device_mib: largest allocation on the accelerator; None on a CPU.
+        peak_process_mib: the largest resident size of the process.
+        peak_device_mib: the largest allocation on the accelerator; None on a CPU.
     """
 
     steps: int
@@ -46,12 +46,12 @@ class Result:
     peak_device_mib: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to JSON types."""
         return dataclasses.asdict(self)
 
 
 def peak_memory() -> dict[str, float | None]:
-    """Peak of this process and of its accelerator, MiB."""
+    """Return the peak memory of this process and of its accelerator, MiB."""
     on_gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
     return {"peak_process_mib": _peak_process_bytes() / 2**20, "peak_device_mib": on_gpu}
 
@@ -70,7 +70,7 @@ def _peak_process_bytes() -> int:
 def write_description(
     prepared: Prepared, tokens: SafetyTokens | None, result: Result | None
 ) -> None:
-    """Write ``str_kernels.json``: how the adapter beside it was made; ``result`` None as yet."""
+    """Write ``str_kernels.json``: how the adapter is made; ``result`` is None until the end."""
     settings = prepared.settings
     description = {
         "schema": SCHEMA,

@@ -23,9 +23,9 @@ from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import (
     Interrupt,
+    NoProgress,
     Progress,
     Reporter,
-    Silence,
     StepTimer,
     show_clustering,
 )
@@ -45,7 +45,7 @@ class CountingTrainer(Trainer):
         self.tokens_seen: torch.Tensor | int = 0
 
     def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **keywords: Any):
-        """One forward and backward; padding does not count."""
+        """Count the tokens of a forward and backward, without padding."""
         self.tokens_seen = inputs["attention_mask"].sum() + self.tokens_seen
         return super().training_step(model, inputs, *args, **keywords)
 
@@ -54,13 +54,13 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     """Run what `prepare` checked.
 
     Returns:
-        What was measured; ``interrupted`` says that Ctrl-C ended it early, with a checkpoint saved.
+        What was measured; ``interrupted`` means that Ctrl-C ended it, with a checkpoint saved.
 
     Raises:
-        FloatingPointError: the loss stopped being finite; the last checkpoint is named.
+        FloatingPointError: the loss is not finite.
     """
-    settings, progress = prepared.settings, progress or Silence()
-    _say_what_was_changed(prepared, progress)
+    settings, progress = prepared.settings, progress or NoProgress()
+    _report_changes(prepared, progress)
     progress.stage("loading the model")
     model = load(settings)
     tokens = _safety_tokens(model, prepared, progress)
@@ -80,7 +80,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     if reporter.not_finite_at is not None:
         raise FloatingPointError(
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
-            f"the strength. Checkpoints before it are in {settings.out}."
+            f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
     model.save_pretrained(settings.out)
@@ -90,7 +90,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
 
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
-    """The trainer's settings of a run over ``rows`` sequences."""
+    """Return the trainer's settings of a run over ``rows`` sequences."""
     total = settings.total_steps(rows)
     return TrainingArguments(
         output_dir=settings.out,
@@ -184,7 +184,7 @@ def _patch(
     return patch_model(model, safety, **held)
 
 
-def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
+def _report_changes(prepared: Prepared, progress: Progress) -> None:
     facts = prepared.data.facts()
     for file in map(TrainingData.facts, prepared.files):
         if file["cut_responses"]:
@@ -195,7 +195,7 @@ def _say_what_was_changed(prepared: Prepared, progress: Progress) -> None:
     longest = max((file.facts()["longest"] for file in prepared.anchors), default=0)
     if longest > facts["longest"]:
         progress.notice(
-            f"anchors of up to {longest} tokens widen every batch that meets them, and the data's "
+            f"anchors of up to {longest} tokens widen every batch that they join, for the data's "
             f"longest row has {facts['longest']}: shorten them, or lower max_length."
         )
     if facts["unlearned_turns"]:

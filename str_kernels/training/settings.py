@@ -114,52 +114,52 @@ class TrainSettings(ConstraintSettings):
         object.__setattr__(self, "strength", self.constraint(range(2)).strength)
 
     def faults(self) -> list[str]:
-        """A sentence for each value outside its rule, and for values that do not go together."""
+        """Return a sentence for each value outside its rule, and for values that do not fit."""
         found = super().faults()
         unused = self.tokens is not None or self.anchors or self.reference != "adapter_off"
         if self.method != "str" and unused:
             found.append(
-                f"method={self.method!r}: holds no safety tokens, so tokens, anchors and reference "
-                "have no use; leave them out."
+                f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
+                "no use; leave them out."
             )
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
-            found.append("top_k=1: kind='kl' holds proportions among tokens; take 2 or more.")
+            found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
         return found
 
     @property
     def lora(self) -> dict[str, Any]:
-        """The arguments of ``add_lora``."""
+        """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
 
     @property
     def constrained(self) -> bool:
-        """Whether safety tokens are held."""
+        """Tell whether the loss has the constraint."""
         return self.method == "str"
 
     @property
     def folder(self) -> Path:
-        """The output folder."""
+        """Return the output folder."""
         return Path(self.out)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to JSON types."""
         lists = {"target_modules": list(self.target_modules), "anchors": list(self.anchors)}
         return {**dataclasses.asdict(self), **lists}
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps over ``rows`` sequences, counted as the trainer counts them."""
+        """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
         if self.steps is not None:
             return self.steps
         batches = math.ceil(rows / self.batch)
         return math.ceil(self.epochs * max(1, math.ceil(batches / self.accumulation)))
 
     def warmup_steps(self, total: int) -> int:
-        """Steps of the warm-up."""
+        """Count the steps of the warm-up."""
         return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * total)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Names of settings that differ from ``other`` and would change a resumed run.
+        """Name the settings that differ from ``other`` and would change a resumed run.
 
         ``other`` may be of an earlier version: a setting that it lacks had its default then.
         """

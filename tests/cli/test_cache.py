@@ -71,7 +71,7 @@ def test_computed_once_and_trained_with(capsys, aligned_model_dir, files, rows, 
     words[-1] = str(tmp_path / "other")
     refused = call(capsys, *words, *TRAIN)
     assert refused.code == 1
-    assert "holds nothing for 1 of 3 rows of" in refused.err
+    assert "has no entry for 1 of 3 rows of" in refused.err
     assert "; the first is row 3, of" in refused.err
     assert "loading the model" not in refused.err
 

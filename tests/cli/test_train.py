@@ -108,10 +108,10 @@ def test_an_existing_run_is_kept(run, tiny_model_dir, data_file, tmp_path):
     assert run(*given)[0] == 0
     code, _, err = run(*given)
     assert code == 1
-    assert "already holds a run" in err
+    assert "already has a run" in err
     code, _, err = run(*given, "--resume")
     assert code == 1
-    assert "holds no checkpoint" in err
+    assert "has no checkpoint" in err
 
 
 def test_ctrl_c_saves_and_resume_finishes(run, tiny_model_dir, data_file, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_template_that_refuses_is_an_error_of_the_row():
     """A role that the template does not know is a readable error."""
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(ValueError, match="refuses this conversation: System role not supported"):
+    with pytest.raises(ValueError, match="rejects this conversation: System role not supported"):
         encode_conversation(tokenizer, [ASK, ANSWER], max_length=50)
 
 

@@ -147,7 +147,7 @@ def test_spellings_are_chosen_together():
         ({"top_k": 0}, "top_k=0: must be an integer from 1 to 1024"),
         ({"templates": []}, r"templates=\[\]: must be a list with at least one entry"),
         ({"templates": "I cannot"}, "templates='I cannot': must be a list"),
-        ({"prompts": ["a", " "]}, r"prompts\[1\]=' ': must hold some text"),
+        ({"prompts": ["a", " "]}, r"prompts\[1\]=' ': must contain text"),
         ({"prompts": ["steal " * 200]}, r"prompt 1 has 202 tokens.*context of 128"),
         ({"batch_size": 0}, "batch_size=0"),
     ],

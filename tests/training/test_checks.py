@@ -71,12 +71,12 @@ def test_cut_responses_are_counted(run):
 def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
     """An earlier run is resumed or left alone; one that broke off before it saved is no run."""
     (tmp_path / "out").mkdir()
-    with pytest.raises(Faults, match="holds no checkpoint to resume"):
+    with pytest.raises(Faults, match="has no checkpoint to resume"):
         run(resume=True)
     (tmp_path / "out" / checks.DESCRIPTION).write_text("{}")
     run()
     (tmp_path / "out" / checks.ADAPTER).write_text("")
-    with pytest.raises(Faults, match="already holds a run; resume it"):
+    with pytest.raises(Faults, match="already has a run; resume it"):
         run()
 
 

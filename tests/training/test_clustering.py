@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from str_kernels.huggingface.patch import filtering
-from str_kernels.training.callbacks import Silence
+from str_kernels.training.callbacks import NoProgress
 from str_kernels.training.checks import prepare
 from str_kernels.training.run import train
 from tests.training.test_run import data_file, make_settings  # noqa: F401  fixtures
 
 
-class Heard(Silence):
+class Heard(NoProgress):
     """Stages and steps in their order."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from str_kernels.settings import Faults
-from str_kernels.training.callbacks import Silence
+from str_kernels.training.callbacks import NoProgress
 from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, prepare
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
@@ -47,7 +47,7 @@ def make_settings(tiny_model_dir, data_file, tmp_path):
     return make
 
 
-class CtrlC(Silence):
+class CtrlC(NoProgress):
     """Presses Ctrl-C while a given step is reported."""
 
     def __init__(self, at):
@@ -61,7 +61,7 @@ class CtrlC(Silence):
         self.notices.append(text)
 
 
-class Recorder(Silence):
+class Recorder(NoProgress):
     def __init__(self):
         self.logs = []
 
@@ -180,7 +180,7 @@ def test_anchors_are_held_and_not_learned(make_settings, anchors):
     own = make_settings("own", reference="cache")
     train(prepare(own))
     file, tokens = str(own.folder / REFERENCES), str(own.folder / TOKENS)
-    with pytest.raises(Faults, match=r"holds nothing for 2 of 2 rows of .*refused.jsonl"):
+    with pytest.raises(Faults, match=r"has no entry for 2 of 2 rows of .*refused.jsonl"):
         prepare(make_settings("other", anchors=anchors, reference=file, tokens=tokens))
 
 

@@ -17,7 +17,7 @@ from str_kernels.huggingface.patch.filtering import Index
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.huggingface.patch.verify import verify_patch
 from str_kernels.options import LossOptions, SafetyConstraint, Screen, removed
-from str_kernels.settings import Positions, validate_positions
+from str_kernels.settings import ConstraintSettings, Positions, validate_positions
 from str_kernels.vocabulary import VocabularyIndex
 
 
@@ -25,8 +25,8 @@ def patch_model(
     model: nn.Module,
     safety: SafetyConstraint | None = None,
     *,
-    reference: str | os.PathLike = "adapter_off",
-    positions: Positions = "all",
+    reference: str | os.PathLike = ConstraintSettings.reference,
+    positions: Positions = ConstraintSettings.positions,
     filter_eps: float | Literal["auto"] = "auto",
     screen: Screen = "auto",
     index: Index = "auto",
