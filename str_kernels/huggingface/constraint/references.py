@@ -190,7 +190,7 @@ def build_reference_cache(
                 raise ValueError("batches: one has no input_ids, by which the cache is looked up.")
             references.update(_sequences(inner, dict(batch), safety))
     if not references:
-        raise ValueError("batches: held no sequence, so there is nothing to save.")
+        raise ValueError("batches: there was no sequence, so there is nothing to save.")
     save_reference_cache(path, references, safety)
     return len(references)
 

@@ -21,7 +21,7 @@ _INNER = "_str_kernels_inner_forward"
 
 def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     """Make ``module.forward(...)`` call ``function(module, ...)``; a second call does nothing."""
-    if is_installed(module):
+    if _INNER in module.__dict__:
         return
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
 
 def inner_forward(module: nn.Module) -> Callable[..., Any]:
     """``module.forward`` without the replacement."""
-    inner = module.__dict__.get(_INNER if is_installed(module) else "forward")
+    inner = module.__dict__.get(_INNER if _INNER in module.__dict__ else "forward")
     return functools.partial(type(module).forward, module) if inner is None else inner
 
 

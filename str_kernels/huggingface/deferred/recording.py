@@ -127,7 +127,7 @@ def _index(fold: Fold, function: Callable, args: tuple, kwargs: dict) -> Fold | 
     last = index[-1] if index else ...
     if last is ... or not (used == len(fold.shape) or any(i is ... for i in index)):
         return fold.with_rows(lambda x: x[index])
-    if not isinstance(last, slice) or last.step not in (None, 1):  # the last index is of the words
+    if not isinstance(last, slice) or last.step not in (None, 1):  # the last index selects words
         return None
     rows = (*index[:-1], slice(None))
     if last != slice(None):

@@ -159,12 +159,9 @@ class _GraphNode(Function):
                 for x, need in zip(operands, needs, strict=False)
             ]
             logits = ctx.fold.compute(*leaves).to(grad.dtype)
-            wanted = [x for x, need in zip(leaves, needs, strict=False) if x is not None and need]
+            wanted = [x for x in leaves if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(logits, wanted, grad))
-        gradients = (
-            next(found) if x is not None and need else None
-            for x, need in zip(leaves, needs, strict=False)
-        )
+        gradients = (None if x is None or not x.requires_grad else next(found) for x in leaves)
         return (*gradients, None)
 
 
@@ -239,7 +236,7 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
 def _with_real_logits(
     logits: DeferredLogits | None, func: Callable, args: tuple, kwargs: dict
 ) -> Any:
-    """Run ``func`` on the values, after the rules of writes and gradients."""
+    """Run ``func`` on the values, after applying the rules of writes and gradients."""
     name = name_of(func)
     if logits is None:  # inside a list, as torch.cat has them
         logits = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits))

@@ -86,7 +86,7 @@ def test_building_refuses_before_it_computes(tmp_path):
     for path in (tmp_path / "no" / "file", tmp_path):
         with pytest.raises(ValueError, match="must be a file in a folder"):
             build_reference_cache(build(), [batch()], path, SAFETY)
-    with pytest.raises(ValueError, match="held no sequence"):
+    with pytest.raises(ValueError, match="there was no sequence"):
         build_reference_cache(build(), [], tmp_path / "empty", SAFETY)
     with pytest.raises(ValueError, match="no input_ids"):
         build_reference_cache(build(), [{}], tmp_path / "none", SAFETY)
