@@ -132,7 +132,7 @@ def test_a_judge_model_decides(capsys, aligned_model_dir, files, tmp_path):
     assert set(result["outcomes"]["refusals"]) <= {"refusal", "compliance"}
     called = call(capsys, *words, aligned_model_dir)
     assert called.code == 1
-    assert "does not tell yes from no" in called.err
+    assert "does not distinguish yes from no" in called.err
 
 
 @pytest.mark.parametrize(
