@@ -21,14 +21,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.constraint import needs_lse
-from str_kernels.engine.contract import (
-    Backend,
-    Block,
-    Coefficients,
-    Dense,
-    OpenRows,
-    RowShares,
-)
+from str_kernels.engine.contract import Backend, Block, Coefficients, Dense, OpenRows, RowShares
 from str_kernels.engine.logits import kept_dtype, logit_slope, weight_rows
 from str_kernels.options import LossOptions
 

@@ -12,12 +12,7 @@ from torch import Tensor
 from str_kernels.backends.torch.blocks import head_rows, in_block, spans
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import (
-    accumulator,
-    block_logits,
-    label_logits,
-    softcap_slope,
-)
+from str_kernels.engine.logits import accumulator, block_logits, label_logits, softcap_slope
 from str_kernels.engine.products import product
 
 

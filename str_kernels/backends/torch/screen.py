@@ -11,11 +11,7 @@ from torch import Tensor
 
 from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
-from str_kernels.backends.torch.reduce import (
-    Products,
-    fused_reduction,
-    reduce_eagerly,
-)
+from str_kernels.backends.torch.reduce import Products, fused_reduction, reduce_eagerly
 from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
 from str_kernels.engine.logits import accumulator, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
