@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from str_kernels.demo.measure import Behaviour
@@ -25,23 +25,18 @@ _COLOURS = {"aligned": "#7f7f7f", "plain": "#d95f02", "str": "#1b9e77"}
 
 
 def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
-    """The content of ``demo.json``."""
+    """Return the content of ``demo.json``."""
     shares = {
         column: {name: getattr(result.behaviour[name], column) for name in METHODS}
         for column in _SHARES
     }
-    size = result.head.size
     return {
         "schema": SCHEMA,
         "seed": result.settings.seed,
         "prompts_of_each_kind": result.settings.prompts,
         **shares,
         "head_peak_mib": {"fused": result.head.fused, "materialised": result.head.materialised},
-        "head_size": {
-            "positions": size.positions,
-            "vocabulary": size.vocabulary,
-            "hidden": size.hidden,
-        },
+        "head_size": asdict(result.head.size),
         "step_seconds": result.step_seconds,
         "safety_tokens": list(result.tokens),
         "examples": result.examples,
@@ -52,7 +47,7 @@ def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of shares and step times."""
+    """Return columns and rows of the table of shares and step times."""
     rows = [
         [text, *(f"{getattr(result.behaviour[name], share):.1%}" for name in METHODS)]
         for share, text in _SHARES.items()
@@ -63,19 +58,19 @@ def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 
 def example_rows(result: DemoResult) -> tuple[str, list[str], list[list[str]]]:
-    """The first request, and the columns and rows of the answers to it."""
+    """Return the first request, and the columns and rows of the answers to it."""
     request, answers = next(iter(result.examples.items()))
     return request, ["model", "answer"], [[_NAMES[name], answers[name]] for name in METHODS]
 
 
 def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of memory."""
+    """Return columns and rows of the table of memory."""
     peaks = {"fused": result.head.fused, "logits stored": result.head.materialised}
     return ["head", "peak MiB"], [[name, f"{peak:,.0f}"] for name, peak in peaks.items()]
 
 
 def verdict(result: DemoResult) -> str:
-    """What this one run shows, and what it does not."""
+    """Say what this one run shows, and what it does not."""
     aligned, plain, held = (result.behaviour[name] for name in METHODS)
     sentences = [_on_refusals(aligned, plain, held)]
     forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE
@@ -112,23 +107,18 @@ def _on_refusals(aligned: Behaviour, plain: Behaviour, held: Behaviour) -> str:
 
 
 def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
-    """Shares of the three models beside the head's two peaks, as a PNG."""
-    import matplotlib
+    """Draw the shares of the three models beside the head's two peaks, as a PNG."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 4), width_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     _draw_shares(left, result)
     peaks = [result.head.fused, result.head.materialised]
     bars = right.bar(["fused", "logits\nstored"], peaks, color=["#1b9e77", "#d95f02"])
     right.bar_label(bars, fmt="{:,.0f}")
     right.margins(y=0.12)
     right.set_title(f"head's peak memory, MiB\n{result.head.size}", fontsize=9)
-    figure.savefig(Path(path), dpi=150)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=150)
 
 
 def _draw_shares(axes: Any, result: DemoResult) -> None:
