@@ -112,15 +112,16 @@ def check_accuracy(
     bf16_lse, bf16_gradient = _bf16_head(states, weight, labels, bias, options)
     return AccuracyReport(
         rows=len(labels),
-        lse_error=_rms(got_lse - lse),
+        lse_error=rms(got_lse - lse),
         gradient_error=relative_error(got_gradient, gradient),
-        bf16_lse_error=_rms(bf16_lse - lse),
+        bf16_lse_error=rms(bf16_lse - lse),
         bf16_gradient_error=relative_error(bf16_gradient, gradient),
         dead_mass=dead_mass.mean().item(),
     )
 
 
-def _rms(difference: Tensor) -> float:
+def rms(difference: Tensor) -> float:
+    """Return the root mean square, computed in fp64."""
     return difference.double().square().mean().sqrt().item()
 
 
