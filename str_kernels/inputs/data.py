@@ -24,13 +24,8 @@ Row = dict[str, Any]
 def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> list[Row]:
     """Read every row of a file and check it; all faults are reported together.
 
-    Args:
-        path: UTF-8 text, a JSON object a line; blank lines are skipped.
-        response_required: whether a row without an answer is a fault.
-
-    Returns:
-        The rows as they stand: each with ``prompt`` and ``response`` (None where there is none) or
-        with ``messages``.
+    Each row of the UTF-8 text has ``prompt`` and ``response`` (None where there is none) or
+    ``messages``; blank lines are skipped. ``response_required``: no answer is a fault.
 
     Raises:
         ValueError: no such file, nothing in it, or broken rows, each named ``file:line``.
@@ -41,7 +36,7 @@ def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> li
 def read_numbered(
     path: str | os.PathLike, *, response_required: bool = True
 ) -> list[tuple[int, Row]]:
-    """`read_jsonl`, each row with the number of its line."""
+    """Read as `read_jsonl` does, each row with the number of its line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -63,24 +58,18 @@ def read_numbered(
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A file of conversations, tokenised.
+    """A file of conversations, tokenised."""
 
-    Args:
-        sequences: one a row of the file.
-        sha256: of the file's bytes.
-        source: where it came from.
-    """
-
-    sequences: list[Encoded]
-    sha256: str
-    source: str
+    sequences: list[Encoded]  # one a row of the file
+    sha256: str  # of the file's bytes
+    source: str  # its path
 
     def features(self) -> list[dict[str, list[int]]]:
-        """What the trainer's collator takes."""
+        """Return what the trainer's collator takes."""
         return [{"input_ids": s.input_ids, "labels": s.labels} for s in self.sequences]
 
     def facts(self) -> dict[str, Any]:
-        """Counts and origin, as plain JSON types."""
+        """Return counts and origin, as plain JSON types."""
         return {
             "path": self.source,
             "sha256": self.sha256,
@@ -108,20 +97,14 @@ def encode_file(
     sequences, faults = [], []
     for number, row in rows:
         try:
-            encoded = encode_conversation(tokenizer, messages_of(row), max_length=max_length)
-            sequences.append(encoded)
+            answer = {"role": "assistant", "content": row.get("response")}
+            messages = row.get("messages") or [*prompt_messages(row), answer]
+            sequences.append(encode_conversation(tokenizer, messages, max_length=max_length))
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
     _raise(faults)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TrainingData(sequences, digest, os.fspath(path))
-
-
-def messages_of(row: Row) -> Messages:
-    """The whole conversation, answer included, as chat messages."""
-    if "messages" in row:
-        return row["messages"]
-    return [*prompt_messages(row), {"role": "assistant", "content": row["response"]}]
 
 
 def _raise(faults: list[str]) -> None:
@@ -132,7 +115,7 @@ def _raise(faults: list[str]) -> None:
 
 
 def prompt_messages(row: Row) -> Messages:
-    """The conversation up to the answer, as chat messages."""
+    """Return the conversation up to the answer, as chat messages."""
     if "messages" not in row:
         return [{"role": "user", "content": row["prompt"]}]
     messages = row["messages"]
@@ -140,7 +123,7 @@ def prompt_messages(row: Row) -> Messages:
 
 
 def response_of(row: Row) -> str | None:
-    """The answer of a row: its response, or the last message if the assistant speaks there."""
+    """Return a row's answer: its response, or the last message if the assistant speaks there."""
     if "messages" not in row:
         return row.get("response")
     last = row["messages"][-1]
