@@ -6,6 +6,7 @@ Example: python -m benchmarks.accuracy --model ./gemma --data answers.jsonl --ot
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def _all(case: Case, args: Any) -> Iterator[dict[str, Any]]:
         yield {"what": "screen", "index": "like text", **row}
     largest = (case.hidden_states[:64].float() @ case.weight.float().T).abs().max().item()
     for target in LARGEST_LOGITS:
-        scaled = case.scaled(target / largest)
+        scaled = replace(case, hidden_states=case.hidden_states * (target / largest))
         row = filtered(scaled, truth_of(scaled), case.index, DEFAULT_EPS, "auto")
         yield {"what": "scale", "index": "like text", "largest_logit": target, **row}
         yield {"what": "bf16 head", "largest_logit": target, **bf16_head(scaled)}

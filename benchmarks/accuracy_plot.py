@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.axes import logarithmic, ticks_at
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.bench import plots
 
@@ -38,7 +39,7 @@ def _by_epsilon(axis: Any, rows: list[Row], key: str, head: float | None) -> Non
         axis.axhline(100 * head, color="black", linestyle="--", label="bf16 head")
         axis.axhline(100 * head / 3, color="black", linestyle=":", label="a third of it")
     axis.set(xlabel="live pairs, %", ylabel=_ERROR)
-    plots.logarithmic(axis)
+    logarithmic(axis)
 
 
 def _by_scale(axis: Any, rows: list[Row]) -> None:
@@ -49,7 +50,7 @@ def _by_scale(axis: Any, rows: list[Row]) -> None:
         xs, ys = [r["largest_logit"] for r in line], [100 * r["hidden_error"] for r in line]
         axis.plot(xs, ys, marker="o", color=color, linestyle=style, label=label)
     axis.set(xlabel="largest logit", ylabel=_ERROR)
-    plots.logarithmic(axis, "y")
-    plots.ticks_at(axis, [row["largest_logit"] for row in rows])
+    logarithmic(axis, "y")
+    ticks_at(axis, [row["largest_logit"] for row in rows])
     axis.set_title("logit scale", fontsize=10)
     axis.legend(fontsize=8, frameon=False)

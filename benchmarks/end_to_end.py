@@ -7,6 +7,7 @@ row that says so. Example: python -m benchmarks.end_to_end --model ./gemma --con
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.axes import ticks_at
 from benchmarks.common import RESULTS, finish
 from str_kernels.bench import plots
 from str_kernels.bench.report import Results, markdown
@@ -96,7 +98,6 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from str_kernels import SafetyConstraint, patch_model
-    from str_kernels.bench.reading import prose_ids
     from str_kernels.inputs.loading import load_model_and_tokenizer
     from str_kernels.training.lora import add_lora
 
@@ -127,6 +128,16 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_s": rate, "peak_bytes": peak, "seconds": seconds, "losses": losses}
 
 
+def prose_ids(tokenizer: Any, count: int) -> list[int]:
+    """Return the first ``count`` tokens of Python's manual, repeated if it is too short."""
+    from str_kernels.bench.reading import prose
+
+    ids, texts = [], itertools.cycle(prose(None))
+    while len(ids) < count:
+        ids += tokenizer(next(texts))["input_ids"]
+    return ids[:count]
+
+
 def table(rows: list[dict]) -> str:
     """Make a table with a line for each process."""
     lines = []
@@ -152,7 +163,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes[1].plot(xs, [r["peak_bytes"] / 2**30 for r in line], marker="o", label=method)
     labels = ("tokens a second", "peak memory of the process, GiB")
     for axis, label in zip(axes, labels, strict=True):
-        plots.ticks_at(axis, [row["context"] for row in rows])
+        ticks_at(axis, [row["context"] for row in rows])
         axis.set_ylim(bottom=0)
         axis.set(xlabel="context, tokens", ylabel=label)
         axis.legend(fontsize=8, frameon=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.axes import logarithmic, ticks_at
 from benchmarks.common import finish, parse, parser, results
 from str_kernels.bench import plots
 from str_kernels.bench.contenders import chosen_contenders
@@ -79,8 +80,8 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
                 axis.plot(xs, ys, marker="o", label=name)
                 axis.set(xlabel=axis_name, ylabel=label)
                 axis.legend(fontsize=8, frameon=False)
-                plots.logarithmic(axis, "y")
-                plots.ticks_at(axis, [r[axis_name] for r in rows if r["axis"] == axis_name])
+                logarithmic(axis, "y")
+                ticks_at(axis, [r[axis_name] for r in rows if r["axis"] == axis_name])
     figure.suptitle(title, fontsize=11)
     plots.save(figure, path)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.axes import ticks_at
 from benchmarks.common import cases, finish, parse, parser, results
 from str_kernels.bench import plots
 from str_kernels.bench.clock import paired
@@ -32,11 +33,9 @@ def main() -> None:
     args = parse(parser(__doc__, rows=2048))
     found = results(args, "str_overhead", KEYS)
     for case in cases(args):
-        n, v, d = case.shape
-        where = {"case": case.name, "dtype": case.dtype, "N": n, "V": v, "D": d}
         for k, kind in itertools.product(TOKENS, KINDS):
-            row = {**where, "K": k, "kind": kind, "reference": "cached"}
-            if k <= v and not found.has(**row):
+            row = {**case.facts, "K": k, "kind": kind, "reference": "cached"}
+            if k <= row["V"] and not found.has(**row):
                 say(f"K {k}, {kind}")
                 found.add(row | overhead(case, k, kind, args))
     for row in found.rows:
@@ -75,7 +74,8 @@ def overhead(case: Case, k: int, kind: str, args: Namespace) -> dict[str, float 
         repeats=args.repeats,
         budget_s=args.budget,
     )
-    return {"added": timing.ratio - 1, "spread": timing.spread, "runs": len(timing.ratios)}
+    ratios = timing.ratios
+    return {"added": timing.ratio - 1, "spread": max(ratios) - min(ratios), "runs": len(ratios)}
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -90,7 +90,7 @@ def draw(rows: list[dict], path: Path) -> None:
             label = f"{kind}, {reference} reference"
             axis.plot(xs, ys, marker="o", label=label, linestyle="-" if kind != "mse" else "--")
         axis.axhline(100 * GOAL, color="black", linewidth=0.8, linestyle=":", label="goal at K 64")
-        plots.ticks_at(axis, [row["K"] for row in mine])
+        ticks_at(axis, [row["K"] for row in mine])
         axis.set(xlabel="safety tokens, K", ylabel="added to forward + backward, %")
         axis.set_title(name, fontsize=10)
         axis.legend(fontsize=8, frameon=False)

@@ -97,12 +97,10 @@ def check_accuracy(
     labels = labels[where]
     weight, bias = weight.detach(), None if bias is None else bias.detach()
 
-    def gradient_of(chosen: LossOptions, chosen_index: VocabularyIndex | None) -> tuple:
-        leaf = states.clone().requires_grad_()
+    def gradient_of(chosen: LossOptions, index: VocabularyIndex | None) -> tuple:
+        leaf, inputs = states.clone().requires_grad_(), {"bias": bias, "index": index}
         with torch.enable_grad():
-            terms = row_terms(
-                leaf, weight, labels, chosen, bias=bias, index=chosen_index, backend=backend
-            )
+            terms = row_terms(leaf, weight, labels, chosen, backend=backend, **inputs)
             gradient = torch.autograd.grad(terms.cross_entropy.sum(), leaf)[0]
         return terms.statistics.lse, gradient.double(), terms.statistics.dead_mass
 
@@ -112,15 +110,16 @@ def check_accuracy(
     bf16_lse, bf16_gradient = _bf16_head(states, weight, labels, bias, options)
     return AccuracyReport(
         rows=len(labels),
-        lse_error=_rms(got_lse - lse),
+        lse_error=rms(got_lse - lse),
         gradient_error=relative_error(got_gradient, gradient),
-        bf16_lse_error=_rms(bf16_lse - lse),
+        bf16_lse_error=rms(bf16_lse - lse),
         bf16_gradient_error=relative_error(bf16_gradient, gradient),
         dead_mass=dead_mass.mean().item(),
     )
 
 
-def _rms(difference: Tensor) -> float:
+def rms(difference: Tensor) -> float:
+    """Return the root mean square, computed in fp64."""
     return difference.double().square().mean().sqrt().item()
 
 
@@ -133,7 +132,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def _bf16_head(
     states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and gradient of a head with bf16 logits and bf16 probabilities."""
+    """Return log-sum-exp and gradient of a head with bf16 logits and bf16 probabilities."""
     half = states.bfloat16()
 
     def blocks():
@@ -149,9 +148,8 @@ def _bf16_head(
                 logits, slope = options.softcap * squashed, 1 - squashed.square()
             yield start, rows, logits, slope * options.logit_scale
 
-    lse = torch.logsumexp(
-        torch.stack([torch.logsumexp(z.float(), -1) for _, _, z, _ in blocks()]), 0
-    )
+    parts = [torch.logsumexp(logits.float(), -1) for _, _, logits, _ in blocks()]
+    lse = torch.logsumexp(torch.stack(parts), 0)
     gradient = torch.zeros_like(states, dtype=torch.float64)
     for start, rows, logits, slope in blocks():
         p = torch.exp(logits.float() - lse[:, None])
@@ -162,6 +160,6 @@ def _bf16_head(
 
 
 def _bf16_product(left: Tensor, right: Tensor) -> Tensor:
-    """Of bf16 operands, rounded to bf16, in what this device multiplies fastest."""
+    """Multiply bf16 operands in what this device multiplies fastest; round to bf16."""
     dtype = product_dtype(torch.bfloat16, left.device)
     return (left.to(dtype) @ right.to(dtype)).bfloat16()

@@ -59,9 +59,8 @@ class VocabularyIndex:
 
     def __post_init__(self) -> None:
         """Derive where each token stands in the order."""
-        positions = torch.arange(len(self.order), device=self.order.device)
         object.__setattr__(self, "inverse", torch.empty_like(self.order))
-        self.inverse[self.order] = positions
+        self.inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
 
     @classmethod
     def build(
@@ -129,13 +128,12 @@ class VocabularyIndex:
             )
 
     def to(self, device: torch.device | str) -> VocabularyIndex:
-        """The same index on another device."""
-        tensors = self._tensors().items()
-        return VocabularyIndex(**{name: x if x is None else x.to(device) for name, x in tensors})
+        """Return the same index on another device."""
+        return VocabularyIndex(**{name: x.to(device) for name, x in self._tensors().items()})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all, whoever else writes it."""
-        tensors = {name: x.contiguous() for name, x in self._tensors().items() if x is not None}
+        tensors = {name: x.contiguous() for name, x in self._tensors().items()}
         with replacing(path) as partial:
             save_file(tensors, partial, metadata={"schema": SCHEMA})
 
@@ -146,43 +144,41 @@ class VocabularyIndex:
         Raises:
             ValueError: no such file, not an index, or an order that is no permutation.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"path={str(path)!r}: no such file.")
+        name = f"path={os.fspath(path)!r}"
+        if not Path(path).is_file():
+            raise ValueError(f"{name}: no such file.")
         try:
             with safe_open(path, framework="pt") as file:
                 schema = (file.metadata() or {}).get("schema")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"path={str(path)!r}: not a safetensors file ({error}).") from None
+            raise ValueError(f"{name}: not a safetensors file ({error}).") from None
         if schema != SCHEMA:
-            raise ValueError(f"path={str(path)!r}: schema is {schema!r}, must be {SCHEMA!r}.")
+            raise ValueError(f"{name}: schema is {schema!r}, must be {SCHEMA!r}.")
         if not _REQUIRED <= tensors.keys() <= _REQUIRED | _OPTIONAL:
-            raise ValueError(
-                f"path={str(path)!r}: holds {', '.join(sorted(tensors))}, must hold "
-                f"{', '.join(sorted(_REQUIRED))}; build it again."
-            )
+            found, wanted = (", ".join(sorted(names)) for names in (tensors, _REQUIRED))
+            raise ValueError(f"{name}: holds {found}, must hold {wanted}; build it again.")
         order = tensors["order"]
         if not torch.equal(order.sort().values, torch.arange(len(order))):
-            raise ValueError(f"path={str(path)!r}: its order is not a permutation; build it again.")
+            raise ValueError(f"{name}: its order is not a permutation; build it again.")
         return cls(**tensors)
 
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in sorted(_REQUIRED | _OPTIONAL)}
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a file holds, by name."""
+        names = sorted(_REQUIRED | _OPTIONAL)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
-    """Mean row of every tile, ``[T, D]`` fp32 (fp64 for fp64), in ``order`` or token order."""
+    """Return each tile's mean row, ``[T, D]`` fp32 (fp64 for fp64), in ``order`` or token order."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     spans = range(0, len(weight), TILE)
     means = torch.empty(len(spans), weight.shape[1], dtype=dtype, device=weight.device)
-    step = 32 * TILE  # a block that stays small; no second copy of the weight
-    for start in range(0, len(weight), step):
-        where = slice(start, start + step)
+    for start in range(0, len(weight), _BLOCK):
+        where = slice(start, start + _BLOCK)
         # index_select copies whole rows two to three times as fast as indexing
         block = weight[where] if order is None else weight.index_select(0, order[where])
-        whole = len(block) // TILE
-        first = start // TILE
+        whole, first = len(block) // TILE, start // TILE
         tiles = block[: whole * TILE].to(dtype).view(whole, TILE, weight.shape[1])
         means[first : first + whole] = tiles.mean(1)
         if len(block) > whole * TILE:
@@ -191,7 +187,7 @@ def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
-    """Rows in the metric of the logits, projected on their leading directions: ``[V, 32]`` fp32."""
+    """Project rows in the metric of the logits on their leading directions: ``[V, 32]`` fp32."""
     dim = weight.shape[1]
     metric = torch.eye(dim, device=weight.device)
     if hidden_states is not None:
@@ -214,7 +210,7 @@ def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
 
 
 def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor:
-    """Median splits along the leading direction; only the last tile may be ragged."""
+    """Split at the median along the leading direction; only the last tile may be ragged."""
     done, placed, todo = [], 0, [torch.arange(len(rows), device=rows.device)]
     while todo:
         ids = todo.pop()
@@ -233,7 +229,7 @@ def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor
 
 
 def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tensor]:
-    """Rows in tile order, for the screen of that name."""
+    """Quantise rows in tile order, for the screen of that name."""
     dtype = EIGHT_BITS[screen]
     rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
@@ -244,6 +240,6 @@ def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tenso
 
 
 def _evenly(weight: Tensor, count: int) -> Tensor:
-    """At most ``count`` evenly spaced rows, fp32."""
+    """Return at most ``count`` evenly spaced rows, fp32."""
     ids = torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device)
     return weight.detach()[ids.long()].float()

@@ -62,11 +62,9 @@ def test_save_and_load(tmp_path, screen):
     index = VocabularyIndex.build(case.weight, case.hidden_states, screen=screen)
     index.save(tmp_path / "index.safetensors")
     loaded = VocabularyIndex.load(tmp_path / "index.safetensors")
+    assert index._tensors().keys() == loaded._tensors().keys()
     for name, tensor in index._tensors().items():
-        other = getattr(loaded, name)
-        assert (tensor is None and other is None) or torch.equal(
-            tensor.view(torch.uint8), other.view(torch.uint8)
-        )
+        assert torch.equal(tensor.view(torch.uint8), getattr(loaded, name).view(torch.uint8))
 
 
 @pytest.mark.parametrize(("screen", "bound"), [("int8", 0.01), ("fp8", 0.04)])

@@ -31,11 +31,6 @@ class Timing:
         """The median ratio."""
         return statistics.median(self.ratios)
 
-    @property
-    def spread(self) -> float:
-        """The distance from the lowest to the highest ratio."""
-        return max(self.ratios) - min(self.ratios)
-
 
 def bare_product(hidden_states: Tensor, weight: Tensor) -> Callable[[], None]:
     """Return a call that multiplies ``H Wᵀ`` block by block into one buffer."""

@@ -15,8 +15,6 @@ from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.version import versions
 
-CONSTRAINT_TOKENS = 64  # K for "ours-str"
-
 
 class Outcome(NamedTuple):
     """One forward and backward: gradients ``[N, D]`` and ``[V, D]``, and ``lse [N]`` if known."""
@@ -32,21 +30,13 @@ Loss = Callable[[Case, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Contender:
-    """One head.
-
-    Attributes:
-        name: what the command line calls it.
-        about: a few words for a table.
-        loss: computes the loss of a case with these leaves and, if it can, the lse.
-        package: the distribution it comes from; None for ours.
-        compiled: whether it needs a C++ compiler on a CPU.
-    """
+    """One head."""
 
     name: str
     about: str
-    loss: Loss
-    package: str | None = None
-    compiled: bool = False
+    loss: Loss  # computes the loss of a case with these leaves and, if it can, the lse
+    package: str | None = None  # the distribution it comes from; None for ours
+    compiled: bool = False  # whether it needs a C++ compiler on a CPU
 
     @property
     def ours(self) -> bool:
@@ -73,11 +63,11 @@ class Contender:
         return Outcome(loss.detach(), d_hidden, d_weight[0] if trainable else None, lse)
 
 
-def _ours(indexed: bool, *, constrained: bool = False, **settings: Any) -> Loss:
+def _ours(*, indexed: bool = True, constrained: bool = False, **settings: Any) -> Loss:
     def loss(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         chosen = dict(settings, index=case.index if indexed else None)
         if constrained:
-            chosen["safety"], chosen["reference"] = constraint_of(case)
+            chosen["safety"], chosen["reference"] = case.usual_constraint
         total, parts = linear_cross_entropy(
             hidden, weight, case.labels, return_parts=True, **chosen
         )
@@ -86,49 +76,42 @@ def _ours(indexed: bool, *, constrained: bool = False, **settings: Any) -> Loss:
     return loss
 
 
-def constraint_of(case: Case) -> tuple[Any, Tensor]:
-    """Return the case's constraint, made once, as a cache would be."""
-    kept = case.__dict__
-    if "_constraint" not in kept:
-        kept["_constraint"] = case.constraint(min(CONSTRAINT_TOKENS, len(case.weight)))
-    return kept["_constraint"]
-
-
-def _theirs(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    return lambda case, hidden, weight: (loss(hidden, weight, case.labels), None)
-
-
-CONTENDERS = {
-    contender.name: contender
-    for contender in (
-        Contender("ours", "default settings with an index", _ours(True)),
-        Contender("ours-str", "the same and 64 safety tokens", _ours(True, constrained=True)),
-        Contender("ours-filtered", "screened in full precision", _ours(True, screen="exact")),
-        Contender("ours-exact", "every logit exact", _ours(False, filter_eps=0.0)),
-        Contender(
-            "transformers", "materialised logits", _theirs(peers.transformers_loss), "transformers"
-        ),
-        Contender(
-            "compiled",
-            "transformers under torch.compile",
-            _theirs(peers.transformers_compiled),
-            "transformers",
-            compiled=True,
-        ),
-        Contender(
-            "torch", "F.linear_cross_entropy, chunked", _theirs(peers.torch_chunked), "torch"
-        ),
-        Contender(
-            "cce",
-            "cut-cross-entropy",
-            _theirs(peers.cut_cross_entropy),
-            "cut-cross-entropy",
-            compiled=True,
-        ),
-        Contender("trl", "the head of TRL's trainers", _theirs(peers.trl), "trl"),
-        Contender("liger", "Liger's fused head", _theirs(peers.liger), "liger-kernel"),
+def _peer(
+    name: str,
+    about: str,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    package: str,
+    *,
+    compiled: bool = False,
+) -> Contender:
+    return Contender(
+        name,
+        about,
+        lambda case, hidden, weight: (loss(hidden, weight, case.labels), None),
+        package,
+        compiled,
     )
-}
+
+
+_ALL = (
+    Contender("ours", "default settings with an index", _ours()),
+    Contender("ours-str", "the same and 64 safety tokens", _ours(constrained=True)),
+    Contender("ours-filtered", "screened in full precision", _ours(screen="exact")),
+    Contender("ours-exact", "every logit exact", _ours(indexed=False, filter_eps=0.0)),
+    _peer("transformers", "materialised logits", peers.materialised, "transformers"),
+    _peer(
+        "compiled",
+        "transformers under torch.compile",
+        peers.compiled,
+        "transformers",
+        compiled=True,
+    ),
+    _peer("torch", "F.linear_cross_entropy, chunked", peers.torch_chunked, "torch"),
+    _peer("cce", "cut-cross-entropy", peers.cce, "cut-cross-entropy", compiled=True),
+    _peer("trl", "the head of TRL's trainers", peers.trl, "trl"),
+    _peer("liger", "Liger's fused head", peers.liger, "liger-kernel"),
+)
+CONTENDERS = {contender.name: contender for contender in _ALL}
 
 
 def chosen_contenders(names: str | None) -> list[Contender]:
@@ -139,8 +122,9 @@ def chosen_contenders(names: str | None) -> list[Contender]:
     """
     if names is None:
         return list(CONTENDERS.values())
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
+    chosen = []
+    for name in map(str.strip, names.split(",")):
         if name not in CONTENDERS:
             raise ValueError(f"contenders={name!r}: must be of {', '.join(CONTENDERS)}.")
-    return [CONTENDERS[name] for name in wanted]
+        chosen.append(CONTENDERS[name])
+    return chosen

@@ -31,9 +31,7 @@ def compare(
     ``advance`` is called with the name of each contender when it is done; ``timing`` goes to
     ``clock.paired``.
     """
-    n, v, d = case.shape
-    where = {"case": case.name, "dtype": case.dtype, "N": n, "V": v, "D": d}
-    where["trainable"] = trainable
+    where = {**case.facts, "trainable": trainable}
     truth = None
     for contender in contenders:
         if not results.has(contender=contender.name, **where):

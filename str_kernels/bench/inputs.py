@@ -19,6 +19,7 @@ from str_kernels.options import SafetyConstraint
 from str_kernels.vocabulary import VocabularyIndex
 
 CALIBRATION_ROWS = 512  # states that the vocabulary index is made from; none of them is measured
+CONSTRAINT_TOKENS = 64  # K for "ours-str"
 _ENTROPY = 2.4  # nats, the mean that synthetic rows are made to have
 _ZIPF = 1.5  # exponent of the unigram distribution that their shared direction predicts
 _DISTINCT_ROWS = 4096  # synthetic rows beyond this repeat
@@ -46,19 +47,25 @@ class Case:
     calibration: Tensor
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """N, V, D."""
-        return (len(self.hidden_states), *self.weight.shape)
-
-    @property
     def dtype(self) -> str:
         """The dtype of hidden states and weight."""
         return str(self.hidden_states.dtype).removeprefix("torch.")
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """Name, dtype and shape, as every row of results has them."""
+        v, d = self.weight.shape
+        return {"case": self.name, "dtype": self.dtype, "N": len(self.labels), "V": v, "D": d}
 
     @cached_property
     def index(self) -> VocabularyIndex:
         """A vocabulary index, built from the calibration rows."""
         return VocabularyIndex.build(self.weight, self.calibration)
+
+    @cached_property
+    def usual_constraint(self) -> tuple[SafetyConstraint, Tensor]:
+        """The constraint of "ours-str", made once, as a cache would be."""
+        return self.constraint(min(CONSTRAINT_TOKENS, len(self.weight)))
 
     def cast(self, dtype: torch.dtype) -> Case:
         """Return the same numbers, rounded to another dtype."""
@@ -69,10 +76,6 @@ class Case:
         """Return the same numbers on another device."""
         names = ("hidden_states", "weight", "labels", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    def scaled(self, factor: float) -> Case:
-        """Return the case with every logit multiplied by ``factor``."""
-        return replace(self, hidden_states=self.hidden_states * factor)
 
     def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
         """Constrain K tokens, spread over the vocabulary, to a reference ``[N, K]`` near by.

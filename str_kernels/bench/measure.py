@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from str_kernels.accuracy import relative_error
 from str_kernels.bench.clock import bare_product, paired
-from str_kernels.bench.contenders import Contender, constraint_of
+from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
 from str_kernels.bench.routing import live_pairs
 from str_kernels.bench.rows import Row
-from str_kernels.bench.truth import Truth, constraint_gradient, errors, relative_error
+from str_kernels.bench.truth import Truth, constraint_gradient, errors
 from str_kernels.functional import linear_cross_entropy
 
 
@@ -30,9 +31,8 @@ def measure(
     A peer that is not installed, does not fit into memory or fails is a row with its ``reason``.
     Our own failures are raised.
     """
-    n, v, d = case.shape
-    row: Row = {"contender": contender.name, "about": contender.about, "case": case.name}
-    row |= {"dtype": case.dtype, "N": n, "V": v, "D": d, "trainable": trainable}
+    row: Row = {"contender": contender.name, "about": contender.about}
+    row |= {**case.facts, "trainable": trainable}
     reason = contender.missing()
     if reason is None:
         try:
@@ -48,32 +48,22 @@ def measure(
 
 
 def _measured(
-    contender: Contender,
-    case: Case,
-    truth: Truth | None,
-    trainable: bool,
-    timing: dict[str, Any],
+    contender: Contender, case: Case, truth: Truth | None, trainable: bool, timing: dict[str, Any]
 ) -> Row:
     device = case.hidden_states.device
     outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
     found: Row = {}
-    if truth is not None and contender.name != "ours-str":  # its loss has another term
-        found |= errors(truth, *outcome)
+    if truth is not None and contender.name == "ours-str":  # its loss has another term
+        found = {"constraint_error": _constraint_error(case, truth)}
+    elif truth is not None:
+        found = errors(truth, *outcome)
     del outcome
-    if truth is not None and contender.name == "ours-str":
-        found["constraint_error"] = _constraint_error(case, truth)
     run = partial(contender.run, case, trainable=trainable)
     product = bare_product(case.hidden_states, case.weight)
     timed = paired(run, product, device=device, **timing)
     peak = peak_bytes(run, device)
-    found |= {
-        "gemms": timed.ratio,
-        "ratios": timed.ratios,
-        "seconds": timed.seconds,
-        "peak_bytes": peak.peak,
-        "kept_bytes": peak.kept,
-    }
-    return found
+    found |= {"gemms": timed.ratio, "ratios": timed.ratios, "seconds": timed.seconds}
+    return found | {"peak_bytes": peak.peak, "kept_bytes": peak.kept}
 
 
 def live_share(case: Case) -> Row:
@@ -87,9 +77,9 @@ def live_share(case: Case) -> Row:
     }
 
 
-def _constraint_error(case: Case, truth: Truth) -> float | None:
+def _constraint_error(case: Case, truth: Truth) -> float:
     """Return the error of the constraint's own gradient: the same rows without their labels."""
-    safety, reference = constraint_of(case)
+    safety, reference = case.usual_constraint
     hidden = case.hidden_states.detach().requires_grad_()
     loss = linear_cross_entropy(
         hidden,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def transformers_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def materialised(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Call transformers' materialised head: logits in the model's dtype, the loss in fp32."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -23,10 +23,10 @@ def transformers_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(transformers_loss)
+    return torch.compile(materialised)
 
 
-def transformers_compiled(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def compiled(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Call the same under ``torch.compile``."""
     return _compiled()(hidden_states, weight, labels)
 
@@ -37,7 +37,7 @@ def torch_chunked(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return F.linear_cross_entropy(hidden_states, weight, labels, options=options)
 
 
-def cut_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cce(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Call CCE: its Triton kernels on a GPU, its compiled form elsewhere."""
     from cut_cross_entropy import linear_cross_entropy
 

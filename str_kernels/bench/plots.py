@@ -22,30 +22,6 @@ def new_figure(columns: int = 1, width: float = 6.0, height: float = 4.0):
     return figure, axes
 
 
-def logarithmic(axis, directions: str = "xy") -> None:
-    """Set log scales whose ticks are plain numbers, such as 1, 2, 5, 10."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for direction in directions:
-        getattr(axis, f"set_{direction}scale")("log")
-        line = getattr(axis, f"{direction}axis")
-        low, high = sorted(line.get_data_interval())
-        steps = (1, 2, 5) if high < 100 * low else (1,)
-        line.set_major_locator(LogLocator(subs=steps))
-        line.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        line.set_minor_formatter(NullFormatter())
-
-
-def ticks_at(axis, values: list[int]) -> None:
-    """Set ticks of a logarithmic x-axis where something was measured."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axis.xaxis.set_minor_locator(NullLocator())
-
-
 def save(figure, path: Path) -> None:
     """Write a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,25 +65,15 @@ def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
             encoded = encode_file(data, [row], tokenizer, max_length=_LENGTH).sequences[0]
             yield encoded.input_ids, encoded.labels
         return
-    for text in _prose(data):
+    for text in prose(data):
         ids = tokenizer(text)["input_ids"]
         for start in range(0, len(ids), _LENGTH):
             part = ids[start : start + _LENGTH]
             yield part, part
 
 
-def prose_ids(tokenizer: Any, count: int) -> list[int]:
-    """Return the first ``count`` tokens of Python's manual, repeated if it is too short."""
-    ids: list[int] = []
-    while len(ids) < count:
-        for text in _prose(None):
-            ids += tokenizer(text)["input_ids"]
-            if len(ids) >= count:
-                break
-    return ids[:count]
-
-
-def _prose(data: str | Path | None) -> Iterator[str]:
+def prose(data: str | Path | None) -> Iterator[str]:
+    """Yield the text of a file; None: Python's manual, a subject at a time."""
     if data is not None:
         yield Path(data).read_text(encoding="utf-8")
         return

@@ -63,7 +63,6 @@ class Results:
                 versions.
         """
         self.path, self.keys, self.rows = path, keys, []
-        self._stale: list[Row] = []
         self.circumstances = circumstances()
         if path.exists():
             head, self.rows = read_rows(path, SCHEMA)
@@ -74,22 +73,19 @@ class Results:
                         f"out={str(path)!r}: was measured with {name} {there}, here it is {here}; "
                         "choose another folder, or move the file away to measure anew."
                     )
-        if again:
-            self._stale = list(self.rows)
+        self._done = [] if again else list(self.rows)
 
     def has(self, **wanted: Any) -> bool:
         """Return whether a row with these entries is there and need not be measured again."""
-        return any(
-            all(row.get(k) == v for k, v in wanted.items())
-            for row in self.rows
-            if not any(row is old for old in self._stale)
-        )
+        return any(all(row.get(k) == v for k, v in wanted.items()) for row in self._done)
 
     def add(self, row: Row) -> None:
         """Keep a row, in place of one with the same keys, and write the file."""
-        same = [all(row.get(k) == old.get(k) for k in self.keys) for old in self.rows]
-        self.rows = [old for old, equal in zip(self.rows, same, strict=True) if not equal]
-        self.rows.append(row | {"commit": commit(), "command": _command()})
+        words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+        row = row | {"commit": commit(), "command": " ".join(words)}  # published: no paths
+        others = [old for old in self.rows if any(row.get(k) != old.get(k) for k in self.keys)]
+        self.rows = [*others, row]
+        self._done.append(row)
         self.write()
 
     def write(self) -> None:
@@ -111,7 +107,7 @@ def circumstances() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     found = versions(*_PACKAGES)
     return {
-        "processor": _processor(),
+        "processor": processor_field("model name") or platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -143,12 +139,6 @@ def markdown(headings: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def _command() -> str:
-    """Return the command line, absolute paths cut to names, since results are published."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
-    return " ".join(words)
-
-
 @functools.cache
 def commit() -> str | None:
     """Return the commit of the checkout this file lies in; None for an installed package."""
@@ -158,7 +148,3 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    return processor_field("model name") or platform.processor() or platform.machine()

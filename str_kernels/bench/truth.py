@@ -7,13 +7,12 @@ own gradient is small), and rows of the weight, half of them labels' own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import replace as replaced
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from str_kernels import accuracy
+from str_kernels.accuracy import relative_error, rms
 from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.options import SafetyConstraint
@@ -96,18 +95,13 @@ def constraint_gradient(
         hidden,
         case.weight[ids].double(),
         torch.full_like(rows, -100),
-        safety=replaced(safety, token_ids=range(len(ids))),
+        safety=replace(safety, token_ids=range(len(ids))),
         reference=reference[rows].double(),
         position_weights=torch.ones_like(rows, dtype=torch.float64),
         num_items_in_batch=len(case.hidden_states),
         backend="dense",
     )
     return torch.autograd.grad(loss, hidden)[0]
-
-
-def relative_error(got: Tensor, want: Tensor) -> float | None:
-    """``‖got - want‖ / ‖want‖``; None where there is nothing to compare."""
-    return accuracy.relative_error(got, want) if len(want) else None
 
 
 def errors(
@@ -118,16 +112,18 @@ def errors(
     lse: Tensor | None = None,
 ) -> dict[str, float | None]:
     """Return how far loss, gradients and log-sum-exp are off; None: nothing to compare."""
-    got, confident = d_hidden[truth.rows], truth.confident
-    spread = slice(truth.spread)
+
+    def error_of(got: Tensor | None, want: Tensor) -> float | None:
+        return None if got is None or len(want) == 0 else relative_error(got, want)
+
+    d_tokens = None if d_weight is None else d_weight[truth.tokens]
+    got, spread, confident = d_hidden[truth.rows], slice(truth.spread), truth.confident
     return {
         "loss_error": abs(loss.double().item() - truth.loss),
-        "lse_error": None if lse is None else _rms(lse.double() - truth.lse),
-        "hidden_error": relative_error(got[spread], truth.d_hidden[spread]),
-        "confident_error": relative_error(got[confident], truth.d_hidden[confident]),
-        "weight_error": (
-            None if d_weight is None else relative_error(d_weight[truth.tokens], truth.d_weight)
-        ),
+        "lse_error": None if lse is None else rms(lse.double() - truth.lse),
+        "hidden_error": error_of(got[spread], truth.d_hidden[spread]),
+        "confident_error": error_of(got[confident], truth.d_hidden[confident]),
+        "weight_error": error_of(d_tokens, truth.d_weight),
     }
 
 
@@ -163,10 +159,6 @@ def _sampled_tokens(labels: Tensor, vocab: int) -> Tensor:
     """Choose labels' own rows, and as many evenly spread ones."""
     spread = torch.linspace(0, vocab - 1, min(_TOKENS, vocab), device=labels.device).long()
     return torch.cat([labels.unique()[:_TOKENS], spread]).unique()
-
-
-def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
 
 
 def _named(name: str, values: Tensor, quantiles: Tensor) -> dict[str, float]:

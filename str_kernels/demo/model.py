@@ -37,14 +37,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(vocabulary: int, *, hidden: int = 96, layers: int = 2) -> LlamaForCausalLM:
+def make_model(vocabulary: int) -> LlamaForCausalLM:
     """Make an untrained Llama with tied embeddings, initialised from torch's generator."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3,
-            num_hidden_layers=layers,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=CONTEXT,
@@ -58,12 +58,12 @@ def make_model(vocabulary: int, *, hidden: int = 96, layers: int = 2) -> LlamaFo
 
 
 def prompt_text(request: str) -> str:
-    """Write a request as the chat template does, up to where the answer begins."""
+    """Return what the chat template makes of a request, up to where the answer begins."""
     return f"{USER} {request} {BOT}"
 
 
 def features(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[dict[str, list[int]]]:
-    """Encode conversations at once; only the answers have labels."""
+    """Return token ids and labels of many conversations, the answers alone labelled."""
     prompts = tokenizer([prompt_text(request) for request, _ in pairs])["input_ids"]
     answers = tokenizer([f"{answer} {END}" for _, answer in pairs])["input_ids"]
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from str_kernels.demo.measure import Behaviour
@@ -30,18 +30,13 @@ def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
         column: {name: getattr(result.behaviour[name], column) for name in METHODS}
         for column in _SHARES
     }
-    size = result.head.size
     return {
         "schema": SCHEMA,
         "seed": result.settings.seed,
         "prompts_of_each_kind": result.settings.prompts,
         **shares,
         "head_peak_mib": {"fused": result.head.fused, "materialised": result.head.materialised},
-        "head_size": {
-            "positions": size.positions,
-            "vocabulary": size.vocabulary,
-            "hidden": size.hidden,
-        },
+        "head_size": asdict(result.head.size),
         "step_seconds": result.step_seconds,
         "safety_tokens": list(result.tokens),
         "examples": result.examples,
@@ -63,7 +58,7 @@ def behaviour_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 
 def example_rows(result: DemoResult) -> tuple[str, list[str], list[list[str]]]:
-    """Return the first request, and columns and rows of the answers to it."""
+    """Return the first request, and the columns and rows of the answers to it."""
     request, answers = next(iter(result.examples.items()))
     return request, ["model", "answer"], [[_NAMES[name], answers[name]] for name in METHODS]
 
@@ -76,8 +71,8 @@ def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 def verdict(result: DemoResult) -> str:
     """Say what this one run shows, and what it does not."""
-    aligned, plain, with_str = (result.behaviour[name] for name in METHODS)
-    sentences = [_on_refusals(aligned, plain, with_str)]
+    aligned, plain, held = (result.behaviour[name] for name in METHODS)
+    sentences = [_on_refusals(aligned, plain, held)]
     forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE
     if forgot and plain.compliance_rate < NOTICEABLE:
         sentences.append(
@@ -113,23 +108,18 @@ def _on_refusals(aligned: Behaviour, plain: Behaviour, with_str: Behaviour) -> s
 
 
 def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
-    """Plot the shares of the three models beside the head's two peaks, as a PNG."""
-    import matplotlib
+    """Draw the shares of the three models beside the head's two peaks, as a PNG."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 4), width_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     _draw_shares(left, result)
     peaks = [result.head.fused, result.head.materialised]
     bars = right.bar(["fused", "logits\nstored"], peaks, color=["#1b9e77", "#d95f02"])
     right.bar_label(bars, fmt="{:,.0f}")
     right.margins(y=0.12)
     right.set_title(f"head's peak memory, MiB\n{result.head.size}", fontsize=9)
-    figure.savefig(Path(path), dpi=150)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=150)
 
 
 def _draw_shares(axes: Any, result: DemoResult) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -32,29 +33,21 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence.
-
-    Args:
-        input_ids: T token ids.
-        labels: T token ids, ``IGNORED`` where nothing is learned; not shifted.
-        cut: how many tokens of the last response did not fit.
-        skipped_turns: how many earlier answers the template rewrites when later turns follow, so
-            that they are read but not learned.
-    """
+    """One training sequence: T token ids, and T labels that are not shifted."""
 
     input_ids: list[int]
-    labels: list[int]
-    cut: int = 0
-    skipped_turns: int = 0
+    labels: list[int]  # ``IGNORED`` where nothing is to be learned
+    cut: int = 0  # tokens of the last response that did not fit
+    skipped_turns: int = 0  # earlier answers that later turns change: read but not learned
 
     @property
     def targets(self) -> int:
-        """Count the tokens that are learned."""
+        """The number of tokens that are learned."""
         return sum(label != IGNORED for label in self.labels)
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template the default one; return whether it needed it.
+    """Give a tokenizer without a chat template the default one; return whether it was needed.
 
     Raises:
         ValueError: the default template needs an end token, and the tokenizer has none.
@@ -73,7 +66,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_next: bool = False
 ) -> str:
-    """Write the conversation as text; ``answer_next`` begins the assistant's turn.
+    """Return the conversation as text; ``answer_next`` begins the assistant's turn.
 
     Raises:
         ValueError: the template rejects the conversation, for example a role it does not know.
@@ -92,7 +85,7 @@ def render(
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, max_length: int
 ) -> Encoded:
-    """Encode one conversation that ends with an answer.
+    """Return token ids and labels of one conversation that ends with an answer.
 
     Prompts are tokenised separately, exactly as when the model generates.
 
@@ -127,9 +120,10 @@ def _spans(
     earlier turn whose text does not (some templates drop old reasoning) is counted, not learned.
     """
     whole = render(tokenizer, messages)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans, position, skipped = [], 0, 0
-    for turn in turns:
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
         start = render(tokenizer, messages[:turn], answer_next=True)
         end = render(tokenizer, messages[: turn + 1])
         if not (whole.startswith(end) and end.startswith(start) and len(start) >= position):
@@ -140,31 +134,25 @@ def _spans(
                 )
             skipped += 1
             continue
-        end = _without_trailing_space(tokenizer, end)
+        bare = end.rstrip()  # nobody generates white space after the token that ends a turn
+        end = bare if bare.endswith(tuple(tokenizer.all_special_tokens)) else end
         spans += [(whole[position : len(start)], False), (end[len(start) :], True)]
         position = len(end)
     return [span for span in spans if span[0]], skipped
 
 
-def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Drop white space after the token that ends a turn: it is never generated."""
-    bare = text.rstrip()
-    return bare if bare.endswith(tuple(tokenizer.all_special_tokens)) else text
-
-
 def collate(features: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, Any]:
-    """Pad a batch on the right: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]``."""
-    import torch
+    """Pad a batch at its right end: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]``."""
+    ids, labels = (
+        [list(feature[name]) for feature in features] for name in ("input_ids", "labels")
+    )
+    width = max(map(len, ids))
 
-    width = max(len(feature["input_ids"]) for feature in features)
+    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long)
 
-    def padded(name: str, filler: int) -> Any:
-        rows = [list(f[name]) + [filler] * (width - len(f[name])) for f in features]
-        return torch.tensor(rows, dtype=torch.long)
-
-    mask = [[1] * len(f["input_ids"]) + [0] * (width - len(f["input_ids"])) for f in features]
     return {
-        "input_ids": padded("input_ids", pad_token_id),
-        "attention_mask": torch.tensor(mask, dtype=torch.long),
-        "labels": padded("labels", IGNORED),
+        "input_ids": padded(ids, pad_token_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "labels": padded(labels, IGNORED),
     }

@@ -24,12 +24,8 @@ Row = dict[str, Any]
 def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> list[Row]:
     """Read and check every row of a file; all faults are reported together.
 
-    Args:
-        path: UTF-8 text, one JSON object on each line; blank lines are skipped.
-        response_required: whether a row without an answer is a fault.
-
-    Returns:
-        The rows, unchanged: each has ``prompt`` and perhaps ``response``, or ``messages``.
+    Each row of the UTF-8 text has ``prompt`` and ``response`` (None where there is none) or
+    ``messages``; blank lines are skipped. ``response_required``: no answer is a fault.
 
     Raises:
         ValueError: the file is missing or empty, or has faulty rows, each named ``file:line``.
@@ -40,7 +36,7 @@ def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> li
 def read_numbered(
     path: str | os.PathLike, *, response_required: bool = True
 ) -> list[tuple[int, Row]]:
-    """Read as `read_jsonl` does, and add the line number to each row."""
+    """Read as `read_jsonl` does, each row with the number of its line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -62,24 +58,18 @@ def read_numbered(
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A file of conversations, tokenised.
+    """A file of conversations, tokenised."""
 
-    Args:
-        sequences: one for each row of the file.
-        sha256: the hash of the file's bytes.
-        source: the path of the file.
-    """
-
-    sequences: list[Encoded]
-    sha256: str
-    source: str
+    sequences: list[Encoded]  # one a row of the file
+    sha256: str  # of the file's bytes
+    source: str  # its path
 
     def features(self) -> list[dict[str, list[int]]]:
-        """Return the rows in the form that the trainer's collator takes."""
+        """Return what the trainer's collator takes."""
         return [{"input_ids": s.input_ids, "labels": s.labels} for s in self.sequences]
 
     def facts(self) -> dict[str, Any]:
-        """Return counts and origin as JSON types."""
+        """Return counts and origin, as plain JSON types."""
         return {
             "path": self.source,
             "sha256": self.sha256,
@@ -107,20 +97,14 @@ def encode_file(
     sequences, faults = [], []
     for number, row in rows:
         try:
-            encoded = encode_conversation(tokenizer, messages_of(row), max_length=max_length)
-            sequences.append(encoded)
+            answer = {"role": "assistant", "content": row.get("response")}
+            messages = row.get("messages") or [*prompt_messages(row), answer]
+            sequences.append(encode_conversation(tokenizer, messages, max_length=max_length))
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
     _raise(faults)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TrainingData(sequences, digest, os.fspath(path))
-
-
-def messages_of(row: Row) -> Messages:
-    """Return the whole conversation, answer included, as chat messages."""
-    if "messages" in row:
-        return row["messages"]
-    return [*prompt_messages(row), {"role": "assistant", "content": row["response"]}]
 
 
 def _raise(faults: list[str]) -> None:
@@ -139,7 +123,7 @@ def prompt_messages(row: Row) -> Messages:
 
 
 def response_of(row: Row) -> str | None:
-    """Return the answer of a row: its response, or the assistant's message at the end."""
+    """Return a row's answer: its response, or the last message if the assistant speaks there."""
     if "messages" not in row:
         return row.get("response")
     last = row["messages"][-1]

@@ -11,21 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from str_kernels.inputs.chat import ensure_chat_template
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -35,7 +26,7 @@ def load_model_and_tokenizer(
     dtype: str | torch.dtype | None = None,
     adapter: str | os.PathLike | None = None,
     device: str = "auto",
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+) -> tuple[torch.nn.Module, Tokenizer]:
     """Load a causal language model, in eval mode, and its tokenizer with a padding token.
 
     Args:
@@ -64,9 +55,9 @@ def load_config(model: str | os.PathLike) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, model)
 
 
-def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer of a model, with a padding token and a chat template."""
-    load_config(model)  # a model that needs code of its own is refused here
+    load_config(model)  # names a model that needs code of its own before anything else is read
     tokenizer = _from_pretrained(AutoTokenizer, model)
     ensure_pad_token(tokenizer)
     ensure_chat_template(tokenizer)
@@ -76,31 +67,30 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
 def load_model(
     model: str | os.PathLike, *, dtype: str | torch.dtype | None = None
 ) -> torch.nn.Module:
-    """Load the model alone, in eval mode on the CPU; see `load_model_and_tokenizer`."""
-    _, gguf = _source("model", model)
+    """Load the model alone, in eval mode on the CPU; arguments as `load_model_and_tokenizer`."""
+    _, gguf = _source(model)
     torch_dtype = resolve_dtype(dtype) or (torch.float32 if gguf else "auto")
     loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype).eval()
-    if gguf:  # its weights are dequantised, so that it is an ordinary model and can be saved
-        _forget_gguf(loaded)
+    if gguf:  # dequantised by now: an ordinary model, which can be saved
+        loaded.hf_quantizer = None
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
     return loaded
 
 
 def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> Any:
-    source, gguf = _source("model", model)
+    (source, gguf), name = _source(model), os.fspath(model)
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
     except ImportError as error:
-        raise ValueError(f"model={os.fspath(model)!r}: cannot be read; {error}") from error
-    except OSError as error:
-        raise ValueError(f"model={os.fspath(model)!r}: cannot be loaded; {error}") from error
-    except ValueError as error:
-        raise _readable(os.fspath(model), error) from error
-
-
-def _forget_gguf(model: torch.nn.Module) -> None:
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        raise ValueError(f"model={name!r}: cannot be read; {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model={name!r}: needs code that comes with it, which is never run here; use a "
+                "model that transformers has built in."
+            ) from error
+        raise ValueError(f"model={name!r}: cannot be loaded; {error}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -121,56 +111,48 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r}: must be a torch device, such as cpu or cuda:0."
-        ) from error
+        rule = "not a torch device, such as cpu or cuda:0."
+        raise ValueError(f"device={device!r}: {rule}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch finds no GPU here; use cpu.")
     return resolved
 
 
-def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer without a padding token pad with its end-of-text token.
+def ensure_pad_token(tokenizer: Tokenizer) -> None:
+    """Give a tokenizer without a padding token the end-of-text token for it.
 
     Padding is always masked by position and never recognised by its id, so that any token will do.
     """
     if tokenizer.pad_token_id is None:
-        filler = tokenizer.eos_token or tokenizer.unk_token
-        if filler is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
             raise ValueError("tokenizer has no padding, end or unknown token: set pad_token in it.")
-        tokenizer.pad_token = filler
+        tokenizer.pad_token = substitute
 
 
-def _source(name: str, given: str | os.PathLike) -> tuple[str, dict[str, str]]:
-    """Return what ``from_pretrained`` takes: a folder or Hub id, and the GGUF file in it."""
-    path = Path(given)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(
-                f"{name}={os.fspath(given)!r}: is a file; must be a model folder, a Hub id or a "
-                ".gguf file."
-            )
+def _source(model: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """Return what ``from_pretrained`` wants: a folder or Hub id, and the GGUF file in it."""
+    path, name = Path(model), os.fspath(model)
+    if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        _check_folder(name, path)
-    elif path.suffix == ".gguf" or not _HUB_ID.fullmatch(os.fspath(given)):
-        raise ValueError(f"{name}={os.fspath(given)!r}: no such file or folder.")
-    return os.fspath(given), {}
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{name}={str(folder)!r}: holds an adapter, not a model; name its base model here and "
-            "this folder as the adapter."
-        )
-    raise ValueError(f"{name}={str(folder)!r}: holds no config.json, so it is not a model folder.")
+    if path.is_file():
+        fault = "is a file; must be a model folder, a Hub id or a .gguf file."
+    elif path.is_dir() and (path / "config.json").is_file():
+        return name, {}
+    elif (path / "adapter_config.json").is_file():
+        rule = "name its base model here and this folder as the adapter."
+        name, fault = str(path), f"holds an adapter, not a model; {rule}"
+    elif path.is_dir():
+        name, fault = str(path), "holds no config.json, so it is not a model folder."
+    elif path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        fault = "no such file or folder."
+    else:
+        return name, {}
+    raise ValueError(f"model={name!r}: {fault}")
 
 
 def check_adapter(adapter: str | os.PathLike) -> None:
-    """Check that it is an adapter's folder, or may be a Hub id of one."""
+    """Check that this is an adapter's folder, or may be a Hub id of one."""
     path = Path(adapter)
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
@@ -191,7 +173,7 @@ def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.n
 
 
 def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
-    """Merge a PEFT adapter into the weights of a model; no adapter is left.
+    """Return the model with a PEFT adapter in its weights, and no adapter left.
 
     Raises:
         ValueError: the adapter does not exist, or consists of soft prompts.
@@ -205,12 +187,3 @@ def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.n
             f"adapter={os.fspath(adapter)!r}: soft prompts cannot be merged into weights."
         )
     return wrapped.merge_and_unload().eval()
-
-
-def _readable(name: str, error: ValueError) -> ValueError:
-    if "trust_remote_code" in str(error):
-        return ValueError(
-            f"model={name!r}: needs code that comes with it, which is never run here; use a model "
-            "that transformers has built in."
-        )
-    return ValueError(f"model={name!r}: cannot be loaded; {error}")

@@ -77,7 +77,6 @@ def test_ratios_are_paired(monkeypatch):
     timing = clock.paired(lambda: None, lambda: None, device=CPU, repeats=3)
     assert timing.ratios == [2.0, 6.0, 2.0]
     assert timing.ratio == 2.0
-    assert timing.spread == 4.0
 
 
 def test_truth_is_the_oracle_s(case, truth):

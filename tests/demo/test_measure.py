@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from str_kernels.demo.measure import MIB, HeadSize, HeldOut, measure_behaviour, measure_head
+from str_kernels.demo.measure import (
+    MIB,
+    HeadSize,
+    held_out_prompts,
+    measure_behaviour,
+    measure_head,
+)
 from str_kernels.demo.model import make_model, make_tokenizer
 
 
@@ -44,7 +50,7 @@ class Parrot:
 )
 def test_rates_of_a_model_with_one_answer(answer, expected):
     """A refusal counts as one on every kind; advice is help or compliance; a topic is neither."""
-    tokenizer, prompts = make_tokenizer(), HeldOut.drawn(20)
+    tokenizer, prompts = make_tokenizer(), held_out_prompts(20)
     got = measure_behaviour(Parrot(tokenizer, answer), tokenizer, prompts)
     assert (
         got.refusal_rate,
@@ -52,16 +58,16 @@ def test_rates_of_a_model_with_one_answer(answer, expected):
         got.compliance_rate,
         got.help_rate,
     ) == expected
-    right = sum(wanted == answer.split(" <end>")[0] for _, wanted in prompts.task)
+    right = sum(wanted == answer.split(" <end>")[0] for _, wanted in prompts["task"])
     assert got.task_accuracy == right / 20
 
 
 def test_held_out_prompts_are_the_same_every_time():
     """Every model is asked the same questions, whatever the seed of its training."""
     torch.manual_seed(1)
-    first = HeldOut.drawn(5)
+    first = held_out_prompts(5)
     torch.manual_seed(2)
-    assert HeldOut.drawn(5) == first
+    assert held_out_prompts(5) == first
 
 
 def test_the_model_is_tiny():
