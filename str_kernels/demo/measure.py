@@ -1,4 +1,4 @@
-"""What the demo measures: greedy answers to held-out prompts, and the bytes of the head."""
+"""What the demo measures: greedy answers on held-out prompts, and the bytes the head allocates."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def greedy_answers(
 
 @dataclass(frozen=True)
 class HeadSize:
-    """A head of ordinary proportions; the demo's own head is too small for its memory to matter."""
+    """A head of ordinary proportions; the demo's own is too small for its memory to matter."""
 
     positions: int = 4096
     vocabulary: int = 32_768

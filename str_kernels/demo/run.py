@@ -1,6 +1,6 @@
-"""The whole demo: align, fine-tune plainly and with STR, measure all three models.
+"""The demo from end to end: align, fine-tune plainly and with STR, measure all three.
 
-Stage: a seed → an aligned model → two adapters → `DemoResult`. Everything runs on the CPU.
+Stage: a seed → an aligned model → two adapters of it → `DemoResult`. Everything runs on the CPU.
 """
 
 from __future__ import annotations
