@@ -35,7 +35,8 @@ class Cpu:
 
     Attributes:
         bf16: products of bf16 operands are faster.
-        int8: products of int8 operands are several times faster.
+        int8: products of int8 operands are several times faster; without such instructions
+            oneDNN's product may saturate, and then it is wrong.
         amx: bf16 products run on AMX tiles, where they were as fast as int8 ones.
         onednn_fp32: oneDNN multiplies fp32 faster than MKL, which torch uses by itself.
     """
