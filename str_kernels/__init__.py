@@ -1,7 +1,7 @@
 """Safety Token Regularization fused into the cross-entropy of a linear language-model head.
 
-`linear_cross_entropy` is the operation. Importing this package imports neither torch nor
-transformers nor triton: each public name brings in what it needs when it is first used.
+`linear_cross_entropy` is the operation. Importing this package does not import torch, transformers
+or triton: each public name imports its module when it is first used.
 """
 
 from importlib import import_module
@@ -43,12 +43,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home the first time somebody asks for it."""
+    """Import a public name from its module when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'str_kernels' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """The public names, whether imported yet or not."""
+    """List the public names, whether imported yet or not."""
     return sorted(set(globals()) | set(_HOMES))

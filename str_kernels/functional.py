@@ -1,7 +1,7 @@
 """`linear_cross_entropy`: validate, choose a backend, apply, reduce.
 
-Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → the loss. The
-patch of Hugging Face models calls ``row_terms`` and ``reduce_terms``, the two halves of it.
+Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → the loss. The patch of Hugging
+Face models calls its two halves, ``row_terms`` and ``reduce_terms``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from str_kernels.vocabulary import VocabularyIndex
 
 @dataclass(frozen=True)
 class LossParts:
-    """What the loss was made from; detached, fp32 (fp64 for fp64 inputs).
+    """The parts of the loss; detached, fp32 (fp64 for fp64 inputs).
 
-    ``loss = cross_entropy + penalty``; both are reduced as the loss is, and ``penalty`` carries the
-    strength. ``lse [...]`` is NaN on positions that did not need the vocabulary, ``safety_logits
-    [..., K]`` (None without a constraint) on those that needed nothing at all. ``num_correct``:
-    labelled positions whose label has the largest logit, of ``num_labels``; both int64 scalars on
+    ``loss = cross_entropy + penalty``; both are reduced as the loss is, and ``penalty`` has the
+    factor λ. ``lse [...]`` is NaN on positions that did not need the vocabulary, ``safety_logits
+    [..., K]`` (None without a constraint) on those that needed no logit. ``num_correct`` of the
+    ``num_labels`` labelled positions have a label with the largest logit; both are int64 scalars on
     the device. ``dead_mass [...]`` is the probability that the filter did not compute exactly,
-    ``live_share [...]`` the share of the vocabulary's tiles that it did, NaN where it had no part.
+    ``live_share [...]`` the share of the vocabulary's tiles that it did, NaN as ``lse``.
     """
 
     cross_entropy: Tensor
@@ -44,7 +44,7 @@ class LossParts:
 
     @property
     def token_accuracy(self) -> Tensor:
-        """Share of labelled positions predicted right; 0 where there is none."""
+        """The share of labelled positions predicted right; 0 if there are none."""
         return self.num_correct / self.num_labels.clamp(min=1)
 
 
@@ -70,15 +70,15 @@ def linear_cross_entropy(
     backend: str | Backend = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
-    """Cross-entropy of a linear head plus a safety-token constraint, logits never stored.
+    """Cross-entropy of a linear head plus a safety-token constraint, without storing the logits.
 
     ``z = softcap · tanh(logit_scale · (H Wᵀ + b) / softcap)``, ``CE = -log softmax(z)[y]``, and ::
 
         loss = (Σ CE + strength · Σ w · C) / n
 
     with C of ``SafetyConstraint`` (arXiv 2604.17210), w the ``position_weights`` and n the number
-    of labelled positions or ``num_items_in_batch``. Differentiable once by ``hidden_states``,
-    ``weight`` and ``bias``; whichever does not require a gradient costs none.
+    of labelled positions or ``num_items_in_batch``. It is differentiable once by ``hidden_states``,
+    ``weight`` and ``bias``, and computes only the gradients that these require.
 
     Args:
         hidden_states: ``[..., D]`` bf16, fp16, fp32 or fp64.
@@ -86,7 +86,7 @@ def linear_cross_entropy(
         labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
         bias: ``[V]``.
         safety: the constraint, or None.
-        reference: what the safety logits are held to, ``[..., K]`` or ``[K]``; a constant.
+        reference: the constraint's r, ``[..., K]`` or ``[K]``; a constant.
         position_weights: w ``[...]``, finite and 0 or more; None: 1 where there is a label.
         ignore_index: the label of positions without a target.
         reduction: ``"mean"`` as above; ``"sum"`` without n; ``"none"`` gives ``CE + strength · w ·
@@ -96,22 +96,22 @@ def linear_cross_entropy(
         softcap: bound of the logits, applied last; in logit units.
         label_smoothing: ε in ``(1 - ε) CE + ε · mean_v(lse - z_v)``; 0 to 1.
         z_loss: ζ in ``+ ζ · lse²``; 0 or more.
-        filter_eps: a tile of 128 tokens is approximated (its screened mass, its mean row) if it
-            holds at most this share of what lies outside the label's tile. 0.0 is exact; ``"auto"``
-            is 2⁻¹¹ with an index or a cheaper screen by name, and exact otherwise.
+        filter_eps: a tile of 128 tokens is approximated (by its screened mass and mean row) if it
+            holds at most this share of the probability outside the label's tile. 0.0 is exact;
+            ``"auto"`` is 2⁻¹¹ with an index or a cheaper screen by name, and 0.0 otherwise.
         screen: precision of the pass that finds those tiles: ``"exact"`` (the inputs' own),
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
         backend: ``"auto"`` (Triton on CUDA and ROCm, torch elsewhere), ``"triton"``, ``"torch"``,
-            ``"dense"`` (materialises) or a ``Backend``.
+            ``"dense"`` (materialises the logits) or a ``Backend``.
         return_parts: also return ``LossParts``.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs): a scalar, or ``[...]`` for ``"none"``. With no label
-        at all it is a zero with zero gradients. NaN and inf in the inputs of a row show in it.
+        The loss, fp32 (fp64 for fp64 inputs): a scalar, or ``[...]`` for ``"none"``. Without any
+        label it is a zero with zero gradients. NaN and inf in a row's inputs make it NaN or inf.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range, by name.
+        ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
     """
     options = LossOptions(
         ignore_index=ignore_index,
@@ -125,22 +125,25 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    others = {
-        "bias": bias,
-        "reference": reference,
-        "position_weights": position_weights,
-        "index": index,
-        "backend": backend,
-    }
+    compute = row_terms
     if torch.compiler.is_compiling() and backend != "dense":
-        rows = traced_terms(hidden_states, weight, labels, options, **others)
-    else:
-        rows = row_terms(hidden_states, weight, labels, options, **others)
+        compute = traced_terms
+    rows = compute(
+        hidden_states,
+        weight,
+        labels,
+        options,
+        bias=bias,
+        reference=reference,
+        position_weights=position_weights,
+        index=index,
+        backend=backend,
+    )
     loss, parts = reduce_terms(
         rows,
         labels,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
+        ignore_index=ignore_index,
+        reduction=reduction,
         num_items_in_batch=num_items_in_batch,
     )
     return (loss, parts) if return_parts else loss
@@ -157,14 +160,12 @@ def reduce_terms(
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
     num_labels = (labels != ignore_index).sum()
 
+    count = num_labels if num_items_in_batch is None else num_items_in_batch
+
     def reduce(terms: Tensor) -> Tensor:
         if reduction == "none":
             return terms
-        if reduction == "sum":
-            return terms.sum()
-        return _divide(
-            terms.sum(), num_labels if num_items_in_batch is None else num_items_in_batch
-        )
+        return terms.sum() if reduction == "sum" else _divide(terms.sum(), count)
 
     cross_entropy, penalty = reduce(rows.cross_entropy), reduce(rows.penalty)
     statistics = rows.statistics
@@ -182,7 +183,7 @@ def reduce_terms(
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """``linear_cross_entropy`` with its settings fixed once; arguments and errors are the same.
+    """``linear_cross_entropy`` with fixed settings; arguments and errors are the same.
 
     >>> loss = LinearCrossEntropyLoss(softcap=30.0)(hidden_states, lm_head.weight, labels)
     """
@@ -203,7 +204,6 @@ class LinearCrossEntropyLoss(nn.Module):
         backend: str | Backend = "auto",
         return_parts: bool = False,
     ) -> None:
-        """Check the settings now rather than at the first step."""
         super().__init__()
         settings = {
             "safety": safety,
@@ -216,7 +216,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "filter_eps": filter_eps,
             "screen": screen,
         }
-        LossOptions(**settings)
+        LossOptions(**settings)  # raises now rather than at the first step
         check_backend(backend)
         self._settings: dict[str, Any] = {
             **settings,
@@ -226,27 +226,10 @@ class LinearCrossEntropyLoss(nn.Module):
         }
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        *,
-        bias: Tensor | None = None,
-        reference: Tensor | None = None,
-        position_weights: Tensor | None = None,
-        num_items_in_batch: int | float | Tensor | None = None,
+        self, hidden_states: Tensor, weight: Tensor, labels: Tensor, **others: Any
     ) -> Tensor | tuple[Tensor, LossParts]:
-        """Compute the loss; see ``linear_cross_entropy``."""
-        return linear_cross_entropy(
-            hidden_states,
-            weight,
-            labels,
-            bias=bias,
-            reference=reference,
-            position_weights=position_weights,
-            num_items_in_batch=num_items_in_batch,
-            **self._settings,
-        )
+        """Compute the loss; ``others``: bias, reference, position_weights, num_items_in_batch."""
+        return linear_cross_entropy(hidden_states, weight, labels, **others, **self._settings)
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -254,6 +237,6 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 def _divide(total: Tensor, count: int | float | Tensor) -> Tensor:
-    """``total / count``; nothing to average over is a zero that stays attached to the graph."""
+    """``total / count``; for a count of 0 a zero that stays attached to the graph."""
     count = torch.as_tensor(count, device=total.device).reshape(())
     return torch.where(count == 0, total * 0.0, total / torch.where(count == 0, 1, count))

@@ -1,4 +1,4 @@
-"""What the user is told once: choices that were made, and fallbacks with their reason."""
+"""Log each choice and each fallback, with its reason, once in a process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _said: set[str] = set()
 
 
 def say_once(message: str, level: int = logging.INFO) -> None:
-    """Log a message the first time that it is given in this process."""
+    """Log a message unless this process has logged it before."""
     if message not in _said:
         _said.add(message)
         _log.log(level, message)

@@ -1,8 +1,8 @@
-"""The loss as one operator of torch, for code that is being compiled.
+"""The loss as one operator of torch, for compiled code.
 
 Stage: the same as `terms`, behind ``torch.ops.str_kernels.fused_terms``. A tracer sees one call
-with known shapes; inside, the engine's own forward and backward run, as in eager code, on the same
-`Kept`. Schemas are made from the records' fields, so that no position is counted by hand.
+with known shapes, which runs the engine's forward and backward on the same `Kept` as eager code.
+Schemas are made from the records' fields, so that no position is counted by hand.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ _INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales")  # of a `Vo
 
 
 class Outputs(NamedTuple):
-    """Every tensor that leaves the operator: the terms, their `Statistics`, and parts of `Kept`.
+    """Every tensor that the operator returns: the terms, their `Statistics`, and parts of `Kept`.
 
-    A tracer must know all shapes, so ``rows`` and what belongs to it are padded from R to N rows,
-    ``safety_alone`` from S to N; ``counts [2]``, on the CPU, holds R and S. What is absent is an
-    empty tensor of one dimension.
+    A tracer must know all shapes, so tensors of R rows are padded to N, and ``safety_alone`` from S
+    to N; ``counts [2]``, on the CPU, holds R and S. An empty tensor ``[0]`` stands for None.
     """
 
     cross_entropy: Tensor
@@ -63,10 +62,10 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator is told besides the tensors; it travels as a string.
+    """The operator's arguments other than tensors, passed as one string.
 
-    ``needs``: which of hidden states, weight and bias need a gradient; ``dtype``: the name of
-    the dtype of the hidden states; ``autocast``: whether the caller runs under it.
+    ``needs``: whether hidden states, weight and bias need a gradient; ``dtype``: the name of the
+    dtype of the hidden states; ``autocast``: whether the caller runs under it.
     """
 
     options: LossOptions
@@ -78,7 +77,7 @@ class Settings:
     @staticmethod
     @cache
     def from_text(text: str) -> Settings:
-        """Read what `_as_json` wrote; each string is parsed and checked once."""
+        """Read the text of `_as_json`; each one is parsed and checked once."""
         read = json.loads(text)
         options = read.pop("options")
         safety = options.pop("safety")
@@ -97,7 +96,7 @@ class Settings:
         return self.options.safety is not None and self.options.safety.kind == "logprob"
 
     def resolved(self, device: torch.device, *, indexed: bool) -> Resolved:
-        """How the engine runs; a trainable head takes the exact pass here."""
+        """Resolve the settings; in compiled code a trainable head takes the exact pass."""
         options, dtype = self.options, getattr(torch, self.dtype)
         if self.trained:
             if options.filter_eps != 0.0:
@@ -109,15 +108,15 @@ class Settings:
         )
 
 
-# A tracer follows neither dataclasses.fields nor json.dumps, and takes a dataclass that was made in
-# traced code for one with its defaults: the text is made of fields that are read one by one.
+# A tracer cannot follow dataclasses.fields or json.dumps, and gives a dataclass that was made in
+# traced code its defaults. So the text is made from fields that are read one by one.
 _FIELDS = {
     record: [f.name for f in fields(record)] for record in (Settings, LossOptions, SafetyConstraint)
 }
 
 
 def _as_json(value: Any) -> str:
-    """JSON of settings, by operations that a tracer can follow."""
+    """Write settings as JSON, by operations that a tracer can follow."""
     if type(value) in _FIELDS:
         names = _FIELDS[type(value)]
         return "{" + ", ".join([f'"{n}": {_as_json(getattr(value, n))}' for n in names]) + "}"
@@ -129,7 +128,7 @@ def _as_json(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    # float() makes a constant of a number that the tracer took for a variable
+    # float() turns a number that the tracer treats as a variable into a constant
     return f"{float(value)!r}" if isinstance(value, float) else f"{value!r}"
 
 
@@ -145,10 +144,7 @@ def traced_terms(
     index: VocabularyIndex | None,
     backend: str | Backend,
 ) -> RowTerms:
-    """``row_terms`` for a tracer; the arguments of ``linear_cross_entropy``.
-
-    The filter of a trainable weight is not traced: its pass is the exact one.
-    """
+    """Compute ``row_terms`` in traced code; arguments as ``linear_cross_entropy``."""
     if not isinstance(backend, str):
         raise ValueError(f"backend={backend!r}: compiled code takes a name, not an instance.")
     head, inputs = flatten(
@@ -159,20 +155,16 @@ def traced_terms(
     autocast = torch.is_autocast_enabled(weight.device.type)
     text = _as_json(Settings(options, backend, gradients_needed(head), dtype, autocast))
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
+    logits = None if options.safety is None else found.safety_logits
     statistics = Statistics(
-        lse=found.lse,
-        correct=found.correct,
-        dead_mass=found.dead_mass,
-        live_share=found.live_share,
-        entropy=None,
-        safety_logits=None if options.safety is None else found.safety_logits,
+        found.lse, found.correct, found.dead_mass, found.live_share, None, logits
     )
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
     return unflatten(terms, hidden_states.shape[:-1])
 
 
 def _records(tensors: Sequence[Tensor | None]) -> tuple[Head, RowInputs, VocabularyIndex | None]:
-    """The operator's tensors by name."""
+    """Name the operator's tensors."""
     rest = iter(tensors)
     head, inputs = (kind(*islice(rest, len(kind._fields))) for kind in (Head, RowInputs))
     index = dict(zip(_INDEX, rest, strict=True))
@@ -193,10 +185,10 @@ def _forward(*arguments: Any) -> Outputs:
 
 
 def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
-    """What a forward gave, in shapes that a tracer knows."""
+    """Pad the result of a forward to the shapes that a tracer knows."""
     count, lse = len(kept.lse), kept.lse
 
-    def pad(values: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def pad(values: Tensor | None, dtype: torch.dtype = lse.dtype) -> Tensor:
         if values is None:
             return lse.new_empty(0, dtype=dtype)
         if len(values) == count:
@@ -204,22 +196,19 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
         return torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
 
     statistics, of_rows = terms.statistics, kept_dtype(resolved.dtype)
-    alone = kept.safety_alone
-    safety_logits = statistics.safety_logits
     return Outputs(
-        cross_entropy=terms.cross_entropy,
-        penalty=terms.penalty,
-        lse=lse,
-        correct=statistics.correct,
-        dead_mass=statistics.dead_mass,
-        live_share=statistics.live_share,
-        safety_logits=lse.new_empty(0) if safety_logits is None else safety_logits,
-        rows=pad(kept.rows, torch.int64),
-        safety_alone=pad(alone, torch.int64),
+        terms.cross_entropy,
+        terms.penalty,
+        *statistics[:4],
+        safety_logits=pad(statistics.safety_logits),
+        rows=pad(kept.rows),
+        safety_alone=pad(kept.safety_alone, torch.int64),
         ce_gradient=pad(kept.ce_gradient, of_rows),
         lse_gradient=pad(kept.lse_gradient, of_rows),
-        open_mass=pad(kept.open_mass, lse.dtype),
-        counts=torch.tensor([len(kept.rows), 0 if alone is None else len(alone)]),
+        open_mass=pad(kept.open_mass),
+        counts=torch.tensor(
+            [len(x) if x is not None else 0 for x in (kept.rows, kept.safety_alone)]
+        ),
     )
 
 
@@ -233,13 +222,10 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
+    rows = ("cross_entropy", "penalty", "lse", "dead_mass", "live_share")
     return Outputs(
-        cross_entropy=make(count),
-        penalty=make(count),
-        lse=make(count),
+        **{name: make(count) for name in rows},
         correct=make(count, dtype=torch.bool),
-        dead_mass=make(count),
-        live_share=make(count),
         safety_logits=make(count, len(safety.token_ids) if constrained else 0, there=constrained),
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
@@ -259,13 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         weight=head.weight,
         hidden_states=head.hidden_states if trained else None,
         bias=head.bias if trained else None,
-        lse=found.lse,
-        safety_logits=found.safety_logits,
-        rows=found.rows,
-        safety_alone=found.safety_alone,
-        ce_gradient=found.ce_gradient,
-        lse_gradient=found.lse_gradient,
-        open_mass=found.open_mass,
+        **{name: getattr(found, name) for name in Outputs._fields if name in Kept._fields},
     )
     ctx.save_for_backward(*kept, found.counts)
     ctx.mark_non_differentiable(*output[2:])
@@ -283,13 +263,11 @@ def _backward_rule(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *
 def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
     *tensors, counts, text = arguments
     kept, settings = Kept(*tensors), Settings.from_text(text)
-    met, alone = counts.tolist()  # on the CPU: no device is waited for
+    dense, alone = counts.tolist()  # on the CPU: the host does not wait for a device
+    padded = ("rows", "ce_gradient", "lse_gradient", "open_mass")
     kept = kept._replace(
-        rows=kept.rows[:met],
+        **{name: getattr(kept, name)[:dense] for name in padded},
         safety_alone=kept.safety_alone[:alone],
-        ce_gradient=kept.ce_gradient[:met],
-        lse_gradient=kept.lse_gradient[:met],
-        open_mass=kept.open_mass[:met],
     )
     resolved = settings.resolved(kept.lse.device, indexed=False)
     with torch.no_grad():
@@ -312,7 +290,7 @@ def _backward_fake(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments:
 
 
 def _schema(record: type[NamedTuple]) -> str:
-    """The record's fields as an operator's arguments; those that may be None are optional."""
+    """Declare the record's fields as an operator's arguments, optional if they may be None."""
     kinds = {name: str(kind) for name, kind in record.__annotations__.items()}
     return ", ".join(f"Tensor{'?' if 'None' in kinds[n] else ''} {n}" for n in record._fields)
 

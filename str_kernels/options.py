@@ -3,7 +3,7 @@
 Symbols used everywhere in this project:
 
 ====  =========================================================================
-N     positions (tokens) handed to the head, after flattening every leading dim
+N     positions (tokens) handed to the head, with every leading dim flattened
 V     rows of the head's weight, the vocabulary
 D     hidden size
 K     number of safety tokens, at most ``MAX_SAFETY_TOKENS``
@@ -25,13 +25,13 @@ Reduction = Literal["mean", "sum", "none"]
 Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
 MAX_SAFETY_TOKENS = 1024
-# What kept most of a real model's refusals at the least cost (benchmarks/results/safety); the
-# squares of logits are larger than divergences, and take a smaller λ.
+# These kept most of a real model's refusals at the least cost (benchmarks/results/safety). Squares
+# of logits are larger than divergences and need a smaller λ.
 DEFAULT_KIND: ConstraintKind = "kl"
 DEFAULT_STRENGTHS = {"mse": 0.1, "logprob": 0.1, "kl": 10.0}
 TILE = 128
 
-# What version 0.2 took away, and why; code and files written for 0.1 may still name it.
+# What version 0.2 removed, and why; code and files written for 0.1 may still name it.
 REMOVED = {
     "kind='floor'": "it did not keep refusals; use kind='kl' or kind='mse'",
     "margin": "only kind='floor' had one, which did not keep refusals; use kind='kl' or kind='mse'",
@@ -44,20 +44,17 @@ REMOVED = {
 
 
 def removed(name: str) -> str:
-    """The sentence of an error that names something of ``REMOVED``."""
+    """Return the sentence of an error that names an entry of ``REMOVED``."""
     return f"{name} was removed in 0.2: {REMOVED[name]}."
 
 
 def _finite(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
-    """Return ``value`` as a float, or say why it is not one of the allowed numbers."""
-    rule = "a finite number"
-    if minimum > -math.inf:
-        rule += f" {'above' if strict else 'of at least'} {minimum:g}"
+    """Return ``value`` as a float, or raise ValueError with the rule."""
     # not by math.isfinite, which a tracer cannot follow where the number varies
-    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be {rule}.")
-    if value < minimum or (strict and value == minimum):
-        raise ValueError(f"{name}={value!r}: must be {rule}.")
+    finite = isinstance(value, Real) and -math.inf < value < math.inf
+    if isinstance(value, bool) or not finite or value < minimum or (strict and value == minimum):
+        rule = f" {'above' if strict else 'of at least'} {minimum:g}" if minimum > -math.inf else ""
+        raise ValueError(f"{name}={value!r}: must be a finite number{rule}.")
     return float(value)
 
 
@@ -67,7 +64,7 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _as_list(name: str, value: Any) -> list:
-    if hasattr(value, "tolist"):  # tensors and arrays, without importing their libraries
+    if hasattr(value, "tolist"):  # a tensor or an array
         value = value.tolist()
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"{name}={value!r}: must be a sequence of numbers.")
@@ -76,10 +73,10 @@ def _as_list(name: str, value: Any) -> list:
 
 @dataclass(frozen=True)
 class SafetyConstraint:
-    """What is held in place while the model learns: the logits of K safety tokens.
+    """A constraint that keeps the logits of K safety tokens near a reference during training.
 
-    With logits ``z``, reference ``r``, token weights ``ω`` and ``τ = temperature``, a constrained
-    position costs
+    With logits ``z``, reference ``r``, token weights ``ω`` and ``τ = temperature``, its cost at a
+    position is
 
     ==========  =======================================  =======================
     kind        C                                        reference r
@@ -90,19 +87,20 @@ class SafetyConstraint:
     ==========  =======================================  =======================
 
     where ``q ∝ ω · exp(r/τ)`` and ``p ∝ ω · exp(z/τ)`` sum to 1 over the safety tokens alone.
-    ``mse`` is Safety Token Regularization (arXiv 2604.17210), ``kl`` is PACT's (arXiv 2603.07445),
-    at every position and stronger. Why ``kl`` is the default: ``benchmarks/results/safety``.
+    ``mse`` is Safety Token Regularization (arXiv 2604.17210); ``kl`` is PACT's (arXiv 2603.07445),
+    applied at every position and stronger. ``benchmarks/results/safety`` shows why ``kl`` is the
+    default.
 
     Args:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
-        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None for 10
-            with ``kl`` and 0.1 with the others.
+        strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None means
+            10 for ``kl`` and 0.1 for the others.
         kind: one of the table above.
-        token_weights: K non-negative numbers ω, not all zero; None for 1 each.
+        token_weights: K non-negative numbers ω, not all zero; None means 1 each.
         temperature: τ of ``kl``; above 0.
 
     Raises:
-        ValueError: an argument outside these rules, or one that ``kind`` would ignore.
+        ValueError: an argument breaks these rules, or ``kind`` would ignore it.
     """
 
     token_ids: tuple[int, ...]
@@ -121,15 +119,16 @@ class SafetyConstraint:
         object.__setattr__(self, "token_weights", self._checked_weights())
         temperature = _finite("temperature", self.temperature, minimum=0.0, strict=True)
         object.__setattr__(self, "temperature", temperature)
-        held = sum(map(bool, self.token_weights or [1.0] * len(self.token_ids)))
-        if self.kind == "kl" and held < 2:
+        weighted = sum(map(bool, self.token_weights or [1.0] * len(self.token_ids)))
+        if self.kind == "kl" and weighted < 2:
             raise ValueError(
-                "token_ids has 1 entry that weighs: kind='kl' holds proportions among tokens; give "
-                "2 or more, or kind='mse'."
+                "token_ids has 1 entry with a weight above 0: kind='kl' compares the proportions "
+                "of tokens; give 2 or more, or kind='mse'."
             )
         if self.temperature != 1.0 and self.kind != "kl":
             raise ValueError(
-                f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}."
+                f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}; "
+                "leave it out."
             )
 
     def _checked_strength(self) -> float:
@@ -152,8 +151,8 @@ class SafetyConstraint:
         if len(set(ids)) != len(ids):
             twice = next(token for token in ids if ids.count(token) > 1)
             raise ValueError(
-                f"token_ids holds {twice} {ids.count(twice)} times: every id may stand once; "
-                "use token_weights to weigh a token more."
+                f"token_ids holds {twice} {ids.count(twice)} times: must hold each id once; "
+                "use token_weights to weight a token more."
             )
         return tuple(map(int, ids))
 

@@ -1,7 +1,7 @@
-"""The oracle: every formula restated with the logits materialised and plain autograd.
+"""The oracle restates every formula with materialised logits and plain autograd.
 
-Obviously right rather than fast; runs in fp64 when its inputs are fp64. Tests and the `doctor`
-command compare the fused backends with it. It imports nothing of ours but the options.
+It is written to be obviously right, not fast, and computes in fp64 for fp64 inputs. Tests and the
+`doctor` command compare the fused backends with it. It imports nothing of ours but the options.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from str_kernels.options import LossOptions, SafetyConstraint
 
 
 class DenseRows(NamedTuple):
-    """What the oracle knows of N positions: the two loss terms and what they were made from."""
+    """The two loss terms of N positions, and the numbers that they were made from."""
 
     cross_entropy: Tensor
     penalty: Tensor
@@ -29,7 +29,7 @@ class DenseRows(NamedTuple):
 def dense_logits(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """``z [N, V]`` in fp32 or fp64: product, bias, scale, softcap, in this order."""
+    """``z [N, V]`` in fp32 or fp64, by product, bias, scale and softcap in this order."""
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     logits = hidden_states.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -41,7 +41,7 @@ def dense_logits(
 
 
 def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -> Tensor:
-    """``C [N]`` from whole-vocabulary logits ``[N, V]``, formula by formula."""
+    """``C [N]`` from logits ``[N, V]`` of the whole vocabulary."""
     ids = torch.tensor(safety.token_ids, device=logits.device)
     z = logits[:, ids]
     r = reference.to(z.dtype).expand_as(z)
@@ -67,7 +67,7 @@ def dense_rows(
     reference: Tensor | None = None,
     position_weights: Tensor | None = None,
 ) -> DenseRows:
-    """Loss terms of N positions from ``[N, D]`` and ``[V, D]``; labels ``[N]``, already shifted."""
+    """Compute N positions from ``[N, D]`` and ``[V, D]``; labels ``[N]`` are already shifted."""
     logits = dense_logits(hidden_states, weight, bias, options)
     labelled = labels != options.ignore_index
     target = torch.where(labelled, labels, 0)

@@ -1,4 +1,4 @@
-"""Eight bits a number: rows that an 8-bit screen multiplies, each scaled to its whole range."""
+"""Quantise rows to 8 bits, each scaled to the whole range of its dtype, for an 8-bit screen."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the name of the screen
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SAMPLED = 1024  # rows of W, or a few more
-_MOST = 9.0  # a column's logarithm: e⁹ from the mean is beyond what 8 bits can tell apart
-LEAST = 1e-30  # the largest of a row; the reciprocal of its scale is still finite
+_MOST = 9.0  # factors are clamped to e^±9, beyond what 8 bits can represent in one row
+LEAST = 1e-30  # a row's maximum is clamped to this, so that its scale has a finite reciprocal
 
 
 def balance(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """What columns of W ``[V, D]`` are multiplied by, and those of H ``[R, D]`` divided: ``[D]``.
+    """Return factors ``[D]``: multiply the columns of W ``[V, D]`` by them, divide those of H.
 
-    ``√(rms of H's column / rms of W's)``, over a thousand rows of W: the product is the same, and a
-    column that is large in one of them alone takes no bits from the others. On a real model that
-    halves the error of a screened logit. SmoothQuant (arXiv 2211.10438) balances maxima. Only the
-    columns' proportions matter: their geometric mean is 1, and one of zeros, or with NaN or inf, is
-    as the mean.
+    They leave the product ``H Wᵀ`` unchanged. A column's factor is ``√(rms of H's / rms of W's)``,
+    over a thousand rows of W, so that a column that is large in only one of the two does not take
+    bits from the others. On a real model this halves the error of a screened logit. (SmoothQuant,
+    arXiv 2211.10438, balances maxima.) The factors are divided by their geometric mean, since only
+    their proportions matter. A column that is all zero, or holds NaN or inf, gets the factor 1.
     """
     some = weight.detach()[:: max(1, len(weight) // _SAMPLED)]
     of_hidden, of_weight = (rows.float().square().mean(0) for rows in (hidden_states, some))
@@ -33,10 +33,10 @@ def balance(hidden_states: Tensor, weight: Tensor) -> Tensor:
 def quantise_rows(
     rows: Tensor, dtype: torch.dtype, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, D]`` in 8 bits, and the scales ``[R]`` fp32 that they are multiplied by.
+    """Return rows ``[R, D]`` in 8 bits and the scales ``[R]`` fp32 that restore them.
 
-    ``columns [D]``: what the columns are multiplied by first. A row with NaN or inf has such a
-    scale, and so have its logits.
+    ``columns [D]`` are factors that the columns are multiplied by first. A row with NaN or inf gets
+    a scale of NaN or inf, which its logits then show.
     """
     rows = rows.float() if columns is None else rows * columns
     scales = torch.maximum(rows.amax(-1), -rows.amin(-1))

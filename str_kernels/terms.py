@@ -1,4 +1,4 @@
-"""Both loss terms of every position: check, choose backend and filter, apply.
+"""Compute both loss terms of every position: check, choose backend and filter, apply.
 
 Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → `RowTerms` ``[...]``.
 """
@@ -39,16 +39,16 @@ def row_terms(
     backend: str | Backend = "auto",
     entropy: bool = False,
 ) -> RowTerms:
-    """Both terms of every position before any reduction; arguments as ``linear_cross_entropy``.
+    """Compute both terms of every position, unreduced; arguments as ``linear_cross_entropy``.
 
-    With ``entropy`` also that of each labelled position's prediction, in nats.
+    ``entropy`` asks for the entropy of each labelled position's prediction too, in nats.
     """
     head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     check_inputs(head, inputs, options, index)
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
     chosen = select_backend(backend, flat.device, flat.dtype).backend
-    # the casts are decided; inside, autocast would only round fp32 scratch blocks again
+    # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(hidden_states.device.type, enabled=False):
         if chosen is None:
             terms = _dense_terms(head, inputs, options)
@@ -69,16 +69,8 @@ def row_terms(
 def check_inputs(
     head: Head, inputs: RowInputs, options: LossOptions, index: VocabularyIndex | None
 ) -> None:
-    """Refuse bad input; see ``linear_cross_entropy`` for shapes and errors."""
-    validate_loss_inputs(
-        head.hidden_states,
-        head.weight,
-        inputs.labels,
-        options,
-        bias=head.bias,
-        reference=inputs.reference,
-        position_weights=inputs.position_weights,
-    )
+    """Raise ValueError for bad input; see ``linear_cross_entropy``."""
+    validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options)
     if index is None:
         return
     if not isinstance(index, VocabularyIndex):
@@ -87,7 +79,7 @@ def check_inputs(
 
 
 def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
-    """``[..., ·]`` → ``[N, ·]``, hidden states cast as autocast demands."""
+    """Reshape ``[..., ·]`` to ``[N, ·]``, and cast hidden states as autocast demands."""
     hidden, (labels, reference, weights) = head.hidden_states, inputs
     if reference is not None and reference.dim() > 1:
         reference = reference.reshape(-1, reference.shape[-1])
@@ -98,27 +90,27 @@ def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
 
 
 def gradients_needed(head: Head) -> tuple[bool, bool, bool]:
-    """Whether hidden states, weight and bias can be asked for a gradient later."""
+    """Whether hidden states, weight and bias need a gradient."""
     grad = torch.is_grad_enabled()
     hidden, weight, bias = (grad and x is not None and x.requires_grad for x in head)
     return hidden, weight, bias
 
 
 def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved) -> Tiles | None:
-    """The cut of the vocabulary; None on the exact path."""
+    """Cut the vocabulary; None on the exact path."""
     if not resolved.eps:
         return None
-    moves = resolved.needs[1]
+    trained = resolved.needs[1]
     with torch.no_grad():
-        # label smoothing reads Σ_v z off the mean rows: they must be this very weight's
-        tiles = tiles_of(weight, index, fresh=moves or resolved.options.label_smoothing > 0)
-    if moves:  # rows quantised when the index was built are another weight's by now
+        # label smoothing takes Σ_v z from the mean rows, which must be those of this weight
+        tiles = tiles_of(weight, index, fresh=trained or resolved.options.label_smoothing > 0)
+    if trained:  # the index holds quantised rows of an earlier state of the weight
         tiles = tiles._replace(quantised=None, row_scales=None)
     return tiles
 
 
 def _autocast(hidden_states: Tensor) -> Tensor:
-    """Cast as ``F.linear`` would; fp64 stays, as autocast leaves it."""
+    """Cast as ``F.linear`` would under autocast, which leaves fp64 alone."""
     device = hidden_states.device.type
     if not torch.is_autocast_enabled(device) or hidden_states.dtype == torch.float64:
         return hidden_states
@@ -131,28 +123,14 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
             f"screen={options.screen!r}: backend='dense' computes every logit in full and screens "
             "none; leave screen='auto'."
         )
-    rows = oracle.dense_rows(
-        head.hidden_states,
-        head.weight,
-        inputs.labels,
-        options,
-        bias=head.bias,
-        reference=inputs.reference,
-        position_weights=inputs.position_weights,
-    )
-    statistics = Statistics(
-        lse=rows.lse,
-        correct=rows.correct,
-        dead_mass=torch.zeros_like(rows.lse),
-        live_share=torch.ones_like(rows.lse),
-        entropy=rows.entropy,
-        safety_logits=rows.safety_logits,
-    )
+    rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
+    dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
+    statistics = Statistics(rows.lse, rows.correct, dead, live, rows.entropy, rows.safety_logits)
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 
 
 def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
-    """``[N, ...]`` → ``[..., ...]``."""
+    """Reshape ``[N, ...]`` to ``[..., ...]``."""
 
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(shape + values.shape[1:])

@@ -1,4 +1,9 @@
-"""Facts about tensors in, one clear ValueError out. Nothing below this boundary checks again."""
+"""Check the arguments of the loss; a bad one is a ValueError with its facts, the rule, the remedy.
+
+The code below this boundary does not repeat these checks. It makes two others: an index refuses
+another weight than its own (`VocabularyIndex.check`), and a backend refuses a dtype, device or
+screen that it cannot run (`Backend.refuses`).
+"""
 
 from __future__ import annotations
 
@@ -22,9 +27,9 @@ def _require_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _require_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(f"{_facts(name, tensor)}: must be bfloat16, float16, float32 or float64.")
+def _require_floating(name: str, value: object) -> None:
+    if _require_tensor(name, value).dtype not in _FLOATS:
+        raise ValueError(f"{_facts(name, value)}: must be bfloat16, float16, float32 or float64.")
 
 
 def _require_same_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
@@ -35,17 +40,14 @@ def _require_same_device(name: str, tensor: Tensor, hidden_states: Tensor) -> No
         )
 
 
-def _require_constant(name: str, tensor: Tensor) -> None:
+def _require_constant(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    _require_same_device(name, tensor, hidden_states)
     if tensor.requires_grad:
         raise ValueError(f"{name} requires a gradient, but is a constant of the loss: detach() it.")
 
 
 def validate_weight(weight: Tensor, name: str = "weight") -> None:
-    """Refuse a head whose rows are not all here: sharded, offloaded, quantised or empty.
-
-    Raises:
-        ValueError: names what was given and how to get a whole ``[V, D]`` weight.
-    """
+    """Raise ValueError unless this is a whole ``[V, D]``: not sharded, offloaded or quantised."""
     _require_tensor(name, weight)
     kind = type(weight).__name__
     if kind == "DTensor":
@@ -76,11 +78,7 @@ def validate_loss_inputs(
     reference: Tensor | None,
     position_weights: Tensor | None,
 ) -> None:
-    """Check shapes, dtypes, devices and ranges of everything that enters the loss.
-
-    Raises:
-        ValueError: names the argument, what was given, what is allowed and what to do.
-    """
+    """Raise ValueError for an argument of the loss of the wrong shape, dtype, device or range."""
     validate_weight(weight)
     _validate_operands(hidden_states, weight, bias)
     _validate_labels(labels, hidden_states, weight.shape[0], options)
@@ -89,7 +87,6 @@ def validate_loss_inputs(
 
 
 def _validate_operands(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _require_tensor("hidden_states", hidden_states)
     _require_floating("hidden_states", hidden_states)
     if hidden_states.dim() < 1 or hidden_states.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -98,7 +95,7 @@ def _validate_operands(hidden_states: Tensor, weight: Tensor, bias: Tensor | Non
         )
     operands = [("weight", weight)]
     if bias is not None:
-        _require_floating("bias", _require_tensor("bias", bias))
+        _require_floating("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{_facts('bias', bias)}: must be [V={weight.shape[0]}].")
         operands.append(("bias", bias))
@@ -149,14 +146,13 @@ def _validate_reference(
         )
     if reference is None:
         raise ValueError("reference=None: a SafetyConstraint needs one, [..., K] or [K].")
-    _require_floating("reference", _require_tensor("reference", reference))
+    _require_floating("reference", reference)
     allowed = ((count,), (*hidden_states.shape[:-1], count))
     if tuple(reference.shape) not in allowed:
         raise ValueError(
             f"{_facts('reference', reference)}: must be [K={count}] or {list(allowed[1])}."
         )
-    _require_same_device("reference", reference, hidden_states)
-    _require_constant("reference", reference)
+    _require_constant("reference", reference, hidden_states)
 
 
 def _validate_position_weights(
@@ -172,8 +168,7 @@ def _validate_position_weights(
             f"{_facts('position_weights', weights)}: must be numbers of the shape of labels, "
             f"{list(labels.shape)}."
         )
-    _require_same_device("position_weights", weights, hidden_states)
-    _require_constant("position_weights", weights)
+    _require_constant("position_weights", weights, hidden_states)
     wrong = ~((weights >= 0) & (weights < math.inf))
     if wrong.any():
         position = wrong.nonzero()[0].tolist()
@@ -184,17 +179,13 @@ def _validate_position_weights(
 
 
 def validate_num_items(num_items_in_batch: object, reduction: str) -> None:
-    """``num_items_in_batch`` replaces n, so it belongs to the mean alone.
-
-    Raises:
-        ValueError: neither a number, 0 or more, nor a one-element tensor; another reduction.
-    """
+    """Raise ValueError unless this is a number, 0 or more, or a one-element tensor, for "mean"."""
     if num_items_in_batch is None:
         return
     if reduction != "mean":
         raise ValueError(
-            f"num_items_in_batch={num_items_in_batch} with reduction={reduction!r}: it is "
-            "the denominator of reduction='mean' and of nothing else."
+            f"num_items_in_batch={num_items_in_batch} with reduction={reduction!r}: it is only "
+            "the denominator of reduction='mean'; leave it out."
         )
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:

@@ -1,4 +1,4 @@
-"""The version of this package, and the versions of what it runs with."""
+"""The version of this package, and those of the packages it runs with."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ __version__ = "0.2.0.dev0"
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of Python and of these packages, by name; None for what is not installed."""
+    """Return the versions of Python and of these packages, by name; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -18,6 +18,6 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def run_versions() -> dict[str, str | None]:
-    """Versions of everything that changes the numbers of a training run."""
+    """Return the versions of every package that changes the numbers of a training run."""
     others = versions("torch", "transformers", "peft", "accelerate")
     return {"str_kernels": __version__, **others}

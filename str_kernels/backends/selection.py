@@ -1,4 +1,4 @@
-"""Which backend runs, which screen, which filter, and why not another; said once in the log."""
+"""Choose backend, screen and filter, and log each choice once with its reason."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from str_kernels.options import LossOptions
 
 BACKEND_NAMES = ("auto", "triton", "torch", "dense")
 OLDEST_TRITON = (3, 4)
-# The share of a row's open probability below which a tile is approximated by its mean row: on ten
-# real sets 0.05 to 0.33 % error in the gradient, a third of a bf16 head's at most.
+# A tile with less than this share of a row's open probability is approximated by its mean row. On
+# ten real data sets the gradient's error was 0.05 to 0.33 %, at most a third of a bf16 head's.
 DEFAULT_EPS = 2.0**-11
-MANY_ROWS = 4096  # what is said of "auto" is said of so many; few may be screened otherwise
+MANY_ROWS = 4096  # the log names the "auto" screen of so many rows; fewer may get another
 _TORCH = TorchBackend()
 
 
@@ -32,35 +32,30 @@ class Selection(NamedTuple):
 
 
 def check_backend(backend: str | Backend) -> None:
-    """Refuse an unknown backend before it is known where it will run.
-
-    Raises:
-        ValueError: neither one of ``BACKEND_NAMES`` nor a ``Backend``.
-    """
+    """Raise ValueError unless this is one of ``BACKEND_NAMES`` or a ``Backend``."""
     if isinstance(backend, type) or not isinstance(backend, str | Backend):
         raise ValueError(f"backend={backend!r}: must be a name or a Backend instance.")
+    if backend == "reference":
+        raise ValueError("backend='reference': version 0.2 renamed it; use backend='dense'.")
     if isinstance(backend, str) and backend not in BACKEND_NAMES:
         allowed = ", ".join(map(repr, BACKEND_NAMES))
-        if backend == "reference":
-            raise ValueError("backend='reference': has been called 'dense' since version 0.2.")
         raise ValueError(f"backend={backend!r}: must be one of {allowed}, or a Backend instance.")
 
 
 def select_backend(
     backend: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Selection:
-    """Choose by name, or take the instance that was given.
+    """Choose a backend by name, or take the instance that was given.
 
-    ``"auto"`` is Triton on a CUDA or ROCm device that it can use, and torch elsewhere.
+    ``"auto"`` is Triton on a CUDA or ROCm device that Triton supports, and torch elsewhere.
 
     Raises:
         ValueError: an unknown name, or Triton by name where it cannot run.
     """
     check_backend(backend)
+    choice = Selection(backend, "given as an instance")
     if isinstance(backend, str):
         choice = _by_name(backend, device, dtype)
-    else:
-        choice = Selection(backend, "given as an instance")
     name = "dense" if choice.backend is None else choice.backend.name
     say_once(f"str_kernels runs the {name} backend ({choice.reason})")
     return choice
@@ -76,22 +71,13 @@ def resolve(
     entropy: bool = False,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> Resolved:
-    """Choose filter and screen.
+    """Choose filter and screen; ``indexed`` is whether there is an index, the rest as `Resolved`.
 
-    ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen asked for
-    by name, and exact otherwise: in token order the filter's error can pass that of a bf16 head.
-
-    Args:
-        options: the settings of the loss.
-        backend: the backend that will run.
-        dtype: the dtype of the hidden states.
-        device: where they are.
-        indexed: whether there is a vocabulary index.
-        entropy: whether each row's entropy is asked for.
-        needs: whether hidden states, weight and bias will be asked for a gradient.
+    ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen by name,
+    and 0 otherwise: in token order the filter's error can exceed that of a bf16 head.
 
     Raises:
-        ValueError: a screen that the backend cannot run here.
+        ValueError: the backend cannot run the screen here.
     """
     if options.screen != "auto":
         refusal = backend.refuses(options.screen, dtype, device)
@@ -134,7 +120,7 @@ def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> Selection:
 
 
 def _no_triton() -> str | None:
-    """Why the Triton backend cannot be imported; None if it can."""
+    """Say why the Triton backend cannot be imported; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     version = importlib.import_module("triton").__version__

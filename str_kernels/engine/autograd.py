@@ -1,7 +1,6 @@
-"""The autograd function of the loss in eager code; compiled code goes through ``operator``.
+"""The autograd function of the loss in eager code; compiled code uses ``operator`` instead.
 
-Stage: ``Head``, ``RowInputs`` → ``RowTerms``, whose two terms are differentiable and whose
-statistics are not.
+Stage: ``Head``, ``RowInputs`` → ``RowTerms``; its two terms are differentiable, its statistics not.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from str_kernels.engine.forward import forward_rows
 
 
 class FusedRows(Function):
-    """Both terms and the statistics of N rows; `fused_rows` gives names to them."""
+    """Compute both terms and the statistics of N rows; `fused_rows` calls it."""
 
     @staticmethod
     def forward(
@@ -44,7 +43,7 @@ class FusedRows(Function):
     def backward(
         ctx: Any, grad_cross_entropy: Tensor | None, grad_penalty: Tensor | None, *_: Any
     ) -> tuple:
-        """Gradients of the head from an arbitrary upstream gradient on each row's two terms."""
+        """Return gradients of the head from an upstream gradient on each row's two terms."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_cross_entropy is differentiable once: create_graph=True asks for a second "
@@ -56,11 +55,11 @@ class FusedRows(Function):
 
 
 def fused_rows(head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved) -> RowTerms:
-    """Differentiable terms of N rows, and their statistics."""
+    """Return differentiable terms of N rows, and their statistics."""
     cross_entropy, penalty, *statistics = FusedRows.apply(*head, inputs, tiles, resolved)
     return RowTerms(cross_entropy, penalty, Statistics(*statistics))
 
 
 def _savable(constant: Tensor | None) -> Tensor | None:
-    """References and labels may be made under ``inference_mode``, whose tensors cannot be saved."""
+    """Clone a constant that was made under ``inference_mode``: autograd cannot save it."""
     return constant.clone() if constant is not None and constant.is_inference() else constant

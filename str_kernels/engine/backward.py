@@ -1,9 +1,9 @@
-"""The backward: upstream gradients of both terms in, gradients of the head's operands out.
+"""The backward turns upstream gradients of both terms into gradients of the head's operands.
 
 Stage: ``Kept``, two upstream gradients ``[N]`` → gradients of hidden states ``[N, D]``, weight
-``[V, D]`` and bias ``[V]``. A frozen head's backward runs no kernel: the kept ``∂CE/∂h`` is scaled
-by the upstream gradient and the constraint's K columns are added. What was kept is never changed,
-so a second backward is right as well.
+``[V, D]`` and bias ``[V]``. A frozen head's backward runs no kernel: it scales the kept ``∂CE/∂h``
+by the upstream gradient and adds the constraint's K columns. It never changes a kept tensor, so a
+second backward is right as well.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ def backward_rows(
     grad_cross_entropy: Tensor | None,
     grad_penalty: Tensor | None,
 ) -> Gradients:
-    """Gradients of hidden states, weight and bias; None for those that ``resolved`` does not need.
+    """Return gradients of hidden states, weight and bias, or None where none is needed.
 
-    An upstream gradient of None is a zero.
+    An upstream gradient of None means zero.
     """
-    upstream = [
-        torch.zeros_like(kept.lse) if grad is None else grad
-        for grad in (grad_cross_entropy, grad_penalty)
-    ]
+    upstream = (grad_cross_entropy, grad_penalty)
+    upstream = [torch.zeros_like(kept.lse) if grad is None else grad for grad in upstream]
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
     with torch.autocast(kept.lse.device.type, enabled=False):
@@ -54,7 +52,7 @@ def backward_rows(
 
 
 class _Backward:
-    """One backward: the upstream gradients of both terms, and what each gradient is made from."""
+    """One backward: the upstream gradients of both terms, and the gradients they give."""
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class _Backward:
             self._differentiate_penalty(grad_penalty * self.plan.penalty_scale)
 
     def _differentiate_penalty(self, scale: Tensor) -> None:
-        """β ``[N, K]`` with the slope of the safety logits, and the penalty's part of α ``[N]``."""
+        """Set β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
         safety, kept = self.options.safety, self.kept
         terms = constraint_terms(safety, kept.safety_logits, kept.reference, kept.lse)
         on = scale != 0
@@ -85,9 +83,9 @@ class _Backward:
         self.ids = torch.tensor(safety.token_ids, device=kept.lse.device)
 
     def hidden_gradient(self) -> Tensor:
-        """``[N, D]``: scaled row gradients plus the constraint's K columns."""
+        """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""
         kept, dtype = self.kept, self.resolved.dtype
-        make = torch.empty if self.everything else torch.zeros  # rows that nothing reaches
+        make = torch.empty if self.everything else torch.zeros  # some rows may never be written
         shape = (len(self.plan.labels), kept.weight.shape[1])
         out = make(shape, dtype=dtype, device=kept.weight.device)
         size = max(1, _SCRATCH // shape[1])
@@ -107,7 +105,7 @@ class _Backward:
         return self.beta[rows] @ self.kept.weight[self.ids].to(self.dtype)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight ``[V, D]`` and bias ``[V]``; the backend makes the logits again."""
+        """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
         rows = slice(None) if self.everything else kept.rows
         coefficients = weight_coefficients(
@@ -131,12 +129,11 @@ class _Backward:
         if self.beta is None:
             return None
         rows = self.plan.safety.nonzero()[:, 0]
-        beta = self.beta[rows]
-        hidden = self.kept.hidden_states[rows].to(self.dtype)
+        beta, hidden = self.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
         return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Rows ``[R, D]`` times their upstream gradients ``[R]``, in the dtype of the latter."""
-    # a row without any upstream gradient adds nothing, even where its logits overflowed
+    """Multiply rows ``[R, D]`` by their upstream gradients ``[R]``, in the dtype of the latter."""
+    # a row with an upstream gradient of zero adds nothing, even where its logits overflowed
     return silence(gradient * upstream[:, None], upstream == 0)

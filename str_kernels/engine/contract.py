@@ -7,11 +7,16 @@
 
     Dense ──rows──▶ RowTerms, Kept ──backward──▶ Coefficients ──weight_gradients──▶ gradients
 
-A backend brings screen, route, refine, exact, combine and weight_gradients; the rest is shared, so
-that two backends can be compared stage by stage. R counts the rows, among all N positions, that
-need the whole vocabulary; other shapes use the symbols of ``options``. A (row, tile) pair is *live*
-when the tile holds enough of the probability that lies outside the tile of the row's label; a live
-pair is computed exactly. The other pairs are *dead*.
+A backend brings screen, route, refine, exact, combine and weight_gradients; all backends share the
+rest, so that two of them can be compared stage by stage. R counts the rows, among all N positions,
+that need the whole vocabulary; other shapes use the symbols of ``options``. Four words recur:
+
+- A (row, tile) pair is *live* when the tile holds the label, or enough of the probability outside
+  the label's tile. A live pair is computed exactly; the other pairs are *dead*.
+- *Open* probability is what a row does not give to its label: ``1 - p_y`` in `Dense`, and the
+  probability outside the label's tile in routing, which does not know the label's logit yet.
+- An *opened* gradient is ``∂lse/∂h`` without the label's own term.
+- A *silent* row gets a gradient of zero, whatever was computed for it.
 """
 
 from __future__ import annotations
@@ -28,8 +33,8 @@ from str_kernels.options import LossOptions
 class Head(NamedTuple):
     """The operands of the logits: ``hidden_states [R, D]``, ``weight [V, D]``, ``bias [V]``.
 
-    One dtype for all, as ``F.linear`` demands, except under autocast: there the hidden states come
-    in autocast's dtype and a backend casts the weight block by block, never as a whole.
+    All have one dtype, as ``F.linear`` demands. Under autocast the hidden states have autocast's
+    dtype instead, and a backend casts the weight block by block, never as a whole.
     """
 
     hidden_states: Tensor
@@ -38,10 +43,10 @@ class Head(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How the vocabulary is cut.
+    """How the vocabulary is cut into tiles.
 
     ``order [V]`` int64 or None for token order, its ``inverse [V]``, and the tiles' ``mean_rows
-    [T, D]`` fp32. ``quantised [V, D]`` and ``row_scales [V]`` come in tile order (8-bit screens).
+    [T, D]`` fp32. ``quantised [V, D]`` and ``row_scales [V]`` are in tile order (8-bit screens).
     """
 
     order: Tensor | None
@@ -52,7 +57,7 @@ class Tiles(NamedTuple):
 
 
 class Block(NamedTuple):
-    """R rows, the head and the cut of the vocabulary: what every stage reads.
+    """The input of every stage: R rows, the head and the tiles.
 
     ``labels [R]`` int64, -1 on rows without a label; ``tiles`` is None on the exact path.
     """
@@ -64,11 +69,11 @@ class Block(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What the caller will use, so that nothing else is computed.
+    """Which results the caller uses; a backend computes no others.
 
-    ``hidden``: the rows' gradients by the hidden states; ``masses``: each pair's dead mass, for the
-    gradient of a trainable weight; ``entropy``: the entropy of each row; ``probabilities``: those
-    of an exact pass, for the gradient of a trainable weight; a backend may leave them out.
+    ``hidden``: the gradients of the hidden states; ``masses``: each pair's dead mass, and
+    ``probabilities``: those of an exact pass, both for the gradient of a trainable weight;
+    ``entropy``: the entropy of each row. A backend may leave the probabilities out.
     """
 
     hidden: bool
@@ -90,15 +95,15 @@ class Resolved:
     """How one loss runs, after every choice.
 
     Attributes:
-        backend: who computes the stages.
+        backend: computes the stages.
         options: the settings of the loss.
-        eps: a pair is live above this share; 0 computes every pair exactly.
+        eps: a pair is live above this share of the open probability; 0 computes every pair exactly.
         screen: the precision of the screen.
         auto: whether the backend may change the screen once it knows how many rows there are.
         entropy: whether each row's entropy is computed.
-        needs: whether hidden states, weight and bias will be asked for a gradient.
+        needs: whether hidden states, weight and bias need a gradient.
         dtype: the dtype of the hidden states, and of their gradient.
-        reason: why this filter and no other.
+        reason: why this filter was chosen.
     """
 
     backend: Backend
@@ -113,7 +118,7 @@ class Resolved:
 
 
 class TileMasses(NamedTuple):
-    """From the screen: ``log_mass [R, T]`` fp32, log Σ exp(z) over each tile.
+    """The screen's result: ``log_mass [R, T]`` fp32, the log-sum-exp of each tile's logits.
 
     ``slope [R, T]``, with a softcap only: the tile's softmax mean of ``1 - (z/softcap)²``.
     """
@@ -123,13 +128,14 @@ class TileMasses(NamedTuple):
 
 
 class Worklist(NamedTuple):
-    """From the router: the live pairs, tile by tile.
+    """The router's result: the live pairs, sorted by tile.
 
-    ``rows``: the live rows of tile 0, then those of tile 1, …, ``[L]`` int64, or each tile's padded
-    to ``[T, R]`` where L stays on the device: only the backend's own refinement reads them.
-    ``counts [T]``: how many each tile has. ``shift [R]``: the screened log-sum-exp, a safe scale of
-    exponentials. ``dead [R, T]``: the pair's share of ``exp(shift)``; a live pair has -0.0, so that
-    sums pass over it and its sign tells it from a share that underflowed.
+    ``rows [L]`` int64: the live rows of tile 0, then those of tile 1, and so on. A backend that
+    leaves L on the device may pad each tile's to ``[T, R]``, since only its own refinement reads
+    them. ``counts [T]``: how many rows each tile has. ``shift [R]``: the screened log-sum-exp,
+    which exponentials are taken relative to. ``dead [R, T]``: the pair's probability mass relative
+    to ``exp(shift)``. A live pair has -0.0 there: it adds nothing to sums, and its sign
+    distinguishes it from a dead mass that underflowed to zero.
     """
 
     rows: Tensor
@@ -143,11 +149,11 @@ class Worklist(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """From the refinement, over live pairs and *without the label*, relative to ``exp(shift)``.
+    """The refinement's result: sums over the live pairs *without the label*.
 
     ``mass [R]``: Σ exp(z - shift); ``expected [R, D]`` or None: Σ exp(z - shift) · slope · w;
-    ``maximum [R]``: the largest logit. The label is left out because for a confident row the
-    expected embedding and the label's row nearly cancel.
+    ``maximum [R]``: the largest logit. The label is left out because a confident row's expected
+    embedding and the label's own row are nearly equal, and their difference would lose its digits.
     """
 
     mass: Tensor
@@ -156,10 +162,10 @@ class Refined(NamedTuple):
 
 
 class OpenRows(NamedTuple):
-    """``∂lse/∂h [R, D]`` without the label's own term, ``Σ_{v ≠ y} p_v · slope_v · w_v``.
+    """The opened gradient ``[R, D]``: ``Σ_{v ≠ y} p_v · slope_v · w_v``.
 
-    Not yet added up, for whoever adds the label's row can do it in the same pass: ``scale [R]``
-    times the sum of ``live [R, D]`` and ``dead [R, D]``, None after an exact pass.
+    It is ``scale [R]`` times the sum of ``live [R, D]`` and ``dead [R, D]`` (None after an exact
+    pass). The sum is left to `Backend.combine`, which adds the label's row in the same pass.
     """
 
     live: Tensor
@@ -168,7 +174,7 @@ class OpenRows(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What is known of each row besides its loss; fp32 (fp64 for fp64 inputs).
+    """Each row's statistics; fp32 (fp64 for fp64 inputs).
 
     ``lse`` log-sum-exp; ``correct`` bool, whether the label has the largest logit; ``dead_mass``
     the probability that was screened but not refined; ``live_share`` the share of the tiles that
@@ -184,18 +190,18 @@ class Statistics(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """What R rows know of the whole vocabulary, fp32 (fp64 for fp64 inputs).
+    """The results for R rows over the whole vocabulary, fp32 (fp64 for fp64 inputs).
 
     Attributes:
-        statistics: of the R rows, without safety logits.
+        statistics: those of the R rows, without safety logits.
         label_logit: ``[R]``, NaN on rows without a label.
         open_mass: ``[R]``, ``1 - p_y`` summed without cancellation; 1 without a label.
-        opened: ∂lse/∂h without the label's own term; only when hidden gradients are wanted.
+        opened: the opened gradient; only when hidden gradients are wanted.
         logit_sum: ``[R]`` Σ_v z, with label smoothing only.
         smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
-        probabilities: ``[R, V]``, anything on the label's own; only when wanted.
+        probabilities: ``[R, V]``, undefined at the label; only when wanted.
     """
 
     statistics: Statistics
@@ -218,14 +224,13 @@ class RowTerms(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The tensors that wait from forward to backward, the same in eager and in compiled code.
+    """The tensors kept from forward to backward, the same in eager and in compiled code.
 
     Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
     for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]`` and
-    ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, those that met the vocabulary;
-    ``safety_alone [S]``, those that only met the safety tokens; ``ce_gradient [R, D]`` and
-    ``lse_gradient [R, D]`` in ``kept_dtype``; for a trainable head ``open_mass [R]``,
-    ``masses [R, T]``, ``slope [R, T]`` and ``probabilities [R, V]`` as in `Dense`.
+    ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
+    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
+    and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
 
     labels: Tensor
@@ -247,10 +252,10 @@ class Kept(NamedTuple):
 
 
 class RowShares(NamedTuple):
-    """``shares.opened · ∂lse/∂h without the label + shares.label · w_label + also``.
+    """The factors of a row gradient: ``opened · (opened gradient) + label · w_label + also``.
 
-    ``opened [R]``; ``label [R]``, 0 where there is none; ``also [D]`` or ``[R, D]``; rows in
-    ``silent [R]`` bool become zero, whatever stood there.
+    ``opened [R]``; ``label [R]``, 0 where there is none; ``also [D]`` or ``[R, D]``; ``silent [R]``
+    bool, the rows that become zero.
     """
 
     opened: Tensor
@@ -262,8 +267,7 @@ class RowShares(NamedTuple):
 class Coefficients(NamedTuple):
     """``dz[n,v] = α[n]·p[n,v] + Σ_k β[n,k]·[v = id_k] - γ[n]·[v = y_n] - σ[n]``, before the slope.
 
-    ``alpha [R]``, ``gamma [R]``, ``sigma [R]`` or None (label smoothing). β belongs to the
-    constraint and is handled with its K columns alone.
+    ``alpha [R]``, ``gamma [R]``, ``sigma [R]`` or None (label smoothing); β is in `SafetyTerm`.
     """
 
     alpha: Tensor
@@ -272,7 +276,7 @@ class Coefficients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What R rows' part of a weight's gradient needs of the forward; see `Kept`."""
+    """The part of `Kept` that the gradient of a weight needs, for R rows."""
 
     lse: Tensor
     open_mass: Tensor
@@ -284,7 +288,7 @@ class Saved(NamedTuple):
 class SafetyTerm(NamedTuple):
     """The constraint's part of a weight's gradient: ``ids [K]``, ``weight [K, D]``, ``bias [K]``.
 
-    Weight and bias rows in fp32 (fp64 for fp64 operands), to be added before the cast.
+    Its rows are fp32 (fp64 for fp64 operands); a backend adds them before it casts.
     """
 
     ids: Tensor
@@ -294,44 +298,33 @@ class SafetyTerm(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to compute the stages that see the vocabulary. Labels are -1 on rows without one."""
+    """A way to compute the stages that read the whole vocabulary."""
 
     name: str
 
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why it cannot run this screen on operands of this dtype here; None if it can."""
-        ...
+        """Say why this screen cannot run on operands of this dtype here; None if it can."""
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        """The screen that ``"auto"`` means for so many rows that meet the vocabulary."""
-        ...
+        """Return the screen that ``"auto"`` means for R = ``rows``."""
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
-        """How many of ``rows`` to hand over at once, from the byte budget alone."""
-        ...
+        """Return how many of ``rows`` to hand over at once, from the byte budget alone."""
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """Compute every pair in one pass."""
-        ...
 
     def screen(self, block: Block, screen: str) -> TileMasses:
-        """Log-mass of every (row, tile) pair in the precision of ``screen``."""
-        ...
+        """Compute the log-mass of every pair in the precision of ``screen``."""
 
     def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
         """Find live pairs: above ``eps`` of the row's open mass, and always the label's tile."""
-        ...
 
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """Compute live pairs exactly, from the original operands, accumulated in fp32."""
-        ...
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
-        """``∂/∂h [R, D]`` of what has these shares, in ``kept_dtype``.
-
-        ``spare``: the opened rows are not needed afterwards, and may be overwritten.
-        """
-        ...
+        """Sum a row gradient ``[R, D]`` in ``kept_dtype``; ``spare`` allows reuse of ``opened``."""
 
     def weight_gradients(
         self,
@@ -346,4 +339,3 @@ class Backend(Protocol):
 
         They are accumulated in fp32 and cast to the operands' dtype once.
         """
-        ...

@@ -1,6 +1,6 @@
-"""What this CPU multiplies fast, asked in one place: `this_cpu`.
+"""Which matrix products this CPU computes fast: `this_cpu`.
 
-The answers respect ``ONEDNN_MAX_CPU_ISA``, by which oneDNN is told to leave instructions unused.
+The answers respect ``ONEDNN_MAX_CPU_ISA``, which limits the instructions that oneDNN uses.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Cpu:
         bf16: products of bf16 operands are faster.
         int8: products of int8 operands are several times faster; without such instructions
             oneDNN's product may saturate, and then it is wrong.
-        amx: bf16 products run on AMX tiles, where they were as fast as int8 ones.
-        onednn_fp32: oneDNN multiplies fp32 faster than MKL, which torch uses by itself.
+        amx: bf16 products run on AMX tiles, where they are as fast as int8 ones.
+        onednn_fp32: oneDNN multiplies fp32 faster than MKL, torch's default.
     """
 
     bf16: bool = False
@@ -48,14 +48,13 @@ class Cpu:
 
 
 def this_cpu() -> Cpu:
-    """The CPU that this process runs on."""
+    """Return the properties of the CPU that this process runs on."""
     return _ask()
 
 
 @cache
 def _ask() -> Cpu:
-    """Ask torch and the operating system, once in a process."""
-    # torch for macOS is built without oneDNN, and then without its operators
+    # torch for macOS is built without oneDNN, and so without its operators
     if not torch.backends.mkldnn.is_available():
         return Cpu()
     return Cpu(
@@ -72,7 +71,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def processor_field(name: str) -> str | None:
-    """What Linux says of the first processor under ``name``; None where it says nothing."""
+    """Read the field ``name`` of the first processor in ``/proc/cpuinfo``; None without it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,13 +81,13 @@ def processor_field(name: str) -> str | None:
 
 
 def _supported(question: str) -> bool:
-    """The answer of a question that older versions of torch cannot be asked."""
+    """Call a function of `torch.cpu` that older versions of torch do not have."""
     ask = getattr(torch.cpu, question, None)
     return ask is not None and ask()
 
 
 def _has_bf16() -> bool:
-    # oneDNN's own answer is yes wherever it can emulate the instructions, slower than fp32
+    # oneDNN's own answer is yes even where it only emulates the instructions, slower than fp32
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if on_x86 and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         return torch.cpu._is_avx512_bf16_supported()

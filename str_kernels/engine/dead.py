@@ -1,6 +1,6 @@
-"""What the dead pairs add to the gradient of a trainable weight: no logit is made for it.
+"""The dead pairs' part of a trainable weight's gradient, which needs no logits.
 
-A dead pair is known by its mass alone, so ``α · mass · h`` is spread evenly over its tile's rows.
+Only the mass of a dead pair is known, so ``α · mass · h`` is spread evenly over its tile's rows.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from str_kernels.engine.products import dead_product
 from str_kernels.engine.rows import silence
 from str_kernels.options import TILE
 
-_ROWS = 2048  # of the scratch
+_ROWS = 2048  # rows in one block of scratch
 
 
 def silent_rows(coefficients: Coefficients) -> Tensor:
-    """``[R]`` bool: no upstream gradient, so nothing to add, even where logits overflowed."""
+    """``[R]`` bool: rows without an upstream gradient add nothing, even if logits overflowed."""
     return (coefficients.alpha == 0) & (coefficients.gamma == 0)
 
 
 def dead_share(block: Block, saved: Saved, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
-    """What each row of a tile gets from its dead pairs: ``[T, D]`` and, for a bias, ``[T]``."""
+    """Return what each tile's dead pairs add to each of its rows ``[T, D]`` and biases ``[T]``."""
     head, options = block.head, block.options
     tiles, dtype = saved.masses.shape[1], accumulator(head.hidden_states.dtype)
     weight = saved.masses.new_zeros(tiles, head.weight.shape[1])
@@ -39,11 +39,11 @@ def dead_share(block: Block, saved: Saved, coefficients: Coefficients) -> tuple[
             dz.mul_(saved.slope[rows])
         dz.div_(sizes)
         if coefficients.sigma is not None:
-            # label smoothing pulls every token alike; live pairs do so with their own logits
+            # label smoothing subtracts σ for every token; live pairs do so with their own logits
             pull = (coefficients.sigma[rows] * options.logit_scale)[:, None]
             dz.sub_(torch.where(masses < 0, 0.0, pull))
         silence(dz, silent[rows])
-        # label smoothing is no approximation: with it the product keeps its precision
+        # σ is exact, not an approximation: with it the product keeps its precision
         operands = head.hidden_states.dtype if coefficients.sigma is None else dtype
         weight += dead_product(dz.T, head.hidden_states[rows], operands)
         bias += dz.sum(0)

@@ -1,8 +1,8 @@
-"""Finish: what the stages summed becomes what a row knows of the vocabulary.
+"""Finish turns the sums of the stages into ``Dense``.
 
 Stage: ``TileMasses``, ``Worklist``, ``Refined``, or the sums of an exact pass → ``Dense``. A
-dead pair adds its screened mass to the log-sum-exp and ``mass · mean row of its tile`` to the
-gradient: one ``[R, T] @ [T, D]`` product.
+dead pair adds its screened mass to the log-sum-exp, and ``mass · mean row of its tile`` to the
+gradient, as one ``[R, T] @ [T, D]`` product.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from str_kernels.options import TILE
 def join_pairs(
     block: Block, masses: TileMasses, work: Worklist, refined: Refined, wanted: Wanted
 ) -> Dense:
-    """``Dense`` of R rows after routing."""
+    """Return ``Dense`` of R rows after routing."""
     head, labels, tiles, options = block
     label_logit = label_logits(head, labels, options)
     dead = work.dead.sum(-1)
@@ -75,10 +75,11 @@ def join_sums(
     logit_sum: Tensor | None,
     smooth_gradient: Tensor | None,
 ) -> Dense:
-    """``Dense`` of an exact pass; its sums leave the label out and are relative to ``exp(shift)``.
+    """Return ``Dense`` of an exact pass from sums that leave the label out.
 
-    ``mass [R]`` Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w,
-    ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` the largest logit. The last two are finished.
+    Relative to ``exp(shift)``, ``mass [R]`` is Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w
+    and ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` is the largest logit. The last two arguments
+    go into ``Dense`` unchanged.
     """
     labelled = block.labels >= 0
     others = shift + mass.log()
@@ -108,7 +109,7 @@ def join_sums(
 
 
 def _whole_sums(block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """``Σ_v z [R]`` and its gradient ``[D]``: without a softcap both come from one column sum."""
+    """``Σ_v z [R]`` and its gradient ``[D]``; without a softcap both come from one column sum."""
     head, _, tiles, options = block
     if not options.label_smoothing:
         return None, None

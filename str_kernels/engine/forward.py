@@ -1,7 +1,7 @@
-"""The forward: N rows in, both loss terms, statistics and what the backward needs out.
+"""The forward computes both loss terms, the statistics, and the tensors kept for the backward.
 
 Stage: ``Head [N]``, ``RowInputs``, ``Tiles`` → ``RowTerms``, ``Kept``. Only rows that need the
-vocabulary meet it, a block of them at a time, so that scratch memory does not grow with N.
+whole vocabulary are computed over it, in blocks, so that scratch memory does not grow with N.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gr
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
-_SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; 8-bit screens are off by tenths
-_KEPT = 2 << 20  # probabilities that are kept for a trained weight rather than made again
+_SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; an 8-bit screen is wrong by tenths
+_KEPT = 2 << 20  # so many probabilities are kept for a trained weight; more are recomputed
 _SAFETY_ROWS = 4096  # rows of one block of safety logits
+# The statistics of a row that does not need the whole vocabulary.
+_NAN = float("nan")
+_ABSENT = {"lse": _NAN, "correct": False, "dead_mass": 0.0, "live_share": _NAN, "entropy": _NAN}
 
 
 def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
-    """The cut of the vocabulary; ``fresh`` takes the mean rows anew, for a weight that moves."""
+    """Cut the vocabulary; ``fresh`` recomputes the mean rows, for a weight that is trained."""
     if index is None:
         return Tiles(None, None, tile_means(weight, None))
     means = tile_means(weight, index.order) if fresh else index.mean_rows
@@ -49,24 +52,23 @@ def forward_rows(
 ) -> tuple[RowTerms, Kept]:
     """Compute both terms of N rows; ``tiles`` is None on the exact path.
 
-    A device is read before the first block or after everything else, so that it pauses for nothing
-    in between.
+    The host waits for the device before the first block and after the last, never in between.
     """
     work = _Work(head, inputs, tiles, resolved)
     work.run()
     result = work.result()
     again = work.too_coarse()
-    if not again:
-        return result
-    del result
-    work.run_exactly(again)
-    return work.result()
+    if again:
+        del result  # frees its memory first
+        work.run_exactly(again)
+        result = work.result()
+    return result
 
 
 class _Finished(NamedTuple):
     """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
 
-    ``error [R]``: how far off the screen was, in nats, if there was one.
+    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path.
     """
 
     dense: Dense
@@ -82,7 +84,7 @@ class _Work:
     def __init__(
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
-        """Find out which rows there are; on a device this waits."""
+        """Find the rows that need the whole vocabulary; the host waits for a device here."""
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         self.plan = plan_rows(inputs.labels, inputs.position_weights, self.options, self.dtype)
@@ -96,7 +98,6 @@ class _Work:
         size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         count = len(self.plan.labels)
         self.parts = [part for _, part in row_blocks(self.rows, count, size)]
-        self.blocks: list[_Finished | None] = []
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -110,32 +111,31 @@ class _Work:
 
     def run(self) -> None:
         """Compute every block; few rows may be screened in another precision than many."""
-        resolved = self.resolved
-        screen = resolved.screen
+        resolved, self.screen = self.resolved, self.resolved.screen
         if resolved.auto:
             device = self.head.hidden_states.device
-            screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
-            if screen != resolved.screen:
-                say_once(f"str_kernels: with few rows screen={screen}, not {resolved.screen}")
-        self.screen = screen
-        self.blocks = [self._block(part, screen) for part in self.parts]
+            self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
+            if self.screen != resolved.screen:
+                say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
+        self.blocks = [self._block(part, self.screen) for part in self.parts]
 
     def too_coarse(self) -> list[int]:
-        """Blocks whose screen was off by more than rounding, at logits of hundreds or thousands.
+        """Find blocks whose screen was wrong by more than rounding, as large logits make it.
 
-        Refined pairs correct the screened log-sum-exp, so they tell how far the screen was off.
+        The refined pairs correct the screened log-sum-exp; the correction measures its error.
         """
         if self.tiles is None or self.screen == "exact":
             return []
-        # NaN is off as well
+        # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
         return torch.stack(off).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
         say_once(
-            f"str_kernels: logits too large for the {self.screen} screen, which was off by more "
-            f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+            f"str_kernels: the logits are too large for the {self.screen} screen, which was wrong "
+            f"by more than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened "
+            "exactly",
             logging.WARNING,
         )
         for place in places:
@@ -143,7 +143,7 @@ class _Work:
             self.blocks[place] = self._block(self.parts[place], "exact")
 
     def _block(self, part: Tensor | slice, screen: str) -> _Finished:
-        """From a block of rows to its row gradients; what lies between does not outlive it."""
+        """Compute one block, from hidden states to row gradients."""
         head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
         block = Block(head, self.plan.labels[part], self.tiles, self.options)
         backend, error = self.resolved.backend, None
@@ -159,33 +159,29 @@ class _Work:
         ce, by_lse = None, None
         if dense.opened is not None:
             ce, by_lse = row_gradients(backend, block, dense)
-        # row gradients take the place of these two
+        # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
         return _Finished(dense, loss, ce, by_lse, error)
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
+        of_blocks = [block.dense.statistics for block in self.blocks]
         statistics = Statistics(
-            lse=self._of_all("lse", float("nan")),
-            correct=self._of_all("correct", False),
-            dead_mass=self._of_all("dead_mass", 0.0),
-            live_share=self._of_all("live_share", float("nan")),
-            entropy=self._of_all("entropy", float("nan")),
+            **{
+                name: self._scatter([getattr(block, name) for block in of_blocks], fill)
+                for name, fill in _ABSENT.items()
+            },
             safety_logits=self._safety_logits(),
         )
-        losses = self._spread(_joined([block.loss for block in self.blocks]), 0.0)
+        losses = self._scatter([block.loss for block in self.blocks], 0.0)
         losses = torch.where(self.plan.labelled, losses, 0.0)
         terms = RowTerms(losses, self._penalty(losses, statistics), statistics)
         return terms, self._kept(statistics)
 
-    def _of_all(self, name: str, fill: float | bool) -> Tensor | None:
-        """One of the statistics of all N rows."""
-        values = _joined([getattr(block.dense.statistics, name) for block in self.blocks])
-        return None if values is None else self._spread(values, fill)
-
-    def _spread(self, values: Tensor, fill: float | bool) -> Tensor:
-        """Scatter ``[R]`` to ``[N]``."""
-        if len(self.rows) == len(self.plan.labels):
+    def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
+        """Scatter blocks of ``[R]`` to ``[N]``."""
+        values = _joined(blocks)
+        if values is None or len(self.rows) == len(self.plan.labels):
             return values
         return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
 
@@ -202,7 +198,7 @@ class _Work:
         return out
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
-        """λ w C ``[N]``; zero where a row has none."""
+        """λ w C ``[N]``; zero on rows without a constraint."""
         scale = self.plan.penalty_scale
         if scale is None:
             return torch.zeros_like(losses)
@@ -212,7 +208,7 @@ class _Work:
         return torch.where(scale > 0, scale * value, 0.0)
 
     def _kept(self, statistics: Statistics) -> Kept:
-        # outputs are kept as they are handed out: autograd notices an in-place change of one
+        # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
             weight=self.head.weight,

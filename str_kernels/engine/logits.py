@@ -1,7 +1,7 @@
-"""The arithmetic of logits, in one place, so that forward and backward cannot drift apart.
+"""The arithmetic of logits, shared by forward and backward so that the two agree.
 
-``z = softcap · tanh(logit_scale · (H Wᵀ + b) / softcap)``; whole blocks for the stages that see the
-vocabulary, and the few columns (labels, safety tokens) that every backend computes apart, exactly.
+``z = softcap · tanh(logit_scale · (H Wᵀ + b) / softcap)``, for whole blocks of the vocabulary and
+for the few columns (labels, safety tokens) that are computed exactly whatever the backend.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own prod
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: fp32, or fp64 for fp64 operands."""
+    """Return the dtype of sums: fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What row gradients wait in from forward to backward, by the dtype of the hidden states.
+    """Return the dtype of row gradients between forward and backward, by that of hidden states.
 
-    The upstream gradient (loss scale, 1/n) comes last; fp16 has not the exponents for what it is
-    still to scale.
+    It is fp32 for fp16: before the upstream gradient (loss scale, 1/n) scales them, row gradients
+    may leave fp16's range.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def take_rows(table: Tensor, where: Tensor | slice) -> Tensor:
-    """``table[where]``; ``index_select`` copies whole rows two to three times as fast."""
+    """Gather ``table[where]``; ``index_select`` copies whole rows two to three times as fast."""
     if isinstance(where, slice):
         return table[where]
     return table.index_select(0, where.reshape(-1)).view(*where.shape, *table.shape[1:])
 
 
 def weight_rows(head: Head, where: Tensor | slice, dtype: torch.dtype) -> Tensor:
-    """Rows of W as every product sees them: under autocast rounded to the dtype of H first."""
+    """Gather rows of W for a product: rounded to the dtype of H (autocast), then cast."""
     return take_rows(head.weight, where).to(head.hidden_states.dtype).to(dtype)
 
 
 def finish_logits(products: Tensor, options: LossOptions) -> Tensor:
-    """Scale and softcap in place: ``H Wᵀ + b`` → z."""
+    """Apply scale and softcap in place: ``H Wᵀ + b`` → z."""
     if options.logit_scale != 1.0:
         products.mul_(options.logit_scale)
     if options.softcap is not None:
@@ -66,7 +66,7 @@ def logit_slope(logits: Tensor, options: LossOptions) -> Tensor:
 def block_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """Logits ``[R, C]`` of a block of C head rows, all operands in the accumulator's dtype."""
+    """Logits ``[R, C]`` of C head rows, all operands in the accumulator's dtype."""
     products = product(hidden, weight.T)
     if bias is not None:
         products += bias

@@ -1,8 +1,8 @@
-"""How a matrix product is made, and in which dtype.
+"""Matrix products, each by the fastest library and dtype.
 
-A CPU without bf16 instructions multiplies 16-bit operands dozens of times slower than fp32 ones; a
-block of them is cast first, and the product is the more exact for it. On AMD's CPUs MKL, by which
-torch multiplies fp32, leaves AVX-512 unused and oneDNN does not: twice as fast.
+A CPU without bf16 instructions multiplies 16-bit operands dozens of times slower than fp32 ones, so
+they are cast first, which is also more exact. On AMD's CPUs torch's fp32 product uses MKL, which
+leaves AVX-512 unused; oneDNN uses it and is twice as fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def product_dtype(operands: torch.dtype, device: torch.device) -> torch.dtype:
-    """What operands of this dtype are cast to, block by block, before they are multiplied."""
+    """Return the dtype that operands are cast to, block by block, before they are multiplied."""
     if operands == torch.float16:
         return torch.float32  # a product in fp16 overflows at 65504
     if operands == torch.bfloat16 and not multiplies_bf16(device):
@@ -25,10 +25,7 @@ def product_dtype(operands: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """``left @ right``, both ``[·, ·]``; ``right`` may be a transposed view.
-
-    ``out`` is where the result may be put: only torch's own product can.
-    """
+    """``left @ right``, both ``[·, ·]``; torch's own product, not oneDNN's, writes to ``out``."""
     on_cpu = left.dtype == torch.float32 and left.device.type == "cpu"
     if on_cpu and this_cpu().onednn_fp32:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
@@ -44,18 +41,18 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 
 def integer_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``left @ right.T`` of int8 ``[R, D]`` and ``[C, D]`` into int32 ``[R, C]``."""
-    # torch 2.13's product of rows of one number is wrong
+    # torch 2.13's product is wrong for D = 1
     if left.shape[1] > 1 and left.device.type == "cpu" and this_cpu().int8:
         return torch._int_mm(left, right.T, out=out)
-    # without such instructions fp32 is dozens of times faster, and as exact up to 2^24
+    # without int8 instructions fp32 is dozens of times faster, and exact up to 2^24
     return out.copy_(product(left.float(), right.float().T))
 
 
 def dead_product(left: Tensor, right: Tensor, operands: torch.dtype) -> Tensor:
-    """``left @ right`` of what stands for dead pairs, in the dtype that it is made in.
+    """``left @ right`` for dead pairs; ``operands`` is the dtype of the hidden states.
 
-    For 16-bit operands the product is made in bf16: its rounding is small beside the approximation,
-    and an fp32 product of this size would cost a GPU a tenth of the whole loss.
+    For 16-bit operands the product is bf16: its rounding is small beside the approximation, and
+    fp32 would cost a GPU a tenth of the time of the whole loss.
     """
     if operands in HALVES and multiplies_bf16(left.device):
         return left.bfloat16() @ right.bfloat16()

@@ -1,4 +1,4 @@
-"""Row arithmetic around the expensive stages: rows in, rows out, nothing of the vocabulary's size.
+"""Row arithmetic around the expensive stages; nothing here has the vocabulary's size.
 
 With ε = label smoothing, ζ = z-loss, λ = strength, w the position weights and s the slope of a
 logit (scale times the softcap's derivative)::
@@ -8,8 +8,8 @@ logit (scale times the softcap's derivative)::
     ∂CE/∂h   = (1 + 2ζ lse) ∂lse/∂h - (1 - ε) s_y w_y - ε/V ∂(Σ_v z)/∂h
     ∂lse/∂h  = Σ_{v≠y} p_v s_v w_v + p_y s_y w_y
 
-The label's share of ``∂CE/∂h`` is written with ``1 - p_y`` summed over the others, so that nothing
-cancels on a row that is already right.
+The label's share of ``∂CE/∂h`` uses ``1 - p_y`` as a sum over the other tokens: on a confident row
+the subtraction would lose every digit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from str_kernels.options import LossOptions
 
 
 class RowPlan(NamedTuple):
-    """Which of N rows need what.
+    """Which of N rows need which computation.
 
     ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
     ``dense [N]``: rows that need the whole vocabulary; ``safety [N]``: rows that need the K safety
@@ -44,7 +44,7 @@ class RowPlan(NamedTuple):
 def plan_rows(
     labels: Tensor, position_weights: Tensor | None, options: LossOptions, dtype: torch.dtype
 ) -> RowPlan:
-    """Decide what each of N rows needs; a prompt position never pays for the vocabulary."""
+    """Decide what each of N rows needs; a position without a label usually needs no vocabulary."""
     labelled = labels != options.ignore_index
     labels = labels.masked_fill(~labelled, -1)
     if options.safety is None:
@@ -71,8 +71,8 @@ def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor
 def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
-    Rows without a label get ``∂lse/∂h`` alone; their ``∂CE/∂h`` is zero. ``opened`` and
-    ``smooth_gradient`` are used up: ``[R, D]`` is large.
+    ``∂CE/∂h`` is zero on rows without a label. ``opened`` and ``smooth_gradient`` are overwritten:
+    ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
     epsilon, unlabelled = options.label_smoothing, block.labels < 0
@@ -82,7 +82,7 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
         shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
         by_lse = backend.combine(block, dense.opened, shares, spare=False)
     alpha = 1.0 + 2.0 * options.z_loss * lse
-    # α p_y - (1 - ε), with p_y = 1 - open mass
+    # α p_y - (1 - ε), where p_y = 1 - open mass
     share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
     smooth = None
     if epsilon:
@@ -92,7 +92,7 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
 
 
 def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
-    """`Backend.combine` in torch's own passes."""
+    """Implement `Backend.combine` in torch calls."""
     total = opened.live if spare else opened.live.clone()
     if opened.dead is not None:
         total.add_(opened.dead.to(total.dtype))
@@ -107,9 +107,9 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bo
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:
-    """Zero the rows ``silent [R]`` of ``values [R, C]`` in place, whatever stood there.
+    """Zero the rows ``silent [R]`` of ``values [R, C]`` in place, even NaN ones.
 
-    A CPU looks first whether there are any: a pass over all values costs more than the answer.
+    A CPU first checks whether there are any, which is cheaper than a pass over all values.
     """
     if values.device.type == "cpu" and not silent.any():
         return values
@@ -117,9 +117,9 @@ def silence(values: Tensor, silent: Tensor) -> Tensor:
 
 
 def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor | slice]]:
-    """Blocks of ``rows [R]`` of N = ``total``, one at least: where in R, and which of the N.
+    """Yield each block's slice of ``rows [R]``, and its rows; even R = 0 gives one block.
 
-    If R are all N the two are the same slice, which copies nothing.
+    If R = N = ``total`` both are the same slice, and indexing with it copies nothing.
     """
     for start in range(0, max(1, len(rows)), size):
         block = slice(start, min(start + size, len(rows)))
@@ -135,11 +135,11 @@ def weight_coefficients(
     options: LossOptions,
     vocab_size: int,
 ) -> Coefficients:
-    """Coefficients of ``dz`` of N rows from the upstream gradients, ``d_lse [N]`` the penalty's."""
+    """`Coefficients` of N rows; ``d_lse [N]`` is the upstream gradient that the penalty adds."""
     upstream = torch.where(plan.labelled, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
-        # no upstream gradient, no part: 0 · inf of a row that overflowed would be NaN
+        # where the upstream gradient is zero, an lse that overflowed would make 0 · inf = NaN
         alpha = torch.where(upstream == 0, 0.0, upstream * (1.0 + 2.0 * options.z_loss * lse))
     if d_lse is not None:
         alpha = alpha + d_lse

@@ -211,7 +211,7 @@ def test_another_tokenizer_is_refused(found, tmp_path):
         (lambda data: json.dumps([1]), "schema=None: must be 'str_kernels.safety_tokens/1'"),
         (lambda data: json.dumps(data | {"schema": "x/9"}), "schema='x/9': must be"),
         (lambda data: json.dumps(data | {"token_ids": 7}), "token_ids=7: must be a list"),
-        (lambda data: json.dumps(data | {"token_ids": [1, 1]}), "every id may stand once"),
+        (lambda data: json.dumps(data | {"token_ids": [1, 1]}), "must hold each id once"),
         (lambda data: json.dumps(data | {"tokens": ["a"]}), "tokens has 1 entries"),
         (lambda data: json.dumps(data | {"scores": ["x"] * 10}), "could not convert"),
     ],

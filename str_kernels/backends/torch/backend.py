@@ -16,9 +16,7 @@ from str_kernels.engine.contract import (
     Coefficients,
     Dense,
     Head,
-    OpenRows,
     Refined,
-    RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
@@ -32,18 +30,18 @@ DEFAULT_BYTE_BUDGET = 64 << 20
 
 
 class TorchBackend:
-    """Bounded memory on any device; ``Backend`` documents every stage.
+    """Computes every stage in bounded memory, on any device; ``Backend`` documents the stages.
 
     Args:
-        byte_budget: bytes for the scratch of one block of rows (logits, weight rows, tile masses);
-            gradients, ``[N, D]`` in the dtype of the hidden states, come on top. Block sizes follow
-            from it alone, never from free memory.
+        byte_budget: bytes of scratch for one block of rows (logits, weight rows, tile masses), on
+            top of the gradients ``[N, D]``. Block sizes depend on it, never on free memory.
     """
 
     name = "torch"
+    route = staticmethod(route_pairs)
+    combine = staticmethod(combine_rows)
 
     def __init__(self, byte_budget: int = DEFAULT_BYTE_BUDGET) -> None:
-        """Check the budget."""
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
             raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
         self.byte_budget = byte_budget
@@ -57,7 +55,7 @@ class TorchBackend:
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        """int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
+        """Choose int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
         if device.type != "cpu" or dtype == torch.float64:
             return "exact"
         cpu = this_cpu()
@@ -77,17 +75,9 @@ class TorchBackend:
         """See ``Backend.screen``."""
         return screen_tiles(block, screen, self._columns(block))
 
-    def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
-        """See ``Backend.route``."""
-        return route_pairs(block, masses, eps)
-
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
         return refine_pairs(block, work, wanted, self.byte_budget // 8)
-
-    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
-        """See ``Backend.combine``."""
-        return combine_rows(block, opened, shares, spare=spare)
 
     def weight_gradients(
         self,
@@ -105,5 +95,4 @@ class TorchBackend:
         )
 
     def _columns(self, block: Block) -> int:
-        """How many columns of logits are made at once."""
         return blocks.column_block(self.byte_budget, block.head)

@@ -1,7 +1,4 @@
-"""Loops that `torch.compile` fuses where a compiler is installed; none is required.
-
-What is compiled is an ordinary function, which torch can run without it.
-"""
+"""Loops that `torch.compile` fuses if a compiler is installed; torch can run them without one."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
     """Return the function compiled for any shape; None where that fails, which is logged once.
 
     Args:
-        function: takes tensors; it is looked up by identity, so a process compiles it once.
+        function: a function of tensors, which a process compiles once.
         trial: small arguments for a first call.
 
     Raises:
-        MemoryError: memory ran out, as in every other call; ``torch.OutOfMemoryError`` likewise.
+        MemoryError: memory ran out, in this call or a later one; also ``torch.OutOfMemoryError``.
     """
-    if torch._dynamo.config.disable:  # uncompiled, it is many times slower than blocked calls
+    if torch._dynamo.config.disable:  # uncompiled it is many times slower than blocked calls
         return None
     if function not in _made:
-        # Without this option the number of threads stays that of the first call.
+        # without this option every call uses the number of threads of the first one
         options = {"cpp.dynamic_threads": True}
         _made[function] = torch.compile(function, dynamic=True, options=options)
         with torch.no_grad():
@@ -40,12 +37,12 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
 
 
 def _call(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
-    """Call the compiled function, or the plain one where compiling fails, perhaps for one dtype."""
+    """Call the compiled function, or the plain one if compiling fails, perhaps for a new dtype."""
     made = _made[function]
     if made is not None:
         try:
             return made(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:  # wraps the toolchain's
+        except torch._dynamo.exc.TorchDynamoException as error:  # it wraps the toolchain's error
             _raise_out_of_memory(error)
             _made[function] = None
             first = (str(error).strip().splitlines() or [""])[0]

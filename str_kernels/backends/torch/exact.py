@@ -1,7 +1,7 @@
-"""The exact pass: an online softmax over blocks of the vocabulary, every logit in full precision.
+"""The exact pass is an online softmax over blocks of the vocabulary, all in full precision.
 
 Stage: ``Head`` → ``Dense``, two GEMMs with the gradient of the hidden states and one without. The
-running sums leave the label out (``Refined`` says why) and rescale when the maximum rises.
+running sums leave the label out (``Refined`` says why) and are rescaled when the maximum rises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from str_kernels.engine.products import product
 
 
 def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
-    """``Dense`` of R rows, ``columns`` of the vocabulary at a time."""
+    """Return ``Dense`` of R rows, from ``columns`` of the vocabulary at a time."""
     head, labels, _, options = block
     dtype = accumulator(head.hidden_states.dtype)
     hidden = head.hidden_states.to(dtype)
@@ -33,7 +33,6 @@ class _RunningTotals:
 
     def __init__(self, hidden: Tensor, block: Block, wanted: Wanted) -> None:
         self.block, self.labels, self.options = block, block.labels, block.options
-        options = block.options
         zeros = hidden.new_zeros(len(hidden))
         self.maximum = torch.full_like(zeros, float("-inf"))
         self.shift, self.mass = zeros, zeros.clone()
@@ -41,17 +40,14 @@ class _RunningTotals:
         self.kept: list[tuple[Tensor, Tensor]] = []  # exponentials [R, C] and their shift
         self.weighted = zeros.clone() if wanted.entropy else None
         self.logit_sum = self.smooth_gradient = None
-        if options.label_smoothing:
+        if self.options.label_smoothing:
             self.logit_sum = zeros.clone()
             # without a softcap the gradient of Σ_v z is the same for every row
-            self.smooth_gradient = (
-                hidden.new_zeros(hidden.shape[1])
-                if options.softcap is None
-                else torch.zeros_like(hidden)
-            )
+            shape = hidden.shape[1:] if self.options.softcap is None else hidden.shape
+            self.smooth_gradient = hidden.new_zeros(shape)
 
     def add(self, block: slice, logits: Tensor, weight: Tensor) -> None:
-        """Take in the logits ``[R, C]`` of one block; they are used up."""
+        """Add the logits ``[R, C]`` of one block, overwriting them."""
         slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
         if self.logit_sum is not None:
             self._add_smooth(logits, slope, weight)
@@ -76,13 +72,13 @@ class _RunningTotals:
             self.kept.append((exponentials, self.shift))
 
     def _raise_shift(self, logits: Tensor) -> Tensor:
-        """Move to the new maximum; returns what older sums must be multiplied by."""
+        """Shift by the new maximum; return the factor of the older sums."""
         self.maximum = torch.maximum(self.maximum, logits.amax(-1))
-        # an infinite maximum would shift by inf - inf; unshifted, exp says inf or 0 by itself
+        # a shift by an infinite maximum would give inf - inf; without one exp gives inf or 0
         shift = self.maximum.masked_fill(self.maximum.isinf(), 0.0)
         rescale = torch.exp(self.shift - shift)
         self.shift = shift
-        # nothing was summed yet: 0 · exp(large) must stay 0
+        # a sum of zero must stay zero: 0 · exp(large) may be NaN
         return torch.where(self.mass == 0, 1.0, rescale)
 
     def _add_smooth(self, logits: Tensor, slope: Tensor | None, weight: Tensor) -> None:
@@ -93,7 +89,7 @@ class _RunningTotals:
             self.smooth_gradient.addmm_(slope, weight)
 
     def finish(self, label_logit: Tensor) -> Dense:
-        """Bring the label in and turn the sums into probabilities."""
+        """Add the label's term and turn the sums into probabilities."""
         if self.smooth_gradient is not None:
             self.smooth_gradient.mul_(self.options.logit_scale)
         dense = join_sums(

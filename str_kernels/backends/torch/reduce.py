@@ -1,8 +1,8 @@
-"""Reduce: the products of a block to the log-masses of its tiles, before they leave the cache.
+"""Reduce turns the products of a block into the log-masses of its tiles, inside the cache.
 
-In one of two ways, chosen once. Fused: one compiled loop scales, exponentiates and sums; it needs a
-C++ compiler, and work enough to pay for its start. Otherwise torch calls, over pieces that stay in
-the cache; `log_softmax` is torch's only single-pass kernel for it.
+There are two ways. The fused one scales, exponentiates and sums in one compiled loop; it needs a
+C++ compiler, and enough work to pay for compiling. The eager one makes torch calls over pieces that
+fit in the cache; `log_softmax` is torch's only single-pass kernel for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from str_kernels.engine.logits import finish_logits, softcap_slope
 from str_kernels.options import TILE, LossOptions
 
 _PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache
-_LEAST_LOG_P = -1024.0  # fp32 keeps 4 decimals here, and fewer below
+_LEAST_LOG_P = -1024.0  # fp32 has 4 decimals here, and fewer below
 
 
 class Products(NamedTuple):
-    """``H Wᵀ`` of a block ``[R, C]`` in the dtype it was made in, and what it is multiplied by.
+    """``H Wᵀ`` of a block ``[R, C]``, int32 for quantised operands, and its factors.
 
-    ``column_scales [C]`` and ``row_scales [R, 1]``, fp32: of quantised operands, else None.
+    The factors are ``column_scales [C]`` and ``row_scales [R, 1]``, fp32, if it was quantised.
     """
 
     numbers: Tensor
@@ -41,7 +41,7 @@ def reduce_eagerly(
     log_mass: Tensor,
     slope: Tensor | None,
 ) -> None:
-    """Into ``log_mass [R, C / TILE]`` and, with a softcap, ``slope``; the products are used up."""
+    """Write ``log_mass [R, C / TILE]`` and, with a softcap, ``slope``; overwrite the products."""
     for rows in spans(len(made.numbers), max(1, _PIECE // max(1, made.numbers.shape[1]))):
         # cast first: a product of int32 and fp32 is several times slower
         logits = made.numbers[rows].to(log_mass.dtype)
@@ -59,23 +59,23 @@ def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tenso
         logits = F.pad(logits, (0, ragged), value=float("-inf"))
     tiled = logits.view(len(logits), logits.shape[1] // TILE, TILE)
     log_p = torch.log_softmax(tiled, -1)
-    # any column gives the log-mass, z - log p, as exactly as it holds its log p; the first is never
-    # padding, but a masked token's logit may be -1e9 or -inf
+    # z - log p of any column is the log-mass, as exact as its log p; the first column is never
+    # padding, but it may be a masked token with a logit of -1e9 or -inf
     torch.sub(tiled[..., 0], log_p[..., 0], out=log_mass)
     coarse = ~(log_p[..., 0] > _LEAST_LOG_P)
     if coarse.any():
         log_mass[coarse] = torch.logsumexp(tiled[coarse], -1)
     if slope is not None:
-        # a padded column has no mass; its slope must only be finite
+        # a padded column has no mass, so that any finite slope does
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
         torch.sum(log_p.exp_().mul_(slopes), -1, out=slope)
 
 
 class FusedReduction:
-    """Block after block of the same rows, each in one compiled loop.
+    """Reduces block after block of the same rows, each in one compiled loop.
 
-    Exponentials are taken relative to the largest log-mass that a row has had so far: a tile 87
-    nats below it has none, and one as far above it overflows, which is seen and done eagerly.
+    Exponentials are relative to the largest log-mass that a row has had so far: a tile 87 nats
+    below it underflows to no mass, and one as far above it overflows and is reduced eagerly.
     """
 
     def __init__(self, loop: Callable[..., Tensor], logit_scale: float) -> None:
@@ -83,33 +83,33 @@ class FusedReduction:
         self.shift: Tensor | None = None  # [R, 1]
 
     def __call__(self, made: Products, log_mass: Tensor) -> bool:
-        """Into ``log_mass [R, C / TILE]``; False where the block is left to the other way."""
-        done = False
-        if self.shift is not None and made.numbers.shape[1] % TILE == 0:
-            columns, rows = made.column_scales, made.row_scales
-            columns = self.shift.new_ones(made.numbers.shape[1]) if columns is None else columns
-            rows = torch.ones_like(self.shift) if rows is None else rows
-            masses = self.loop(made.numbers, columns * self.logit_scale, rows, self.shift)
-            done = bool((masses < float("inf")).all())  # nor NaN
-            if done:
-                log_mass.copy_(masses)
+        """Write ``log_mass [R, C / TILE]``; False if the block must be reduced eagerly."""
+        if self.shift is None or made.numbers.shape[1] % TILE:
+            return False
+        columns, rows = made.column_scales, made.row_scales
+        columns = self.shift.new_ones(made.numbers.shape[1]) if columns is None else columns
+        rows = torch.ones_like(self.shift) if rows is None else rows
+        masses = self.loop(made.numbers, columns * self.logit_scale, rows, self.shift)
+        done = bool((masses < float("inf")).all())  # False for NaN too
+        if done:
+            log_mass.copy_(masses)
         return done
 
     def see(self, log_mass: Tensor) -> None:
-        """Take notice of a block's log-masses."""
+        """Raise the shift to a block's largest log-masses."""
         highest = log_mass.amax(-1, keepdim=True)
         self.shift = highest if self.shift is None else torch.maximum(self.shift, highest)
 
 
 def _log_masses(numbers: Tensor, columns: Tensor, rows: Tensor, shift: Tensor) -> Tensor:
-    """``log Σ exp(numbers · scales)`` over tiles: ``[R, C / TILE]`` fp32; to be compiled."""
+    """``log Σ exp(numbers · scales)`` over tiles, ``[R, C / TILE]`` fp32, for the compiler."""
     tiled = numbers.view(len(numbers), -1, TILE).float()
     logits = tiled * columns.view(-1, TILE) * rows[..., None] - shift[..., None]
     return logits.exp().sum(-1).log() + shift
 
 
 def fused_reduction(options: LossOptions) -> FusedReduction | None:
-    """None where there is no compiler, or the logits are more than a product."""
+    """Compile the loop; None without a compiler, or with a softcap, which the loop cannot apply."""
     if options.softcap is not None:
         return None
     trial = torch.ones(2, 2 * TILE), torch.ones(2 * TILE), torch.ones(2, 1), torch.zeros(2, 1)

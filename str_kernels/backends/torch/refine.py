@@ -1,9 +1,9 @@
-"""Refine: the live pairs from the original operands, in fp32.
+"""Refine computes the live pairs from the original operands, in fp32.
 
-Stage: ``Worklist`` → ``Refined``. How many rows a tile keeps is very uneven, so tiles are taken in
-three ways: *hot* ones, live for most rows, several at a time with every row and the dead pairs
-masked, so that nothing is gathered; *cold* ones in batches, padded to the same few rows; the others
-one by one.
+Stage: ``Worklist`` → ``Refined``. The number of live rows differs much between tiles, so there are
+three ways: *hot* tiles, live for most rows, are multiplied with every row, several tiles at a time,
+and their dead pairs are masked, so that no row is gathered; *cold* ones are batched, padded to the
+same few rows; the others are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from str_kernels.engine.products import product, products
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
 
-_HOT_SHARE = 0.5  # of the rows: gathering the others would cost what it saves
+_HOT_SHARE = 0.5  # of the rows: from here on gathering costs more than it saves
 _HOT_TILES = 4  # at a time
 _COLD_ROWS = 32  # at most; one small product is mostly overhead
 
 
 class _Group(NamedTuple):
-    """G tiles and the P rows taken of each: ``tiles [G]``, ``rows [G, P]``, ``live [G, P]``."""
+    """G tiles with P rows each: ``tiles [G]``, ``rows [G, P]``, ``live [G, P]`` or None for all."""
 
     tiles: Tensor
     rows: Tensor
-    live: Tensor | None  # None: all of them
+    live: Tensor | None
 
 
 def refine_pairs(block: Block, work: Worklist, wanted: Wanted, cold_bytes: int) -> Refined:
-    """``Refined`` of R rows; the weight rows of a batch of cold tiles take ``cold_bytes``."""
+    """Return ``Refined`` of R rows; a batch of cold tiles has ``cold_bytes`` of weight rows."""
     sums = _Sums(block, work, wanted)
     counts = work.counts.tolist()
     lists = work.rows.split(counts)
@@ -61,7 +61,7 @@ def refine_pairs(block: Block, work: Worklist, wanted: Wanted, cold_bytes: int) 
 def _cold_groups(
     cold: list[int], counts: list[int], lists: tuple[Tensor, ...], size: int
 ) -> Iterator[_Group]:
-    """Tiles of similar counts together, ``size`` at a time, so that little is padded."""
+    """Batch ``size`` tiles of similar counts, so that little is padded."""
     for start in range(0, len(cold), size):
         batch = cold[start : start + size]
         rows = torch.nn.utils.rnn.pad_sequence([lists[tile] for tile in batch], batch_first=True)
@@ -71,7 +71,7 @@ def _cold_groups(
 
 
 class _Sums:
-    """What the live pairs add up to, row by row."""
+    """Each row's sums over its live pairs."""
 
     def __init__(self, block: Block, work: Worklist, wanted: Wanted) -> None:
         head, labels, tiles, options = block
@@ -84,11 +84,16 @@ class _Sums:
         self.tile_bytes = TILE * self.hidden.shape[1] * self.hidden.element_size()
 
     def add(self, group: _Group) -> None:
-        """Gathered rows of G tiles, ``[G, P, TILE]`` logits."""
+        """Add gathered rows of G tiles, ``[G, P, TILE]`` logits."""
         weight, bias, columns = self._weight(group.tiles)
         logits = products(take_rows(self.hidden, group.rows), weight.transpose(1, 2))
+        logits = logits if bias is None else logits.add_(bias)
         masses, maxima, spread = self._exponentials(
-            logits, bias, columns, self.positions[group.rows], self.shift[group.rows], group.live
+            logits,
+            shift=self.shift[group.rows],
+            labels=columns == self.positions[group.rows][..., None],
+            columns=columns,
+            live=group.live,
         )
         rows = group.rows.flatten()
         self.mass.index_add_(0, rows, masses.flatten())
@@ -97,20 +102,20 @@ class _Sums:
             self.expected.index_add_(0, rows, products(spread, weight).flatten(0, 1))
 
     def add_hot(self, tiles: list[int], lists: tuple[Tensor, ...]) -> None:
-        """All rows of G tiles, ``[R, G * TILE]`` logits; dead pairs masked."""
+        """Add all rows of G tiles, ``[R, G * TILE]`` logits; dead pairs are masked."""
         weight, bias, columns = self._weight(self.positions.new_tensor(tiles))
         weight = weight.flatten(0, 1)
         live = torch.zeros(len(tiles), len(self.mass), dtype=torch.bool, device=weight.device)
         for mask, tile in zip(live, tiles, strict=True):
             mask[lists[tile]] = True
         logits = product(self.hidden, weight.T).view(len(self.mass), len(tiles), TILE)
+        logits = logits if bias is None else logits.add_(bias[:, 0])
         masses, maxima, spread = self._exponentials(
             logits,
-            None if bias is None else bias[:, 0],
-            columns[:, 0],
-            self.positions[:, None],
-            self.shift[:, None],
-            live.T,
+            shift=self.shift[:, None],
+            labels=columns[:, 0] == self.positions[:, None, None],
+            columns=columns[:, 0],
+            live=live.T,
         )
         self.mass += masses.sum(-1)
         torch.maximum(self.maximum, maxima.amax(-1), out=self.maximum)
@@ -118,7 +123,7 @@ class _Sums:
             self.expected += product(spread.flatten(1), weight)
 
     def _weight(self, tiles: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows ``[G, TILE, D]`` and bias ``[G, 1, TILE]`` of G tiles, and their columns' places."""
+        """Gather rows ``[G, TILE, D]``, bias and columns ``[G, 1, TILE]`` of G tiles."""
         columns = tiles[:, None, None] * TILE + torch.arange(TILE, device=tiles.device)
         # the last tile may be ragged: its missing columns repeat a row and are masked
         inside = columns.clamp(max=self.head.weight.shape[0] - 1)
@@ -130,24 +135,23 @@ class _Sums:
     def _exponentials(
         self,
         logits: Tensor,
-        bias: Tensor | None,
-        columns: Tensor,
-        positions: Tensor,
+        *,
         shift: Tensor,
+        labels: Tensor,
+        columns: Tensor,
         live: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mass and maximum of each pair, and ``exp(z - shift) · slope``, the label left out.
+        """Return each pair's mass and maximum, and ``exp(z - shift) · slope``, without the label.
 
-        ``logits [A, B, TILE]`` are used up; the others broadcast to them or to ``[A, B]``.
+        It overwrites ``logits [A, B, TILE]``, which are ``H Wᵀ + b``. Bool ``labels`` and
+        ``columns`` broadcast to them, ``shift`` and ``live`` to ``[A, B]``.
         """
-        if bias is not None:
-            logits += bias
         logits = finish_logits(logits, self.options)
         slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
-        out = (columns == positions[..., None]) | (columns >= self.head.weight.shape[0])
+        masked = labels | (columns >= self.head.weight.shape[0])
         if live is not None:
-            out |= ~live[..., None]
-        logits.masked_fill_(out, float("-inf"))
+            masked |= ~live[..., None]
+        logits.masked_fill_(masked, float("-inf"))
         maxima = logits.amax(-1)
         exponentials = logits.sub_(shift[..., None]).exp_()
         masses = exponentials.sum(-1)

@@ -1,10 +1,11 @@
-"""Route: which (row, tile) pairs are worth computing exactly.
+"""Route decides which (row, tile) pairs are computed exactly.
 
-Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds more than ``eps`` of the
-row's open probability, what lies outside the label's tile. Relative to the row, because a confident
-row's gradient is small and would be lost at an absolute threshold; never relative to the batch, so
-that a row's result does not depend on its neighbours, while the screen holds for all of them; but
-for the last digits of an 8-bit screen, whose balance of columns they share.
+Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds the label, or more than
+``eps`` of the row's open probability, which is that outside the label's tile. The threshold is
+relative to the row, because a confident row's gradient is small and an absolute one would drop it
+all. It is never relative to the batch, so that a row's result does not depend on the other rows but
+in two cases: an 8-bit screen balances its columns over all rows, which changes the last digits, and
+a screen that is too coarse for one row is repeated exactly for its whole block.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from str_kernels.options import TILE
 
 
 def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
-    """``Worklist`` of R rows."""
-    labels = block.labels
-    log_mass = masses.log_mass
+    """Return the ``Worklist`` of R rows."""
+    labels, log_mass = block.labels, masses.log_mass
     shift = torch.logsumexp(log_mass, -1)
     dead = torch.exp(log_mass - shift[:, None])
     labelled = (labels >= 0).nonzero()[:, 0]
@@ -29,6 +29,6 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]
     live[labelled, label_tile] = True
     dead.masked_fill_(live, -0.0)
-    # in one dimension: half the memory of pairs of coordinates
+    # flat indices take half the memory of pairs of coordinates
     rows = live.T.flatten().nonzero()[:, 0].remainder_(len(live))
     return Worklist(rows, live.sum(0), shift, dead)

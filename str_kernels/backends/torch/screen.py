@@ -1,7 +1,7 @@
-"""Screen: the log-mass of every (row, tile) pair, in the cheapest precision that serves.
+"""Screen computes the log-mass of every (row, tile) pair in a cheap precision.
 
 Stage: ``Head`` → ``TileMasses``, one GEMM. The weight is gathered and converted block by block, and
-what a block gives is reduced at once: ``reduce``.
+each block of products is reduced at once (``reduce``).
 """
 
 from __future__ import annotations
@@ -18,35 +18,32 @@ from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE
 from str_kernels.quantise import balance, quantise_rows
 
-_INTEGERS = 1 << 20  # products of a block of int8: what is quantised for more leaves the cache
-COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, compiling takes seconds once
+_INTEGERS = 1 << 20  # int8 products of a block: the quantised rows of more would leave the cache
+COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling takes seconds
 
 
 def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
     head, _, tiles, options = given
-    shape = (len(head.hidden_states), len(tiles.mean_rows))
-    log_mass = torch.empty(
-        shape, dtype=accumulator(head.hidden_states.dtype), device=head.weight.device
-    )
+    (rows, dtype), device = (len(head.hidden_states), head.hidden_states.dtype), head.weight.device
+    log_mass = torch.empty(rows, len(tiles.mean_rows), dtype=accumulator(dtype), device=device)
     slope = None if options.softcap is None else torch.empty_like(log_mass)
-    columns = min(columns, head.weight.shape[0])
-    large = len(head.hidden_states) * head.weight.shape[0] >= COMPILED_FROM
-    compiling = large and head.weight.device.type == "cpu" and log_mass.dtype == torch.float32
+    columns = min(columns, len(head.weight))
+    large = rows * len(head.weight) >= COMPILED_FROM
+    compiling = large and device.type == "cpu" and log_mass.dtype == torch.float32
     fused = fused_reduction(options) if compiling and head.bias is None else None
     if screen == "int8":
-        most = _INTEGERS // max(1, shape[0]) // TILE * TILE
-        columns = min(columns, max(TILE, most))
+        columns = min(columns, max(TILE, _INTEGERS // max(1, rows) // TILE * TILE))
         products: _Quantised | _Rounded = _Quantised(head, tiles, columns, compiling)
     else:
-        rounded = torch.bfloat16 if screen == "bf16" else head.hidden_states.dtype
+        rounded = torch.bfloat16 if screen == "bf16" else dtype
         products = _Rounded(head, tiles, columns, rounded)
-    for block in spans(head.weight.shape[0], columns):
+    for block in spans(len(head.weight), columns):
         made = products.of(block)
         where = slice(block.start // TILE, -(-block.stop // TILE))
         if fused is None or not fused(made, log_mass[:, where]):
-            bias = None if head.bias is None else head.bias[_tokens(tiles, block)]
-            bias = None if bias is None else bias.to(log_mass.dtype)
+            bias = head.bias
+            bias = None if bias is None else bias[_tokens(tiles, block)].to(log_mass.dtype)
             slopes = None if slope is None else slope[:, where]
             reduce_eagerly(made, bias, options, log_mass[:, where], slopes)
         if fused is not None:
@@ -55,7 +52,7 @@ def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
 
 
 class _Rounded:
-    """Operands rounded to one floating-point dtype, and products of it."""
+    """Products of operands that are rounded to one floating-point dtype."""
 
     def __init__(self, head: Head, tiles: Tiles, columns: int, rounded: torch.dtype) -> None:
         self.head, self.tiles, self.rounded = head, tiles, rounded
@@ -64,33 +61,29 @@ class _Rounded:
         self.buffer = self.hidden.new_empty(len(self.hidden) * columns)
 
     def of(self, block: slice) -> Products:
-        """Of the block's columns, in a buffer that the next block takes."""
+        """Multiply by the block's weight rows; the next block overwrites the result."""
         weight = weight_rows(self.head, _tokens(self.tiles, block), self.rounded).to(self.dtype)
         out = _shaped(self.buffer, self.hidden, weight)
         return Products(product(self.hidden, weight.T, out))
 
 
 class _Quantised:
-    """int8 operands: the index's rows if it keeps any, else made block by block."""
+    """Products of int8 operands: the index's rows if it has any, else quantised block by block."""
 
     def __init__(self, head: Head, tiles: Tiles, columns: int, compiling: bool) -> None:
         self.head, self.tiles = head, tiles
         loop = compiled(_eight_bits, torch.ones(2, 16), torch.ones(16)) if compiling else None
-        self.quantise, self.columns = loop or _eight_bits, None
-        if not self._kept():
-            self.columns = balance(head.hidden_states, head.weight)
+        self.quantise = loop or _eight_bits
+        self.indexed = tiles.quantised is not None and tiles.quantised.dtype == torch.int8
+        self.columns = None if self.indexed else balance(head.hidden_states, head.weight)
         inverse = None if self.columns is None else self.columns.reciprocal()
         self.hidden, scales = quantise_rows(head.hidden_states, torch.int8, inverse)
         self.row_scales = scales[:, None]
-        shape = (len(self.hidden) * columns,)
-        self.buffer = torch.empty(shape, dtype=torch.int32, device=head.weight.device)
-
-    def _kept(self) -> bool:
-        return self.tiles.quantised is not None and self.tiles.quantised.dtype == torch.int8
+        self.buffer = self.hidden.new_empty(len(self.hidden) * columns, dtype=torch.int32)
 
     def of(self, block: slice) -> Products:
-        """Of the block's columns, in a buffer that the next block takes."""
-        if self._kept():
+        """Multiply by the block's weight rows; the next block overwrites the result."""
+        if self.indexed:
             weight, scales = self.tiles.quantised[block], self.tiles.row_scales[block]
         else:
             rows = weight_rows(self.head, _tokens(self.tiles, block), self.head.hidden_states.dtype)
@@ -104,10 +97,10 @@ def _eight_bits(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(tiles: Tiles, block: slice) -> Tensor | slice:
-    """The vocabulary's rows behind the columns of a block."""
+    """Return the vocabulary's rows at the columns of a block."""
     return block if tiles.order is None else tiles.order[block]
 
 
 def _shaped(buffer: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """``[R, C]`` of a buffer; one for all blocks, for fresh pages cost as much as the products."""
+    """View a buffer as ``[R, C]``; blocks share it: fresh pages cost as much as the products."""
     return buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))

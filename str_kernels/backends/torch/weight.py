@@ -1,9 +1,8 @@
 """The gradient of a trainable weight and bias, one block of the vocabulary after the other.
 
-Stage: ``Saved``, ``Coefficients`` → gradients ``[V, D]`` and ``[V]``. An exact pass makes every
-logit again. After routing only live pairs make theirs, and a dead pair spreads ``α · mass · h``
-evenly over the rows of its tile.
-Each block is summed in fp32 over all rows and cast once, or summed where it belongs.
+Stage: ``Saved``, ``Coefficients`` → gradients ``[V, D]`` and ``[V]``. An exact pass recomputes all
+logits. After routing, logits are recomputed for live pairs alone, and ``engine.dead`` adds the dead
+ones. Each block is summed over all rows in fp32 and cast once, or summed in place if it is fp32.
 """
 
 from __future__ import annotations
@@ -30,21 +29,23 @@ def weight_gradients(
     needs: tuple[bool, bool],
     columns: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients that R rows give to weight and bias; see ``Backend``."""
+    """Return what R rows add to the gradients of weight and bias; see ``Backend``."""
     head, rows = given.head, _Rows(given, saved, coefficients)
     weight = torch.empty_like(head.weight) if needs[0] else None
     bias = torch.empty_like(head.bias) if needs[1] else None
     spread = dead_share(given, saved, coefficients) if rows.routed else None
     size = TILE if rows.routed else columns
-    # in token order and the accumulator's dtype a block is summed in its place
+    # in token order and in the accumulator's dtype a block is summed in place
     scratch = None
     if needs[0] and (rows.order is not None or weight.dtype != rows.hidden.dtype):
         scratch = rows.hidden.new_empty(size, weight.shape[1])
     for block in spans(head.weight.shape[0], size):
-        part = _Part(
-            _place(weight, scratch, block),
-            rows.hidden.new_zeros(block.stop - block.start) if needs[1] else None,
-        )
+        total = block.stop - block.start
+        if scratch is not None:
+            place = scratch[:total]
+        else:
+            place = None if weight is None else weight[block]
+        part = _Part(place, rows.hidden.new_zeros(total) if needs[1] else None)
         if spread is not None:
             part.spread(spread[0][block.start // TILE], spread[1][block.start // TILE])
         for hidden, dz in rows.pieces(block):
@@ -61,15 +62,8 @@ def weight_gradients(
     return weight, bias
 
 
-def _place(weight: Tensor | None, scratch: Tensor | None, block: slice) -> Tensor | None:
-    """Where a block ``[C, D]`` of the weight's gradient is summed."""
-    if weight is None:
-        return None
-    return weight[block] if scratch is None else scratch[: block.stop - block.start]
-
-
 class _Rows:
-    """R rows, and how their logits' gradients are made again."""
+    """R rows, and the gradients of their logits."""
 
     def __init__(self, given: Block, saved: Saved, coefficients: Coefficients) -> None:
         head, labels, tiles, self.options = given
@@ -82,7 +76,7 @@ class _Rows:
         self.silent = silent if silent.any() else None
 
     def pieces(self, block: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the rows that are live here."""
+        """Yield ``H [R', D]`` and ``dz [R', C]``, by ``H Wᵀ + b``, of the block's live rows."""
         kept, options = self.saved.probabilities, self.options
         if kept is not None:
             for rows in self._live(block):
@@ -100,10 +94,10 @@ class _Rows:
     def _by_products(
         self, rows: Tensor | slice, dz: Tensor, block: slice, slope: Tensor | None = None
     ) -> Tensor:
-        """``α p`` → ``dz`` by ``H Wᵀ + b``, in place; ``slope`` is the softcap's."""
+        """Turn ``α p`` into the gradient by ``H Wᵀ + b``, in place; ``slope`` is the softcap's."""
         alpha, gamma = self.coefficients.alpha[rows], self.coefficients.gamma[rows]
         here, column = in_block(self.positions[rows], block)
-        # α p_y - γ with p_y = 1 - open mass: a confident row would cancel
+        # α p_y - γ, where p_y = 1 - open mass, so that a confident row does not lose its digits
         dz[here, column] = (alpha - gamma - alpha * self.saved.open_mass[rows])[here]
         if self.coefficients.sigma is not None:
             dz.sub_(self.coefficients.sigma[rows, None])
@@ -123,7 +117,7 @@ class _Rows:
 class _Part:
     """The gradient of one block of the vocabulary, in the accumulator's dtype.
 
-    ``weight [C, D]`` may hold anything until something is added; ``bias [C]`` comes as zeros.
+    ``weight [C, D]`` starts uninitialised, ``bias [C]`` as zeros.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -131,7 +125,7 @@ class _Part:
         self._blank = True
 
     def spread(self, weight: Tensor, bias: Tensor) -> None:
-        """Begin with the same row ``[D]`` in every row."""
+        """Start from the same row ``[D]`` everywhere."""
         if self.weight is not None:
             self.weight[:] = weight
             self._blank = False
@@ -147,12 +141,12 @@ class _Part:
             self.bias += dz.sum(0)
 
     def settle(self) -> None:
-        """No rows will be added any more."""
+        """Zero the weight's gradient if nothing was added to it."""
         if self.weight is not None and self._blank:
             self.weight.zero_()
 
     def scatter(self, offset: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Add to single rows."""
+        """Add ``weight [K, D]`` and ``bias [K]`` to the rows ``offset [K]``."""
         if self.weight is not None:
             self.weight.index_add_(0, offset, weight)
         if self.bias is not None:
