@@ -76,21 +76,11 @@ def _ours(*, indexed: bool = True, constrained: bool = False, **settings: Any) -
     return loss
 
 
-def _peer(
-    name: str,
-    about: str,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    package: str,
-    *,
-    compiled: bool = False,
-) -> Contender:
-    return Contender(
-        name,
-        about,
-        lambda case, hidden, weight: (loss(hidden, weight, case.labels), None),
-        package,
-        compiled,
-    )
+def _peer(name: str, about: str, loss: Callable[..., Tensor], package: str, **flags: bool):
+    def loss_of(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+        return loss(hidden, weight, case.labels), None
+
+    return Contender(name, about, loss_of, package, **flags)
 
 
 _ALL = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from str_kernels.bench.routing import live_pairs
 from str_kernels.bench.rows import Row
 from str_kernels.bench.truth import Truth, constraint_gradient, errors
 from str_kernels.functional import linear_cross_entropy
+
+_NO_MEMORY = "does not fit into memory"
 
 
 def measure(
@@ -38,12 +41,10 @@ def measure(
         try:
             with within_free_memory(case.hidden_states.device):
                 return row | _measured(contender, case, truth, trainable, timing)
-        except MemoryError:
-            reason = "does not fit into memory"
         except Exception as error:  # whatever somebody else's code may raise: reported, not hidden
-            if contender.ours and not _no_memory(error):
+            reason = _reason(error)
+            if contender.ours and reason != _NO_MEMORY:
                 raise
-            reason = "does not fit into memory" if _no_memory(error) else _one_line(error)
     return row | {"reason": reason}
 
 
@@ -95,11 +96,9 @@ def _constraint_error(case: Case, truth: Truth) -> float:
     return relative_error(got, constraint_gradient(case, safety, reference, truth.rows))
 
 
-def _no_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return "allocate memory" in text or "out of memory" in text
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {lines[0]}"[:200]
+def _reason(error: Exception) -> str:
+    """Say in one line why a contender failed."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", text.lower()):
+        return _NO_MEMORY
+    return f"failed: {type(error).__name__}: {(text.splitlines() or [''])[0]}"[:200]

@@ -18,8 +18,6 @@ from str_kernels.safety.inference import reading
 _log = logging.getLogger("str_kernels")
 _LENGTH = 512  # tokens of a sequence
 
-Sequence = tuple[list[int], list[int]]
-
 
 def read_states(
     model: str, data: str | Path | None, rows: int, positions: str
@@ -58,7 +56,7 @@ def _tell_of_other_arithmetic(model: torch.nn.Module, ids: list[int]) -> None:
         _log.warning("the logits' scale, softcap or bias is left out: not every contender has one")
 
 
-def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
+def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Yield token ids and labels, a sequence at a time."""
     if data is not None and Path(data).suffix == ".jsonl":
         for row in read_numbered(data):

@@ -47,15 +47,15 @@ class Truth:
 
     def statistics(self) -> dict[str, float]:
         """Return how certain the rows are, by which inputs can be compared."""
-        quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-        entropy = self.entropy[: self.spread].cpu()
-        return {
-            "loss": self.loss,
-            "entropy": entropy.mean().item(),
-            **_named("entropy", entropy.quantile(quantiles), quantiles),
-            **_named("p_label", self.p_label.cpu().quantile(quantiles), quantiles),
-            "confident": (self.p_label >= CONFIDENT).double().mean().item(),
+        entropy, p_label = self.entropy[: self.spread].cpu(), self.p_label.cpu()
+        quantiles = {
+            f"{name}_q{percent}": values.quantile(percent / 100).item()
+            for name, values in (("entropy", entropy), ("p_label", p_label))
+            for percent in (10, 25, 50, 75, 90)
         }
+        confident = (p_label >= CONFIDENT).double().mean().item()
+        mean = entropy.mean().item()
+        return {"loss": self.loss, "entropy": mean, **quantiles, "confident": confident}
 
 
 def truth_of(case: Case) -> Truth:
@@ -159,10 +159,3 @@ def _sampled_tokens(labels: Tensor, vocab: int) -> Tensor:
     """Choose labels' own rows, and as many evenly spread ones."""
     spread = torch.linspace(0, vocab - 1, min(_TOKENS, vocab), device=labels.device).long()
     return torch.cat([labels.unique()[:_TOKENS], spread]).unique()
-
-
-def _named(name: str, values: Tensor, quantiles: Tensor) -> dict[str, float]:
-    return {
-        f"{name}_q{round(100 * q)}": value
-        for q, value in zip(quantiles.tolist(), values.tolist(), strict=True)
-    }
