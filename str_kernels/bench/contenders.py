@@ -38,11 +38,6 @@ class Contender:
     package: str | None = None  # the distribution it comes from; None for ours
     compiled: bool = False  # whether it needs a C++ compiler on a CPU
 
-    @property
-    def ours(self) -> bool:
-        """Whether it is this project's."""
-        return self.package is None
-
     def missing(self) -> str | None:
         """Return why it cannot run here; None if it can."""
         if self.package is not None and versions(self.package)[self.package] is None:
@@ -76,7 +71,9 @@ def _ours(*, indexed: bool = True, constrained: bool = False, **settings: Any) -
     return loss
 
 
-def _peer(name: str, about: str, loss: Callable[..., Tensor], package: str, **flags: bool):
+def _peer(
+    name: str, about: str, loss: Callable[..., Tensor], package: str, **flags: bool
+) -> Contender:
     def loss_of(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
         return loss(hidden, weight, case.labels), None
 

@@ -6,17 +6,13 @@ import re
 from functools import partial
 from typing import Any
 
-import torch
-
-from str_kernels.accuracy import relative_error
 from str_kernels.bench.clock import bare_product, paired
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
 from str_kernels.bench.routing import live_pairs
 from str_kernels.bench.rows import Row
-from str_kernels.bench.truth import Truth, constraint_gradient, errors
-from str_kernels.functional import linear_cross_entropy
+from str_kernels.bench.truth import Truth, constraint_error, errors
 
 _NO_MEMORY = "does not fit into memory"
 
@@ -34,8 +30,8 @@ def measure(
     A peer that is not installed, does not fit into memory or fails is a row with its ``reason``.
     Our own failures are raised.
     """
-    row: Row = {"contender": contender.name, "about": contender.about}
-    row |= {**case.facts, "trainable": trainable}
+    names = {"contender": contender.name, "about": contender.about}
+    row: Row = {**names, **case.facts, "trainable": trainable}
     reason = contender.missing()
     if reason is None:
         try:
@@ -43,7 +39,7 @@ def measure(
                 return row | _measured(contender, case, truth, trainable, timing)
         except Exception as error:  # whatever somebody else's code may raise: reported, not hidden
             reason = _reason(error)
-            if contender.ours and reason != _NO_MEMORY:
+            if contender.package is None and reason != _NO_MEMORY:
                 raise
     return row | {"reason": reason}
 
@@ -55,7 +51,7 @@ def _measured(
     outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
     found: Row = {}
     if truth is not None and contender.name == "ours-str":  # its loss has another term
-        found = {"constraint_error": _constraint_error(case, truth)}
+        found = {"constraint_error": constraint_error(case, truth)}
     elif truth is not None:
         found = errors(truth, *outcome)
     del outcome
@@ -76,24 +72,6 @@ def live_share(case: Case) -> Row:
         "live_token_order": plain.share,
         "dead_mass_token_order": plain.dead_mass,
     }
-
-
-def _constraint_error(case: Case, truth: Truth) -> float:
-    """Return the error of the constraint's own gradient: the same rows without their labels."""
-    safety, reference = case.usual_constraint
-    hidden = case.hidden_states.detach().requires_grad_()
-    loss = linear_cross_entropy(
-        hidden,
-        case.weight,
-        torch.full_like(case.labels, -100),
-        safety=safety,
-        reference=reference,
-        position_weights=torch.ones_like(reference[:, 0]),
-        num_items_in_batch=len(hidden),
-        index=case.index,
-    )
-    got = torch.autograd.grad(loss, hidden)[0][truth.rows]
-    return relative_error(got, constraint_gradient(case, safety, reference, truth.rows))
 
 
 def _reason(error: Exception) -> str:

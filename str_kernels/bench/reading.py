@@ -22,11 +22,7 @@ _LENGTH = 512  # tokens of a sequence
 def read_states(
     model: str, data: str | Path | None, rows: int, positions: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states ``[N, D]``, labels ``[N]``, head ``[V, D]``, fp32; N is at most ``rows``.
-
-    Raises:
-        ValueError: as ``from_model``.
-    """
+    """Return states ``[N, D]``, labels ``[N]``, head ``[V, D]``, fp32; N is at most ``rows``."""
     if data is not None and not Path(data).is_file():
         raise ValueError(f"data={str(data)!r}: no such file.")
     loaded, tokenizer = load_model_and_tokenizer(model, dtype="float32", device="cpu")
@@ -38,8 +34,7 @@ def read_states(
             labelled = following != IGNORED
             states.append(outputs.last_hidden_state[0, :-1][labelled])
             labels.append(following[labelled])
-            found += len(labels[-1])
-            if found >= rows:
+            if (found := found + len(labels[-1])) >= rows:
                 break
         _tell_of_other_arithmetic(loaded, ids[:8])
     if found < 2:
