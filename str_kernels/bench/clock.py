@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,20 +72,16 @@ def paired(
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
+    settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _settle(device)
+        settle()
         started = time.perf_counter()
         call()
-        _settle(device)
+        settle()
         return time.perf_counter() - started
     finally:
         if collecting:
             gc.enable()
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -38,11 +38,6 @@ class Contender:
     package: str | None = None  # the distribution it comes from; None for ours
     compiled: bool = False  # whether it needs a C++ compiler on a CPU
 
-    @property
-    def ours(self) -> bool:
-        """Whether it is this project's."""
-        return self.package is None
-
     def missing(self) -> str | None:
         """Return why it cannot run here; None if it can."""
         if self.package is not None and versions(self.package)[self.package] is None:
@@ -77,20 +72,12 @@ def _ours(*, indexed: bool = True, constrained: bool = False, **settings: Any) -
 
 
 def _peer(
-    name: str,
-    about: str,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    package: str,
-    *,
-    compiled: bool = False,
+    name: str, about: str, loss: Callable[..., Tensor], package: str, **flags: bool
 ) -> Contender:
-    return Contender(
-        name,
-        about,
-        lambda case, hidden, weight: (loss(hidden, weight, case.labels), None),
-        package,
-        compiled,
-    )
+    def loss_of(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+        return loss(hidden, weight, case.labels), None
+
+    return Contender(name, about, loss_of, package, **flags)
 
 
 _ALL = (

@@ -30,21 +30,13 @@ Positions = Literal["responses", "all"]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One problem for every contender: each of its N rows has a label.
+    """One problem for every contender: each of its N rows has a label."""
 
-    Attributes:
-        name: what to call it in a table.
-        hidden_states: ``[N, D]``.
-        weight: ``[V, D]``, same dtype.
-        labels: ``[N]`` int64.
-        calibration: ``[M, D]``, like the hidden states but other rows, for the vocabulary index.
-    """
-
-    name: str
-    hidden_states: Tensor
-    weight: Tensor
-    labels: Tensor
-    calibration: Tensor
+    name: str  # in a table
+    hidden_states: Tensor  # [N, D]
+    weight: Tensor  # [V, D], same dtype
+    labels: Tensor  # [N] int64
+    calibration: Tensor  # [M, D], like the hidden states but other rows, for the vocabulary index
 
     @property
     def dtype(self) -> str:
@@ -195,14 +187,10 @@ def from_model(
 
     states, labels, weight = read_states(model, data, rows + CALIBRATION_ROWS, positions)
     first = min(CALIBRATION_ROWS, len(states) // 2)
-    name = f"{Path(model).name}, {_text_name(data, positions)}"
+    text = "Python's manual" if data is None else Path(data).stem
+    if data is not None and Path(data).suffix == ".jsonl":
+        text += f", {positions}"
     # the first ones, as training makes its index from the first batch
     calibration, states, labels = states[:first], states[first:], labels[first:]
+    name = f"{Path(model).name}, {text}"
     return Case(name, states[:rows], weight, labels[:rows], calibration)
-
-
-def _text_name(data: str | Path | None, positions: Positions) -> str:
-    if data is None:
-        return "Python's manual"
-    data = Path(data)
-    return f"{data.stem}, {positions}" if data.suffix == ".jsonl" else data.stem

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
-import torch
-
-from str_kernels.accuracy import relative_error
 from str_kernels.bench.clock import bare_product, paired
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
 from str_kernels.bench.routing import live_pairs
 from str_kernels.bench.rows import Row
-from str_kernels.bench.truth import Truth, constraint_gradient, errors
-from str_kernels.functional import linear_cross_entropy
+from str_kernels.bench.truth import Truth, constraint_error, errors
+
+_NO_MEMORY = "does not fit into memory"
 
 
 def measure(
@@ -31,19 +30,17 @@ def measure(
     A peer that is not installed, does not fit into memory or fails is a row with its ``reason``.
     Our own failures are raised.
     """
-    row: Row = {"contender": contender.name, "about": contender.about}
-    row |= {**case.facts, "trainable": trainable}
+    names = {"contender": contender.name, "about": contender.about}
+    row: Row = {**names, **case.facts, "trainable": trainable}
     reason = contender.missing()
     if reason is None:
         try:
             with within_free_memory(case.hidden_states.device):
                 return row | _measured(contender, case, truth, trainable, timing)
-        except MemoryError:
-            reason = "does not fit into memory"
         except Exception as error:  # whatever somebody else's code may raise: reported, not hidden
-            if contender.ours and not _no_memory(error):
+            reason = _reason(error)
+            if contender.package is None and reason != _NO_MEMORY:
                 raise
-            reason = "does not fit into memory" if _no_memory(error) else _one_line(error)
     return row | {"reason": reason}
 
 
@@ -54,7 +51,7 @@ def _measured(
     outcome = contender.run(case, trainable=trainable)  # compiles, builds an index
     found: Row = {}
     if truth is not None and contender.name == "ours-str":  # its loss has another term
-        found = {"constraint_error": _constraint_error(case, truth)}
+        found = {"constraint_error": constraint_error(case, truth)}
     elif truth is not None:
         found = errors(truth, *outcome)
     del outcome
@@ -77,29 +74,9 @@ def live_share(case: Case) -> Row:
     }
 
 
-def _constraint_error(case: Case, truth: Truth) -> float:
-    """Return the error of the constraint's own gradient: the same rows without their labels."""
-    safety, reference = case.usual_constraint
-    hidden = case.hidden_states.detach().requires_grad_()
-    loss = linear_cross_entropy(
-        hidden,
-        case.weight,
-        torch.full_like(case.labels, -100),
-        safety=safety,
-        reference=reference,
-        position_weights=torch.ones_like(reference[:, 0]),
-        num_items_in_batch=len(hidden),
-        index=case.index,
-    )
-    got = torch.autograd.grad(loss, hidden)[0][truth.rows]
-    return relative_error(got, constraint_gradient(case, safety, reference, truth.rows))
-
-
-def _no_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return "allocate memory" in text or "out of memory" in text
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {lines[0]}"[:200]
+def _reason(error: Exception) -> str:
+    """Say in one line why a contender failed."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", text.lower()):
+        return _NO_MEMORY
+    return f"failed: {type(error).__name__}: {(text.splitlines() or [''])[0]}"[:200]

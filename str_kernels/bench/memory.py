@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+_SHARE = 0.9  # of the free memory that a call may take
+
 
 class Peak(NamedTuple):
     """``peak``: most bytes alive at once, of those allocated in the call; ``kept``: at its end."""
@@ -64,34 +66,28 @@ def _allocations(call: Callable[[], object]) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def within_free_memory(device: torch.device, share: float = 0.9) -> Iterator[None]:
+def within_free_memory(device: torch.device) -> Iterator[None]:
     """Let an allocation that the machine has no room for fail, instead of the process.
 
     Nothing is limited where the system cannot (not Linux), nor on a GPU, whose driver maps far more
     than it uses.
     """
-    free, used = _free_and_used()
-    if free is None or device.type != "cpu":
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
         yield
         return
     import resource
 
+    free, used = _bytes("/proc/meminfo", "MemAvailable"), _bytes("/proc/self/status", "VmSize")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(share * free), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(_SHARE * free), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _free_and_used() -> tuple[int | None, int]:
-    """Return the bytes that the system has free, and the size of this process's address space."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":") for line in file)
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[0])
-    except OSError:
-        return None, 0
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    return free, pages * os.sysconf("SC_PAGE_SIZE")
+def _bytes(path: str, field: str) -> int:
+    """Return a field of a file whose lines are ``name: number kB``."""
+    with open(path, encoding="utf-8") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return int(facts[field].split()[0]) * 1024

@@ -11,12 +11,10 @@ OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 
 def new_figure(columns: int = 1, width: float = 6.0, height: float = 4.0):
     """Make a figure and its axes, side by side, without top and right spines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

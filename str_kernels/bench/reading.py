@@ -18,17 +18,11 @@ from str_kernels.safety.inference import reading
 _log = logging.getLogger("str_kernels")
 _LENGTH = 512  # tokens of a sequence
 
-Sequence = tuple[list[int], list[int]]
-
 
 def read_states(
     model: str, data: str | Path | None, rows: int, positions: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states ``[N, D]``, labels ``[N]``, head ``[V, D]``, fp32; N is at most ``rows``.
-
-    Raises:
-        ValueError: as ``from_model``.
-    """
+    """Return states ``[N, D]``, labels ``[N]``, head ``[V, D]``, fp32; N is at most ``rows``."""
     if data is not None and not Path(data).is_file():
         raise ValueError(f"data={str(data)!r}: no such file.")
     loaded, tokenizer = load_model_and_tokenizer(model, dtype="float32", device="cpu")
@@ -40,8 +34,7 @@ def read_states(
             labelled = following != IGNORED
             states.append(outputs.last_hidden_state[0, :-1][labelled])
             labels.append(following[labelled])
-            found += len(labels[-1])
-            if found >= rows:
+            if (found := found + len(labels[-1])) >= rows:
                 break
         _tell_of_other_arithmetic(loaded, ids[:8])
     if found < 2:
@@ -58,7 +51,7 @@ def _tell_of_other_arithmetic(model: torch.nn.Module, ids: list[int]) -> None:
         _log.warning("the logits' scale, softcap or bias is left out: not every contender has one")
 
 
-def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[Sequence]:
+def _sequences(data: str | Path | None, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Yield token ids and labels, a sequence at a time."""
     if data is not None and Path(data).suffix == ".jsonl":
         for row in read_numbered(data):

@@ -53,20 +53,17 @@ class Results:
         path: the file; what it holds already is kept.
         keys: names of the entries that tell rows apart.
         again: measure anew what an earlier run has left.
+
+    Raises:
+        ValueError: a file of another kind, from another machine or with other versions.
     """
 
     def __init__(self, path: Path, keys: tuple[str, ...], *, again: bool = False) -> None:
-        """Read what an earlier run has left.
-
-        Raises:
-            ValueError: a file of another kind, or measured on another machine or with other
-                versions.
-        """
         self.path, self.keys, self.rows = path, keys, []
-        self.circumstances = circumstances()
+        self.head = {"schema": SCHEMA, "circumstances": circumstances()}
         if path.exists():
             head, self.rows = read_rows(path, SCHEMA)
-            for name, here in self.circumstances.items():
+            for name, here in self.head["circumstances"].items():
                 there = head["circumstances"].get(name)
                 if there != here:
                     raise ValueError(
@@ -90,14 +87,11 @@ class Results:
 
     def write(self) -> None:
         """Write the file, machine and versions included."""
-        write_rows(self.path, self._head(), self.rows)
+        write_rows(self.path, self.head, self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the file holds."""
-        return {**self._head(), "rows": self.rows}
-
-    def _head(self) -> Row:
-        return {"schema": SCHEMA, "circumstances": self.circumstances}
+        return {**self.head, "rows": self.rows}
 
 
 def circumstances() -> dict[str, Any]:

@@ -8,6 +8,7 @@ own gradient is small), and rows of the weight, half of them labels' own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +25,17 @@ _BLOCK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """fp64: ``loss``, ``lse [N]``, and of sampled rows and tokens the gradients.
-
-    ``rows [S]``: the sample, its first ``spread`` evenly spread, the rest confident ones;
-    ``d_hidden [S, D]``, ``entropy [S]``; ``tokens [M]``, ``d_weight [M, D]``; ``p_label [N]``.
-    """
+    """The loss in fp64, and the gradients of sampled rows and tokens."""
 
     loss: float
-    lse: Tensor
-    p_label: Tensor
-    rows: Tensor
-    spread: int
-    d_hidden: Tensor
-    entropy: Tensor
-    tokens: Tensor
-    d_weight: Tensor
+    lse: Tensor  # [N]
+    p_label: Tensor  # [N]
+    rows: Tensor  # [S], the sample
+    spread: int  # so many of the sample are evenly spread; the rest are confident ones
+    d_hidden: Tensor  # [S, D]
+    entropy: Tensor  # [S]
+    tokens: Tensor  # [M], a sample too
+    d_weight: Tensor  # [M, D]
 
     @property
     def confident(self) -> Tensor:
@@ -47,15 +44,14 @@ class Truth:
 
     def statistics(self) -> dict[str, float]:
         """Return how certain the rows are, by which inputs can be compared."""
-        quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-        entropy = self.entropy[: self.spread].cpu()
-        return {
-            "loss": self.loss,
-            "entropy": entropy.mean().item(),
-            **_named("entropy", entropy.quantile(quantiles), quantiles),
-            **_named("p_label", self.p_label.cpu().quantile(quantiles), quantiles),
-            "confident": (self.p_label >= CONFIDENT).double().mean().item(),
+        entropy, p_label = self.entropy[: self.spread].cpu(), self.p_label.cpu()
+        quantiles = {
+            f"{name}_q{percent}": values.quantile(percent / 100).item()
+            for name, values in (("entropy", entropy), ("p_label", p_label))
+            for percent in (10, 25, 50, 75, 90)
         }
+        mean, confident = entropy.mean().item(), (p_label >= CONFIDENT).double().mean().item()
+        return {"loss": self.loss, "entropy": mean, **quantiles, "confident": confident}
 
 
 def truth_of(case: Case) -> Truth:
@@ -90,17 +86,37 @@ def constraint_gradient(
     Only the K columns enter, so the oracle gets a head of K rows; not for ``logprob``.
     """
     ids = list(safety.token_ids)
-    hidden = case.hidden_states[rows].double().requires_grad_()
-    loss = linear_cross_entropy(
-        hidden,
+    return _gradient(
+        case.hidden_states[rows].double(),
         case.weight[ids].double(),
-        torch.full_like(rows, -100),
+        reference[rows].double(),
         safety=replace(safety, token_ids=range(len(ids))),
-        reference=reference[rows].double(),
-        position_weights=torch.ones_like(rows, dtype=torch.float64),
         num_items_in_batch=len(case.hidden_states),
         backend="dense",
     )
+
+
+def constraint_error(case: Case, truth: Truth) -> float:
+    """Return the error of the constraint's own gradient: the same rows without their labels."""
+    safety, reference = case.usual_constraint
+    got = _gradient(
+        case.hidden_states,
+        case.weight,
+        reference,
+        safety=safety,
+        num_items_in_batch=len(case.hidden_states),
+        index=case.index,
+    )
+    want = constraint_gradient(case, safety, reference, truth.rows)
+    return relative_error(got[truth.rows], want)
+
+
+def _gradient(hidden: Tensor, weight: Tensor, reference: Tensor, **settings: Any) -> Tensor:
+    """Return the gradient of rows without labels, ``[N, D]``: the constraint's part alone."""
+    hidden = hidden.detach().requires_grad_()
+    labels = torch.full((len(hidden),), -100, device=hidden.device)
+    settings |= {"reference": reference, "position_weights": torch.ones_like(reference[:, 0])}
+    loss = linear_cross_entropy(hidden, weight, labels, **settings)
     return torch.autograd.grad(loss, hidden)[0]
 
 
@@ -159,10 +175,3 @@ def _sampled_tokens(labels: Tensor, vocab: int) -> Tensor:
     """Choose labels' own rows, and as many evenly spread ones."""
     spread = torch.linspace(0, vocab - 1, min(_TOKENS, vocab), device=labels.device).long()
     return torch.cat([labels.unique()[:_TOKENS], spread]).unique()
-
-
-def _named(name: str, values: Tensor, quantiles: Tensor) -> dict[str, float]:
-    return {
-        f"{name}_q{round(100 * q)}": value
-        for q, value in zip(quantiles.tolist(), values.tolist(), strict=True)
-    }

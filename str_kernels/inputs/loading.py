@@ -105,9 +105,8 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def resolve_device(device: str) -> torch.device:
     """Return the device of a name; ``"auto"`` is CUDA (or ROCm), else MPS, else the CPU."""
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else mps)
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
