@@ -226,10 +226,27 @@ class LinearCrossEntropyLoss(nn.Module):
         }
 
     def forward(
-        self, hidden_states: Tensor, weight: Tensor, labels: Tensor, **others: Any
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        reference: Tensor | None = None,
+        position_weights: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossParts]:
-        """Compute the loss; ``others``: bias, reference, position_weights, num_items_in_batch."""
-        return linear_cross_entropy(hidden_states, weight, labels, **others, **self._settings)
+        """Compute the loss; see ``linear_cross_entropy``."""
+        return linear_cross_entropy(
+            hidden_states,
+            weight,
+            labels,
+            bias=bias,
+            reference=reference,
+            position_weights=position_weights,
+            num_items_in_batch=num_items_in_batch,
+            **self._settings,
+        )
 
     def extra_repr(self) -> str:
         """Show the settings."""
