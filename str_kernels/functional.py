@@ -125,25 +125,22 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    compute = row_terms
+    others = {
+        "bias": bias,
+        "reference": reference,
+        "position_weights": position_weights,
+        "index": index,
+        "backend": backend,
+    }
     if torch.compiler.is_compiling() and backend != "dense":
-        compute = traced_terms
-    rows = compute(
-        hidden_states,
-        weight,
-        labels,
-        options,
-        bias=bias,
-        reference=reference,
-        position_weights=position_weights,
-        index=index,
-        backend=backend,
-    )
+        rows = traced_terms(hidden_states, weight, labels, options, **others)
+    else:
+        rows = row_terms(hidden_states, weight, labels, options, **others)
     loss, parts = reduce_terms(
         rows,
         labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        ignore_index=options.ignore_index,
+        reduction=options.reduction,
         num_items_in_batch=num_items_in_batch,
     )
     return (loss, parts) if return_parts else loss
