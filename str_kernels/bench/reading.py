@@ -34,7 +34,8 @@ def read_states(
             labelled = following != IGNORED
             states.append(outputs.last_hidden_state[0, :-1][labelled])
             labels.append(following[labelled])
-            if (found := found + len(labels[-1])) >= rows:
+            found += len(labels[-1])
+            if found >= rows:
                 break
         _tell_of_other_arithmetic(loaded, ids[:8])
     if found < 2:
