@@ -129,7 +129,7 @@ def _as_json(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     # float() turns a number that the tracer treats as a variable into a constant
-    return f"{float(value)!r}" if isinstance(value, float) else f"{value!r}"
+    return f"{value!r}" if isinstance(value, int) else f"{float(value)!r}"
 
 
 def traced_terms(

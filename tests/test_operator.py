@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -142,3 +145,13 @@ def test_under_autocast():
     case = make_case(bias=True).to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(*compiled(case), 1e-6)
+
+
+def test_settings_survive_their_text():
+    """Every field comes back from the operator's string, numbers of other types as floats."""
+    safety = SafetyConstraint([3, 1], 0.1 + 0.2, "kl", [0.5, 2.0], temperature=1.5)
+    options = LossOptions(logit_scale=Fraction(1, 3), softcap=30, screen="exact", safety=safety)
+    settings = operator.Settings(options, "torch", (True, False, True), "bfloat16", autocast=True)
+    assert operator.Settings.from_text(operator._as_json(settings)) == replace(
+        settings, options=replace(options, logit_scale=1 / 3)
+    )
