@@ -8,6 +8,19 @@ os.environ.setdefault("STR_KERNELS_INDEX_CACHE", "off")  # nothing into the user
 
 import pytest
 
+from tests import interpreted
+
+
+def pytest_collection_finish(session):
+    """Start the interpreted kernels, which take minutes, beside all other tests."""
+    if not session.config.option.collectonly:
+        interpreted.start(session.items)
+
+
+def pytest_unconfigure():
+    """Leave no file of interpreted tests waiting."""
+    interpreted.stop()
+
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
