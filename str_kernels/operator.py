@@ -269,7 +269,19 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
         **{name: getattr(kept, name)[:dense] for name in padded},
         safety_alone=kept.safety_alone[:alone],
     )
-    resolved = settings.resolved(kept.lse.device, indexed=False)
+    dtype = getattr(torch, settings.dtype)
+    backend = select_backend(settings.backend, kept.lse.device, dtype).backend
+    # the forward chose and checked the filter; a traced backward has no part that depends on it
+    resolved = Resolved(
+        backend,
+        settings.options,
+        eps=0.0,
+        screen="exact",
+        auto=False,
+        entropy=False,
+        needs=settings.needs,
+        dtype=dtype,
+    )
     with torch.no_grad():
         gradients = backward_rows(kept, None, resolved, grad_cross_entropy, grad_penalty)
     return tuple(kept.lse.new_empty(0) if x is None else x for x in gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from str_kernels import (
     SafetyConstraint,
     VocabularyIndex,
     linear_cross_entropy,
+    notices,
     operator,
 )
 from str_kernels.options import LossOptions
@@ -80,11 +82,15 @@ def test_compiled_equals_eager(options, frozen):
     assert_close(*compiled(make_case(**options), frozen), 1e-12)
 
 
-def test_filtered_with_an_index():
-    """A frozen head's filter is traced with its index."""
+def test_filtered_with_an_index(caplog):
+    """A frozen head's filter is traced with its index; the backward announces no other choice."""
+    notices._said.clear()
+    caplog.set_level(logging.INFO, logger="str_kernels")
     case = clustered_case(k=3)
     index = VocabularyIndex.build(case.weight, case.hidden_states)
     assert_close(*compiled(case, ("weight",), index=index, screen="exact"), 1e-12)
+    assert "with an index" in caplog.text
+    assert "without a vocabulary index" not in caplog.text
 
 
 def test_num_items_as_a_tensor():
@@ -124,10 +130,6 @@ def test_opcheck():
 
 def test_an_exact_pass_is_said(caplog):
     """A filter that compiled code cannot honour for a trainable head is announced."""
-    import logging
-
-    from str_kernels import notices
-
     notices._said.clear()
     with caplog.at_level(logging.INFO, logger="str_kernels"):
         assert_close(*compiled(make_case(), filter_eps=0.0), 1e-12)
