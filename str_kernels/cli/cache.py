@@ -11,13 +11,13 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, DataFile, ModelName, options_of
 from str_kernels.options import DEFAULT_KIND
-from str_kernels.training.settings import TrainSettings
+from str_kernels.training.settings import LONG, TrainSettings
 
 if TYPE_CHECKING:
     from str_kernels.training.checks import Prepared
 
 
-@options_of(TrainSettings, "kind", "anchors", "max_length", "batch", "dtype")
+@options_of(TrainSettings, "kind", "anchors", "max_length", "long", "batch", "dtype")
 def cache(
     model: ModelName,
     data: DataFile,
@@ -89,6 +89,7 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
     words += [word for file in settings.anchors for word in ("--anchors", file)]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
+    words += [] if settings.long == LONG[0] else ["--long", settings.long]
     words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
     console.say(f"next: str-kernels {shlex.join(words)} --out ADAPTER")

@@ -17,7 +17,7 @@ from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.evaluation.judge import Outcome, classify
 from str_kernels.evaluation.judge_model import JudgeModel
 from str_kernels.evaluation.rates import Rate, exact_match
-from str_kernels.inputs.data import Row, prompt_messages, response_of
+from str_kernels.inputs.rows import Row, prompt_messages, response_of
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
 
 SCHEMA = "str_kernels.evaluation/2"

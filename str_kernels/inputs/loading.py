@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from str_kernels.inputs.chat import ensure_chat_template
+from str_kernels.inputs.template import ensure_chat_template
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import render
+from str_kernels.inputs.template import Tools, render
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
 @contextmanager
@@ -34,14 +35,16 @@ def reading(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None
+) -> list[int]:
     """Encode a request up to where the answer begins, with the tokenizer's chat template.
 
     Raises:
         ValueError: the template rejects the conversation.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = render(tokenizer, messages, answer_next=True)
+    text = render(tokenizer, messages, answer_next=True, tools=tools)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

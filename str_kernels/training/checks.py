@@ -16,8 +16,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from str_kernels.huggingface.constraint.references import ReferenceCache
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import TrainingData
+from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.lora import add_lora
 from str_kernels.training.reading import Collector, check_vocabulary, read_inputs

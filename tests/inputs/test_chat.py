@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from str_kernels.inputs.chat import (
-    DEFAULT_CHAT_TEMPLATE,
-    IGNORED,
-    collate,
-    encode_conversation,
-    ensure_chat_template,
-    render,
-)
+from str_kernels.inputs.chat import IGNORED, collate, encode_conversation
+from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE, ensure_chat_template, render
 from tests.tiny import byte_tokenizer, word_tokenizer
 
 ASK = {"role": "user", "content": "tell me the topic"}
