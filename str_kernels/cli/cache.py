@@ -40,9 +40,12 @@ def cache(
         console.quiet_libraries()
         from str_kernels.training.caching import batch_count, cache_references, prepare_cache
         from str_kernels.training.model import load
+        from str_kernels.training.notices import data_notices
 
         settings = TrainSettings(model, data, str(out), tokens=tokens, **run)
         prepared = prepare_cache(settings, adapter=adapter)
+    for notice in data_notices(prepared):
+        console.say(f"note: {notice}")
     with console.stage("loading the model"):
         loaded = load(settings, adapter=adapter)
     safety = settings.constraint(prepared.tokens.token_ids)
@@ -58,15 +61,12 @@ def _facts(prepared: Prepared, out: Path, stored: int) -> dict[str, Any]:
 
     safety = prepared.settings.constraint(prepared.tokens.token_ids)
     files = [file.facts() for file in prepared.files]
-    rows, tokens, cut = (
-        sum(file[n] for file in files) for n in ("rows", "tokens", "cut_responses")
-    )
+    counted = ("rows", "tokens", "cut_responses", "skipped_rows", "truncated_prompts")
+    totals = {name: sum(file[name] for file in files) for name in counted}
     return {
         "path": str(out),
-        "rows": rows,
+        **totals,
         "sequences": stored,
-        "tokens": tokens,
-        "cut_responses": cut,
         "safety_tokens": len(prepared.tokens),
         "unit": reference_unit(safety),
         "bytes": out.stat().st_size,

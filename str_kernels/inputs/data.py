@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation
 from str_kernels.inputs.jsonl import check_layout, parse_line
-from str_kernels.inputs.rows import Row, checked, conversation
-from str_kernels.inputs.unread import unread_keys
+from str_kernels.inputs.rows import Row, checked, conversation, prompt_messages, response_of
+from str_kernels.inputs.template import render
+from str_kernels.inputs.unread import sentence, unread_keys
 
 MAX_FAULTS_SHOWN = 5
 
@@ -160,6 +161,35 @@ def encode_file(
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     unread = unread_keys(tokenizer, (row for _, row in rows))
     return TrainingData(sequences, digest, os.fspath(path), len(lengths), unread)
+
+
+def check_prompts(
+    path: str | os.PathLike,
+    rows: list[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    compared: bool = False,
+) -> list[str]:
+    """Check that the chat template writes every prompt; return what a user should know.
+
+    Args:
+        path: the file.
+        rows: what `read_numbered` read from it.
+        tokenizer: writes the conversations.
+        compared: the model's answers are compared with the rows', which must be text.
+
+    Raises:
+        ValueError: rows that cannot be asked; each is named ``file:line``.
+    """
+    faults = Faulty(path)
+    for number, row in rows:
+        with faults.collected(number):
+            render(tokenizer, prompt_messages(row), answer_next=True, tools=row.get("tools"))
+            if compared and not response_of(row):
+                raise ValueError("has no text as its answer, with which to compare; add it.")
+    faults.raise_all()
+    unread = unread_keys(tokenizer, (row for _, row in rows))
+    return [sentence(os.fspath(path), unread)] if unread else []
 
 
 def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, long: str) -> Encoded:

@@ -114,7 +114,7 @@ def generate_greedy(
         ValueError: a prompt leaves no room for the answer in the model's context.
     """
     check_fits(model, "prompts", prompts, max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -145,7 +145,8 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens at which generation stops: the model's and the tokenizer's."""
     named = _unwrapped(model).generation_config.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return ends - {None}
