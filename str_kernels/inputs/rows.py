@@ -21,7 +21,7 @@ _ASSISTANTS = ("model", "gpt", "bot", "ai", "chatbot", "chatgpt")
 _ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(_ASSISTANTS, "assistant"),
-    **{"human": "user", "function": "tool"},
+    "human": "user",
 }
 _NAMES = str({other: name for other, name in _ROLES.items() if other != name})
 _RENAMED = f"(lambda name: {_NAMES}.get(name, name))"
