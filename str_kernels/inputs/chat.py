@@ -21,7 +21,7 @@ IGNORED = -100
 
 Piece = tuple[list[int], bool]  # token ids, and whether they are learned
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class LongPrompt(ValueError):
