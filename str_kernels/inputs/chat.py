@@ -105,6 +105,17 @@ def encode_conversation(
     return encoded
 
 
+def why_not_learnable(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> str | None:
+    """Say why the chat template does not let an answer be told from its prompt, if it does not."""
+    try:
+        _pieces(tokenizer, messages, tools)
+    except Inseparable as error:
+        return str(error)
+    return None
+
+
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
 ) -> tuple[list[Piece], int]:

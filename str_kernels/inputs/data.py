@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation
+from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation, why_not_learnable
 from str_kernels.inputs.jsonl import check_layout, parse_line
 from str_kernels.inputs.rows import Row, checked, conversation, prompt_messages, response_of
 from str_kernels.inputs.template import render
@@ -190,8 +190,11 @@ def check_prompts(
             if compared and not response_of(row):
                 raise ValueError("has no text as its answer, with which to compare; add it.")
     faults.raise_all()
+    answered = next((row for _, row in rows if response_of(row)), None)
+    why = answered and why_not_learnable(tokenizer, conversation(answered), answered.get("tools"))
     unread = unread_keys(tokenizer, (row for _, row in rows))
-    return [sentence(os.fspath(path), unread)] if unread else []
+    notices = [f"{path}: str-kernels train refuses such rows: {why}"] if why else []
+    return [*notices, *([sentence(os.fspath(path), unread)] if unread else [])]
 
 
 def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, long: str) -> Encoded:

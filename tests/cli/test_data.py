@@ -133,6 +133,22 @@ def test_long_prompts_by_an_option(commands, tmp_path):
     assert "--long skip" in taken.err.splitlines()[-1]
 
 
+@EVERY
+def test_a_template_that_rewrites_prompts(commands, model, name):
+    """Training and caching refuse it with advice; evaluation, which needs no labels, says so."""
+    template = (model / "chat_template.jinja").read_text()
+    rewriting = template.replace("{{ '<bot> ' if add_gen", "{{ '<bot> please ' if add_gen")
+    (model / "chat_template.jinja").write_text(rewriting)
+    try:
+        called = commands(name, GOOD + "\n")
+    finally:
+        (model / "chat_template.jinja").write_text(template)
+    assert called.code == (0 if name == "evaluate" else 2)
+    assert "rewrites the prompt when an answer follows it" in called.err
+    assert "it asks with 'please ' where it then writes 'sure <end> '" in called.err
+    assert ("note: " in called.err) == (name == "evaluate")
+
+
 def test_a_template_without_an_end_is_said_before_training(commands, model):
     """The notice comes before the first step."""
     template = (model / "chat_template.jinja").read_text()
