@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +82,35 @@ def load_model(
 
 def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> Any:
     (source, gguf), name = _source(model), os.fspath(model)
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
-    except ImportError as error:
-        raise ValueError(f"model={name!r}: cannot be read; {error}") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+    with _reading(f"model={name!r}", "cannot be loaded"):
+        try:
+            return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise ValueError(
                 f"model={name!r}: needs code that comes with it, which is never run here; use a "
                 "model that transformers has built in."
             ) from error
-        raise ValueError(f"model={name!r}: cannot be loaded; {error}") from error
+
+
+@contextmanager
+def _reading(name: str, fault: str) -> Iterator[None]:
+    """Raise whatever a library's reader raises as a ValueError that begins with ``name``.
+
+    The readers check little: a damaged file ends in an AttributeError or KeyError somewhere inside,
+    and tokenizers raise bare Exceptions. Only a lack of memory is not the file's fault.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = str(error)
+        if name in told:  # told already
+            raise
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}: {fault}; {kind}{told}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -163,12 +183,8 @@ def check_adapter(adapter: str | os.PathLike) -> None:
 def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
     from peft import PeftModel
 
-    try:
+    with _reading(f"adapter={os.fspath(adapter)!r}", "cannot be put on this model"):
         return PeftModel.from_pretrained(model, os.fspath(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"adapter={os.fspath(adapter)!r}: cannot be put on this model; {error}"
-        ) from error
 
 
 def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
