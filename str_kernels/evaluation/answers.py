@@ -78,7 +78,7 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 answers[row["key"]] = row["answer"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
                 self._file.close()
                 raise ValueError(
                     f"{self.path}:{number}: is no answer of an earlier run; move the file away."

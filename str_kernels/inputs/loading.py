@@ -20,6 +20,7 @@ from str_kernels.inputs.chat import ensure_chat_template
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_OWN = re.compile(r"\w+=")  # how an error of this package begins
 
 
 def load_model_and_tokenizer(
@@ -82,7 +83,7 @@ def load_model(
 
 def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> Any:
     (source, gguf), name = _source(model), os.fspath(model)
-    with _reading(f"model={name!r}", "cannot be loaded"):
+    with library_reading(f"model={name!r}", "cannot be loaded"):
         try:
             return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
         except ValueError as error:
@@ -95,7 +96,7 @@ def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> An
 
 
 @contextmanager
-def _reading(name: str, fault: str) -> Iterator[None]:
+def library_reading(name: str, fault: str) -> Iterator[None]:
     """Raise whatever a library's reader raises as a ValueError that begins with ``name``.
 
     The readers check little: a damaged file ends in an AttributeError or KeyError somewhere inside,
@@ -107,7 +108,7 @@ def _reading(name: str, fault: str) -> Iterator[None]:
         raise
     except Exception as error:
         told = str(error)
-        if name in told:  # told already
+        if isinstance(error, ValueError) and _OWN.match(told):
             raise
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{name}: {fault}; {kind}{told}") from error
@@ -183,7 +184,7 @@ def check_adapter(adapter: str | os.PathLike) -> None:
 def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
     from peft import PeftModel
 
-    with _reading(f"adapter={os.fspath(adapter)!r}", "cannot be put on this model"):
+    with library_reading(f"adapter={os.fspath(adapter)!r}", "cannot be put on this model"):
         return PeftModel.from_pretrained(model, os.fspath(adapter))
 
 

@@ -5,9 +5,12 @@ Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.js
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +32,8 @@ from str_kernels.training.callbacks import (
     StepTimer,
     show_clustering,
 )
-from str_kernels.training.checks import REFERENCES, Prepared
+from str_kernels.training.checkpoints import Sealing, settle
+from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.reading import TOKENS
@@ -64,6 +68,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     progress.stage("loading the model")
     model = load(settings)
     tokens = _safety_tokens(model, prepared, progress)
+    for name in settle(settings.folder, prepared.checkpoint):
+        progress.notice(f"{name} was not finished, and is removed.")
     write_description(prepared, tokens, None)
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
@@ -74,6 +80,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             trainer.add_callback(SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
+        trainer.add_callback(Sealing())  # after those that add files to a checkpoint
         progress.stage("training")
         with watching_index(partial(show_clustering, progress)):
             trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
@@ -83,10 +90,20 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    model.save_pretrained(settings.out)
-    prepared.tokenizer.save_pretrained(settings.out)
+    _save(model, prepared)
     write_description(prepared, tokens, result)
     return result
+
+
+def _save(model: torch.nn.Module, prepared: Prepared) -> None:
+    """Save tokenizer and adapter, the file last that makes the folder an adapter's."""
+    folder = prepared.settings.folder
+    with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as beside:
+        model.save_pretrained(beside)
+        prepared.tokenizer.save_pretrained(beside)
+        files = sorted(Path(beside).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
+        for file in files:
+            os.replace(file, folder / file.name)
 
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:

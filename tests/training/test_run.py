@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from str_kernels.settings import Faults
 from str_kernels.training.callbacks import NoProgress
-from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, prepare
+from str_kernels.training.checks import DESCRIPTION, REFERENCES, prepare
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
 from str_kernels.training.settings import TrainSettings
 
+ADAPTER = "adapter_model.safetensors"
 ROWS = [
     {"prompt": f"tell me the topic of {word}", "response": f"{topic} ."}
     for word, topic in [("rain", "weather"), ("wind", "weather"), ("ball", "sport"),
