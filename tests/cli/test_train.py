@@ -79,7 +79,7 @@ def test_user_mistakes_are_sentences(run, tiny_model_dir, tmp_path):
     broken.write_text(json.dumps(ROWS[0]) + "\n{oops\n")
     wrong = ("--target-modules", "nothing", "--tokens", tmp_path / "no.json")
     code, out, err = run("train", tiny_model_dir, broken, "--out", "/proc/none/out", *wrong)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "Traceback" not in err
     for text in ("broken.jsonl:2", "/proc/none/out", "target_modules=nothing", "no.json"):
         assert text in err
