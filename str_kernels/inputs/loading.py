@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from str_kernels.inputs.chat import ensure_chat_template
+from str_kernels.inputs.template import ensure_chat_template
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -62,6 +62,8 @@ def load_tokenizer(model: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer of a model, with a padding token and a chat template."""
     load_config(model)  # names a model that needs code of its own before anything else is read
     tokenizer = _from_pretrained(AutoTokenizer, model)
+    with library_reading(f"model={os.fspath(model)!r}", "its tokenizer cannot encode text"):
+        tokenizer("text", truncation=False)
     ensure_pad_token(tokenizer)
     ensure_chat_template(tokenizer)
     return tokenizer

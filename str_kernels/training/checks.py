@@ -17,9 +17,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from str_kernels.files import read_json
 from str_kernels.huggingface.constraint.references import ReferenceCache
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import library_reading
+from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checkpoints import newest_checkpoint
 from str_kernels.training.lora import add_lora

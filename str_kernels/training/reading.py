@@ -79,7 +79,7 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
     if tokenizer is not None:
         tokens = attempt(_tokens, settings, tokenizer, resume)
         encoded = [
-            found and attempt(encode_file, file, found, tokenizer, max_length=settings.max_length)
+            found and attempt(encode_file, file, found, tokenizer, **settings.lengths)
             for file, found in zip(files, rows, strict=True)
         ]
     anchors = tuple(file for file in encoded[1:] if file is not None)

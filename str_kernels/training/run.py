@@ -20,7 +20,6 @@ from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
-from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
@@ -36,6 +35,7 @@ from str_kernels.training.checkpoints import Sealing, settle
 from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
+from str_kernels.training.notices import data_notices, end_notice
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.result import Result, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
@@ -64,9 +64,12 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         FloatingPointError: the loss is not finite.
     """
     settings, progress = prepared.settings, progress or NoProgress()
-    _report_changes(prepared, progress)
+    for notice in data_notices(prepared):
+        progress.notice(notice)
     progress.stage("loading the model")
     model = load(settings)
+    if notice := end_notice(prepared, model):
+        progress.notice(notice)
     tokens = _safety_tokens(model, prepared, progress)
     for name in settle(settings.folder, prepared.checkpoint):
         progress.notice(f"{name} was not finished, and is removed.")
@@ -199,29 +202,6 @@ def _patch(
             progress.stage("computing the references")
             cache_references(model, prepared, safety, reference)
     return patch_model(model, safety, **arguments)
-
-
-def _report_changes(prepared: Prepared, progress: Progress) -> None:
-    facts = prepared.data.facts()
-    for file in map(TrainingData.facts, prepared.files):
-        if file["cut_responses"]:
-            progress.notice(
-                f"{file['path']}: {file['cut_responses']} of {file['rows']} responses are cut at "
-                f"{prepared.settings.max_length} tokens."
-            )
-    longest = max((file.facts()["longest"] for file in prepared.anchors), default=0)
-    if longest > facts["longest"]:
-        progress.notice(
-            f"anchors of up to {longest} tokens widen every batch that they join, for the data's "
-            f"longest row has {facts['longest']}: shorten them, or lower max_length."
-        )
-    if facts["unlearned_turns"]:
-        progress.notice(
-            f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "
-            "template rewrites them."
-        )
-    if prepared.default_template:
-        progress.notice("The tokenizer has no chat template; the default one is used.")
 
 
 def _result(

@@ -39,7 +39,9 @@ def test_a_changed_file_is_refused_by_name(tmp_path, damage):
     else:
         path = path.with_name("other")
         path.write_text("")
-    with pytest.raises(ValueError, match="is not as it was written; remove .*checkpoint-2") as told:
+    with pytest.raises(
+        ValueError, match=r"is not as it was written; remove .*checkpoint-2"
+    ) as told:
         newest_checkpoint(tmp_path)
     assert str(path) in str(told.value)
 
