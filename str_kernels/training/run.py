@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
@@ -52,6 +53,11 @@ class CountingTrainer(Trainer):
         """Count the tokens of a forward and backward, without padding."""
         self.tokens_seen = inputs["attention_mask"].sum() + self.tokens_seen
         return super().training_step(model, inputs, *args, **keywords)
+
+    def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
+        """Save, and say it in one sentence if that fails: torch's writer raises RuntimeErrors."""
+        with _writing(f"checkpoint-{self.state.global_step} in {self.args.output_dir}"):
+            super()._save_checkpoint(*args, **keywords)
 
 
 def train(prepared: Prepared, progress: Progress | None = None) -> Result:
@@ -98,13 +104,22 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     return result
 
 
+@contextmanager
+def _writing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{name} cannot be written ({error}); free some space.") from error
+
+
 def _save(model: torch.nn.Module, prepared: Prepared) -> None:
     """Save tokenizer and adapter, the file last that makes the folder an adapter's."""
     folder = prepared.settings.folder
-    with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as beside:
-        model.save_pretrained(beside)
-        prepared.tokenizer.save_pretrained(beside)
-        files = sorted(Path(beside).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
+    beside = tempfile.TemporaryDirectory(dir=folder, prefix="saving-")
+    with _writing(f"the adapter in {folder}"), beside as name:
+        model.save_pretrained(name)
+        prepared.tokenizer.save_pretrained(name)
+        files = sorted(Path(name).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
         for file in files:
             os.replace(file, folder / file.name)
 
