@@ -94,7 +94,10 @@ def _requests(path: Path | None) -> list[Any] | None:
 
     if path is None or path.suffix != ".jsonl":
         return _lines(path)
-    return [prompt_messages(row) for row in read_jsonl(path, response_required=False)]
+    rows = read_jsonl(path, response_required=False)
+    if with_tools := sum("tools" in row for row in rows):
+        console.say(f"note: {path}: the tools of {with_tools} rows are not shown to the model.")
+    return [prompt_messages(row) for row in rows]
 
 
 def _lines(path: Path | None) -> list[str] | None:

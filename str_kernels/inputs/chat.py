@@ -21,7 +21,7 @@ IGNORED = -100
 
 Piece = tuple[list[int], bool]  # token ids, and whether they are learned
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class LongPrompt(ValueError):
@@ -103,6 +103,17 @@ def encode_conversation(
             "row out."
         )
     return encoded
+
+
+def why_not_learnable(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> str | None:
+    """Say why the chat template does not let an answer be told from its prompt, if it does not."""
+    try:
+        _pieces(tokenizer, messages, tools)
+    except Inseparable as error:
+        return str(error)
+    return None
 
 
 def _pieces(

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation
+from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation, why_not_learnable
 from str_kernels.inputs.jsonl import check_layout, parse_line
 from str_kernels.inputs.rows import Row, checked, conversation, prompt_messages, response_of
 from str_kernels.inputs.template import render
@@ -89,6 +89,7 @@ class TrainingData:
     """A file of conversations, tokenised."""
 
     sequences: list[Encoded]  # one a row of the file that is not skipped
+    lines: list[int]  # where each of these rows stands in the file
     sha256: str  # of the file's bytes
     source: str  # its path
     skipped: int = 0  # rows without room for an answer, left out
@@ -136,11 +137,12 @@ def encode_file(
     Raises:
         ValueError: rows that cannot be learned; each is named ``file:line``.
     """
-    sequences, faults, lengths = [], Faulty(path), []
+    sequences, lines, faults, lengths = [], [], Faulty(path), []
     for number, row in rows:
         with faults.collected(number):
             try:
                 sequences.append(_encoded(row, tokenizer, max_length, long))
+                lines.append(number)
             except LongPrompt as error:
                 lengths.append(error.tokens)
                 if long != "skip":
@@ -148,19 +150,19 @@ def encode_file(
     longest = max(lengths, default=0)
     faults.raise_all(
         f"{path}: {len(lengths)} of {len(rows)} prompts leave no room for an answer, and the "
-        f"longest has {longest} tokens: raise max_length ({max_length}), or give long skip (leave "
-        "the rows out) or long truncate (leave out the prompt's middle)."
+        f"longest has {longest} tokens: raise --max-length ({max_length}), or give --long skip "
+        "(leave the rows out) or --long truncate (leave out the prompt's middle)."
         if lengths
         else ""
     )
     if not sequences:
         raise ValueError(
             f"{path}: all {len(rows)} prompts leave no room for an answer, so that no row is left: "
-            f"raise max_length ({max_length}); the longest prompt has {longest} tokens."
+            f"raise --max-length ({max_length}); the longest prompt has {longest} tokens."
         )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     unread = unread_keys(tokenizer, (row for _, row in rows))
-    return TrainingData(sequences, digest, os.fspath(path), len(lengths), unread)
+    return TrainingData(sequences, lines, digest, os.fspath(path), len(lengths), unread)
 
 
 def check_prompts(
@@ -188,8 +190,11 @@ def check_prompts(
             if compared and not response_of(row):
                 raise ValueError("has no text as its answer, with which to compare; add it.")
     faults.raise_all()
+    answered = next((row for _, row in rows if response_of(row)), None)
+    why = answered and why_not_learnable(tokenizer, conversation(answered), answered.get("tools"))
     unread = unread_keys(tokenizer, (row for _, row in rows))
-    return [sentence(os.fspath(path), unread)] if unread else []
+    notices = [f"{path}: str-kernels train refuses such rows: {why}"] if why else []
+    return [*notices, *([sentence(os.fspath(path), unread)] if unread else [])]
 
 
 def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, long: str) -> Encoded:

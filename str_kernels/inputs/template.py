@@ -104,7 +104,7 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: Tools) -> str:
 def _check_calls(text: str, messages: Messages, tools: Tools) -> None:
     """Check that a message without content shows its calls, and nothing in the content's place."""
     silent = [m for m in messages if m.get("content") is None]
-    names = [called_name(call) for message in silent for call in message["tool_calls"]]
+    names = [called_name(call) for message in silent for call in message.get("tool_calls") or ()]
     if any(name not in text for name in names):
         raise ValueError(
             "the chat template does not write tool_calls, so that a message with content null is "

@@ -1,12 +1,14 @@
-"""Keys of the data that change nothing: they are counted, and named once.
+"""Parts of the data that change nothing: they are counted, and named once.
 
-A key of a message, or the tools of a row, is read if the chat template's text changes without it.
+A key of a message, a role, or the tools of a row are read if the chat template's text changes
+without them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,54 +16,65 @@ from str_kernels.inputs.rows import MARKS, Messages, Row, conversation
 from str_kernels.inputs.template import Tools, render
 
 _OF_MESSAGES = {"role", "content", *MARKS}
+_TOOLS, _KEY, _ROLE = "{}", "messages' {}", "messages of the role {}"
 
 
 def unread_keys(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> dict[str, int]:
-    """Return the keys that nothing reads in any row, each with the number of rows that have it."""
+    """Return what nothing reads in any row, each with the number of rows that have it."""
     found: Counter[str] = Counter()
-    read: set[str] = set()
+    read: set[tuple[str, str]] = set()
     for row in rows:
         form = ("messages",) if "messages" in row else ("prompt", "response")
-        found.update(row.keys() - {*form, "tools", *MARKS})
+        found.update(_filled(row) - {*form, "tools", *MARKS})
         asked = _asked(row) - read
         if asked:
-            read |= {key for key in asked if _is_read(tokenizer, row, key)}
-            found.update(_shown(key) for key in asked)
-    shown = {_shown(key) for key in read}
+            read |= {part for part in asked if _is_read(tokenizer, row, part)}
+            found.update(map(_shown, asked))
+    shown = set(map(_shown, read))
     return {key: count for key, count in found.items() if key not in shown}
 
 
 def sentence(source: str, unread: dict[str, int]) -> str:
     """Name the keys of a file."""
     named = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
-    return f"{source}: nothing reads {named}; these keys change nothing."
+    return f"{source}: nothing reads {named}; they change nothing."
+
+
+def _filled(values: dict[str, Any]) -> set[str]:
+    """Return the keys that say something; tables write null where a row has nothing."""
+    return {key for key, value in values.items() if value is not None}
 
 
 def _asked(row: Row) -> set[tuple[str, str]]:
-    """Return what the template may read or not: keys of the messages, and the tools."""
-    keys = {key for message in row.get("messages", ()) for key in message}
-    tools = {("row", "tools")} if row.get("tools") else set()
-    return {("message", key) for key in keys - _OF_MESSAGES} | tools
+    """Return what the template may read or not, as (a pattern for its name, the name)."""
+    messages = row.get("messages", ())
+    keys = {key for message in messages for key in _filled(message)} - _OF_MESSAGES
+    roles = {message["role"] for message in messages} - {"user", "assistant"}
+    tools = {(_TOOLS, "tools")} if row.get("tools") else set()
+    return {(_KEY, key) for key in keys} | {(_ROLE, role) for role in roles} | tools
 
 
-def _shown(key: tuple[str, str]) -> str:
-    return key[1] if key[0] == "row" else f"messages' {key[1]}"
+def _shown(asked: tuple[str, str]) -> str:
+    pattern, name = asked
+    return pattern.format(name)
 
 
-def _is_read(tokenizer: PreTrainedTokenizerBase, row: Row, key: tuple[str, str]) -> bool:
-    kind, name = key
+def _is_read(tokenizer: PreTrainedTokenizerBase, row: Row, asked: tuple[str, str]) -> bool:
+    """Tell whether the text changes where this is left out."""
+    pattern, name = asked
     messages, tools = conversation(row), row.get("tools")
-    whole = _text(tokenizer, messages, tools)
-    if kind == "row":
-        return _text(tokenizer, messages, None) != whole
-    kept = [{k: v for k, v in message.items() if k != name} for message in messages]
-    return _text(tokenizer, kept, tools) != whole
+    kept, kept_tools = messages, None if pattern == _TOOLS else tools
+    if pattern == _KEY:
+        kept = [{k: v for k, v in message.items() if k != name} for message in messages]
+    elif pattern == _ROLE:
+        kept = [message for message in messages if message["role"] != name]
+    return _text(tokenizer, kept, kept_tools) != _text(tokenizer, messages, tools)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools) -> str | None:
     """Return the text, or None where the template needs what was left out."""
     try:
-        asks = messages[-1]["role"] != "assistant"
+        asks = not messages or messages[-1]["role"] != "assistant"
         return render(tokenizer, messages, answer_next=asks, tools=tools)
     except ValueError:
         return None

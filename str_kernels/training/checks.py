@@ -152,11 +152,12 @@ def check_reference_file(
         ids = [sequence.input_ids for sequence in file.sequences]
         missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]
         if missing:
+            line, length = file.lines[missing[0]], len(ids[missing[0]])
             raise ValueError(
                 f"reference={reference!r}: has no entry for {len(missing)} of {len(ids)} rows of "
-                f"{file.source}; the first is row {missing[0] + 1}, of {len(ids[missing[0]])} "
-                "tokens. The file, the chat template or the maximal length changed since it was "
-                "made; make it again."
+                f"{file.source}; the first is line {line}, of {length} tokens. "
+                "The file, the chat template or the maximal length changed since it was made; make "
+                "it again."
             )
 
 
