@@ -58,7 +58,9 @@ def patch_model(
             batch may carry weights w of its own beside its labels, ``position_weights [B, T]``
             floating point, of the logits at each position: for rows that are constrained and not
             learned, such as those that ``AnchoredCollator`` adds. A Trainer keeps such a column
-            of a data set only with ``remove_unused_columns=False``.
+            of a data set only with ``remove_unused_columns=False``. In an encoder-decoder the
+            positions are the decoder's; without ``decoder_attention_mask`` the padding of a row
+            begins after its last label.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch

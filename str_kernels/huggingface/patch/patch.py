@@ -25,6 +25,7 @@ from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
+from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
     PATCH,
@@ -174,7 +175,7 @@ class Patch:
             backend=self.backend,
             index=self._source,
             notices=self.notices,
-            arguments=arguments,
+            sequences=Sequences.of(self.model, arguments),
             aligned=self._aligned(inner, arguments),
             position_weights=weights,
             tokens=tokens,
