@@ -154,7 +154,8 @@ def build_reference_cache(
     The references are fp16 on disk: 2·K bytes a token, rounded by 2⁻¹¹ of their size.
 
     Args:
-        model: the aligned model, with or without (then disabled) adapters; patched or not.
+        model: the aligned model, patched or not; trained adapters are disabled, and frozen ones
+            that are active beside them stay.
         batches: dicts of ``input_ids [B, T]`` and perhaps ``attention_mask [B, T]``, as the trainer
             will see them; other arguments of the model's forward may be there. Labels are read for
             encoder-decoders alone, whose sequences are found by ``decoder_input_ids``, or by labels

@@ -8,7 +8,11 @@ from torch import Tensor
 from str_kernels.engine.contract import RowTerms
 from str_kernels.functional import LossParts
 from str_kernels.huggingface.constraint.references import reference_unit
+from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.options import SafetyConstraint
+
+# Two roundings of bf16: two passes of one model, with and without gradients, differ by less.
+_ABOUT_NOTHING = 2**-6
 
 
 class LossMeter:
@@ -66,6 +70,28 @@ class LossMeter:
             distance, weight = drift.tolist()
             averages["safety_drift"] = distance / weight if weight else 0.0
         return averages
+
+
+class FirstPenalty:
+    """Says once, by the first constrained loss, that training did not begin at the reference."""
+
+    def __init__(self, notices: Notices, *, cached: bool) -> None:
+        """Wait for the first loss; ``cached``: the references come from a file."""
+        self._notices, self._cached, self._judged = notices, cached, False
+
+    def after_loss(
+        self, terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor
+    ) -> None:
+        """Judge one loss, the first that has a constrained row; arguments as ``add_drift``."""
+        if self._judged:
+            return
+        size = torch.where(weights > 0, weights * reference.square().mean(-1), 0.0).sum()
+        found = torch.stack([*_drift(terms, safety, reference, weights), size])
+        distance, weight, size = found.tolist()
+        self._judged = weight > 0
+        if distance > _ABOUT_NOTHING**2 * size:
+            penalty = terms.penalty.detach().sum().item() / weight
+            self._notices.warn_moved(penalty, (distance / weight) ** 0.5, cached=self._cached)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
-from str_kernels.huggingface.patch.meter import LossMeter
+from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
@@ -84,6 +84,7 @@ class Patch:
         self.index, self.backend, self.verification = index, backend, verification
         self.last_parts: LossParts | None = None
         self._source, self._head = IndexSource(index), head
+        self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
@@ -197,7 +198,10 @@ class Patch:
             return
         self.meter.add(loss.terms, loss.parts)
         if loss.constrained is not None:
-            self.meter.add_drift(loss.terms, self.options.safety, *loss.constrained)
+            constrained = (loss.terms, self.options.safety, *loss.constrained)
+            self.meter.add_drift(*constrained)
+            if torch.is_grad_enabled():
+                self._first.after_loss(*constrained)
         if torch.is_grad_enabled():
             fallback = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
             self.options = replace(self.options, **fallback)
