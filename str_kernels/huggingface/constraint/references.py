@@ -34,6 +34,13 @@ from str_kernels.options import LossOptions, SafetyConstraint
 
 SCHEMA = "str_kernels.reference_cache/1"
 
+_CHANGED = "packing, truncation or the data changed since it was made."
+_EVALUATING = (
+    "the model is in evaluation mode: the rows of the evaluation set need references as well. Make "
+    "the cache from the training and the evaluation rows together, use reference='adapter_off', or "
+    "train without evaluations; if the row was among those, packing or truncation changed since."
+)
+
 
 def reference_unit(safety: SafetyConstraint) -> str:
     """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
@@ -101,15 +108,14 @@ class ReferenceCache:
         """
         return self.find(Sequences(input_ids, mask=attention_mask))
 
-    def find(self, sequences: Sequences) -> Tensor:
-        """As ``lookup``, for sequences that may be those of a decoder."""
+    def find(self, sequences: Sequences, *, evaluating: bool = False) -> Tensor:
+        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation."""
         found = None
         for row, (where, length, key) in enumerate(sequences.rows()):
             if key not in self._keys:
                 raise ValueError(
                     f"reference={str(self.path)!r}: holds nothing for row {row} of this batch "
-                    f"({length} tokens); packing, truncation or the data changed "
-                    "since it was made."
+                    f"({length} tokens); {_EVALUATING if evaluating else _CHANGED}"
                 )
             values = self._file.get_tensor(key).float()
             if found is None:

@@ -33,6 +33,7 @@ class LossContext:
         index: gives the vocabulary index for a call of the head.
         notices: where warnings go.
         sequences: the tokens of the head's rows, as the arguments of the forward tell them.
+        evaluating: whether the model is in evaluation mode.
         aligned: the reference pass of this batch, if there was one.
         position_weights: ``[B, T]``, the weight of each position's logits in the constraint,
             instead of ``positions``; None: those.
@@ -47,6 +48,7 @@ class LossContext:
     index: IndexSource
     notices: Notices
     sequences: Sequences = field(default_factory=Sequences)
+    evaluating: bool = False
     aligned: Fold | None = None
     position_weights: Tensor | None = None
     tokens: TokenTerms | None = None

@@ -122,5 +122,5 @@ def _cached(context: LossContext, fold: Fold) -> Tensor:
             f"{sequences.missing or sequences.source}: a reference cache is looked up by token ids "
             f"[B, T], one for each row of the head, {list(fold.batch_shape)}."
         )
-    values = context.reference.find(sequences)
+    values = context.reference.find(sequences, evaluating=context.evaluating)
     return values.reshape(-1, values.shape[-1]).to(fold.device)
