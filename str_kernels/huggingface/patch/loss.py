@@ -14,6 +14,7 @@ from torch import Tensor
 
 from str_kernels.engine.contract import RowTerms
 from str_kernels.functional import LossParts, reduce_terms
+from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
 from str_kernels.huggingface.patch.rows import Constrained, batch_shape, constrained_rows
@@ -57,7 +58,7 @@ class LabelledForward:
         """
         self._inside = False
         # the logits may outlive the step; these need not
-        self._context = replace(self._context, arguments={}, aligned=None, tokens=None)
+        self._context = replace(self._context, sequences=Sequences(), aligned=None, tokens=None)
         has_loss = getattr(outputs, "loss", None) is not None or isinstance(outputs, tuple)
         if has_loss and self._context.options.constrained and not self._fused:
             raise ValueError(
