@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from str_kernels.accuracy import AccuracyReport, check_accuracy
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
+from str_kernels.huggingface.patch.learned import (
+    decode_order,
+    encode_order,
+    order_digest,
+    weight_digest,
+)
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex
@@ -51,7 +58,8 @@ class IndexSource:
 
     ``"auto"`` clusters a frozen head's vocabulary on the first training batch, and again if the
     head changes. The result is kept in the user's cache folder; `index_cache` says where, and how
-    to prevent it.
+    to prevent it. ``state_dict`` keeps the choice for a resumed run, whose own first batch would
+    lead to another one.
 
     Args:
         index: one that is given, ``"auto"``, or None for none.
@@ -62,6 +70,8 @@ class IndexSource:
         self._automatic = isinstance(index, str)
         self._index: VocabularyIndex | None = None if self._automatic else index
         self._key: tuple | None = None
+        self._head: str | None = None  # digest of the weight that the choice was made for
+        self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
 
     def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
@@ -73,13 +83,15 @@ class IndexSource:
             return None
         if len(weight) < SMALLEST_VOCABULARY:
             return None
-        key = (weight.data_ptr(), weight._version, tuple(weight.shape))
+        if self._kept is not None:
+            self._take_over(weight)
+        key = _key_of(weight)
         if key != self._key:
             if not (torch.is_grad_enabled() and fold.hidden_states.requires_grad):
                 return None  # evaluation alone builds nothing
             states = _some_states(fold)
             self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._key, self._fresh = key, True
+            self._key, self._head, self._fresh = key, weight_digest(weight), True
         return self._index
 
     def judge(self, live_share: Tensor) -> None:
@@ -93,6 +105,48 @@ class IndexSource:
             _log.info(
                 "%.0f %% of the head's tiles matter: its loss is computed exactly", 100 * share
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The index in use, or that none is, and for which head; JSON values."""
+        if self._kept is not None:  # no forward has met it yet
+            return self._kept
+        if not self._automatic:
+            given = None if self._index is None else order_digest(self._index.order)
+            return {"automatic": False, "given": given}
+        order = None if self._index is None else encode_order(self._index.order)
+        return {"automatic": True, "head": self._head, "order": order, "fresh": self._fresh}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the choice of ``state_dict`` before the next forward.
+
+        An index that is set otherwise now than then is a choice of the user's, which is logged.
+        """
+        if self._automatic and state["automatic"]:
+            self._kept = state if state["head"] is not None else None
+        elif state != self.state_dict():
+            _log.warning(
+                "index is not what it was when the checkpoint was saved: the resumed run is not "
+                "the uninterrupted one to the last bit"
+            )
+
+    def _take_over(self, weight: Tensor) -> None:
+        """Use the choice of an earlier run, if it was made for this weight."""
+        kept, self._kept = self._kept, None
+        if kept["head"] != weight_digest(weight):
+            _log.warning(
+                "the vocabulary index of the checkpoint was made for another weight of the head; "
+                "one is built anew"
+            )
+            return
+        self._index = None
+        if kept["order"] is not None:
+            order = decode_order(kept["order"], len(weight)).to(weight.device)
+            self._index = VocabularyIndex.of_order(weight.detach(), order)
+        self._key, self._head, self._fresh = _key_of(weight), kept["head"], kept["fresh"]
+
+
+def _key_of(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight._version, tuple(weight.shape)
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
@@ -145,3 +199,14 @@ class AccuracyGuard:
         exact_screen = options.screen != "exact"
         self._notices.warn_inaccurate(report, exact_screen=exact_screen)
         return {"screen": "exact"} if exact_screen else {"screen": "auto", "filter_eps": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many losses there were, and the latest report; JSON values."""
+        report = None if self.last_report is None else asdict(self.last_report)
+        return {"losses": self._losses, "last_report": report}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting where ``state_dict`` was made."""
+        report = state["last_report"]
+        self._losses = state["losses"]
+        self.last_report = None if report is None else AccuracyReport(**report)

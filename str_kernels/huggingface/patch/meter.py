@@ -27,7 +27,7 @@ class LossMeter:
         added = torch.stack(
             [*(x.detach().sum().float() for x in sums), *(n.float() for n in counts)]
         )
-        self._sums = added if self._sums is None else self._sums + added
+        self._sums = _sum(self._sums, added)
 
     def add_drift(
         self, terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor
@@ -41,7 +41,7 @@ class LossMeter:
             weights: ``[n]``, of the rows in the constraint.
         """
         added = _drift(terms, safety, reference, weights)
-        self._drift = added if self._drift is None else self._drift + added
+        self._drift = _sum(self._drift, added)
 
     def take(self) -> dict[str, float]:
         """Averages since the last call; empty if there was no loss.
@@ -66,6 +66,21 @@ class LossMeter:
             distance, weight = drift.tolist()
             averages["safety_drift"] = distance / weight if weight else 0.0
         return averages
+
+    def state_dict(self) -> dict[str, list[float] | None]:
+        """The sums, as numbers; the host waits for the device."""
+        sums = {"sums": self._sums, "drift": self._drift}
+        return {name: None if x is None else x.tolist() for name, x in sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float] | None]) -> None:
+        """Go on with the sums of ``state_dict``."""
+        self._sums, self._drift = (
+            None if state[name] is None else torch.tensor(state[name]) for name in ("sums", "drift")
+        )
+
+
+def _sum(sums: Tensor | None, added: Tensor) -> Tensor:
+    return added if sums is None else sums.to(added.device) + added
 
 
 @torch.no_grad()
