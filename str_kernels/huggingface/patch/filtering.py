@@ -1,6 +1,6 @@
-"""What the filter of a patched head needs: a vocabulary index, and a check of its accuracy.
+"""The vocabulary index that the filter of a patched head needs.
 
-Stage: the `Fold` of a loss → a `VocabularyIndex`; every so many losses, an accuracy check.
+Stage: the `Fold` of a loss → a `VocabularyIndex`, or None for the exact pass.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from str_kernels.accuracy import AccuracyReport, check_accuracy
 from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.freshness import sampled_values
 from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
 from str_kernels.huggingface.patch.learned import (
     decode_order,
@@ -24,9 +24,9 @@ from str_kernels.huggingface.patch.learned import (
     order_digest,
     weight_digest,
 )
-from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
-from str_kernels.vocabulary import VocabularyIndex
+from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 # Above this share of live tiles (a flat softmax, an untrained model) the refinement costs more than
 # the screen saves.
@@ -69,8 +69,7 @@ class IndexSource:
         """Build nothing yet."""
         self._automatic = isinstance(index, str)
         self._index: VocabularyIndex | None = None if self._automatic else index
-        self._key: tuple | None = None
-        self._head: str | None = None  # digest of the weight that the choice was made for
+        self._head: _Head | None = None  # the weight that the choice was made for
         self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
 
@@ -85,14 +84,34 @@ class IndexSource:
             return None
         if self._kept is not None:
             self._take_over(weight)
-        key = _key_of(weight)
-        if key != self._key:
+        if not self._is_of(weight):
             if not (torch.is_grad_enabled() and fold.hidden_states.requires_grad):
                 return None  # evaluation alone builds nothing
+            if self._head is not None:
+                say_once(
+                    "str_kernels: the frozen head's weight has changed, so its vocabulary index is "
+                    "built again",
+                    logging.WARNING,
+                )
             states = _some_states(fold)
             self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._key, self._head, self._fresh = key, weight_digest(weight), True
+            self._head, self._fresh = _Head.of(weight), True
         return self._index
+
+    def _is_of(self, weight: Tensor) -> bool:
+        """Whether the choice was made for this weight, as it is now."""
+        if self._head is None or not self._head.has_values_of(weight):
+            return False
+        key = _key_of(weight)
+        if key == self._head.key:
+            return True
+        # written into or moved, perhaps by the same values: averaged weights were swapped out again
+        if self._index is not None:
+            means = tile_means(weight.detach(), self._index.order)
+            if not torch.equal(means, self._index.mean_rows):
+                return False
+        self._head = replace(self._head, key=key)
+        return True
 
     def judge(self, live_share: Tensor) -> None:
         """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
@@ -114,7 +133,8 @@ class IndexSource:
             given = None if self._index is None else order_digest(self._index.order)
             return {"automatic": False, "given": given}
         order = None if self._index is None else encode_order(self._index.order)
-        return {"automatic": True, "head": self._head, "order": order, "fresh": self._fresh}
+        head = None if self._head is None else self._head.digest
+        return {"automatic": True, "head": head, "order": order, "fresh": self._fresh}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -132,7 +152,8 @@ class IndexSource:
     def _take_over(self, weight: Tensor) -> None:
         """Use the choice of an earlier run, if it was made for this weight."""
         kept, self._kept = self._kept, None
-        if kept["head"] != weight_digest(weight):
+        head = _Head.of(weight)
+        if kept["head"] != head.digest:
             _log.warning(
                 "the vocabulary index of the checkpoint was made for another weight of the head; "
                 "one is built anew"
@@ -142,11 +163,29 @@ class IndexSource:
         if kept["order"] is not None:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
             self._index = VocabularyIndex.of_order(weight.detach(), order)
-        self._key, self._head, self._fresh = _key_of(weight), kept["head"], kept["fresh"]
+        self._head, self._fresh = head, kept["fresh"]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+
+    key: tuple
+    values: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Head:
+        return cls(_key_of(weight), sampled_values(weight), weight_digest(weight))
+
+    def has_values_of(self, weight: Tensor) -> bool:
+        """Whether the sampled values are this weight's; a write through ``.data`` changes them."""
+        values, known = sampled_values(weight), self.values
+        return values.device == known.device and torch.equal(values, known)
 
 
 def _key_of(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, tuple(weight.shape)
+    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
@@ -160,53 +199,3 @@ def _some_states(fold: Fold) -> Tensor:
     where = torch.linspace(0, len(states) - 1, min(_STATES, len(states))).long()
     states = states[where.to(states.device)]
     return states[states.isfinite().all(-1)]
-
-
-class AccuracyGuard:
-    """Checks the filter every so many losses, and falls back where it errs more than a bf16 head.
-
-    Args:
-        every: how many training losses lie between two checks; None: never checks.
-        notices: where a fallback is announced.
-
-    Attributes:
-        last_report: of the latest check, or None.
-    """
-
-    def __init__(self, every: int | None, notices: Notices) -> None:
-        """Check the period."""
-        whole = isinstance(every, int) and not isinstance(every, bool)
-        if every is not None and not (whole and every > 0):
-            raise ValueError(f"check_accuracy_every={every!r}: must be a positive integer or None.")
-        self._every, self._losses, self._notices = every, 0, notices
-        self.last_report: AccuracyReport | None = None
-
-    def after_loss(
-        self, operands: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
-    ) -> dict[str, Any]:
-        """Count one training loss; returns the options to change from now on, most often none.
-
-        The first fallback is an exact screen, the second the exact pass. The arguments are those of
-        ``check_accuracy``.
-        """
-        self._losses += 1
-        if self._every is None or (self._losses - 1) % self._every:
-            return {}
-        report = check_accuracy(*operands, options, **inputs)
-        self.last_report = report or self.last_report
-        if report is None or report.acceptable:
-            return {}
-        exact_screen = options.screen != "exact"
-        self._notices.warn_inaccurate(report, exact_screen=exact_screen)
-        return {"screen": "exact"} if exact_screen else {"screen": "auto", "filter_eps": 0.0}
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many losses there were, and the latest report; JSON values."""
-        report = None if self.last_report is None else asdict(self.last_report)
-        return {"losses": self._losses, "last_report": report}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where ``state_dict`` was made."""
-        report = state["last_report"]
-        self._losses = state["losses"]
-        self.last_report = None if report is None else AccuracyReport(**report)

@@ -37,7 +37,8 @@ from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
-from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource
+from str_kernels.huggingface.patch.filtering import Index, IndexSource
+from str_kernels.huggingface.patch.guard import AccuracyGuard
 from str_kernels.huggingface.patch.learned import SCHEMA, require_schema
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import LossMeter
