@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -94,7 +94,19 @@ class VocabularyIndex:
         report(0, len(weight))
         order = _clustered_order(_whitened(weight, hidden_states), report)
         quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
-        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), quantised, scales)
+        index = cls.of_order(weight, order)
+        return replace(index, quantised=quantised, row_scales=scales)
+
+    @classmethod
+    def of_order(cls, weight: Tensor, order: Tensor) -> VocabularyIndex:
+        """Return the index of ``weight [V, D]`` whose order ``[V]`` is known, without clustering.
+
+        Raises:
+            ValueError: an order that is no permutation of the weight's rows.
+        """
+        if not torch.equal(order.sort().values, torch.arange(len(weight), device=order.device)):
+            raise ValueError(f"order {list(order.shape)}: is no permutation of {len(weight)} rows.")
+        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES))
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this index was not built from.

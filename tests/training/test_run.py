@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from str_kernels.huggingface.patch import filtering
 from str_kernels.settings import Faults
 from str_kernels.training.callbacks import NoProgress
 from str_kernels.training.checks import DESCRIPTION, REFERENCES, prepare
@@ -75,10 +76,11 @@ def adapter(settings):
 
 
 @pytest.mark.parametrize("method", ["str", "unpatched"])
-def test_a_resumed_run_continues_exactly(make_settings, method):
+def test_a_resumed_run_continues_exactly(monkeypatch, make_settings, method):
     """Six steps are the same weights as three, Ctrl-C, and a resume: order of the data, dropout,
-    learning rate and optimizer all go on where they were.
+    learning rate, optimizer and the vocabulary index's fate all go on where they were.
     """
+    monkeypatch.setattr(filtering, "SMALLEST_VOCABULARY", 1)
     shared = {"method": method, "dropout": 0.2, "schedule": "cosine", "accumulation": 2}
     if method == "str":
         shared |= {"gradient_checkpointing": True}
