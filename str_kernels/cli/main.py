@@ -1,8 +1,8 @@
 """`str-kernels`: the commands, and how their errors reach a user.
 
-The result goes to stdout, everything else to stderr. The exit code is 0, 1 for a failure or 2 for
-what the user gave: a wrong command line, a wrong value, a file that cannot be used. A mistake of
-the user gives one readable message; `--debug` adds the trace.
+The result goes to stdout, everything else to stderr. The exit code is 0; 2 for a wrong command line
+or a file that cannot be used; 1 for another failure, such as a full disk. Each gives one readable
+message; `--debug` adds the trace.
 """
 
 from __future__ import annotations
