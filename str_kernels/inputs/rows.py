@@ -113,8 +113,8 @@ def is_learned(message: Message) -> bool:
     for name, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise RowFault(
-                f"{name}={shortened(value)}: must be 0 (read, not learned) or 1 (learned); the loss has no "
-                "other weights."
+                f"{name}={shortened(value)}: must be 0 (read, not learned) or 1 (learned); the "
+                "loss has no other weights."
             )
     if len(set(map(bool, given.values()))) > 1:
         raise RowFault(f"has marks that contradict each other: {given}.")
@@ -180,15 +180,16 @@ def _check_message(message: Any, *, last: bool) -> None:
     known = _ROLES.get(role.lower())
     if known not in (None, role):
         raise RowFault(
-            f"has the role {shortened(role)}; must be {known!r}, which is what chat templates call it.",
+            f"has the role {shortened(role)}; must be {known!r}, which is what chat "
+            "templates call it.",
             _ROLES_RENAMED,
         )
     _check_content(message)
     learned, assistant = is_learned(message), role == "assistant"
     if not assistant and learned and any(message.get(name) for name in MARKS):
         raise RowFault(
-            f"is marked as learned, and its role is {shortened(role)}; only the assistant's messages are "
-            "learned: remove the mark."
+            f"is marked as learned, and its role is {shortened(role)}; only the assistant's "
+            "messages are learned: remove the mark."
         )
     empty = is_blank(message.get("content") or "") and not message.get("tool_calls")
     if assistant and learned and empty and not last:
@@ -235,8 +236,8 @@ def _check_marks_of_row(row: Row) -> None:
         value = row.get(name)
         if value is not None and not (isinstance(value, int | float) and value == 1):
             raise RowFault(
-                f"{name}={shortened(value)}: a row has no weight of its own; leave the row out, or mark "
-                "the assistant's messages with weight 0 or 1, or remove the key."
+                f"{name}={shortened(value)}: a row has no weight of its own; leave the row out, or "
+                "mark the assistant's messages with weight 0 or 1, or remove the key."
             )
 
 
