@@ -72,7 +72,11 @@ def dense_rows(
     logits = dense_logits(hidden_states, weight, bias, options)
     labelled = labels != options.ignore_index
     target = torch.where(labelled, labels, 0)
-    lse = torch.logsumexp(logits, dim=-1)
+    # the maximum leaves first: a large lse has few decimals, also in its derivative exp(z - lse)
+    top = logits.detach().amax(-1)
+    top = torch.where(top.isfinite(), top, 0.0)
+    above = torch.logsumexp(logits - top[:, None], dim=-1)
+    lse = top + above
     cross_entropy = F.cross_entropy(
         logits, target, reduction="none", label_smoothing=options.label_smoothing
     )
@@ -86,14 +90,13 @@ def dense_rows(
         each = dense_penalty(options.safety, logits, reference)
         penalty = torch.where(weights > 0, options.safety.strength * weights * each, 0.0)
     label_logit = logits.gather(-1, target[:, None])[:, 0]
-    top, p = logits.amax(-1), torch.softmax(logits, -1)
-    rest = (top - lse) - torch.log_softmax(logits, -1).amax(-1)
+    p = torch.softmax(logits, -1)
     return DenseRows(
         cross_entropy,
         penalty,
         lse.detach(),
-        torch.where(lse.isfinite(), rest, 0.0).detach(),
+        torch.where(lse.isfinite(), (top - lse) + above, 0.0).detach(),
         None if safety_logits is None else safety_logits.detach(),
-        labelled & (label_logit >= top),
+        labelled & (label_logit >= logits.amax(-1)),
         torch.special.entr(p).sum(-1).detach(),
     )

@@ -131,9 +131,12 @@ def _log_sums(labels: Tensor, label_logit: Tensor, shift: Tensor, mass: Tensor) 
     shift = torch.where((labels >= 0) & (mass == 0), label_logit, shift)
     others, gap = mass.log(), label_logit - shift
     log_sum = torch.where(labels < 0, others, torch.logaddexp(others, gap))
-    lse = shift + log_sum
-    rest = torch.where(lse.isfinite(), (shift - lse) + log_sum, 0.0)
     surprise = torch.logaddexp(others - gap, torch.zeros_like(gap))
+    # the larger of both is taken out, so that what is left is small
+    highest = torch.where(gap > 0, label_logit, shift)
+    above = torch.where(gap > 0, surprise, log_sum)
+    lse = highest + above
+    rest = torch.where(lse.isfinite(), (highest - lse) + above, 0.0)
     # -log(inf / inf)
     surprise = surprise.masked_fill(label_logit == float("inf"), float("nan"))
     return _LogSums(log_sum, lse, rest, surprise)

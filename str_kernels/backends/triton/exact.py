@@ -63,8 +63,8 @@ def softmax_kernel(
     """One program takes BLOCK_R rows × one of the C tiles from ``first_tile`` on, and writes them.
 
     In: ``hidden [R, D]``, ``weight [V, D]``, ``bias [V]`` or None, ``label [R]`` int32,
-    ``label_logit [R]`` fp32 or None. Out:
-    ``share [C, R, TILE]`` in the dtype of H, exp(z - maximum) · slope without the label, or None;
+    ``label_logit [R]`` fp32 or None. Out: ``share [C, R, TILE]`` in the dtype of H, exp(z -
+    maximum) · slope without the label, or None;
     ``slope [C, R, TILE]`` in the dtype of H, or None; ``sums [5, C, R]`` fp32: without the label
     the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · (z - maximum) and the factor that corrects
     the rounding of ``share``; with the label Σ (z - label_logit).
