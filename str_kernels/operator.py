@@ -35,6 +35,7 @@ from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import check_inputs, flatten, gradients_needed, tiles_for, unflatten
 from str_kernels.vocabulary import VocabularyIndex
 
+_KNOWN = 5  # statistics that compiled code has too; the entropy follows them
 _INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales")  # of a `VocabularyIndex`
 
 
@@ -48,6 +49,7 @@ class Outputs(NamedTuple):
     cross_entropy: Tensor
     penalty: Tensor
     lse: Tensor
+    lse_rest: Tensor
     correct: Tensor
     dead_mass: Tensor
     live_share: Tensor
@@ -156,9 +158,8 @@ def traced_terms(
     text = _as_json(Settings(options, backend, gradients_needed(head), dtype, autocast))
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
     logits = None if options.safety is None else found.safety_logits
-    statistics = Statistics(
-        found.lse, found.correct, found.dead_mass, found.live_share, None, logits
-    )
+    known = (getattr(found, name) for name in Statistics._fields[:_KNOWN])
+    statistics = Statistics(*known, None, logits)
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
     return unflatten(terms, hidden_states.shape[:-1])
 
@@ -199,7 +200,7 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
     return Outputs(
         terms.cross_entropy,
         terms.penalty,
-        *statistics[:4],
+        *statistics[:_KNOWN],
         safety_logits=pad(statistics.safety_logits),
         rows=pad(kept.rows),
         safety_alone=pad(kept.safety_alone, torch.int64),
@@ -222,7 +223,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
-    rows = ("cross_entropy", "penalty", "lse", "dead_mass", "live_share")
+    rows = ("cross_entropy", "penalty", "lse", "lse_rest", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
         correct=make(count, dtype=torch.bool),

@@ -125,7 +125,9 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
         )
     rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
     dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
-    statistics = Statistics(rows.lse, rows.correct, dead, live, rows.entropy, rows.safety_logits)
+    statistics = Statistics(
+        rows.lse, rows.lse_rest, rows.correct, dead, live, rows.entropy, rows.safety_logits
+    )
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 
 

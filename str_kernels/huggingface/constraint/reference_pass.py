@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.engine.contract import Backend
+from str_kernels.engine.logits import log_probabilities
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
@@ -163,7 +164,7 @@ def safety_reference(
         )
         values = terms.statistics.safety_logits
         if safety.kind == "logprob":
-            values = values - terms.statistics.lse[:, None]
+            values = log_probabilities(values, terms.statistics)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table
