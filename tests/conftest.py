@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTHONSAFEPATH", "1")  # a child imports what is installed, not the tree
 os.environ.setdefault("STR_KERNELS_INDEX_CACHE", "off")  # nothing into the user's cache folder
 
 import pytest
