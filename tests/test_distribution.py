@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,12 @@ def test_the_installed_package_is_what_is_tested():
     assert os.path.samefile(str_kernels.__file__, installed), "run `pytest`, not `python -m pytest`"
     if sys.version_info >= (3, 11):  # PYTHONSAFEPATH is new there
         assert os.path.samefile(child.stdout.strip(), installed)
+
+
+def test_ci_runs_the_oldest_versions_promised():
+    """The floors of the metadata are what CI installs for the tests of the patch."""
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    for name in ("transformers", "peft", "trl"):
+        (floor,) = set(re.findall(rf'"{name}>=([\d.]+)', metadata))
+        assert f'"{name}=={floor}.*"' in script

@@ -53,8 +53,8 @@ def build_wheel(folder: Path, *, floors: bool = True) -> Path:
         metadata = copy / "pyproject.toml"
         text = metadata.read_text(encoding="utf-8")
         metadata.write_text(re.sub(r'(?m)^(  "\w+)>=[\d.]+', r"\1", text), encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, copy]
-    subprocess.run(command, check=True)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, copy], check=True)
     return next(folder.glob("*.whl"))
 
 
@@ -66,7 +66,7 @@ def examine(asked: Versions, wheel: Path, folder: Path) -> Row:
     try:
         row["why"] = _install(asked, wheel, venv)
         if not row["why"]:
-            row["installed"] = json.loads(_run(venv, "python", "-c", _VERSIONS).stdout)
+            row["installed"] = json.loads(_run(venv, venv / "bin/python", "-c", _VERSIONS).stdout)
             row |= _test(venv, folder)
     finally:
         shutil.rmtree(venv, ignore_errors=True)
@@ -84,11 +84,25 @@ def _install(asked: Versions, wheel: Path, venv: Path) -> str:
     if asked.triton is not None:
         steps.append(["--no-deps", f"triton=={asked.triton}.*"])
     for step in steps:
-        done = _run(venv, "python", "-m", "pip", "install", "--quiet", "--no-compile", *step)
+        done = _run(venv, *_installer(venv), *step)
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            return " ".join(errors[-2:]) or done.stderr[-500:]
+            return _reason(done.stderr)
     return ""
+
+
+def _installer(venv: Path) -> list[str]:
+    """Prefer uv, which keeps one copy of the gigabytes that environments share."""
+    uv = shutil.which("uv")
+    if uv is not None:
+        return [uv, "pip", "install", "--quiet", "--python", str(venv / "bin" / "python")]
+    pip = [str(venv / "bin" / "python"), "-m", "pip"]
+    return [*pip, "install", "--quiet", "--no-compile"]
+
+
+def _reason(errors: str) -> str:
+    """What pip says in its lines of errors, or uv in all it says."""
+    said = [line for line in errors.splitlines() if line.startswith("ERROR")]
+    return " ".join((" ".join(said) or errors).split())[:500]
 
 
 def _test(venv: Path, folder: Path) -> Row:
@@ -100,7 +114,7 @@ def _test(venv: Path, folder: Path) -> Row:
         report = folder / f"{number}.xml"
         report.unlink(missing_ok=True)
         options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
-        ran = _run(venv, "pytest", *options, *files, **setting)
+        ran = _run(venv, venv / "bin/pytest", *options, *files, **setting)
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
         for case in ElementTree.parse(report).iter("testcase"):
@@ -118,13 +132,14 @@ def _count(found: Row, case: ElementTree.Element) -> None:
         found["skipped" if "skipped" in outcomes else "passed"] += 1
 
 
-def _run(venv: Path, program: str, *arguments: object, **setting: str):
-    """Run a program of the environment in the root; what it prints is kept."""
+def _run(venv: Path, *command: object, **setting: str) -> subprocess.CompletedProcess:
+    """Run a command in the root, the environment's programs first; what it prints is kept."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    path = os.pathsep.join([str(venv / "bin"), os.environ["PATH"]])
     return subprocess.run(
-        [venv / "bin" / program, *map(str, arguments)],
+        [str(word) for word in command],
         cwd=ROOT,
-        env={**kept, **setting},
+        env={**kept, "PATH": path, **setting},
         capture_output=True,
         text=True,
     )
