@@ -27,13 +27,13 @@ TESTS = (
     "tests/huggingface",
     "tests/integrations",
     "tests/training/test_run.py",
-    "tests/triton/test_ahead.py",
+    "tests/triton/test_ahead.py::test_a_wide_weight_fits[90]",
     "tests/triton/test_selection.py",
 )
 # Triton reads TRITON_INTERPRET when it is imported, so these run in a process of their own
 INTERPRETED = (
     "tests/triton/interpreted/test_combine.py",
-    "tests/triton/interpreted/test_stages.py",
+    "tests/triton/interpreted/test_quantise.py",
 )
 _NOT_SOURCE = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", ".*")
 _VERSIONS = (
@@ -113,8 +113,8 @@ def _test(venv: Path, folder: Path) -> Row:
     ):
         report = folder / f"{number}.xml"
         report.unlink(missing_ok=True)
-        options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
-        ran = _run(venv, venv / "bin/pytest", *options, *files, **setting)
+        options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+        ran = _run(venv, venv / "bin/pytest", *options, f"--junitxml={report}", *files, **setting)
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
         for case in ElementTree.parse(report).iter("testcase"):
