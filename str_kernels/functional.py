@@ -188,39 +188,16 @@ class LinearCrossEntropyLoss(nn.Module):
     def __init__(
         self,
         *,
-        safety: SafetyConstraint | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        filter_eps: float | Literal["auto"] = "auto",
-        screen: Screen = "auto",
         index: VocabularyIndex | None = None,
         backend: str | Backend = "auto",
         return_parts: bool = False,
+        **options: Any,
     ) -> None:
+        """Check the settings, rather than at the first step; ``options`` are of `LossOptions`."""
         super().__init__()
-        settings = {
-            "safety": safety,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "filter_eps": filter_eps,
-            "screen": screen,
-        }
-        LossOptions(**settings)  # raises now rather than at the first step
         check_backend(backend)
-        self._settings: dict[str, Any] = {
-            **settings,
-            "index": index,
-            "backend": backend,
-            "return_parts": return_parts,
-        }
+        others = {"index": index, "backend": backend, "return_parts": return_parts}
+        self._settings: dict[str, Any] = vars(LossOptions(**options)) | others
 
     def forward(
         self,
