@@ -37,8 +37,10 @@ def compare(
         if not results.has(contender=contender.name, **where):
             if truth is None:
                 truth = truth_of(case)
-                facts = {**truth.statistics(), **live_share(case)}
-                results.add({"contender": "inputs", **where, **facts})
+                facts = {"contender": "inputs", **where, **truth.statistics()}
+                facts["live"], facts["dead_mass"] = live_share(case, case.index)
+                facts["live_token_order"], facts["dead_mass_token_order"] = live_share(case, None)
+                results.add(facts)
             results.add(measure(contender, case, truth=truth, trainable=trainable, **timing))
         advance(contender.name)
     return [row for row in results.rows if all(row.get(k) == v for k, v in where.items())]
