@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from str_kernels.bench.rows import Row as Result
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import Row as Result
+from str_kernels.bench.report import read_rows
 from str_kernels.evaluation.rates import Rate, mcnemar
 
 SCHEMA = "str_kernels.safety_experiment/1"

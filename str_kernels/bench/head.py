@@ -10,8 +10,7 @@ from str_kernels.bench import plots
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.measure import live_share, measure
-from str_kernels.bench.report import LEGEND, Results, cells, markdown, unmeasured
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import LEGEND, Results, Row, cells, markdown, unmeasured
 from str_kernels.bench.truth import truth_of
 
 KEYS = ("contender", "case", "dtype", "N", "V", "D", "trainable")

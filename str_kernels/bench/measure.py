@@ -11,7 +11,7 @@ from str_kernels.bench.clock import bare_product, paired
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import Row
 from str_kernels.bench.truth import Truth, constraint_error, errors
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.vocabulary import VocabularyIndex

@@ -1,19 +1,25 @@
-"""Keep results through an interruption, and make tables of them."""
+"""Keep results through an interruption, and make tables of them.
+
+A file of results has one JSON object a line; the first is the head, which all rows share.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.engine.cpu import processor_field
+from str_kernels.files import replacing
 from str_kernels.version import versions
+
+Row = dict[str, Any]
 
 SCHEMA = "str_kernels.bench/1"
 _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
@@ -44,6 +50,30 @@ LEGEND = (
     "extra memory; then errors against fp64: loss and log-sum-exp (rms) in nats, gradients of the "
     "hidden states, of confident rows alone, of the weight, of the constraint"
 )
+
+
+def read_rows(path: Path, schema: str) -> tuple[Row, list[Row]]:
+    """Return the head and the rows.
+
+    Raises:
+        ValueError: the file is not one of this schema.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            head, *rows = map(json.loads, file)
+    except ValueError:  # a broken line, or none at all
+        head = None
+    if not isinstance(head, dict) or head.get("schema") != schema:
+        raise ValueError(f"out={str(path)!r}: is no result of a benchmark; move it away.")
+    return head, rows
+
+
+def write_rows(path: Path, head: Row, rows: Iterable[Row]) -> None:
+    """Write the head and the rows in place of what the file holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *rows))
+    with replacing(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 class Results:

@@ -15,8 +15,7 @@ from str_kernels.bench.head import KEYS, compare, inputs_line, publish
 from str_kernels.bench.inputs import from_model, synthetic
 from str_kernels.bench.measure import live_share, measure
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.bench.report import SCHEMA, Results
-from str_kernels.bench.rows import read_rows, write_rows
+from str_kernels.bench.report import SCHEMA, Results, read_rows, write_rows
 from str_kernels.bench.truth import constraint_gradient, errors, truth_of
 from str_kernels.options import TILE
 

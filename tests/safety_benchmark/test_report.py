@@ -16,7 +16,7 @@ from benchmarks.safety.methods import (
     plan_order,
 )
 from benchmarks.safety.report import write
-from str_kernels.bench.rows import read_rows, write_rows
+from str_kernels.bench.report import read_rows, write_rows
 
 ORDER = plan_order()
 MADE = {
