@@ -20,11 +20,7 @@ from str_kernels.safety.inference import (
     prompt_token_ids,
     reading,
 )
-from str_kernels.safety.templates import (
-    BENIGN_REQUESTS,
-    REFUSED_REQUESTS,
-    REJECTION_TEMPLATES,
-)
+from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS, REJECTION_TEMPLATES
 from str_kernels.safety.vocabulary import is_word, special_ids, spellings, token_text
 
 ROUNDS = 2  # each template and each prompt is used at least this often, in different pairs

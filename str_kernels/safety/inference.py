@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +112,7 @@ def generate_greedy(
         ValueError: a prompt leaves no room for the answer in the model's context.
     """
     check_fits(model, "prompts", prompts, max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
-    pad = _pad_token(tokenizer)
+    ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id or 0
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -128,7 +128,7 @@ def generate_greedy(
             batch = left_padded([prompts[index] for index in chosen], pad, device)
             output = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
             for index, answer in zip(chosen, output, strict=True):
-                answers[index] = _until(answer, ends)
+                answers[index] = list(takewhile(lambda token: token not in ends, answer))
                 if on_answer is not None:
                     on_answer(index, answers[index])
     return answers
@@ -138,21 +138,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     named = _unwrapped(model).generation_config.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return ends - {None}
-
-
-def _until(answer: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(answer):
-        if token in ends:
-            return answer[:position]
-    return answer
 
 
 @contextmanager
