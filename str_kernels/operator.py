@@ -102,9 +102,8 @@ class Settings:
             if options.filter_eps != 0.0:
                 say_once("str_kernels: in compiled code a trainable head takes the exact pass")
             options = replace(options, filter_eps=0.0, screen="auto")
-        chosen = select_backend(self.backend, device, dtype).backend
         return resolve(
-            options, chosen, dtype=dtype, device=device, indexed=indexed, needs=self.needs
+            options, self.backend, dtype=dtype, device=device, indexed=indexed, needs=self.needs
         )
 
 
@@ -270,7 +269,7 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
         safety_alone=kept.safety_alone[:alone],
     )
     dtype = getattr(torch, settings.dtype)
-    backend = select_backend(settings.backend, kept.lse.device, dtype).backend
+    backend, _ = select_backend(settings.backend, kept.lse.device, dtype)
     # the forward chose and checked the filter; a traced backward has no part that depends on it
     resolved = Resolved(
         backend,

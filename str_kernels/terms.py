@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from str_kernels import oracle
-from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.backends.selection import resolve
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -47,21 +47,20 @@ def row_terms(
     check_inputs(head, inputs, options, index)
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
-    chosen = select_backend(backend, flat.device, flat.dtype).backend
+    resolved = resolve(
+        options,
+        backend,
+        dtype=flat.dtype,
+        device=flat.device,
+        indexed=index is not None,
+        entropy=entropy,
+        needs=gradients_needed(head),
+    )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(hidden_states.device.type, enabled=False):
-        if chosen is None:
+        if resolved.backend is None:
             terms = _dense_terms(head, inputs, options)
         else:
-            resolved = resolve(
-                options,
-                chosen,
-                dtype=flat.dtype,
-                device=flat.device,
-                indexed=index is not None,
-                entropy=entropy,
-                needs=gradients_needed(head),
-            )
             terms = fused_rows(head, inputs, tiles_for(weight, index, resolved), resolved)
     return unflatten(terms, labels.shape)
 

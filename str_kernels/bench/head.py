@@ -65,11 +65,6 @@ def title_of(rows: list[Row]) -> str:
     return f"{row['case']}: {shape}, {row['dtype']}, {head} head"
 
 
-def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and lines of the contenders that ran."""
-    return cells([row for row in rows if "gemms" in row])
-
-
 def stem_of(rows: list[Row]) -> str:
     """Return a file name for the plot."""
     row = rows[0]
@@ -89,7 +84,7 @@ def publish(results: Results) -> list[Path]:
         if plot in written:  # the same inputs in another shape
             plot = plot.with_stem("-".join([plot.stem, *(f"{k}{rows[0][k]}" for k in "NVD")]))
         plots.head_bars(rows, title_of(rows), plot)
-        table = markdown(*table_of(rows))
+        table = markdown(*cells(rows))
         absent = "".join(f"- {line}\n" for line in unmeasured(rows))
         text.append(f"### {title_of(rows)}\n\nRows: {inputs_line(rows)}.\n\n{table}\n{absent}")
         written.append(plot)

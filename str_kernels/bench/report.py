@@ -142,7 +142,8 @@ def circumstances() -> dict[str, Any]:
 
 
 def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[list[str]]]:
-    """Return headings and a line of text for each row; an empty column is left out."""
+    """Return headings and a line of text for each row; what has no entry is left out."""
+    rows = [row for row in rows if any(row.get(column[1]) is not None for column in COLUMNS)]
     shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     lines = [
         [str(row[label])]

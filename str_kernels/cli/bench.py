@@ -66,9 +66,9 @@ def bench(
         import torch
 
         from str_kernels.bench.contenders import chosen_contenders
-        from str_kernels.bench.head import KEYS, compare, inputs_line, publish, table_of, title_of
+        from str_kernels.bench.head import KEYS, compare, inputs_line, publish, title_of
         from str_kernels.bench.inputs import from_model, synthetic
-        from str_kernels.bench.report import LEGEND, Results, unmeasured
+        from str_kernels.bench.report import LEGEND, Results, cells, unmeasured
 
         chosen = chosen_contenders(contenders)
         results = Results(out / "bench.jsonl", KEYS, again=again)
@@ -90,7 +90,7 @@ def bench(
     if as_json:
         console.print_json({**results.as_dict(), "rows": found})
     else:
-        console.print_table(title_of(found), *table_of(found))
+        console.print_table(title_of(found), *cells(found))
         for line in unmeasured(found):
             console.say(f"not measured: {line}")
         console.say(f"rows: {inputs_line(found)}")

@@ -95,7 +95,7 @@ class Resolved:
     """How one loss runs, after every choice.
 
     Attributes:
-        backend: computes the stages.
+        backend: computes the stages; None: the oracle materialises every logit.
         options: the settings of the loss.
         eps: a pair is live above this share of the open probability; 0 computes every pair exactly.
         screen: the precision of the screen.
@@ -103,10 +103,11 @@ class Resolved:
         entropy: whether each row's entropy is computed.
         needs: whether hidden states, weight and bias need a gradient.
         dtype: the dtype of the hidden states, and of their gradient.
+        backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
     """
 
-    backend: Backend
+    backend: Backend | None
     options: LossOptions
     eps: float
     screen: str
@@ -114,6 +115,7 @@ class Resolved:
     entropy: bool
     needs: tuple[bool, bool, bool]
     dtype: torch.dtype
+    backend_reason: str = ""
     reason: str = ""
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.backends.selection import resolve
 from str_kernels.engine.contract import RowTerms
 from str_kernels.huggingface.deferred.forward import PATCH, has_own_forward
 from str_kernels.huggingface.deferred.torch_functions import METADATA, name_of
@@ -225,12 +225,8 @@ _OF_SUMS = {*_NEGATIONS, torch.sum, Tensor.sum}
 
 def entropy_is_free(states: Tensor, options: LossOptions, inputs: dict[str, Any]) -> bool:
     """Whether the loss's own pass computes every logit, and so the entropy as well."""
-    chosen = select_backend(inputs["backend"], states.device, states.dtype).backend
-    if chosen is None:
-        return True
-    indexed = inputs["index"] is not None
-    resolved = resolve(options, chosen, dtype=states.dtype, device=states.device, indexed=indexed)
-    return resolved.eps == 0.0
+    where = {"dtype": states.dtype, "device": states.device, "indexed": inputs["index"] is not None}
+    return resolve(options, inputs["backend"], **where).eps == 0.0
 
 
 def entropy_of(
