@@ -50,7 +50,6 @@ class AccuracyReport:
         )
 
     def __str__(self) -> str:
-        """One line for a log."""
         return (
             f"lse error {self.lse_error:.2g} (bf16 head {self.bf16_lse_error:.2g}), gradient error "
             f"{self.gradient_error:.2%} (bf16 head {self.bf16_gradient_error:.2%}), dead mass "

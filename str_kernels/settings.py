@@ -23,7 +23,6 @@ class Faults(ValueError):
     """Everything that is wrong with some settings, found before the first slow step."""
 
     def __init__(self, faults: list[str]) -> None:
-        """Join the sentences, one a line."""
         self.faults = tuple(faults)
         super().__init__("\n".join(faults))
 

@@ -20,7 +20,6 @@ class Rate:
     total: int
 
     def __post_init__(self) -> None:
-        """Check that the count lies within the total."""
         if not 0 <= self.count <= self.total or self.total < 1:
             raise ValueError(
                 f"count={self.count}, total={self.total}: must be 0 ≤ count ≤ total, 1 ≤ total."

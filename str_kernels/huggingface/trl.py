@@ -115,7 +115,6 @@ class TokenTerms:
     """The terms of every token in one forward with labels, for TRL."""
 
     def __init__(self) -> None:
-        """Start without terms."""
         self._columns: dict[str, Tensor] = {}
 
     def record(

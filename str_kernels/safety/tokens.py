@@ -47,7 +47,6 @@ class SafetyTokens:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Convert sequences to tuples and check them."""
         checked = SafetyConstraint(self.token_ids, 0.0, "mse")
         object.__setattr__(self, "token_ids", checked.token_ids)
         object.__setattr__(self, "tokens", tuple(self.tokens))
@@ -62,7 +61,6 @@ class SafetyTokens:
                 )
 
     def __len__(self) -> int:
-        """Return K."""
         return len(self.token_ids)
 
     @classmethod

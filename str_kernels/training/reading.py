@@ -43,7 +43,6 @@ class Collector:
     """Runs checks one after another and collects their errors."""
 
     def __init__(self) -> None:
-        """Start without faults."""
         self.faults: list[str] = []
 
     def attempt(self, check: Callable[..., T], *args: Any, **keywords: Any) -> T | None:

@@ -164,7 +164,6 @@ class _RunningTotals:
     """Sums over the vocabulary without the label, relative to ``exp(maximum)``."""
 
     def __init__(self, block: Block, wanted: Wanted, launches: tuple[Launch, Launch]) -> None:
-        """Begin with the sums of no tile."""
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
         self.place = label_places(block)

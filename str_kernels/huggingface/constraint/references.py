@@ -68,7 +68,6 @@ class ReferenceCache:
     """
 
     def __init__(self, path: str | os.PathLike, safety: SafetyConstraint) -> None:
-        """Open the file and compare its metadata."""
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(

@@ -30,7 +30,6 @@ class SafetyLogCallback(TrainerCallback):
     """
 
     def __init__(self, patch: Patch | None = None) -> None:
-        """Log for this patch."""
         self._patch = patch
 
     def on_train_begin(
