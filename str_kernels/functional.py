@@ -136,33 +136,24 @@ def linear_cross_entropy(
         rows = traced_terms(hidden_states, weight, labels, options, **others)
     else:
         rows = row_terms(hidden_states, weight, labels, options, **others)
-    loss, parts = reduce_terms(
-        rows,
-        labels,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        num_items_in_batch=num_items_in_batch,
-    )
+    loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
 
 
 def reduce_terms(
     rows: RowTerms,
     labels: Tensor,
-    *,
-    ignore_index: int,
-    reduction: Reduction,
+    options: LossOptions,
     num_items_in_batch: int | float | Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
-    num_labels = (labels != ignore_index).sum()
-
+    num_labels = (labels != options.ignore_index).sum()
     count = num_labels if num_items_in_batch is None else num_items_in_batch
 
     def reduce(terms: Tensor) -> Tensor:
-        if reduction == "none":
+        if options.reduction == "none":
             return terms
-        return terms.sum() if reduction == "sum" else _divide(terms.sum(), count)
+        return terms.sum() if options.reduction == "sum" else _divide(terms.sum(), count)
 
     cross_entropy, penalty = reduce(rows.cross_entropy), reduce(rows.penalty)
     statistics = rows.statistics

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.backward import backward_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -89,11 +90,6 @@ class Settings:
     def trained(self) -> bool:
         """Whether the weight or the bias needs a gradient."""
         return any(self.needs[1:])
-
-    @property
-    def logprob(self) -> bool:
-        """Whether the backward needs ``lse_gradient``."""
-        return self.options.safety is not None and self.options.safety.kind == "logprob"
 
     def resolved(self, device: torch.device, *, indexed: bool) -> Resolved:
         """Resolve the settings; in compiled code a trainable head takes the exact pass."""
@@ -221,6 +217,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
+    by_lse = of_hidden and constrained and needs_lse(safety)
     rows = ("cross_entropy", "penalty", "lse", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
@@ -229,7 +226,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
         ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
-        lse_gradient=make(*gradients, dtype=kept, there=of_hidden and settings.logprob),
+        lse_gradient=make(*gradients, dtype=kept, there=by_lse),
         open_mass=make(count, there=settings.trained),
         counts=torch.empty(2, dtype=torch.int64),
     )

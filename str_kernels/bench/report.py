@@ -30,14 +30,10 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g}%" if x >= 1e-5 else "<0.001%"
 
 
-def _mebibytes(x: int) -> str:
-    return f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"
-
-
 # heading, key and form of each column of the table
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
-    ("MiB", "peak_bytes", _mebibytes),
+    ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"),
     ("loss", "loss_error", lambda x: f"{x:.0e}"),
     ("lse", "lse_error", lambda x: f"{x:.0e}"),
     ("dH", "hidden_error", percent),

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from str_kernels.huggingface.patch.filtering import watching_index
-from str_kernels.inputs.chat import collate
+from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE, collate
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
@@ -76,7 +76,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         trainer.add_callback(interrupt)
         progress.stage("training")
         with watching_index(partial(show_clustering, progress)):
-            trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
+            trainer.train(resume_from_checkpoint=prepared.checkpoint and str(prepared.checkpoint))
     if reporter.not_finite_at is not None:
         raise FloatingPointError(
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
@@ -203,7 +203,7 @@ def _report_changes(prepared: Prepared, progress: Progress) -> None:
             f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "
             "template rewrites them."
         )
-    if prepared.default_template:
+    if prepared.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE:
         progress.notice("The tokenizer has no chat template; the default one is used.")
 
 
@@ -225,7 +225,3 @@ def _result(
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
         **peak_memory(),
     )
-
-
-def _path(checkpoint: Any) -> str | None:
-    return None if checkpoint is None else str(checkpoint)

@@ -109,9 +109,7 @@ class LabelledForward:
             entropy=tokens is not None and entropy_is_free(operands[0], options, inputs),
             **inputs,
         )
-        loss, parts = reduce_terms(
-            terms, labels, ignore_index=options.ignore_index, reduction=options.reduction
-        )
+        loss, parts = reduce_terms(terms, labels, options)
         if tokens is not None:
             entropy = terms.statistics.entropy
             if entropy is None:
