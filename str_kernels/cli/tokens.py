@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,13 +41,12 @@ def tokens(
     console.check_output("out", out)
     with console.stage("reading"):
         console.quiet_libraries()
-        from str_kernels.inputs.data import prompt_messages, response_of
         from str_kernels.inputs.loading import load_model_and_tokenizer
 
         texts = {
-            "templates": _texts(templates, response_of, answers=True),
-            "prompts": _texts(prompts, prompt_messages, answers=False),
-            "benign_prompts": _texts(benign, prompt_messages, answers=False),
+            "templates": _answers(templates),
+            "prompts": _requests(prompts),
+            "benign_prompts": _requests(benign),
         }
         loaded, tokenizer = load_model_and_tokenizer(
             model, dtype=dtype, adapter=adapter, device=device
@@ -78,15 +76,31 @@ def _show(model: str, found: SafetyTokens) -> None:
     )
 
 
-def _texts(path: Path | None, of_row: Callable[[Any], Any], *, answers: bool) -> list | None:
-    """Read texts, one on each line, or what ``of_row`` takes of JSONL rows; None: built in."""
-    from str_kernels.inputs.data import read_jsonl, read_lines
+def _answers(path: Path | None) -> list[str] | None:
+    from str_kernels.inputs.data import read_jsonl, response_of
 
+    if path is None or path.suffix != ".jsonl":
+        return _lines(path)
+    return [response_of(row) or "" for row in read_jsonl(path)]
+
+
+def _requests(path: Path | None) -> list[Any] | None:
+    from str_kernels.inputs.data import prompt_messages, read_jsonl
+
+    if path is None or path.suffix != ".jsonl":
+        return _lines(path)
+    return [prompt_messages(row) for row in read_jsonl(path, response_required=False)]
+
+
+def _lines(path: Path | None) -> list[str] | None:
     if path is None:
         return None
-    if path.suffix == ".jsonl":
-        return [of_row(row) for row in read_jsonl(path, response_required=answers)]
-    found = [line.strip() for line in read_lines(path) if line.strip()]
-    if not found:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+    if not any(found):
         raise ValueError(f"{path}: holds no text; write one text on each line.")
-    return found
+    return [line for line in found if line]

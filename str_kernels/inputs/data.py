@@ -37,8 +37,11 @@ def read_numbered(
     path: str | os.PathLike, *, response_required: bool = True
 ) -> list[tuple[int, Row]]:
     """Read as `read_jsonl` does, each row with the number of its line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
     rows, faults = [], []
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -127,16 +130,9 @@ def response_of(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
-    """Return the lines of a UTF-8 text.
-
-    Raises:
-        ValueError: the file is missing, or is no such text.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file.")
+def _lines(path: Path) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
 

@@ -112,7 +112,8 @@ def generate_greedy(
         ValueError: a prompt leaves no room for the answer in the model's context.
     """
     check_fits(model, "prompts", prompts, max_new_tokens)
-    ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id or 0
+    ends = _end_tokens(model, tokenizer)
+    pad = _pad_token(tokenizer)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -136,6 +137,10 @@ def generate_greedy(
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:

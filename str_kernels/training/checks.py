@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import TrainingData
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.lora import add_lora
@@ -53,6 +54,11 @@ class Prepared:
     def files(self) -> tuple[TrainingData, ...]:
         """Return data and anchors: everything that the model reads."""
         return (self.data, *self.anchors)
+
+    @property
+    def default_template(self) -> bool:
+        """Tell whether the model came without a chat template."""
+        return self.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE
 
 
 def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:

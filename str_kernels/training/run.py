@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from str_kernels.huggingface.patch.filtering import watching_index
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE, collate
+from str_kernels.inputs.chat import collate
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
@@ -203,7 +203,7 @@ def _report_changes(prepared: Prepared, progress: Progress) -> None:
             f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "
             "template rewrites them."
         )
-    if prepared.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE:
+    if prepared.default_template:
         progress.notice("The tokenizer has no chat template; the default one is used.")
 
 

@@ -30,6 +30,7 @@ class SafetyLogCallback(TrainerCallback):
     """
 
     def __init__(self, patch: Patch | None = None) -> None:
+        """Log for this patch."""
         self._patch = patch
 
     def on_train_begin(
