@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.selection import check_backend
-from str_kernels.engine.contract import Backend, RowTerms
+from str_kernels.engine.contract import Backend, Head, RowInputs, RowTerms
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.terms import row_terms
@@ -125,17 +125,11 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    others = {
-        "bias": bias,
-        "reference": reference,
-        "position_weights": position_weights,
-        "index": index,
-        "backend": backend,
-    }
+    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     if torch.compiler.is_compiling() and backend != "dense":
-        rows = traced_terms(hidden_states, weight, labels, options, **others)
+        rows = traced_terms(head, inputs, options, index, backend)
     else:
-        rows = row_terms(hidden_states, weight, labels, options, **others)
+        rows = row_terms(head, inputs, options, index=index, backend=backend)
     loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
 

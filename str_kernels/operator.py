@@ -128,23 +128,17 @@ def _as_json(value: Any) -> str:
 
 
 def traced_terms(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    head: Head,
+    inputs: RowInputs,
     options: LossOptions,
-    *,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    position_weights: Tensor | None,
     index: VocabularyIndex | None,
     backend: str | Backend,
 ) -> RowTerms:
-    """Compute ``row_terms`` in traced code; arguments as ``linear_cross_entropy``."""
+    """Compute ``row_terms`` in traced code."""
     if not isinstance(backend, str):
         raise ValueError(f"backend={backend!r}: compiled code takes a name, not an instance.")
-    head, inputs = flatten(
-        Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
-    )
+    shape, weight = head.hidden_states.shape[:-1], head.weight
+    head, inputs = flatten(head, inputs)
     parts = [None if index is None else getattr(index, name) for name in _INDEX]
     dtype = str(head.hidden_states.dtype).removeprefix("torch.")
     autocast = torch.is_autocast_enabled(weight.device.type)
@@ -155,7 +149,7 @@ def traced_terms(
         found.lse, found.correct, found.dead_mass, found.live_share, None, logits
     )
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
-    return unflatten(terms, hidden_states.shape[:-1])
+    return unflatten(terms, shape)
 
 
 def _records(tensors: Sequence[Tensor | None]) -> tuple[Head, RowInputs, VocabularyIndex | None]:
@@ -217,7 +211,6 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
-    by_lse = of_hidden and constrained and needs_lse(safety)
     rows = ("cross_entropy", "penalty", "lse", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
@@ -226,7 +219,9 @@ def _forward_fake(*arguments: Any) -> Outputs:
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
         ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
-        lse_gradient=make(*gradients, dtype=kept, there=by_lse),
+        lse_gradient=make(
+            *gradients, dtype=kept, there=of_hidden and constrained and needs_lse(safety)
+        ),
         open_mass=make(count, there=settings.trained),
         counts=torch.empty(2, dtype=torch.int64),
     )

@@ -27,24 +27,20 @@ from str_kernels.vocabulary import VocabularyIndex
 
 
 def row_terms(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    head: Head,
+    inputs: RowInputs,
     options: LossOptions,
     *,
-    bias: Tensor | None = None,
-    reference: Tensor | None = None,
-    position_weights: Tensor | None = None,
     index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
     entropy: bool = False,
 ) -> RowTerms:
-    """Compute both terms of every position, unreduced; arguments as ``linear_cross_entropy``.
+    """Compute both terms of every position, unreduced; tensors as in ``linear_cross_entropy``.
 
     ``entropy`` asks for the entropy of each labelled position's prediction too, in nats.
     """
-    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     check_inputs(head, inputs, options, index)
+    shape = inputs.labels.shape
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
     resolved = resolve(
@@ -57,12 +53,12 @@ def row_terms(
         needs=gradients_needed(head),
     )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with torch.autocast(flat.device.type, enabled=False):
         if resolved.backend is None:
             terms = _dense_terms(head, inputs, options)
         else:
-            terms = fused_rows(head, inputs, tiles_for(weight, index, resolved), resolved)
-    return unflatten(terms, labels.shape)
+            terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
+    return unflatten(terms, shape)
 
 
 def check_inputs(

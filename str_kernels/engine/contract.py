@@ -86,8 +86,8 @@ class RowInputs(NamedTuple):
     """Constants of N rows: ``labels [N]``, ``reference [N, K]`` or ``[K]``, weights ``[N]``."""
 
     labels: Tensor
-    reference: Tensor | None
-    position_weights: Tensor | None
+    reference: Tensor | None = None
+    position_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

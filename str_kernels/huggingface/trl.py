@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.selection import resolve
-from str_kernels.engine.contract import RowTerms
+from str_kernels.engine.contract import Head, RowInputs, RowTerms
 from str_kernels.huggingface.deferred.forward import PATCH, has_own_forward
 from str_kernels.huggingface.deferred.torch_functions import METADATA, name_of
 from str_kernels.options import LossOptions
@@ -234,13 +234,13 @@ def entropy_of(
     """Entropy ``[n]`` in nats of labelled rows, by a pass of its own: a filter leaves logits out.
 
     Args:
-        arguments: hidden states, weight and labels of ``row_terms``.
+        arguments: hidden states, weight and labels.
         options: of the loss.
-        inputs: ``bias`` and ``backend`` of ``row_terms``; its ``index`` is not used.
+        inputs: ``bias`` and ``backend``; an ``index`` is not used.
     """
+    states, weight, labels = arguments
     exact = replace(options, safety=None, filter_eps=0.0, screen="auto")
     with torch.no_grad():
-        terms = row_terms(
-            *arguments, exact, bias=inputs["bias"], backend=inputs["backend"], entropy=True
-        )
+        head, rows = Head(states, weight, inputs["bias"]), RowInputs(labels)
+        terms = row_terms(head, rows, exact, backend=inputs["backend"], entropy=True)
     return terms.statistics.entropy
