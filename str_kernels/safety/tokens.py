@@ -99,15 +99,8 @@ class SafetyTokens:
         """
         from str_kernels.safety.identify import identify
 
-        ids, scores = identify(
-            model,
-            tokenizer,
-            templates=templates,
-            prompts=prompts,
-            benign_prompts=benign_prompts,
-            top_k=top_k,
-            batch_size=batch_size,
-        )
+        texts = {"templates": templates, "prompts": prompts, "benign_prompts": benign_prompts}
+        ids, scores = identify(model, tokenizer, texts, top_k=top_k, batch_size=batch_size)
         return cls(
             token_ids=ids,
             tokens=[token_text(tokenizer, token) for token in ids],
