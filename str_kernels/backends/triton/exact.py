@@ -220,10 +220,8 @@ class _RunningTotals:
             given.rows,
             first_tile=tiles.start,
             **common(given),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
             GROUP=GROUP,
-            **tuning(launch),
+            **tuning(launch, "RD"),
         )
         return share, slope, sums
 
@@ -247,9 +245,7 @@ class _RunningTotals:
             len(tiles),
             given.dim,
             given.precision,
-            BLOCK_R=launch.block_r,
-            BLOCK_E=launch.block_e,
-            **tuning(launch),
+            **tuning(launch, "RE"),
         )
 
     def finish(self) -> Dense:

@@ -202,9 +202,6 @@ class _Pairs(NamedTuple):
             sums.maximum,
             sums.expected,
             **common(given),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            BLOCK_E=launch.block_e,
             ATOMIC=atomic,
-            **tuning(launch),
+            **tuning(launch, "RDE"),
         )
