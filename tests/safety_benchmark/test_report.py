@@ -4,17 +4,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.safety.findings import FILE, SCHEMA, kept, mcnemar, paired, read
-from benchmarks.safety.methods import (
-    CHAINS,
-    FLOOR,
-    HARSH,
-    MSE,
-    PAST,
-    PLAIN,
-    Plan,
-    Run,
-    plan_order,
-)
+from benchmarks.safety.methods import CHAINS, FLOOR, HARSH, MSE, PAST, PLAIN, Plan, Run, plan_order
 from benchmarks.safety.report import write
 from str_kernels.bench.report import read_rows, write_rows
 

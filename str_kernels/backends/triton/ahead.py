@@ -28,12 +28,7 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import (
-    THRESHOLD,
-    plan_kernel,
-    route_kernel,
-    threshold_kernel,
-)
+from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP

@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.backends.triton.operands import (
-    GROUP,
-    common,
-    label_places,
-    operands,
-    tuning,
-)
+from str_kernels.backends.triton.operands import GROUP, common, label_places, operands, tuning
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
