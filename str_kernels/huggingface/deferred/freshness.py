@@ -25,6 +25,7 @@ class StepClock:
     _alive: weakref.ref[StepClock] | None = None
 
     def __init__(self) -> None:
+        """Register the hook."""
         self.count = count = [0]
 
         def step(*_: object) -> None:  # must not refer to the clock, which it would keep alive
@@ -54,6 +55,7 @@ class Freshness:
     """
 
     def __init__(self, *tensors: Tensor | None) -> None:
+        """Note the present state."""
         self._clock = StepClock.shared()
         self._tensors, self._seen = tensors, self._state(tensors)
 

@@ -58,6 +58,7 @@ class IndexSource:
     """
 
     def __init__(self, index: Index) -> None:
+        """Build nothing yet."""
         self._automatic = isinstance(index, str)
         self._index: VocabularyIndex | None = None if self._automatic else index
         self._key: tuple | None = None
@@ -119,6 +120,7 @@ class AccuracyGuard:
     """
 
     def __init__(self, every: int | None, notices: Notices) -> None:
+        """Check the period."""
         whole = isinstance(every, int) and not isinstance(every, bool)
         if every is not None and not (whole and every > 0):
             raise ValueError(f"check_accuracy_every={every!r}: must be a positive integer or None.")

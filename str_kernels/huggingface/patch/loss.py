@@ -45,6 +45,7 @@ class LabelledForward:
     """
 
     def __init__(self, context: LossContext) -> None:
+        """Begin a forward."""
         self._context, self._inside, self._fused = context, True, False
         self.losses: list[FusedLoss] = []
 
