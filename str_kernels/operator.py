@@ -263,16 +263,7 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
     dtype = getattr(torch, settings.dtype)
     backend, _ = select_backend(settings.backend, kept.lse.device, dtype)
     # the forward chose and checked the filter; a traced backward has no part that depends on it
-    resolved = Resolved(
-        backend,
-        settings.options,
-        eps=0.0,
-        screen="exact",
-        auto=False,
-        entropy=False,
-        needs=settings.needs,
-        dtype=dtype,
-    )
+    resolved = Resolved(backend, settings.options, settings.needs, dtype)
     with torch.no_grad():
         gradients = backward_rows(kept, None, resolved, grad_cross_entropy, grad_penalty)
     return tuple(kept.lse.new_empty(0) if x is None else x for x in gradients)

@@ -74,7 +74,7 @@ def resolve(
     """
     chosen, backend_reason = select_backend(backend, device, dtype)
     if chosen is None:
-        return Resolved(None, options, 0.0, "exact", False, entropy, needs, dtype, backend_reason)
+        return Resolved(None, options, needs, dtype, backend_reason=backend_reason)
     if options.screen != "auto":
         refusal = chosen.refuses(options.screen, dtype, device)
         if refusal is not None:
@@ -94,7 +94,7 @@ def resolve(
         screen = chosen.auto_screen(dtype, device, MANY_ROWS)
     say_once(f"str_kernels: filter_eps={eps:g}, screen={screen} ({reason})")
     return Resolved(
-        chosen, options, eps, screen, auto, entropy, needs, dtype, backend_reason, reason
+        chosen, options, needs, dtype, eps, screen, auto, entropy, backend_reason, reason
     )
 
 
