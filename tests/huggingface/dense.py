@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from str_kernels import SafetyConstraint
-from str_kernels.huggingface.constraint.references import (
-    content_key,
-    real_tokens,
-    save_reference_cache,
-)
+from str_kernels.huggingface.constraint.references import save_reference_cache
+from str_kernels.huggingface.constraint.sequences import content_key, real_tokens
 
 
 def dense_loss(

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from str_kernels.huggingface import patch_model
+from str_kernels.huggingface import SafetyLogCallback, patch_model
 from str_kernels.huggingface.patch.install import find_patch
 from tests.huggingface.models import build
 from tests.huggingface.trainers import SAFETY, assert_equal_runs, lora_model, rows, run
@@ -50,6 +50,7 @@ def sft(model, folder, data=None, **settings):
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows()) if prepared else data,
+        eval_dataset=Dataset.from_list(rows(5)) if prepared else None,
         data_collator=collate if prepared else None,
         processing_class=word_tokenizer(),
     )
@@ -289,3 +290,20 @@ def test_preferences_are_refused_by_name(tmp_path):
         else:
             with pytest.raises(ValueError, match="DPO, GRPO, KTO"):
                 trainer.train()
+
+
+def test_evaluations_tell_the_terms_apart(tmp_path):
+    """Cross-entropy and penalty make up SFTTrainer's evaluation loss; the first is the loss that it
+    computes without the patch.
+    """
+    model = lora_model()
+    trainer = sft(model, tmp_path, per_device_eval_batch_size=2)
+    trainer.add_callback(SafetyLogCallback())
+    with patch_model(model, SAFETY):
+        trainer.train()
+        found = trainer.evaluate()
+    terms = found["eval_cross_entropy"], found["eval_safety_penalty"]
+    assert terms[1] > 1e-4
+    assert sum(terms) == pytest.approx(found["eval_loss"], rel=1e-5)
+    assert terms[0] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert trainer.state.log_history[-2]["eval_cross_entropy"] == terms[0]

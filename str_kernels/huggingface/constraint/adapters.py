@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 _SHOWN = 3  # names in an error
+_OF_THE_BASE = {"base_layer", "original_module"}  # PEFT's names of what an adapter wraps
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -53,12 +54,27 @@ def require_fixed_base(model: nn.Module) -> None:
         )
 
 
+def trained_adapters(layers: list[nn.Module]) -> set[str]:
+    """Names of the active adapters that have a parameter that is trained, in any of the layers."""
+    trained: set[str] = set()
+    for layer in layers:
+        active = set(layer.active_adapters)
+        for name, parameter in layer.named_parameters():
+            parts = set(name.split("."))  # PEFT keeps every part of an adapter under its name
+            if parameter.requires_grad and not parts & _OF_THE_BASE:
+                trained |= active & parts
+    return trained
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Switches the adapters off in this block: what is left is the aligned model.
+    """Switches the trained adapters off in this block: what is left is the aligned model.
 
-    PEFT's flags are set one by one: its ``disable_adapter()`` also rewrites ``requires_grad``,
-    which unfreezes what the user had frozen.
+    Active adapters without trained parameters stay: they are part of what training began with, and
+    cannot move. Where no adapter is trained, as in the evaluation of a loaded one, all are off.
+
+    PEFT's attributes are set one by one: its ``disable_adapter()`` and ``set_adapter()`` also
+    rewrite ``requires_grad``, which unfreezes what the user had frozen.
 
     Raises:
         ValueError: no adapter to switch off, or one merged into the weights.
@@ -76,10 +92,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             "unmerge_adapter() first."
         )
     layers = [layer for layer in layers if not layer.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
+    trained, before = trained_adapters(layers), [layer._active_adapter for layer in layers]
+    for layer, active in zip(layers, before, strict=True):
+        kept = [name for name in layer.active_adapters if trained and name not in trained]
+        layer._active_adapter, layer._disable_adapters = kept or active, not kept
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, False

@@ -32,9 +32,9 @@ SHARE = 0.25
 class AnchoredCollator:
     """A data collator that joins one row of each pool to every batch: constrained, not learned.
 
-    For training a patched model with a constraint: other models may leave ``position_weights``
-    unread, and an evaluation would count the rows in. All rows are padded to the longest, so keep
-    anchors as short as the data.
+    For training a patched model with a constraint and without an encoder: other models may leave
+    ``position_weights`` unread, and an evaluation would count the rows in. All rows are padded to
+    the longest, so keep anchors as short as the data.
 
     Args:
         collator: makes ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` from features,

@@ -23,6 +23,7 @@ def position_weights(
     *,
     ignore_index: int = -100,
     attention_mask: Tensor | None = None,
+    mask_name: str = "attention_mask",
     packing: Mapping[str, Any] | None = None,
     scored: Tensor | None = None,
 ) -> Tensor:
@@ -33,6 +34,7 @@ def position_weights(
         positions: what to constrain.
         ignore_index: the label that is none.
         attention_mask: ``[B, T]``, 0 on padding; None: no padding.
+        mask_name: what the mask is called in an error.
         packing: the forward's arguments, of which those of ``sequence_starts`` tell packed
             sequences apart; without one a row is one sequence, as to the model's own attention.
         scored: ``[B, T]`` bool, the positions that reach the loss at all (a model that slices its
@@ -48,34 +50,34 @@ def position_weights(
         return labelled.float()
     starts = sequence_starts(labels.shape, packing or {}, labels.device)
     if starts is None and positions != "all":
-        _refuse_blocks(attention_mask)
+        _refuse_blocks(attention_mask, mask_name)
     segments = torch.zeros_like(labels).long() if starts is None else starts.long().cumsum(-1)
     per_segment = _sum_by(segments, labelled)
     if positions == "all":
-        real = _real_positions(labels, attention_mask)
+        real = _real_positions(labels, attention_mask, mask_name)
         real = real if scored is None else real & scored
         return torch.where(real, per_segment / _sum_by(segments, real), 0.0)
     first = labelled & (_rank(segments, labelled) <= positions)
     return torch.where(first, per_segment / _sum_by(segments, first), 0.0)
 
 
-def _real_positions(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _real_positions(labels: Tensor, attention_mask: Tensor | None, name: str) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(labels, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != labels.shape:
         raise ValueError(
-            f"attention_mask={described(attention_mask)}: positions='all' needs one "
+            f"{name}={described(attention_mask)}: positions='all' needs one "
             f"of the shape of the logits' rows, {list(labels.shape)}, to tell padding; use "
             "positions='labels' otherwise."
         )
     return attention_mask.to(labels.device) != 0
 
 
-def _refuse_blocks(attention_mask: Any) -> None:
+def _refuse_blocks(attention_mask: Any, name: str) -> None:
     if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         return
     raise ValueError(
-        f"attention_mask={described(attention_mask)}: may keep packed sequences apart and does not "
+        f"{name}={described(attention_mask)}: may keep packed sequences apart and does not "
         "say where one starts; the first k positions of each need position_ids or cu_seq_lens_q."
     )
 

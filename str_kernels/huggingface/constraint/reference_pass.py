@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from str_kernels.engine.contract import Backend, Head, RowInputs
 from str_kernels.huggingface.constraint.adapters import adapters_off
+from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.head import deferring
 from str_kernels.huggingface.deferred.tensor import DeferredLogits
@@ -27,10 +28,18 @@ _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class _NoLoss:
-    """Owner of the reference pass's logits: there are no labels, so there is no loss."""
+    """Owner of the reference pass's logits: whatever loss the model makes of them is not read."""
 
-    def cross_entropy(self, *_: Any, **__: Any) -> Tensor:
-        raise ValueError("the model computes a loss without labels, so it has no reference pass.")
+    def __init__(self, labelled: bool) -> None:
+        self._labelled = labelled
+
+    def cross_entropy(self, fold: Fold, target: Tensor, *, reduction: str, **_: Any) -> Tensor:
+        if not self._labelled:
+            raise ValueError(
+                "the model computes a loss without labels, so it has no reference pass."
+            )
+        shape = target.shape if reduction == "none" else ()
+        return fold.hidden_states.new_zeros(shape)
 
     def logits_read(self, by: str, size: int) -> None:
         raise ValueError(
@@ -47,27 +56,39 @@ def reference_fold(
     Args:
         model: whose adapters are switched off and which is put in evaluation mode; both restored.
         forward: the model's forward without the patch.
-        arguments: of the training forward, by name; labels are left out.
+        arguments: of the training forward, by name; labels are left out, but where an
+            encoder-decoder makes its decoder's ids from them.
         adapters: False for a model that has none and is itself the reference.
 
     Raises:
         ValueError: no adapter to switch off, one merged into the weights, a call that goes on from
-            ``past_key_values``, or a model whose logits cannot be deferred.
+            ``past_key_values`` or from the states of an encoder, or a model whose logits cannot be
+            deferred.
     """
     if arguments.get("past_key_values") is not None:
         raise ValueError(
             "past_key_values: reference='adapter_off' runs the body twice and would extend the "
             "cache twice; train without a cache, or use a cache file."
         )
-    kept = {name: x for name, x in arguments.items() if name not in _NOT_FOR_REFERENCE}
+    if adapters and arguments.get("encoder_outputs") is not None:
+        raise ValueError(
+            "encoder_outputs: were computed with the adapters on, and the reference is computed "
+            "with the adapters off, in the encoder too; pass input_ids instead."
+        )
+    labelled = is_encoder_decoder(model)
+    left_out = () if labelled else _NOT_FOR_REFERENCE
+    kept = {name: x for name, x in arguments.items() if name not in left_out}
     modules = list(model.modules())
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
         kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
     device = next(model.parameters()).device
-    with adapters_off(model) if adapters else nullcontext(), _evaluating(modules, device):
+    with (
+        adapters_off(model) if adapters else nullcontext(),
+        _evaluating(modules, device, _NoLoss(labelled)),
+    ):
         outputs = forward(**kept)
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
-    if not isinstance(logits, DeferredLogits) or logits.fold is None:
+    logits = _logits(outputs)
+    if logits is None or logits.fold is None:
         raise ValueError(
             f"reference='adapter_off': the logits of {type(model).__name__} cannot be deferred, so "
             "its reference cannot be computed; use a cache file."
@@ -75,8 +96,13 @@ def reference_fold(
     return logits.fold
 
 
+def _logits(outputs: Any) -> DeferredLogits | None:
+    found = outputs if isinstance(outputs, tuple) else (outputs.logits,)
+    return next((x for x in found if isinstance(x, DeferredLogits)), None)
+
+
 @contextmanager
-def _evaluating(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+def _evaluating(modules: list[nn.Module], device: torch.device, owner: _NoLoss) -> Iterator[None]:
     """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
 
     This is ``eval()``, except that every module gets its own mode back.
@@ -89,7 +115,7 @@ def _evaluating(modules: list[nn.Module], device: torch.device) -> Iterator[None
         # a weight cast here would be cached without its graph, and used so by the training pass
         torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
         torch.random.fork_rng(devices, device_type=device.type),
-        deferring(_NoLoss()),
+        deferring(owner),
     ):
         for module in training:
             module.training = False

@@ -9,20 +9,17 @@ Padding does not matter: only the real tokens are hashed, and only they get valu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from str_kernels.files import replacing
 from str_kernels.huggingface.constraint.adapters import adapter_layers
 from str_kernels.huggingface.constraint.reference_pass import reference_fold, safety_reference
+from str_kernels.huggingface.constraint.sequences import Sequences, content_key
 from str_kernels.huggingface.deferred.forward import inner_forward
 from str_kernels.huggingface.deferred.head import (
     causal_lm,
@@ -31,29 +28,21 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.tensor_files import SavedTensors, save_tensors
 
 SCHEMA = "str_kernels.reference_cache/1"
 
-
-def content_key(token_ids: Sequence[int]) -> str:
-    """Name of a token sequence: a hash of its ids, without padding."""
-    text = ",".join(map(str, token_ids))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+_CHANGED = "packing, truncation or the data changed since it was made."
+_EVALUATING = (
+    "the model is in evaluation mode: the rows of the evaluation set need references as well. Make "
+    "the cache from the training and the evaluation rows together, use reference='adapter_off', or "
+    "train without evaluations; if the row was among those, packing or truncation changed since."
+)
 
 
 def reference_unit(safety: SafetyConstraint) -> str:
     """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
     return "logprobs" if safety.kind == "logprob" else "logits"
-
-
-def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[Tensor, list[int]]]:
-    """For each row of ``[B, T]``: the positions that are not padding, and their token ids."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = []
-    for ids, row_mask in zip(input_ids, mask, strict=True):
-        where = row_mask.nonzero()[:, 0]
-        rows.append((where, ids[where].tolist()))
-    return rows
 
 
 class ReferenceCache:
@@ -69,44 +58,40 @@ class ReferenceCache:
 
     def __init__(self, path: str | os.PathLike, safety: SafetyConstraint) -> None:
         self.path = Path(path)
+        name = f"reference={os.fspath(path)!r}"
         if not self.path.is_file():
             raise ValueError(
-                f"reference={os.fspath(path)!r}: no such file; make one with str-kernels cache or "
+                f"{name}: no such file; make one with str-kernels cache or "
                 "build_reference_cache, or use 'adapter_off'."
             )
-        try:
-            self._file = safe_open(self.path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"reference={os.fspath(path)!r}: not a safetensors file ({error})."
-            ) from None
+        self._saved = SavedTensors(path, name)
         self._check(safety)
-        self._keys = set(self._file.keys())
 
     def __deepcopy__(self, memo: dict) -> ReferenceCache:
         return self  # read only, and the open file cannot be copied
 
     def _check(self, safety: SafetyConstraint) -> None:
-        metadata = self._file.metadata() or {}
+        metadata = self._saved.metadata
         if metadata.get("schema") != SCHEMA:
             raise ValueError(
                 f"reference={str(self.path)!r}: schema is {metadata.get('schema')!r}, "
                 f"must be {SCHEMA!r}."
             )
-        if tuple(json.loads(metadata["token_ids"])) != safety.token_ids:
+        if tuple(self._saved.json("token_ids")) != safety.token_ids:
             raise ValueError(
                 f"reference={str(self.path)!r}: was computed for other safety tokens; compute it "
                 "again for these."
             )
-        if metadata["unit"] != reference_unit(safety):
+        unit = metadata.get("unit")
+        if unit != reference_unit(safety):
             raise ValueError(
-                f"reference={str(self.path)!r}: holds {metadata['unit']}, but kind={safety.kind!r} "
-                f"needs {reference_unit(safety)}; compute it again with this kind."
+                f"reference={str(self.path)!r}: holds {unit}, but kind={safety.kind!r} needs "
+                f"{reference_unit(safety)}; compute it again with this kind."
             )
 
     def holds(self, token_ids: Sequence[int]) -> bool:
         """Whether there are references of this sequence, given without padding."""
-        return content_key(token_ids) in self._keys
+        return content_key(token_ids) in self._saved.names
 
     def lookup(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """References ``[B, T, K]`` fp32 of a batch ``[B, T]``; zero on padding.
@@ -114,20 +99,22 @@ class ReferenceCache:
         Raises:
             ValueError: a sequence that is not in the cache (packed or cut differently).
         """
+        return self.find(Sequences(input_ids, mask=attention_mask))
+
+    def find(self, sequences: Sequences, *, evaluating: bool = False) -> Tensor:
+        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation."""
         found = None
-        for row, (where, ids) in enumerate(real_tokens(input_ids, attention_mask)):
-            key = content_key(ids)
-            if key not in self._keys:
+        for row, (where, length, key) in enumerate(sequences.rows()):
+            if key not in self._saved.names:
                 raise ValueError(
                     f"reference={str(self.path)!r}: holds nothing for row {row} of this batch "
-                    f"({len(ids)} tokens); packing, truncation or the data changed "
-                    "since it was made."
+                    f"({length} tokens); {_EVALUATING if evaluating else _CHANGED}"
                 )
-            values = self._file.get_tensor(key).float()
+            values = self._saved[key].float()
             if found is None:
-                found = torch.zeros(*input_ids.shape, values.shape[-1])
+                found = torch.zeros(*sequences.ids.shape, values.shape[-1])
             found[row, where.cpu()] = values
-        return found.to(input_ids.device)
+        return found.to(sequences.ids.device)
 
 
 def save_reference_cache(
@@ -151,8 +138,7 @@ def save_reference_cache(
         "token_ids": json.dumps(list(safety.token_ids)),
         "unit": reference_unit(safety),
     }
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def build_reference_cache(
@@ -166,9 +152,12 @@ def build_reference_cache(
     The references are fp16 on disk: 2·K bytes a token, rounded by 2⁻¹¹ of their size.
 
     Args:
-        model: the aligned model, with or without (then disabled) adapters; patched or not.
+        model: the aligned model, patched or not; trained adapters are disabled, and frozen ones
+            that are active beside them stay.
         batches: dicts of ``input_ids [B, T]`` and perhaps ``attention_mask [B, T]``, as the trainer
-            will see them; other arguments of the model's forward may be there, labels are ignored.
+            will see them; other arguments of the model's forward may be there. Labels are read for
+            encoder-decoders alone, whose sequences are found by ``decoder_input_ids``, or by labels
+            where those are not given, together with the encoder's ``input_ids``.
         path: the safetensors file to write.
         safety: the constraint of the run to come.
 
@@ -176,7 +165,7 @@ def build_reference_cache(
         How many sequences were stored.
 
     Raises:
-        ValueError: no folder to write into, no batch, or a batch without ``input_ids``.
+        ValueError: no folder to write into, no batch, or one without the ids.
     """
     _require_writable(Path(path))
     inner = causal_lm(model)
@@ -185,29 +174,29 @@ def build_reference_cache(
     references: dict[str, Tensor] = {}
     with deferrable_head(head):
         for batch in batches:
-            if batch.get("input_ids") is None:
-                raise ValueError("batches: one has no input_ids, by which the cache is looked up.")
-            references.update(_sequences(inner, dict(batch), safety))
+            references.update(_references(inner, dict(batch), safety))
     if not references:
         raise ValueError("batches: there was no sequence, so there is nothing to save.")
     save_reference_cache(path, references, safety)
     return len(references)
 
 
-def _sequences(
+def _references(
     model: nn.Module, arguments: dict[str, Tensor], safety: SafetyConstraint
 ) -> dict[str, Tensor]:
     """References ``[T, K]`` of the sequences of a batch, by the key of their content."""
-    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    sequences = Sequences.of(model, arguments)
+    if sequences.missing is not None:
+        raise ValueError(
+            f"batches: one has no {sequences.missing}, by which the cache is looked up."
+        )
+    ids, mask = sequences.ids, sequences.mask
     adapters = bool(adapter_layers(model))
     fold = reference_fold(model, inner_forward(model), arguments, adapters=adapters)
     real = torch.ones_like(ids) if mask is None else mask
     options = LossOptions(safety=safety, filter_eps=0.0)
     values = safety_reference(fold, real.reshape(-1) != 0, options).reshape(*ids.shape, -1)
-    return {
-        content_key(sequence): values[row, where].cpu()
-        for row, (where, sequence) in enumerate(real_tokens(ids, mask))
-    }
+    return {key: values[row, where].cpu() for row, (where, _, key) in enumerate(sequences.rows())}
 
 
 def _require_writable(path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
 from str_kernels.huggingface.patch.notices import Notices
@@ -31,7 +32,8 @@ class LossContext:
         backend: of the patch.
         index: gives the vocabulary index for a call of the head.
         notices: where warnings go.
-        arguments: of the model's forward, by name.
+        sequences: the tokens of the head's rows, as the arguments of the forward tell them.
+        evaluating: whether the model is in evaluation mode.
         aligned: the reference pass of this batch, if there was one.
         position_weights: ``[B, T]``, the weight of each position's logits in the constraint,
             instead of ``positions``; None: those.
@@ -45,7 +47,8 @@ class LossContext:
     backend: str | Backend
     index: IndexSource
     notices: Notices
-    arguments: dict[str, Any] = field(default_factory=dict)
+    sequences: Sequences = field(default_factory=Sequences)
+    evaluating: bool = False
     aligned: Fold | None = None
     position_weights: Tensor | None = None
     tokens: TokenTerms | None = None

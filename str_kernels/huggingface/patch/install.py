@@ -49,16 +49,21 @@ def patch_model(
     Args:
         model: a transformers causal LM, PEFT-wrapped or not; only this instance is touched.
         safety: the constraint, or None for the fused cross-entropy alone.
-        reference: ``"adapter_off"`` (the same model with its adapters disabled, one no-grad pass a
-            step), or the path of a cache that ``build_reference_cache`` wrote. The forwards check
-            that there is an adapter to switch off and that nothing else is trained, for PEFT may
-            come after the patch.
+        reference: ``"adapter_off"`` (the same model with its trained adapters disabled, one no-grad
+            pass a step), or the path of a cache that ``build_reference_cache`` wrote. Adapters that
+            are active and have no trained parameter stay on, so that one that carries the alignment
+            is part of the reference (``is_trainable=False``); one that is loaded and trained on is
+            not, and the first penalty, which is not 0 then, is said. The forwards check that there
+            is an adapter to switch off and that nothing else is trained, for PEFT may come after
+            the patch.
         positions: ``"all"`` (prompt too, padding not), ``"labels"``, or k, the first k labelled
             positions of each sequence; the weights w of a sequence always sum to its labels. A
             batch may carry weights w of its own beside its labels, ``position_weights [B, T]``
             floating point, of the logits at each position: for rows that are constrained and not
             learned, such as those that ``AnchoredCollator`` adds. A Trainer keeps such a column
-            of a data set only with ``remove_unused_columns=False``.
+            of a data set only with ``remove_unused_columns=False``. In an encoder-decoder the
+            positions are the decoder's; without ``decoder_attention_mask`` the padding of a row
+            begins after its last label.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch

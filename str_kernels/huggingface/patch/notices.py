@@ -35,6 +35,22 @@ class Notices:
             f"{instead}. An index made from other text or another weight does this."
         )
 
+    def warn_moved(self, penalty: float, distance: float, *, cached: bool) -> None:
+        """The model differs from its reference before it has been trained."""
+        why = (
+            "the cache file was made from another model or state of it, or the model has dropout"
+            if cached
+            else "the reference is the model without its trained adapters, and these had moved (a "
+            "checkpoint or a loaded adapter goes on: then this is right), or the model has dropout "
+            "of its own. An adapter that carries the alignment belongs to the reference: load it "
+            "with is_trainable=False and train another one beside it, or merge it first "
+            "(merge_and_unload)"
+        )
+        self._warn(
+            f"The first safety penalty is {penalty:.3g} a token, not 0: the safety logits are "
+            f"{distance:.3g} (root mean square) from their reference before training: {why}."
+        )
+
     def warn_bypassed(self) -> None:
         """Somebody else's forward computes the loss."""
         self._warn(

@@ -25,6 +25,7 @@ from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
+from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
     PATCH,
@@ -37,9 +38,11 @@ from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
-from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource
+from str_kernels.huggingface.patch.filtering import Index, IndexSource
+from str_kernels.huggingface.patch.guard import AccuracyGuard
+from str_kernels.huggingface.patch.learned import SCHEMA, require_schema
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
-from str_kernels.huggingface.patch.meter import LossMeter
+from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
@@ -59,6 +62,7 @@ class Patch:
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
         last_parts: ``LossParts`` of the latest loss, detached; None before the first.
         meter: sums of the losses in training mode since they were last taken.
+        evaluation_meter: the same in evaluation mode, each loss weighed as its rows.
         verification: the result of the trial of the patch on this model; None: there was none.
     """
 
@@ -76,15 +80,17 @@ class Patch:
         verification: Verification | None = None,
     ) -> None:
         """Install; ``patch_model`` has checked everything."""
-        self.meter, self.notices = LossMeter(), Notices()
+        self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
         self.index, self.backend, self.verification = index, backend, verification
         self.last_parts: LossParts | None = None
         self._source, self._head = IndexSource(index), head
+        self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
+        self._fallback: dict[str, Any] = {}  # options that the guard has changed
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
         install_forward(model, _patched_forward)
         defer_head(head)
@@ -118,6 +124,35 @@ class Patch:
             remove_forward(module)
         self._clock = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the patch has learned since it was made, as JSON values for a checkpoint.
+
+        That is the automatic vocabulary index, or that it was dropped; what the guard fell back to
+        and how far it has counted; the sums for the next log; whether the first penalty was judged. ``SafetyLogCallback`` keeps it in the
+        trainer's checkpoints; a loop of your own keeps it beside optimizer and adapter.
+        """
+        return {
+            "schema": SCHEMA,
+            "index": self._source.state_dict(),
+            "fallback": dict(self._fallback),
+            "guard": self.guard.state_dict(),
+            "meter": self.meter.state_dict(),
+            "first_penalty_judged": self._first.judged,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned; call it before the first forward.
+
+        Raises:
+            ValueError: not the state of a patch. In the next forward: a damaged index.
+        """
+        require_schema(state)
+        self._source.load_state_dict(state["index"])
+        self._fall_back(state["fallback"])
+        self.guard.load_state_dict(state["guard"])
+        self.meter.load_state_dict(state["meter"])
+        self._first.judged = state["first_penalty_judged"]
+
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The model's own forward; its head defers if there are labels."""
         before, self._running = self._running, True
@@ -136,7 +171,7 @@ class Patch:
                 return _undeferred(inner, args, kwargs)
             asked = kwargs.pop(trl.FLAG)
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if arguments.get("labels") is None and arguments.get("shift_labels") is None:
+        if _targets(arguments) is None:
             if weights is not None:
                 raise ValueError("position_weights: there are no labels, so no loss to weigh.")
             self._warn_unlabelled()
@@ -148,7 +183,7 @@ class Patch:
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0))
+            self._observe(forward.losses.pop(0), len(_targets(arguments)))
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -174,7 +209,8 @@ class Patch:
             backend=self.backend,
             index=self._source,
             notices=self.notices,
-            arguments=arguments,
+            sequences=Sequences.of(self.model, arguments),
+            evaluating=not self.model.training,
             aligned=self._aligned(inner, arguments),
             position_weights=weights,
             tokens=tokens,
@@ -188,18 +224,25 @@ class Patch:
         require_fixed_base(self.model)
         return aligned
 
-    def _observe(self, loss: FusedLoss) -> None:
+    def _observe(self, loss: FusedLoss, rows: int) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
         self._source.judge(loss.parts.live_share)
-        if not self.model.training:
-            return
-        self.meter.add(loss.terms, loss.parts)
+        training = self.model.training
+        meter = self.meter if training else self.evaluation_meter
+        meter.add(loss.terms, loss.parts, rows=None if training else rows)
         if loss.constrained is not None:
-            self.meter.add_drift(loss.terms, self.options.safety, *loss.constrained)
-        if torch.is_grad_enabled():
+            constrained = (loss.terms, self.options.safety, *loss.constrained)
+            meter.add_drift(*constrained)
+            if training and torch.is_grad_enabled():
+                self._first.after_loss(*constrained)
+        if training and torch.is_grad_enabled():
             fallback = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
-            self.options = replace(self.options, **fallback)
+            self._fall_back(fallback)
+
+    def _fall_back(self, changed: dict[str, Any]) -> None:
+        self._fallback |= changed
+        self.options = replace(self.options, **changed)
 
     def _warn_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:
@@ -235,6 +278,11 @@ def _patched_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if patch is None:  # unpatched below a newer wrapper
         return inner_forward(model)(*args, **kwargs)
     return patch.run(args, kwargs)
+
+
+def _targets(arguments: dict[str, Any]) -> Tensor | None:
+    labels = arguments.get("labels")
+    return arguments.get("shift_labels") if labels is None else labels
 
 
 def _undeferred(inner: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

@@ -60,8 +60,14 @@ def constrained_rows(
 def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int) -> Tensor:
     """Weights ``[R]`` of the rows of the head's call, from the labels that reached the loss."""
     shape, rows = batch_shape(context, fold), fold.rows.reshape(-1)
-    given = context.position_weights
+    given, sequences = context.position_weights, context.sequences
     if given is not None:
+        if sequences.source == "labels":
+            raise ValueError(
+                "position_weights: weigh the positions of an encoder-decoder's decoder_input_ids, "
+                "which must be in the batch then; rows that are constrained and not learned have "
+                "none in their labels (AnchoredCollator is for models without an encoder)."
+            )
         if given.shape != shape:
             raise ValueError(
                 f"position_weights={list(given.shape)}: must have one number for each row of the "
@@ -76,8 +82,9 @@ def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
         every.reshape(shape),
         context.positions,
         ignore_index=ignore_index,
-        attention_mask=context.arguments.get("attention_mask"),
-        packing=context.arguments,
+        attention_mask=sequences.mask,
+        mask_name=sequences.mask_name,
+        packing=sequences.packing,
         scored=scored.reshape(shape),
     )
     return weights.reshape(-1)
@@ -85,7 +92,7 @@ def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
 
 def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
     """``[B, T]`` of the rows that the head was called with."""
-    shape, ids = fold.batch_shape, context.arguments.get("input_ids")
+    shape, ids = fold.batch_shape, context.sequences.ids
     if len(shape) == 1 and ids is not None and ids.dim() == 2 and ids.numel() == shape.numel():
         return ids.shape
     if len(shape) != 2:
@@ -109,11 +116,11 @@ def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
 
 def _cached(context: LossContext, fold: Fold) -> Tensor:
     """References ``[R, K]`` from a cache file."""
-    ids = context.arguments.get("input_ids")
-    if ids is None or ids.shape != batch_shape(context, fold):
+    sequences = context.sequences
+    if sequences.missing is not None or sequences.ids.shape != batch_shape(context, fold):
         raise ValueError(
-            "input_ids: a reference cache is looked up by token ids [B, T], one for each row "
-            f"of the head, {list(fold.batch_shape)}."
+            f"{sequences.missing or sequences.source}: a reference cache is looked up by token ids "
+            f"[B, T], one for each row of the head, {list(fold.batch_shape)}."
         )
-    values = context.reference.lookup(ids, context.arguments.get("attention_mask"))
+    values = context.reference.find(sequences, evaluating=context.evaluating)
     return values.reshape(-1, values.shape[-1]).to(fold.device)
