@@ -86,8 +86,8 @@ class RowInputs(NamedTuple):
     """Constants of N rows: ``labels [N]``, ``reference [N, K]`` or ``[K]``, weights ``[N]``."""
 
     labels: Tensor
-    reference: Tensor | None
-    position_weights: Tensor | None
+    reference: Tensor | None = None
+    position_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,27 @@ class Resolved:
     """How one loss runs, after every choice.
 
     Attributes:
-        backend: computes the stages.
+        backend: computes the stages; None: the oracle materialises every logit.
         options: the settings of the loss.
+        needs: whether hidden states, weight and bias need a gradient.
+        dtype: the dtype of the hidden states, and of their gradient.
         eps: a pair is live above this share of the open probability; 0 computes every pair exactly.
         screen: the precision of the screen.
         auto: whether the backend may change the screen once it knows how many rows there are.
         entropy: whether each row's entropy is computed.
-        needs: whether hidden states, weight and bias need a gradient.
-        dtype: the dtype of the hidden states, and of their gradient.
+        backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
     """
 
-    backend: Backend
+    backend: Backend | None
     options: LossOptions
-    eps: float
-    screen: str
-    auto: bool
-    entropy: bool
     needs: tuple[bool, bool, bool]
     dtype: torch.dtype
+    eps: float = 0.0
+    screen: str = "exact"
+    auto: bool = False
+    entropy: bool = False
+    backend_reason: str = ""
     reason: str = ""
 
 

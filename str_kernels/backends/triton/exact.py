@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.backends.triton.operands import (
-    GROUP,
-    common,
-    label_places,
-    operands,
-    tuning,
-)
+from str_kernels.backends.triton.operands import GROUP, common, label_places, operands, tuning
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
@@ -168,7 +162,6 @@ class _RunningTotals:
     """Sums over the vocabulary without the label, relative to ``exp(maximum)``."""
 
     def __init__(self, block: Block, wanted: Wanted, launches: tuple[Launch, Launch]) -> None:
-        """Begin with the sums of no tile."""
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
         self.place = label_places(block)
@@ -229,10 +222,8 @@ class _RunningTotals:
             given.rows,
             first_tile=tiles.start,
             **common(given),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
             GROUP=GROUP,
-            **tuning(launch),
+            **tuning(launch, "RD"),
         )
         return share, slope, sums
 
@@ -256,9 +247,7 @@ class _RunningTotals:
             len(tiles),
             given.dim,
             given.precision,
-            BLOCK_R=launch.block_r,
-            BLOCK_E=launch.block_e,
-            **tuning(launch),
+            **tuning(launch, "RE"),
         )
 
     def finish(self) -> Dense:

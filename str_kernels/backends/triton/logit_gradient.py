@@ -165,10 +165,8 @@ def logit_gradients(rows: Rows, lists: Lists, tiles: range, launch: Launch) -> T
         given.rows,
         first_tile=tiles.start,
         **common(given),
-        BLOCK_R=launch.block_r,
-        BLOCK_D=launch.block_d,
         GROUP=GROUP,
-        **tuning(launch),
+        **tuning(launch, "RD"),
     )
     return dz
 

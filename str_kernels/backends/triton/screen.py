@@ -163,8 +163,6 @@ def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch)
         found.slope,
         given.rows,
         **common(given),
-        BLOCK_R=launch.block_r,
-        BLOCK_D=launch.block_d,
         GROUP=GROUP,
-        **tuning(launch),
+        **tuning(launch, "RD"),
     )

@@ -21,7 +21,6 @@ class LossMeter:
     """Adds up losses; ``take`` averages them and starts anew."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
         self._sums: Tensor | None = None
         self._drift: Tensor | None = None
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
