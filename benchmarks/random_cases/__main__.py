@@ -24,8 +24,7 @@ import torch
 from benchmarks.common import RESULTS
 from benchmarks.random_cases.check import check
 from benchmarks.random_cases.draw import OPTIONS, draw_options
-from str_kernels.bench.report import SCHEMA, circumstances, commit
-from str_kernels.bench.rows import write_rows
+from str_kernels.bench.report import SCHEMA, circumstances, commit, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 
 INTERPRETER = "TRITON_INTERPRET"

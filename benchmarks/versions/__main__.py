@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.versions.environment import build_wheel, examine
 from benchmarks.versions.plan import TOO_OLD, Versions, plan
 from benchmarks.versions.table import DOCS, FILE, SCHEMA, markdown, read
-from str_kernels.bench.rows import write_rows
+from str_kernels.bench.report import write_rows
 from str_kernels.cli.console import say
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.versions.plan import Versions
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import Row
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "accelerate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.versions.plan import TOO_OLD, Versions
-from str_kernels.bench.rows import Row, read_rows
+from str_kernels.bench.report import Row, read_rows
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "benchmarks" / "results" / "versions" / "versions.jsonl"

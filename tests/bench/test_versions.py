@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.versions import environment, table
 from benchmarks.versions.plan import OLDEST, TOO_OLD, allowed, plan
-from str_kernels.bench.rows import write_rows
+from str_kernels.bench.report import write_rows
 
 ROOT = Path(__file__).parents[2]
 METADATA = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
