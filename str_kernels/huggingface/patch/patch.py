@@ -128,8 +128,9 @@ class Patch:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
 
         That is the automatic vocabulary index, or that it was dropped; what the guard fell back to
-        and how far it has counted; the sums for the next log; whether the first penalty was judged. ``SafetyLogCallback`` keeps it in the
-        trainer's checkpoints; a loop of your own keeps it beside optimizer and adapter.
+        and how far it has counted; the sums for the next log; whether the first penalty was judged.
+        ``SafetyLogCallback`` keeps it in the trainer's checkpoints; a loop of your own keeps it
+        beside optimizer and adapter.
         """
         return {
             "schema": SCHEMA,
