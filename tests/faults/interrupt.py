@@ -209,7 +209,7 @@ def _work(work: Callable[[], None], output: int, limit: int | None) -> None:
         say(f"{type(error).__name__}: {error}")
         code = 2
     except SystemExit as ended:  # the command line has written the error itself
-        code = 2 if ended.code == 1 else 1
+        code = 2 if ended.code in (1, 2) else 1
     except BaseException:
         traceback.print_exc()
     finally:

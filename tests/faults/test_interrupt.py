@@ -1,0 +1,37 @@
+"""Commands that are killed or have no room: what is there loads, and the end is the same."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("train", "cache", "tokens", "evaluate", "index")
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def interrupt(how, commands, moments):
+    """Run the interruptions in a process of their own, since they fork."""
+    given = [sys.executable, "-m", "tests.faults.interrupt", how, *commands]
+    given += ["--moments", str(moments)]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for command in commands:
+        assert f"{how} {command}: {moments} moments, every result the same" in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("how", ["kill", "fill"])
+def test_an_interrupted_command_ends_in_the_same_result(how):
+    """The command with most files at three moments, another one for each kind of output."""
+    interrupt(how, ("train",), 3)
+    interrupt(how, ("evaluate", "index"), 2)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("how", ["kill", "fill"])
+def test_fifty_moments(how, command):
+    """Of every command."""
+    interrupt(how, (command,), 50)
