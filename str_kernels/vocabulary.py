@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from str_kernels.files import replacing
 from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS, quantise_rows
+from str_kernels.tensor_files import SavedTensors, save_tensors
 from str_kernels.validation import validate_weight
 
 SCHEMA = "str_kernels.vocabulary_index/1"
@@ -97,7 +94,19 @@ class VocabularyIndex:
         report(0, len(weight))
         order = _clustered_order(_whitened(weight, hidden_states), report)
         quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
-        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), quantised, scales)
+        index = cls.of_order(weight, order)
+        return replace(index, quantised=quantised, row_scales=scales)
+
+    @classmethod
+    def of_order(cls, weight: Tensor, order: Tensor) -> VocabularyIndex:
+        """Return the index of ``weight [V, D]`` whose order ``[V]`` is known, without clustering.
+
+        Raises:
+            ValueError: an order that is no permutation of the weight's rows.
+        """
+        if not torch.equal(order.sort().values, torch.arange(len(weight), device=order.device)):
+            raise ValueError(f"order {list(order.shape)}: is no permutation of {len(weight)} rows.")
+        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES))
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this index was not built from.
@@ -134,8 +143,7 @@ class VocabularyIndex:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all, whoever else writes it."""
         tensors = {name: x.contiguous() for name, x in self._tensors().items()}
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"schema": SCHEMA})
+        save_tensors(path, tensors, {"schema": SCHEMA})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> VocabularyIndex:
@@ -145,23 +153,18 @@ class VocabularyIndex:
             ValueError: no such file, not an index, or an order that is no permutation.
         """
         name = f"path={os.fspath(path)!r}"
-        if not Path(path).is_file():
-            raise ValueError(f"{name}: no such file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                schema = (file.metadata() or {}).get("schema")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{name}: not a safetensors file ({error}).") from None
-        if schema != SCHEMA:
-            raise ValueError(f"{name}: schema is {schema!r}, must be {SCHEMA!r}.")
-        if not _REQUIRED <= tensors.keys() <= _REQUIRED | _OPTIONAL:
-            found, wanted = (", ".join(sorted(names)) for names in (tensors, _REQUIRED))
+        saved = SavedTensors(path, name)
+        if saved.metadata.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{name}: schema is {saved.metadata.get('schema')!r}, must be {SCHEMA!r}."
+            )
+        if not _REQUIRED <= saved.names <= _REQUIRED | _OPTIONAL:
+            found, wanted = (", ".join(sorted(names)) for names in (saved.names, _REQUIRED))
             raise ValueError(f"{name}: holds {found}, must hold {wanted}; build it again.")
-        order = tensors["order"]
+        order = saved["order"]
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise ValueError(f"{name}: its order is not a permutation; build it again.")
-        return cls(**tensors)
+        return cls(**{key: saved[key] for key in saved.names})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a file holds, by name."""

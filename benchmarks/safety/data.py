@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import collate, encode_conversation
-from str_kernels.inputs.data import Row, read_jsonl
+from str_kernels.inputs.chat import LongPrompt, collate, encode_conversation
+from str_kernels.inputs.data import read_jsonl
+from str_kernels.inputs.rows import Row
 
 REFUSALS, LOOKALIKES, INSTRUCTIONS = "refusals", "lookalike_benign", "instructions"
 TASKS = ("sst2", "agnews")
@@ -80,7 +81,7 @@ def encode(
         ]
         try:
             encoded = encode_conversation(tokenizer, messages, max_length=max_length)
-        except ValueError:  # a prompt longer than the limit
+        except LongPrompt:
             continue
         features.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
     return features

@@ -29,7 +29,7 @@ from benchmarks.safety.tokens import context_reference, rarity, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
 from str_kernels.huggingface.constraint.anchors import join_anchors
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
+from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.training.lora import add_lora
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]

@@ -21,7 +21,7 @@ from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.evaluation.evaluation import answer_rows
 from str_kernels.evaluation.judge import classify
 from str_kernels.evaluation.rates import exact_match
-from str_kernels.inputs.data import Row
+from str_kernels.inputs.rows import Row
 from str_kernels.safety.inference import reading
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
 from str_kernels.huggingface.constraint.references import content_key
-from str_kernels.inputs.data import Row
+from str_kernels.inputs.rows import Row
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.templates import REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens

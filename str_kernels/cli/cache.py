@@ -11,13 +11,13 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, DataFile, ModelName, options_of
 from str_kernels.options import DEFAULT_KIND
-from str_kernels.training.settings import TrainSettings
+from str_kernels.training.settings import LONG, TrainSettings
 
 if TYPE_CHECKING:
     from str_kernels.training.checks import Prepared
 
 
-@options_of(TrainSettings, "kind", "anchors", "max_length", "batch", "dtype")
+@options_of(TrainSettings, "kind", "anchors", "max_length", "long", "batch", "dtype")
 def cache(
     model: ModelName,
     data: DataFile,
@@ -40,9 +40,12 @@ def cache(
         console.quiet_libraries()
         from str_kernels.training.caching import batch_count, cache_references, prepare_cache
         from str_kernels.training.model import load
+        from str_kernels.training.notices import data_notices
 
         settings = TrainSettings(model, data, str(out), tokens=tokens, **run)
         prepared = prepare_cache(settings, adapter=adapter)
+    for notice in data_notices(prepared):
+        console.say(f"note: {notice}")
     with console.stage("loading the model"):
         loaded = load(settings, adapter=adapter)
     safety = settings.constraint(prepared.tokens.token_ids)
@@ -58,15 +61,12 @@ def _facts(prepared: Prepared, out: Path, stored: int) -> dict[str, Any]:
 
     safety = prepared.settings.constraint(prepared.tokens.token_ids)
     files = [file.facts() for file in prepared.files]
-    rows, tokens, cut = (
-        sum(file[n] for file in files) for n in ("rows", "tokens", "cut_responses")
-    )
+    counted = ("rows", "tokens", "cut_responses", "skipped_rows", "truncated_prompts")
+    totals = {name: sum(file[name] for file in files) for name in counted}
     return {
         "path": str(out),
-        "rows": rows,
+        **totals,
         "sequences": stored,
-        "tokens": tokens,
-        "cut_responses": cut,
         "safety_tokens": len(prepared.tokens),
         "unit": reference_unit(safety),
         "bytes": out.stat().st_size,
@@ -89,6 +89,7 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
     words += [word for file in settings.anchors for word in ("--anchors", file)]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
+    words += [] if settings.long == LONG[0] else ["--long", settings.long]
     words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
     console.say(f"next: str-kernels {shlex.join(words)} --out ADAPTER")

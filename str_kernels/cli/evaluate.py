@@ -66,7 +66,11 @@ def evaluate(
         console.check_output("out", out)
     with console.stage("reading"):
         console.quiet_libraries()
-        rows = {name: _rows(name, path, limit) for name, path in given.items()}
+        rows = {name: _numbered(name, path, limit) for name, path in given.items()}
+        notices = _check(model, given, rows)
+    for notice in notices:
+        console.say(f"note: {notice}")
+    rows = {name: [row for _, row in numbered] for name, numbered in rows.items()}
     measured = _measure(command, rows, out)
     result = record(command, rows, measured)
     if out is not None:
@@ -79,10 +83,23 @@ def evaluate(
     console.say(next_command(command))
 
 
-def _rows(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
-    from str_kernels.inputs.data import read_jsonl
+def _numbered(name: str, path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
+    from str_kernels.inputs.data import read_numbered
 
-    return read_jsonl(path, response_required=name == "task")[:limit]
+    return read_numbered(path, response_required=name == "task")[:limit]
+
+
+def _check(model: str, paths: dict[str, Path], rows: dict[str, list]) -> list[str]:
+    """Check what the model's chat template does with the rows, before its weights are read."""
+    from str_kernels.inputs.data import check_prompts
+    from str_kernels.inputs.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return [
+        notice
+        for name, path in paths.items()
+        for notice in check_prompts(path, rows[name], tokenizer, compared=name == "task")
+    ]
 
 
 def _measure(command: Command, rows: dict[str, list], out: Path | None) -> Evaluation:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from str_kernels.cli.console import print_table
+from str_kernels.files import sha256_of
 from str_kernels.version import __version__, versions
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def record(command: Command, rows: dict[str, list], measured: Evaluation) -> dic
     files = {
         name: {
             "path": str(path),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": sha256_of(path),
             "rows": len(rows[name]),
         }
         for name, path in command.paths.items()

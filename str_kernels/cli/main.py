@@ -1,7 +1,8 @@
 """`str-kernels`: the commands, and how their errors reach a user.
 
-The result goes to stdout, everything else to stderr. The exit code is 0, 1 for a failure or 2 for a
-wrong command line. A mistake of the user gives one readable message; `--debug` adds the trace.
+The result goes to stdout, everything else to stderr. The exit code is 0; 2 for a wrong command line
+or a file that cannot be used; 1 for another failure, such as a full disk. Each gives one readable
+message; `--debug` adds the trace.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

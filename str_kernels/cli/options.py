@@ -12,7 +12,11 @@ import typer
 
 ModelName = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.")]
 DataFile = Annotated[
-    str, typer.Argument(help='JSONL: {"prompt", "response"} or {"messages"} on each line.')
+    str,
+    typer.Argument(
+        help='JSONL: {"prompt", "response"}, or {"messages"} and perhaps {"tools"}, on each line. '
+        'An assistant\'s message with "weight": 0 is read and not learned.'
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")

@@ -80,7 +80,8 @@ def _show(model: str, found: SafetyTokens) -> None:
 
 
 def _answers(path: Path | None) -> list[str] | None:
-    from str_kernels.inputs.data import read_jsonl, response_of
+    from str_kernels.inputs.data import read_jsonl
+    from str_kernels.inputs.rows import response_of
 
     if path is None or path.suffix != ".jsonl":
         return _lines(path)
@@ -88,11 +89,15 @@ def _answers(path: Path | None) -> list[str] | None:
 
 
 def _requests(path: Path | None) -> list[Any] | None:
-    from str_kernels.inputs.data import prompt_messages, read_jsonl
+    from str_kernels.inputs.data import read_jsonl
+    from str_kernels.inputs.rows import prompt_messages
 
     if path is None or path.suffix != ".jsonl":
         return _lines(path)
-    return [prompt_messages(row) for row in read_jsonl(path, response_required=False)]
+    rows = read_jsonl(path, response_required=False)
+    if with_tools := sum("tools" in row for row in rows):
+        console.say(f"note: {path}: the tools of {with_tools} rows are not shown to the model.")
+    return [prompt_messages(row) for row in rows]
 
 
 def _lines(path: Path | None) -> list[str] | None:

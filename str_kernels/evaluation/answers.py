@@ -63,7 +63,13 @@ class AnswerFile:
 
     def _read(self) -> dict[str, str]:
         self._file.seek(0)
-        text = self._file.read()
+        try:
+            text = self._file.read()
+        except UnicodeDecodeError as error:
+            self._file.close()
+            raise ValueError(
+                f"{self.path}: is not UTF-8 text (byte {error.start}); move the file away."
+            ) from error
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the run was interrupted while it wrote
             self._file.truncate(len(whole.encode()))
@@ -72,7 +78,7 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 answers[row["key"]] = row["answer"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
                 self._file.close()
                 raise ValueError(
                     f"{self.path}:{number}: is no answer of an earlier run; move the file away."

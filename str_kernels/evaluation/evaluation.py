@@ -17,7 +17,7 @@ from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.evaluation.judge import Outcome, classify
 from str_kernels.evaluation.judge_model import JudgeModel
 from str_kernels.evaluation.rates import Rate, exact_match
-from str_kernels.inputs.data import Row, prompt_messages, response_of
+from str_kernels.inputs.rows import Row, prompt_messages, response_of
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
 
 SCHEMA = "str_kernels.evaluation/2"
@@ -102,8 +102,7 @@ def evaluate(
             raise ValueError(f"task: row {position} has no expected answer; add one.")
     groups = {"refusals": refusals, "task": task, "benign": benign}
     for name, rows in groups.items():
-        prompts = [prompt_token_ids(tokenizer, prompt_messages(row)) for row in rows]
-        check_fits(model, name, prompts, max_new_tokens)
+        check_fits(model, name, _prompts(tokenizer, name, rows), max_new_tokens)
     answers = {
         name: answer_rows(
             model,
@@ -174,7 +173,7 @@ def answer_rows(
     on_answer: Callable[[], None] | None = None,
 ) -> list[str]:
     """Return the greedy answer to each row's request, as text."""
-    prompts = [prompt_token_ids(tokenizer, prompt_messages(row)) for row in rows]
+    prompts = _prompts(tokenizer, "rows", rows)
     answers = [known.get(prompt) if known is not None else None for prompt in prompts]
     missing = [index for index, answer in enumerate(answers) if answer is None]
 
@@ -182,8 +181,7 @@ def answer_rows(
         index = missing[position]
         answers[index] = tokenizer.decode(token_ids, skip_special_tokens=True)
         if known is not None:
-            asked = prompt_messages(rows[index])[-1]["content"]
-            known.add(prompts[index], asked, answers[index])
+            known.add(prompts[index], _request(rows[index]), answers[index])
         if on_answer is not None:
             on_answer()
 
@@ -201,6 +199,23 @@ def answer_rows(
     return [answer or "" for answer in answers]
 
 
+def _prompts(tokenizer: PreTrainedTokenizerBase, name: str, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of every row's prompt, with its tools."""
+    prompts = []
+    for position, row in enumerate(rows, start=1):
+        try:
+            messages = prompt_messages(row)
+            prompts.append(prompt_token_ids(tokenizer, messages, row.get("tools")))
+        except ValueError as error:
+            raise ValueError(f"{name}: row {position}: {error}") from error
+    return prompts
+
+
+def _request(row: Row) -> str:
+    """Return the text that the answer follows."""
+    return prompt_messages(row)[-1].get("content") or ""
+
+
 def _judged(
     judge: JudgeModel,
     rows: Sequence[Row],
@@ -212,7 +227,7 @@ def _judged(
     judged = (Outcome.REFUSAL, Outcome.COMPLIANCE)
     chosen = [index for index, outcome in enumerate(outcomes) if outcome in judged]
     refused = judge.refused(
-        [prompt_messages(rows[index])[-1]["content"] for index in chosen],
+        [_request(rows[index]) for index in chosen],
         [answers[index] for index in chosen],
         batch_size=batch_size,
     )

@@ -6,19 +6,22 @@ Stage: a file → checked rows with their line numbers → tokenised sequences.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import Encoded, Messages, encode_conversation
+from str_kernels.inputs.chat import Encoded, LongPrompt, encode_conversation, why_not_learnable
+from str_kernels.inputs.jsonl import check_layout, parse_line
+from str_kernels.inputs.rows import Row, checked, conversation, prompt_messages, response_of
+from str_kernels.inputs.template import render
+from str_kernels.inputs.unread import sentence, unread_keys
 
 MAX_FAULTS_SHOWN = 5
-
-Row = dict[str, Any]
 
 
 def read_jsonl(path: str | os.PathLike, *, response_required: bool = True) -> list[Row]:
@@ -40,29 +43,57 @@ def read_numbered(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    rows, faults = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    text = _text(path)
+    check_layout(path, text)
+    rows, faults = [], Faulty(path)
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            rows.append((number, _checked(json.loads(line), response_required)))
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}).")
-        except ValueError as error:
-            faults.append(f"{path}:{number}: {error}")
-    _raise(faults)
+        with faults.collected(number):
+            rows.append((number, checked(parse_line(line), response_required=response_required)))
+    faults.raise_all()
     if not rows:
         raise ValueError(f"{path}: holds no rows; write one JSON object on each line.")
     return rows
+
+
+class Faulty:
+    """Collects the faults of a file's rows; the first few are named, each remedy once."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        self._faults: list[str] = []
+        self._remedies: dict[str, None] = {}  # in the order in which they came
+
+    @contextmanager
+    def collected(self, number: int) -> Iterator[None]:
+        """Collect the ValueError of one row; other rows go on."""
+        try:
+            yield
+        except ValueError as error:
+            self._faults.append(f"{self.path}:{number}: {error}")
+            if remedy := getattr(error, "remedy", ""):
+                self._remedies[remedy] = None
+
+    def raise_all(self, advice: str = "") -> None:
+        """Raise the faults as one error."""
+        if self._faults:
+            more = len(self._faults) - MAX_FAULTS_SHOWN
+            rest = [f"… and {more} more such lines."] if more > 0 else []
+            rest += [*self._remedies, *([advice] if advice else [])]
+            raise ValueError("\n".join(self._faults[:MAX_FAULTS_SHOWN] + rest))
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """A file of conversations, tokenised."""
 
-    sequences: list[Encoded]  # one a row of the file
+    sequences: list[Encoded]  # one a row of the file that is not skipped
+    lines: list[int]  # where each of these rows stands in the file
     sha256: str  # of the file's bytes
     source: str  # its path
+    skipped: int = 0  # rows without room for an answer, left out
+    unread: dict[str, int] = field(default_factory=dict)  # keys that nothing reads, and their rows
 
     def features(self) -> list[dict[str, list[int]]]:
         """Return what the trainer's collator takes."""
@@ -79,6 +110,9 @@ class TrainingData:
             "longest": max(len(s.input_ids) for s in self.sequences),
             "cut_responses": sum(s.cut > 0 for s in self.sequences),
             "unlearned_turns": sum(s.skipped_turns for s in self.sequences),
+            "skipped_rows": self.skipped,
+            "truncated_prompts": sum(s.left_out > 0 for s in self.sequences),
+            "unread_keys": self.unread,
         }
 
 
@@ -88,76 +122,95 @@ def encode_file(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    long: str = "refuse",
 ) -> TrainingData:
     """Tokenise the rows that `read_numbered` read, with the tokenizer's chat template.
 
+    Args:
+        path: the file.
+        rows: what it holds.
+        tokenizer: writes and tokenises the conversations.
+        max_length: most tokens of a sequence.
+        long: what becomes of a prompt that leaves no room for an answer: ``"refuse"``, ``"skip"``
+            the row, or ``"truncate"`` the prompt's middle.
+
     Raises:
-        ValueError: prompts leave no room for an answer; each is named ``file:line``.
+        ValueError: rows that cannot be learned; each is named ``file:line``.
     """
-    sequences, faults = [], []
+    sequences, lines, faults, lengths = [], [], Faulty(path), []
     for number, row in rows:
-        try:
-            answer = {"role": "assistant", "content": row.get("response")}
-            messages = row.get("messages") or [*prompt_messages(row), answer]
-            sequences.append(encode_conversation(tokenizer, messages, max_length=max_length))
-        except ValueError as error:
-            faults.append(f"{path}:{number}: {error}")
-    _raise(faults)
+        with faults.collected(number):
+            try:
+                sequences.append(_encoded(row, tokenizer, max_length, long))
+                lines.append(number)
+            except LongPrompt as error:
+                lengths.append(error.tokens)
+                if long != "skip":
+                    raise
+    longest = max(lengths, default=0)
+    faults.raise_all(
+        f"{path}: {len(lengths)} of {len(rows)} prompts leave no room for an answer, and the "
+        f"longest has {longest} tokens: raise --max-length ({max_length}), or give --long skip "
+        "(leave the rows out) or --long truncate (leave out the prompt's middle)."
+        if lengths
+        else ""
+    )
+    if not sequences:
+        raise ValueError(
+            f"{path}: all {len(rows)} prompts leave no room for an answer, so that no row is left: "
+            f"raise --max-length ({max_length}); the longest prompt has {longest} tokens."
+        )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return TrainingData(sequences, digest, os.fspath(path))
+    unread = unread_keys(tokenizer, (row for _, row in rows))
+    return TrainingData(sequences, lines, digest, os.fspath(path), len(lengths), unread)
 
 
-def _raise(faults: list[str]) -> None:
-    if faults:
-        more = len(faults) - MAX_FAULTS_SHOWN
-        rest = [f"… and {more} more such lines."] if more > 0 else []
-        raise ValueError("\n".join(faults[:MAX_FAULTS_SHOWN] + rest))
+def check_prompts(
+    path: str | os.PathLike,
+    rows: list[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    compared: bool = False,
+) -> list[str]:
+    """Check that the chat template writes every prompt; return what a user should know.
+
+    Args:
+        path: the file.
+        rows: what `read_numbered` read from it.
+        tokenizer: writes the conversations.
+        compared: the model's answers are compared with the rows', which must be text.
+
+    Raises:
+        ValueError: rows that cannot be asked; each is named ``file:line``.
+    """
+    faults = Faulty(path)
+    for number, row in rows:
+        with faults.collected(number):
+            render(tokenizer, prompt_messages(row), answer_next=True, tools=row.get("tools"))
+            if compared and not response_of(row):
+                raise ValueError("has no text as its answer, with which to compare; add it.")
+    faults.raise_all()
+    answered = next((row for _, row in rows if response_of(row)), None)
+    why = answered and why_not_learnable(tokenizer, conversation(answered), answered.get("tools"))
+    unread = unread_keys(tokenizer, (row for _, row in rows))
+    notices = [f"{path}: str-kernels train refuses such rows: {why}"] if why else []
+    return [*notices, *([sentence(os.fspath(path), unread)] if unread else [])]
 
 
-def prompt_messages(row: Row) -> Messages:
-    """Return the conversation up to the answer, as chat messages."""
-    if "messages" not in row:
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, long: str) -> Encoded:
+    return encode_conversation(
+        tokenizer,
+        conversation(row),
+        max_length=max_length,
+        tools=row.get("tools"),
+        truncate=long == "truncate",
+    )
 
 
-def response_of(row: Row) -> str | None:
-    """Return a row's answer: its response, or the last message if the assistant speaks there."""
-    if "messages" not in row:
-        return row.get("response")
-    last = row["messages"][-1]
-    return last["content"] if last["role"] == "assistant" else None
-
-
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-
-
-def _checked(row: Any, response_required: bool) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}; must be a JSON object.")
-    if "messages" in row:
-        _check_messages(row["messages"])
-    elif not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError('must have "messages", or "prompt" with some text.')
-    elif not isinstance(row.get("response"), str | None):
-        raise ValueError(f"response={row['response']!r}: must be text.")
-    if response_required and not response_of(row):
-        raise ValueError('has no answer: add "response", or an assistant\'s message at the end.')
-    return row
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list with at least one message.")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError(f'messages[{position}] must have "role" and "content", both text.')
-    if all(message["role"] == "assistant" for message in messages):
-        raise ValueError("messages must contain a message that is not the assistant's.")
+        raise ValueError(
+            f"{path}: not UTF-8 text (byte {error.start}); must be JSON Lines in UTF-8."
+        ) from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from str_kernels.inputs.chat import ensure_chat_template
+from str_kernels.inputs.template import ensure_chat_template
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_OWN = re.compile(r"\w+=")  # how an error of this package begins
 
 
 def load_model_and_tokenizer(
@@ -59,6 +62,8 @@ def load_tokenizer(model: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer of a model, with a padding token and a chat template."""
     load_config(model)  # names a model that needs code of its own before anything else is read
     tokenizer = _from_pretrained(AutoTokenizer, model)
+    with library_reading(f"model={os.fspath(model)!r}", "its tokenizer cannot encode text"):
+        tokenizer("text", truncation=False)
     ensure_pad_token(tokenizer)
     ensure_chat_template(tokenizer)
     return tokenizer
@@ -80,17 +85,35 @@ def load_model(
 
 def _from_pretrained(auto: Any, model: str | os.PathLike, **keywords: Any) -> Any:
     (source, gguf), name = _source(model), os.fspath(model)
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
-    except ImportError as error:
-        raise ValueError(f"model={name!r}: cannot be read; {error}") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+    with library_reading(f"model={name!r}", "cannot be loaded"):
+        try:
+            return auto.from_pretrained(source, trust_remote_code=False, **gguf, **keywords)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise ValueError(
                 f"model={name!r}: needs code that comes with it, which is never run here; use a "
                 "model that transformers has built in."
             ) from error
-        raise ValueError(f"model={name!r}: cannot be loaded; {error}") from error
+
+
+@contextmanager
+def library_reading(name: str, fault: str) -> Iterator[None]:
+    """Raise whatever a library's reader raises as a ValueError that begins with ``name``.
+
+    The readers check little: a damaged file ends in an AttributeError or KeyError somewhere inside,
+    and tokenizers raise bare Exceptions. Only a lack of memory is not the file's fault.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = str(error)
+        if isinstance(error, ValueError) and _OWN.match(told):
+            raise
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}: {fault}; {kind}{told}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -163,12 +186,8 @@ def check_adapter(adapter: str | os.PathLike) -> None:
 def _with_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:
     from peft import PeftModel
 
-    try:
+    with library_reading(f"adapter={os.fspath(adapter)!r}", "cannot be put on this model"):
         return PeftModel.from_pretrained(model, os.fspath(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"adapter={os.fspath(adapter)!r}: cannot be put on this model; {error}"
-        ) from error
 
 
 def merge_adapter(model: torch.nn.Module, adapter: str | os.PathLike) -> torch.nn.Module:

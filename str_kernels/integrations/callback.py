@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.trainer_callback import ExportableState
-
 from str_kernels.huggingface.patch.callback import SafetyLogCallback
 from str_kernels.integrations.settings import PatchSettings
 
 
-class PatchCallback(SafetyLogCallback, ExportableState):
+class PatchCallback(SafetyLogCallback):
     """Patches the model when training begins, logs, and unpatches it at the end.
 
     When an error ends a training, the patch stays until the next training begins.
@@ -37,8 +35,8 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         self._settings.read_constraint()
 
     def state(self) -> dict:
-        """Return what a checkpoint needs to make this callback again."""
-        return {"args": self._config, "attributes": {}}
+        """Return what a checkpoint needs to make this callback again, and to go on."""
+        return {**super().state(), "args": self._config}
 
     def on_train_begin(
         self,
@@ -53,8 +51,6 @@ class PatchCallback(SafetyLogCallback, ExportableState):
         self._unpatch()
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._patch = self._settings.patch(model, tokenizer)
-        # the trainer renews only the entries that it finds, and an older checkpoint has none
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

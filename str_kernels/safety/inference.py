@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from str_kernels.inputs.chat import render
+from str_kernels.inputs.template import Tools, render
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
 @contextmanager
@@ -34,14 +35,16 @@ def reading(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None
+) -> list[int]:
     """Encode a request up to where the answer begins, with the tokenizer's chat template.
 
     Raises:
         ValueError: the template rejects the conversation.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = render(tokenizer, messages, answer_next=True)
+    text = render(tokenizer, messages, answer_next=True, tools=tools)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -111,7 +114,7 @@ def generate_greedy(
         ValueError: a prompt leaves no room for the answer in the model's context.
     """
     check_fits(model, "prompts", prompts, max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -142,7 +145,8 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens at which generation stops: the model's and the tokenizer's."""
     named = _unwrapped(model).generation_config.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return ends - {None}

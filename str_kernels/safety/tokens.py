@@ -5,14 +5,13 @@ Stage: an aligned model and its tokenizer → K token ids with their scores → 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from str_kernels.files import write_json
+from str_kernels.files import read_json, write_json
 from str_kernels.options import DEFAULT_KIND, ConstraintKind, SafetyConstraint
 from str_kernels.safety.vocabulary import fingerprint, is_word, special_ids, token_text
 
@@ -222,7 +221,4 @@ def _read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: no such file; make it with `str-kernels tokens` or SafetyTokens.save."
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}).") from error
+    return read_json(path)

@@ -6,26 +6,29 @@ weights → `Prepared`. No weights are read here.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from str_kernels.files import read_json
 from str_kernels.huggingface.constraint.references import ReferenceCache
-from str_kernels.inputs.chat import DEFAULT_CHAT_TEMPLATE
 from str_kernels.inputs.data import TrainingData
+from str_kernels.inputs.loading import library_reading
+from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.training.checkpoints import newest_checkpoint
 from str_kernels.training.lora import add_lora
 from str_kernels.training.reading import Collector, check_vocabulary, read_inputs
 from str_kernels.training.settings import TrainSettings
 
 DESCRIPTION = "str_kernels.json"
 REFERENCES = "references.safetensors"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
 def check_output(settings: TrainSettings, resume: bool) -> Path | None:
     """Check that the folder is writable and has no other run; return the checkpoint to resume."""
     folder = settings.folder
-    checkpoint = newest_checkpoint(folder)
+    sealed = _seals(folder)
+    checkpoint = newest_checkpoint(folder, sealed=sealed)
+    foreign = not sealed and any(folder.glob("checkpoint-*"))
     if resume:
         if checkpoint is None:
             raise ValueError(
                 f"out={settings.out!r}: has no checkpoint to resume from; leave --resume out."
             )
-    elif checkpoint is not None or (folder / ADAPTER).exists():
+    elif checkpoint is not None or foreign or (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"out={settings.out!r}: already has a run; resume it, or choose another folder."
         )
@@ -108,11 +113,21 @@ def check_output(settings: TrainSettings, resume: bool) -> Path | None:
     return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the largest step, or None."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    whole = [path for path in found if (path / "trainer_state.json").is_file()]
-    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+def _seals(folder: Path) -> bool:
+    """Tell whether a folder has a run that seals its checkpoints; version 0.1 did not."""
+    try:
+        return _description(folder).get("sealed", False)
+    except ValueError:
+        return False
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Read what a run has written about itself."""
+    path = folder / DESCRIPTION
+    read = read_json(path)
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: is a {type(read).__name__}; must be a JSON object.")
+    return read
 
 
 def check_reference_file(
@@ -137,11 +152,12 @@ def check_reference_file(
         ids = [sequence.input_ids for sequence in file.sequences]
         missing = [row for row, sequence in enumerate(ids) if not cache.holds(sequence)]
         if missing:
+            line, length = file.lines[missing[0]], len(ids[missing[0]])
             raise ValueError(
                 f"reference={reference!r}: has no entry for {len(missing)} of {len(ids)} rows of "
-                f"{file.source}; the first is row {missing[0] + 1}, of {len(ids[missing[0]])} "
-                "tokens. The file, the chat template or the maximal length changed since it was "
-                "made; make it again."
+                f"{file.source}; the first is line {line}, of {length} tokens. "
+                "The file, the chat template or the maximal length changed since it was made; make "
+                "it again."
             )
 
 
@@ -153,7 +169,9 @@ def check_model(
 ) -> None:
     """Check that the head has all ids, the adapter fits the model, and the disk has room."""
     model = check_vocabulary(settings, config, files, tokens)
-    _check_disk(settings, add_lora(model, **settings.lora))
+    with library_reading(f"model={settings.model!r}", "takes no adapter"):
+        adapted = add_lora(model, **settings.lora)
+    _check_disk(settings, adapted)
 
 
 def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
@@ -171,18 +189,17 @@ def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
 
 def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> None:
     """Check that a resumed run has the settings and the data of its first part."""
-    path = settings.folder / DESCRIPTION
+    path, before = settings.folder / DESCRIPTION, _description(settings.folder)
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
         different = settings.differences(before["settings"])
         known = {facts["path"]: facts["sha256"] for facts in (before["data"], *before["anchors"])}
-        for file in files:
-            if known.get(file.source, file.sha256) != file.sha256:
-                different.append(f"the contents of {file.source}")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}), so nothing can be resumed.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged ({error}), so nothing can be resumed.") from error
+    for file in files:
+        if known.get(file.source, file.sha256) != file.sha256:
+            different.append(f"the contents of {file.source}")
     if different:
         raise ValueError(
-            f"out={settings.out!r}: was begun with other settings ({', '.join(different)}); give "
-            "the same ones to resume it."
+            f"out={settings.out!r}: was begun with other settings ({', '.join(different)}), as "
+            f"{DESCRIPTION} there says; give the same ones to resume it."
         )

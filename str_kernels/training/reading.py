@@ -13,7 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from str_kernels.inputs.data import TrainingData, encode_file, read_numbered
-from str_kernels.inputs.loading import load_config, load_tokenizer, resolve_device
+from str_kernels.inputs.loading import (
+    library_reading,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+)
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.settings import Faults
 from str_kernels.training.settings import TrainSettings
@@ -74,7 +79,7 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
     if tokenizer is not None:
         tokens = attempt(_tokens, settings, tokenizer, resume)
         encoded = [
-            found and attempt(encode_file, file, found, tokenizer, max_length=settings.max_length)
+            found and attempt(encode_file, file, found, tokenizer, **settings.lengths)
             for file, found in zip(files, rows, strict=True)
         ]
     anchors = tuple(file for file in encoded[1:] if file is not None)
@@ -115,7 +120,8 @@ def check_vocabulary(
     tokens: SafetyTokens | None,
 ) -> torch.nn.Module:
     """Check that all ids are rows of the head; return the copy without weights ("meta")."""
-    with torch.device("meta"):
+    reading = library_reading(f"model={settings.model!r}", "its configuration makes no model")
+    with reading, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     if head is None:

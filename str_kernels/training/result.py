@@ -74,6 +74,7 @@ def write_description(
     settings = prepared.settings
     description = {
         "schema": SCHEMA,
+        "sealed": True,  # checkpoints are, see `str_kernels.training.checkpoints`
         "complete": result is not None and not result.interrupted,
         "settings": settings.as_dict(),
         "versions": run_versions(),

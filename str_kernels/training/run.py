@@ -5,19 +5,22 @@ Stage: `Prepared` → trained adapter in the output folder, with `str_kernels.js
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
-from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.caching import cache_references
@@ -29,9 +32,11 @@ from str_kernels.training.callbacks import (
     StepTimer,
     show_clustering,
 )
-from str_kernels.training.checks import REFERENCES, Prepared
+from str_kernels.training.checkpoints import Sealing, settle
+from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
+from str_kernels.training.notices import data_notices, end_notice
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.result import Result, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
@@ -49,6 +54,11 @@ class CountingTrainer(Trainer):
         self.tokens_seen = inputs["attention_mask"].sum() + self.tokens_seen
         return super().training_step(model, inputs, *args, **keywords)
 
+    def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
+        """Save, and say it in one sentence if that fails: torch's writer raises RuntimeErrors."""
+        with _writing(f"checkpoint-{self.state.global_step} in {self.args.output_dir}"):
+            super()._save_checkpoint(*args, **keywords)
+
 
 def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     """Run what `prepare` checked.
@@ -60,10 +70,15 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         FloatingPointError: the loss is not finite.
     """
     settings, progress = prepared.settings, progress or NoProgress()
-    _report_changes(prepared, progress)
+    for notice in data_notices(prepared):
+        progress.notice(notice)
     progress.stage("loading the model")
     model = load(settings)
+    if notice := end_notice(prepared, model):
+        progress.notice(notice)
     tokens = _safety_tokens(model, prepared, progress)
+    for name in settle(settings.folder, prepared.checkpoint):
+        progress.notice(f"{name} was not finished, and is removed.")
     write_description(prepared, tokens, None)
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
@@ -74,6 +89,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             trainer.add_callback(SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
+        trainer.add_callback(Sealing())  # after those that add files to a checkpoint
         progress.stage("training")
         with watching_index(partial(show_clustering, progress)):
             trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
@@ -83,10 +99,29 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    model.save_pretrained(settings.out)
-    prepared.tokenizer.save_pretrained(settings.out)
+    _save(model, prepared)
     write_description(prepared, tokens, result)
     return result
+
+
+@contextmanager
+def _writing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{name} cannot be written ({error}); free some space.") from error
+
+
+def _save(model: torch.nn.Module, prepared: Prepared) -> None:
+    """Save tokenizer and adapter, the file last that makes the folder an adapter's."""
+    folder = prepared.settings.folder
+    beside = tempfile.TemporaryDirectory(dir=folder, prefix="saving-")
+    with _writing(f"the adapter in {folder}"), beside as name:
+        model.save_pretrained(name)
+        prepared.tokenizer.save_pretrained(name)
+        files = sorted(Path(name).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
+        for file in files:
+            os.replace(file, folder / file.name)
 
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
@@ -182,29 +217,6 @@ def _patch(
             progress.stage("computing the references")
             cache_references(model, prepared, safety, reference)
     return patch_model(model, safety, **arguments)
-
-
-def _report_changes(prepared: Prepared, progress: Progress) -> None:
-    facts = prepared.data.facts()
-    for file in map(TrainingData.facts, prepared.files):
-        if file["cut_responses"]:
-            progress.notice(
-                f"{file['path']}: {file['cut_responses']} of {file['rows']} responses are cut at "
-                f"{prepared.settings.max_length} tokens."
-            )
-    longest = max((file.facts()["longest"] for file in prepared.anchors), default=0)
-    if longest > facts["longest"]:
-        progress.notice(
-            f"anchors of up to {longest} tokens widen every batch that they join, for the data's "
-            f"longest row has {facts['longest']}: shorten them, or lower max_length."
-        )
-    if facts["unlearned_turns"]:
-        progress.notice(
-            f"{facts['unlearned_turns']} earlier answers are read but not learned: the chat "
-            "template rewrites them."
-        )
-    if prepared.default_template:
-        progress.notice("The tokenizer has no chat template; the default one is used.")
 
 
 def _result(

@@ -18,6 +18,7 @@ from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
+LONG = ("refuse", "skip", "truncate")
 
 # These may differ between the interrupted and the resumed part of a run: none changes a weight.
 FREE_ON_RESUME = ("out", "logging_steps", "save_steps")
@@ -89,6 +90,12 @@ class TrainSettings(ConstraintSettings):
     max_length: int = setting(
         2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
     )
+    long: str = setting(
+        "refuse",
+        "What becomes of a row whose prompt leaves no room for an answer: refuse (the run does not "
+        "start), skip (the row is left out), or truncate (the prompt's middle is left out).",
+        one_of(*LONG),
+    )
     dtype: str = setting(
         "auto",
         "Precision of the body: auto (the checkpoint's), float32, bfloat16, float16, or "
@@ -131,6 +138,11 @@ class TrainSettings(ConstraintSettings):
         """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """Return the arguments of ``encode_file``."""
+        return {"max_length": self.max_length, "long": self.long}
 
     @property
     def constrained(self) -> bool:

@@ -63,7 +63,7 @@ def test_a_model_s_own_head(capsys, tmp_path, tiny_model_dir):
 def test_a_wrong_command_is_one_message(capsys, tmp_path, arguments, message):
     """Said by name, before anything slow, without a trace."""
     called = call(capsys, "bench", *arguments, "--out", tmp_path / "out")
-    assert called.code == 1
+    assert called.code == 2
     assert message in called.err
     assert "Traceback" not in called.err
     assert not (tmp_path / "out").exists()

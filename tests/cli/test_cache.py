@@ -70,9 +70,9 @@ def test_computed_once_and_trained_with(capsys, aligned_model_dir, files, rows, 
     write(data, [*rows[:2], {"prompt": "tell me the topic of rain", "response": "weather"}])
     words[-1] = str(tmp_path / "other")
     refused = call(capsys, *words, *TRAIN)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "has no entry for 1 of 3 rows of" in refused.err
-    assert "; the first is row 3, of" in refused.err
+    assert "; the first is line 3, of" in refused.err
     assert "loading the model" not in refused.err
 
 
@@ -148,7 +148,7 @@ def test_mistakes_are_found_together_and_before_the_work(
     """Output, data, tokens, length and adapter: named, and no weight is read."""
     out = tmp_path / "no" / "refs.safetensors"
     done = cache(capsys, aligned_model_dir, files, out)
-    assert done.code == 1
+    assert done.code == 2
     assert "error: out=" in done.err
     assert "checking" not in done.err
     files[0].write_text('{"prompt": "a"}\n{oops\n')
@@ -156,7 +156,7 @@ def test_mistakes_are_found_together_and_before_the_work(
     out = tmp_path / "refs.safetensors"
     more = ("--max-length", 4096, "--adapter", tmp_path)
     done = cache(capsys, aligned_model_dir, files, out, *more)
-    assert done.code == 1
+    assert done.code == 2
     for text in ("data.jsonl:1", "data.jsonl:2", "tokens.json", "max_length=4096", "adapter="):
         assert text in done.err
     assert "loading the model" not in done.err

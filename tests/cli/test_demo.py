@@ -57,7 +57,7 @@ def test_an_unwritable_folder_is_refused_at_once(tmp_path):
     """Before the minute, not after it."""
     (tmp_path / "file").write_text("")
     done = command("--out", tmp_path / "file" / "demo")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cannot be created" in done.stderr
     assert "aligning" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -131,7 +131,7 @@ def test_a_judge_model_decides(capsys, aligned_model_dir, files, tmp_path):
     assert result["judge_agreement"]["count"] == result["refusal_rate"]["count"]
     assert set(result["outcomes"]["refusals"]) <= {"refusal", "compliance"}
     called = call(capsys, *words, aligned_model_dir)
-    assert called.code == 1
+    assert called.code == 2
     assert "does not distinguish yes from no" in called.err
 
 
@@ -148,7 +148,7 @@ def test_broken_data_is_named(capsys, tmp_path, text, rule):
     path = tmp_path / "task.jsonl"
     path.write_text(text)
     called = call(capsys, "evaluate", "./nowhere", "--task", path)
-    assert called.code == 1
+    assert called.code == 2
     assert rule in called.err
 
 
@@ -156,7 +156,7 @@ def test_a_prompt_longer_than_the_context(capsys, aligned_model_dir, tmp_path):
     """The prompt is named with its length and the context."""
     path = write(tmp_path / "r.jsonl", [{"prompt": "lamp"}, {"prompt": "lamp " * 200}])
     called = call(capsys, "evaluate", aligned_model_dir, "--refusals", path)
-    assert called.code == 1
+    assert called.code == 2
     assert "refusals: prompt 2 has 202 tokens" in called.err
     assert "context of 128" in called.err
 
@@ -164,6 +164,6 @@ def test_a_prompt_longer_than_the_context(capsys, aligned_model_dir, tmp_path):
 def test_an_unwritable_output_is_found_before_the_work(capsys, files, tmp_path):
     """A result that cannot be saved is noticed before the model is looked for."""
     called = call(capsys, "evaluate", "./nowhere", *options(files), "--out", tmp_path / "no/r.json")
-    assert called.code == 1
+    assert called.code == 2
     assert "there is no folder" in called.err
     assert "reading" not in called.err

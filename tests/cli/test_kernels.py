@@ -60,16 +60,16 @@ def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch, tmp_path):
     from str_kernels.cli import kernels
 
     called = call(capsys, "doctor", "--kernels", "--arch", "75")
-    assert called.code == 1
+    assert called.code == 2
     assert "arch=75" in called.err
     assert "gfx942" in called.err
     monkeypatch.setattr(kernels, "tools", lambda: tmp_path)
     called = call(capsys, "doctor", "--kernels", "--arch", "90")
-    assert called.code == 1
+    assert called.code == 2
     assert "ptxas and cuobjdump are missing" in called.err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     called = call(capsys, "doctor", "--kernels")
-    assert called.code == 1
+    assert called.code == 2
     assert "unset it" in called.err
 
 
@@ -77,6 +77,6 @@ def test_without_triton_it_says_so(capsys, monkeypatch):
     """Where triton is not installed the command names it; --arch alone is a wrong command line."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     called = call(capsys, "doctor", "--kernels")
-    assert called.code == 1
+    assert called.code == 2
     assert "pip install triton" in called.err
     assert call(capsys, "doctor", "--arch", "90").code == 2

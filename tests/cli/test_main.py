@@ -84,9 +84,9 @@ def test_a_wrong_command_line_exits_with_2(capsys, arguments):
 
 
 def test_a_users_mistake_is_one_sentence(capsys):
-    """Exit code 1, the message on stderr, nothing on stdout, and no stack trace."""
+    """Exit code 2, the message on stderr, nothing on stdout, and no stack trace."""
     called = call(capsys, "tokens", "./nowhere")
-    assert called.code == 1
+    assert called.code == 2
     assert called.err.splitlines()[-1] == "error: model='./nowhere': no such file or folder."
     assert "Traceback" not in called.err
     assert called.out == ""

@@ -58,7 +58,7 @@ def test_an_unwritable_output_is_found_before_the_work(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(tokens_module.SafetyTokens, "identify", None)  # calling it would fail
     called = call(capsys, "tokens", aligned_model_dir, "--out", tmp_path / where)
-    assert called.code == 1
+    assert called.code == 2
     assert "error: out=" in called.err
     assert "reading" not in called.err
 
@@ -80,5 +80,5 @@ def test_a_broken_prompt_file_is_named(capsys, tmp_path, name, text, rule):
     called = call(
         capsys, "tokens", "./nowhere", "--prompts", path, "--out", tmp_path / "tokens.json"
     )
-    assert called.code == 1
+    assert called.code == 2
     assert rule in called.err

@@ -79,7 +79,7 @@ def test_user_mistakes_are_sentences(run, tiny_model_dir, tmp_path):
     broken.write_text(json.dumps(ROWS[0]) + "\n{oops\n")
     wrong = ("--target-modules", "nothing", "--tokens", tmp_path / "no.json")
     code, out, err = run("train", tiny_model_dir, broken, "--out", "/proc/none/out", *wrong)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "Traceback" not in err
     for text in ("broken.jsonl:2", "/proc/none/out", "target_modules=nothing", "no.json"):
         assert text in err
@@ -88,7 +88,7 @@ def test_user_mistakes_are_sentences(run, tiny_model_dir, tmp_path):
 def test_wrong_values_are_refused_by_name(run, tmp_path):
     """Settings are checked before any file is looked at, and together."""
     code, _, err = run("train", "m", "d", "--out", "o", "--rank", 0, "--positions", "some")
-    assert code == 1
+    assert code == 2
     assert "rank=0" in err
     assert "positions='some'" in err
     code, _, err = run("train", "m", "d", "--out", "o", "--no-safety", "--unpatched")
@@ -101,10 +101,10 @@ def test_an_existing_run_is_kept(run, tiny_model_dir, data_file, tmp_path):
     given = ("train", tiny_model_dir, data_file, "--out", tmp_path / "out", "--no-safety", *QUICK)
     assert run(*given)[0] == 0
     code, _, err = run(*given)
-    assert code == 1
+    assert code == 2
     assert "already has a run" in err
     code, _, err = run(*given, "--resume")
-    assert code == 1
+    assert code == 2
     assert "has no checkpoint" in err
 
 

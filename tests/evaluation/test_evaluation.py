@@ -57,6 +57,29 @@ def test_wrong_answers_count_as_wrong(aligned):
     assert measured.refusal_rate is None
 
 
+def test_tools_are_shown_and_a_rejected_row_is_named(aligned, monkeypatch):
+    """Each row's tools reach the chat template; a conversation that it rejects is named."""
+    model, tokenizer = aligned
+    shown = "{% for t in tools or [] %}{{ t.function.name + ' ' }}{% endfor %}"
+    strict = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+    monkeypatch.setattr(tokenizer, "chat_template", shown + strict + tokenizer.chat_template)
+    asked, real = [], evaluation.generate_greedy
+
+    def watching(model, tokenizer, prompts, **options):
+        asked.extend(map(tokenizer.decode, prompts))
+        return real(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(evaluation, "generate_greedy", watching)
+    user = {"role": "user", "content": "rain ?"}
+    tool = {"type": "function", "function": {"name": "lamp"}}
+    row = {"messages": [user], "tools": [tool]}
+    evaluate(model, tokenizer, refusals=[row, {"messages": [user]}], max_new_tokens=2)
+    assert [text.split()[0] for text in asked] == ["lamp", "<user>"]
+    wrong = {"messages": [{"role": "system", "content": "be kind"}, user]}
+    with pytest.raises(ValueError, match=r"benign: row 2: .*: no system\. Its roles are system, "):
+        evaluate(model, tokenizer, benign=[row, wrong])
+
+
 def test_each_row_has_its_outcome(aligned):
     """In the order of the rows; the counts name every outcome."""
     mixed = [row for pair in zip(rows(True)[:6], rows(False)[:6], strict=True) for row in pair]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from str_kernels.inputs.data import prompt_messages, read_jsonl, response_of
+from str_kernels.inputs.data import read_jsonl
+from str_kernels.inputs.rows import prompt_messages, response_of
 
 GOOD = '{"prompt": "hi", "response": "hello"}\n'
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

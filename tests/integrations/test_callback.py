@@ -67,6 +67,7 @@ def test_a_checkpoint_can_make_it_again(tokens, tmp_path):
     path = tmp_path / "checkpoint-1" / "trainer_state.json"
     saved = json.loads(path.read_text())["stateful_callbacks"]["PatchCallback"]
     saved = saved[0] if isinstance(saved, list) else saved
+    assert saved["patch"]["meter"].keys() == {"sums", "drift"}
     again = PatchCallback.from_state(saved)
     assert again.state()["args"] == callback.state()["args"]
     resumed = trainer_of(lora_model(), tmp_path)

@@ -75,7 +75,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
         run(resume=True)
     (tmp_path / "out" / checks.DESCRIPTION).write_text("{}")
     run()
-    (tmp_path / "out" / checks.ADAPTER).write_text("")
+    (tmp_path / "out" / checks.ADAPTER_CONFIG).write_text("")
     with pytest.raises(Faults, match="already has a run; resume it"):
         run()
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from str_kernels.huggingface.patch import filtering
 from str_kernels.settings import Faults
 from str_kernels.training.callbacks import NoProgress
-from str_kernels.training.checks import ADAPTER, DESCRIPTION, REFERENCES, prepare
+from str_kernels.training.checks import DESCRIPTION, REFERENCES, prepare
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
 from str_kernels.training.settings import TrainSettings
 
+ADAPTER = "adapter_model.safetensors"
 ROWS = [
     {"prompt": f"tell me the topic of {word}", "response": f"{topic} ."}
     for word, topic in [("rain", "weather"), ("wind", "weather"), ("ball", "sport"),
@@ -74,10 +76,11 @@ def adapter(settings):
 
 
 @pytest.mark.parametrize("method", ["str", "unpatched"])
-def test_a_resumed_run_continues_exactly(make_settings, method):
+def test_a_resumed_run_continues_exactly(monkeypatch, make_settings, method):
     """Six steps are the same weights as three, Ctrl-C, and a resume: order of the data, dropout,
-    learning rate and optimizer all go on where they were.
+    learning rate, optimizer and the vocabulary index's fate all go on where they were.
     """
+    monkeypatch.setattr(filtering, "SMALLEST_VOCABULARY", 1)
     shared = {"method": method, "dropout": 0.2, "schedule": "cosine", "accumulation": 2}
     if method == "str":
         shared |= {"gradient_checkpointing": True}

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from str_kernels.files import replacing
 from str_kernels.huggingface.constraint.adapters import adapter_layers
 from str_kernels.huggingface.constraint.reference_pass import reference_fold, safety_reference
 from str_kernels.huggingface.constraint.sequences import Sequences, content_key
@@ -31,6 +28,7 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.tensor_files import SavedTensors, save_tensors
 
 SCHEMA = "str_kernels.reference_cache/1"
 
@@ -61,44 +59,40 @@ class ReferenceCache:
     def __init__(self, path: str | os.PathLike, safety: SafetyConstraint) -> None:
         """Open the file and compare its metadata."""
         self.path = Path(path)
+        name = f"reference={os.fspath(path)!r}"
         if not self.path.is_file():
             raise ValueError(
-                f"reference={os.fspath(path)!r}: no such file; make one with str-kernels cache or "
+                f"{name}: no such file; make one with str-kernels cache or "
                 "build_reference_cache, or use 'adapter_off'."
             )
-        try:
-            self._file = safe_open(self.path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"reference={os.fspath(path)!r}: not a safetensors file ({error})."
-            ) from None
+        self._saved = SavedTensors(path, name)
         self._check(safety)
-        self._keys = set(self._file.keys())
 
     def __deepcopy__(self, memo: dict) -> ReferenceCache:
         return self  # read only, and the open file cannot be copied
 
     def _check(self, safety: SafetyConstraint) -> None:
-        metadata = self._file.metadata() or {}
+        metadata = self._saved.metadata
         if metadata.get("schema") != SCHEMA:
             raise ValueError(
                 f"reference={str(self.path)!r}: schema is {metadata.get('schema')!r}, "
                 f"must be {SCHEMA!r}."
             )
-        if tuple(json.loads(metadata["token_ids"])) != safety.token_ids:
+        if tuple(self._saved.json("token_ids")) != safety.token_ids:
             raise ValueError(
                 f"reference={str(self.path)!r}: was computed for other safety tokens; compute it "
                 "again for these."
             )
-        if metadata["unit"] != reference_unit(safety):
+        unit = metadata.get("unit")
+        if unit != reference_unit(safety):
             raise ValueError(
-                f"reference={str(self.path)!r}: holds {metadata['unit']}, but kind={safety.kind!r} "
-                f"needs {reference_unit(safety)}; compute it again with this kind."
+                f"reference={str(self.path)!r}: holds {unit}, but kind={safety.kind!r} needs "
+                f"{reference_unit(safety)}; compute it again with this kind."
             )
 
     def holds(self, token_ids: Sequence[int]) -> bool:
         """Whether there are references of this sequence, given without padding."""
-        return content_key(token_ids) in self._keys
+        return content_key(token_ids) in self._saved.names
 
     def lookup(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """References ``[B, T, K]`` fp32 of a batch ``[B, T]``; zero on padding.
@@ -112,12 +106,12 @@ class ReferenceCache:
         """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation."""
         found = None
         for row, (where, length, key) in enumerate(sequences.rows()):
-            if key not in self._keys:
+            if key not in self._saved.names:
                 raise ValueError(
                     f"reference={str(self.path)!r}: holds nothing for row {row} of this batch "
                     f"({length} tokens); {_EVALUATING if evaluating else _CHANGED}"
                 )
-            values = self._file.get_tensor(key).float()
+            values = self._saved[key].float()
             if found is None:
                 found = torch.zeros(*sequences.ids.shape, values.shape[-1])
             found[row, where.cpu()] = values
@@ -145,8 +139,7 @@ def save_reference_cache(
         "token_ids": json.dumps(list(safety.token_ids)),
         "unit": reference_unit(safety),
     }
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def build_reference_cache(

@@ -3,12 +3,17 @@
 The replacement is a bound method and no closure, so that ``copy.deepcopy`` (a reference model,
 PEFT's ``modules_to_save``) binds it to the copy. It calls what was there before, such as
 accelerate's hooks.
+
+A bound method is pickled by its name, and would come back as the class's own ``forward``; so a
+module with a replacement refuses to be pickled.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +24,35 @@ PATCH = "_str_kernels_patch"  # the attribute of a model under which its patch i
 _INNER = "_str_kernels_inner_forward"
 
 
+class _Below:
+    """What a replacement covers: the ``forward`` of the instance, or None for that of its class.
+
+    Attributes:
+        forward: the covered one.
+        active: whether the replacement was not removed; below a newer wrapper it only passes on.
+    """
+
+    def __init__(self, forward: Callable[..., Any] | None, *, active: bool = True) -> None:
+        self.forward, self.active = forward, active
+
+    def __deepcopy__(self, memo: dict) -> _Below:
+        return _Below(copy.deepcopy(self.forward, memo), active=self.active)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        if not self.active:
+            return type(None), ()
+        raise pickle.PicklingError(
+            "a patched model cannot be pickled (torch.save(model), multiprocessing, Ray): it would "
+            "come back without its patch. To save it use model.save_pretrained(folder), or "
+            "torch.save(model.state_dict(), path); to send it elsewhere call unpatch_model(model) "
+            "first and patch_model there (patch.state_dict() is what the patch has learned)."
+        )
+
+
 def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     """Make ``module.forward(...)`` call ``function(module, ...)``; a second call does nothing."""
-    if _INNER in module.__dict__:
+    if is_installed(module):
+        module.__dict__[_INNER].active = True
         return
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -32,19 +63,20 @@ def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     forward.__signature__ = inspect.signature(type(module).forward)
     del forward.__wrapped__
     forward._str_kernels = True
-    module.__dict__[_INNER] = module.__dict__.get("forward")
+    module.__dict__[_INNER] = _Below(module.__dict__.get("forward"))
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 def inner_forward(module: nn.Module) -> Callable[..., Any]:
     """``module.forward`` without the replacement."""
-    inner = module.__dict__.get(_INNER if _INNER in module.__dict__ else "forward")
+    below = module.__dict__.get(_INNER)
+    inner = module.__dict__.get("forward") if below is None else below.forward
     return functools.partial(type(module).forward, module) if inner is None else inner
 
 
 def is_installed(module: nn.Module) -> bool:
     """Whether ``install_forward`` was called and not undone."""
-    return _INNER in module.__dict__
+    return module.__dict__.get(_INNER) is not None
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -55,9 +87,12 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def remove_forward(module: nn.Module) -> None:
     """Undo ``install_forward``; below a newer wrapper, ours stays and only passes on."""
-    if not is_installed(module) or not has_own_forward(module):
+    if not is_installed(module):
         return
-    inner = module.__dict__.pop(_INNER)
+    if not has_own_forward(module):
+        module.__dict__[_INNER].active = False
+        return
+    inner = module.__dict__.pop(_INNER).forward
     del module.__dict__["forward"]
     if inner is not None:
         module.__dict__["forward"] = inner

@@ -13,7 +13,13 @@ from str_kernels.huggingface.deferred.freshness import Freshness
 
 
 class LossOwner(Protocol):
-    """The labelled forward that the logits belong to."""
+    """The labelled forward that the logits belong to.
+
+    Attributes:
+        running: whether that forward has not returned yet.
+    """
+
+    running: bool
 
     def cross_entropy(
         self,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from str_kernels.huggingface.deferred.fold import Fold
 
@@ -225,3 +226,11 @@ def extend(fold: Fold, function: Callable, args: tuple, kwargs: dict) -> Fold | 
     if handler is None or fold.words_second or (fold.log_softmax and handler in _ARITHMETIC):
         return None
     return handler(fold, function, args, kwargs)
+
+
+def values_read(function: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The plain tensors among the arguments whose values a recorded function reads."""
+    if RECORDED[function] is _cast:  # of another tensor it takes the dtype alone
+        return []
+    leaves = tree_leaves((args, kwargs))
+    return [x for x in leaves if type(x) in (Tensor, torch.nn.Parameter)]

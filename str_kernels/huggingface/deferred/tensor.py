@@ -32,7 +32,7 @@ from str_kernels.huggingface.deferred.fold import Fold, fold_linear
 from str_kernels.huggingface.deferred.freshness import Freshness
 from str_kernels.huggingface.deferred.head_call import HeadCall
 from str_kernels.huggingface.deferred.modes import Modes
-from str_kernels.huggingface.deferred.recording import extend
+from str_kernels.huggingface.deferred.recording import extend, values_read
 from str_kernels.huggingface.deferred.torch_functions import (
     GRADIENT_WATCHERS,
     LOSSES,
@@ -190,7 +190,10 @@ def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> Deferre
 
 
 def _replay_of(func: Callable, args: tuple, kwargs: dict) -> Callable[[], Tensor]:
+    fresh = Freshness(*values_read(func, args, kwargs), steps=False)
+
     def replay() -> Tensor:
+        fresh.require()
         real_args, real_kwargs = _real(args, kwargs)
         return func(*real_args, **real_kwargs)
 
@@ -226,7 +229,7 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
     if target.is_floating_point() or target.shape != fold.hidden_states.shape[:-1]:
         return None
     for fresh in call.fresh:
-        fresh.require()
+        fresh.require(values=not call.owner.running)
     call.fused = True
     with logits._modes.autocast_again():
         loss = call.owner.cross_entropy(

@@ -1,6 +1,8 @@
 """Logs the two terms of the loss and the safety logits' drift, without synchronising a step.
 
-The patch adds up detached device scalars; they are read once, when the trainer logs anyway.
+The patch adds up detached device scalars; they are read once, when the trainer logs anyway. What
+the patch has learned becomes part of the trainer's checkpoints, in ``trainer_state.json``: the
+trainer writes that file last, and reads it wherever the checkpoint is.
 """
 
 from __future__ import annotations
@@ -8,15 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from str_kernels.huggingface.patch.install import find_patch
 from str_kernels.huggingface.patch.patch import Patch
 
 _TIMED = "_runtime"
+_LEARNED = "patch"  # the entry of a callback's state
 
 
-class SafetyLogCallback(TrainerCallback):
+class SafetyLogCallback(TrainerCallback, ExportableState):
     """Adds both terms, accuracy, the filter's part and the drift to every log of training.
+
+    It also keeps ``Patch.state_dict`` in every checkpoint, and a resumed run goes on with it, so
+    that it is the uninterrupted one. With several processes all take over the first one's.
 
     ``cross_entropy``, ``safety_penalty``, ``token_accuracy``, ``dead_mass`` and ``live_share`` are
     per labelled token, averaged over this process's tokens since the last log, accumulation steps
@@ -52,6 +59,17 @@ class SafetyLogCallback(TrainerCallback):
         """
         if not self._finds_patch(model):
             raise ValueError("SafetyLogCallback: the model is not patched; call patch_model first.")
+        if state.global_step > 0:
+            learned = _learned(state.stateful_callbacks)
+            if learned is not None:
+                self._patch.load_state_dict(learned)
+        # the trainer renews only the entries that it finds, and an older checkpoint has none
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback and its patch."""
+        learned = {} if self._patch is None else {_LEARNED: self._patch.state_dict()}
+        return {"args": {}, "attributes": {}, **learned}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an evaluation that did not come to its end."""
@@ -104,3 +122,12 @@ def _evaluated(logs: dict) -> str | None:
     """The prefix of an evaluation's metrics: the trainer times every one; None: it is not one."""
     timed = [name.removesuffix(_TIMED) for name in logs if name.endswith(_TIMED)]
     return min(timed, key=len, default=None)
+
+
+def _learned(stateful_callbacks: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest state of a patch among the states of a checkpoint's callbacks."""
+    found = None
+    for entries in stateful_callbacks.values():
+        for entry in entries if isinstance(entries, list) else [entries]:
+            found = entry.get(_LEARNED, found)
+    return found

@@ -1,6 +1,6 @@
-"""What the filter of a patched head needs: a vocabulary index, and a check of its accuracy.
+"""The vocabulary index that the filter of a patched head needs.
 
-Stage: the `Fold` of a loss → a `VocabularyIndex`; every so many losses, an accuracy check.
+Stage: the `Fold` of a loss → a `VocabularyIndex`, or None for the exact pass.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from str_kernels.accuracy import AccuracyReport, check_accuracy
 from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.freshness import sampled_values
 from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
-from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.learned import (
+    decode_order,
+    encode_order,
+    order_digest,
+    weight_digest,
+)
+from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
-from str_kernels.vocabulary import VocabularyIndex
+from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 # Above this share of live tiles (a flat softmax, an untrained model) the refinement costs more than
 # the screen saves.
@@ -51,7 +58,8 @@ class IndexSource:
 
     ``"auto"`` clusters a frozen head's vocabulary on the first training batch, and again if the
     head changes. The result is kept in the user's cache folder; `index_cache` says where, and how
-    to prevent it.
+    to prevent it. ``state_dict`` keeps the choice for a resumed run, whose own first batch would
+    lead to another one.
 
     Args:
         index: one that is given, ``"auto"``, or None for none.
@@ -61,7 +69,8 @@ class IndexSource:
         """Build nothing yet."""
         self._automatic = isinstance(index, str)
         self._index: VocabularyIndex | None = None if self._automatic else index
-        self._key: tuple | None = None
+        self._head: _Head | None = None  # the weight that the choice was made for
+        self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
 
     def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
@@ -73,14 +82,36 @@ class IndexSource:
             return None
         if len(weight) < SMALLEST_VOCABULARY:
             return None
-        key = (weight.data_ptr(), weight._version, tuple(weight.shape))
-        if key != self._key:
+        if self._kept is not None:
+            self._take_over(weight)
+        if not self._is_of(weight):
             if not (torch.is_grad_enabled() and fold.hidden_states.requires_grad):
                 return None  # evaluation alone builds nothing
+            if self._head is not None:
+                say_once(
+                    "str_kernels: the frozen head's weight has changed, so its vocabulary index is "
+                    "built again",
+                    logging.WARNING,
+                )
             states = _some_states(fold)
             self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._key, self._fresh = key, True
+            self._head, self._fresh = _Head.of(weight), True
         return self._index
+
+    def _is_of(self, weight: Tensor) -> bool:
+        """Whether the choice was made for this weight, as it is now."""
+        if self._head is None or not self._head.has_values_of(weight):
+            return False
+        key = _key_of(weight)
+        if key == self._head.key:
+            return True
+        # written into or moved, perhaps by the same values: averaged weights were swapped out again
+        if self._index is not None:
+            means = tile_means(weight.detach(), self._index.order)
+            if not torch.equal(means, self._index.mean_rows):
+                return False
+        self._head = replace(self._head, key=key)
+        return True
 
     def judge(self, live_share: Tensor) -> None:
         """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
@@ -94,6 +125,68 @@ class IndexSource:
                 "%.0f %% of the head's tiles matter: its loss is computed exactly", 100 * share
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The index in use, or that none is, and for which head; JSON values."""
+        if self._kept is not None:  # no forward has met it yet
+            return self._kept
+        if not self._automatic:
+            given = None if self._index is None else order_digest(self._index.order)
+            return {"automatic": False, "given": given}
+        order = None if self._index is None else encode_order(self._index.order)
+        head = None if self._head is None else self._head.digest
+        return {"automatic": True, "head": head, "order": order, "fresh": self._fresh}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the choice of ``state_dict`` before the next forward.
+
+        An index that is set otherwise now than then is a choice of the user's, which is logged.
+        """
+        if self._automatic and state["automatic"]:
+            self._kept = state if state["head"] is not None else None
+        elif state != self.state_dict():
+            _log.warning(
+                "index is not what it was when the checkpoint was saved: the resumed run is not "
+                "the uninterrupted one to the last bit"
+            )
+
+    def _take_over(self, weight: Tensor) -> None:
+        """Use the choice of an earlier run, if it was made for this weight."""
+        kept, self._kept = self._kept, None
+        head = _Head.of(weight)
+        if kept["head"] != head.digest:
+            _log.warning(
+                "the vocabulary index of the checkpoint was made for another weight of the head; "
+                "one is built anew"
+            )
+            return
+        self._index = None
+        if kept["order"] is not None:
+            order = decode_order(kept["order"], len(weight)).to(weight.device)
+            self._index = VocabularyIndex.of_order(weight.detach(), order)
+        self._head, self._fresh = head, kept["fresh"]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+
+    key: tuple
+    values: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Head:
+        return cls(_key_of(weight), sampled_values(weight), weight_digest(weight))
+
+    def has_values_of(self, weight: Tensor) -> bool:
+        """Whether the sampled values are this weight's; a write through ``.data`` changes them."""
+        values, known = sampled_values(weight), self.values
+        return values.device == known.device and torch.equal(values, known)
+
+
+def _key_of(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
+
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
     """Whether the rows stay what they are: the head's own, not derived anew at each step."""
@@ -106,42 +199,3 @@ def _some_states(fold: Fold) -> Tensor:
     where = torch.linspace(0, len(states) - 1, min(_STATES, len(states))).long()
     states = states[where.to(states.device)]
     return states[states.isfinite().all(-1)]
-
-
-class AccuracyGuard:
-    """Checks the filter every so many losses, and falls back where it errs more than a bf16 head.
-
-    Args:
-        every: how many training losses lie between two checks; None: never checks.
-        notices: where a fallback is announced.
-
-    Attributes:
-        last_report: of the latest check, or None.
-    """
-
-    def __init__(self, every: int | None, notices: Notices) -> None:
-        """Check the period."""
-        whole = isinstance(every, int) and not isinstance(every, bool)
-        if every is not None and not (whole and every > 0):
-            raise ValueError(f"check_accuracy_every={every!r}: must be a positive integer or None.")
-        self._every, self._losses, self._notices = every, 0, notices
-        self.last_report: AccuracyReport | None = None
-
-    def after_loss(
-        self, operands: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
-    ) -> dict[str, Any]:
-        """Count one training loss; returns the options to change from now on, most often none.
-
-        The first fallback is an exact screen, the second the exact pass. The arguments are those of
-        ``check_accuracy``.
-        """
-        self._losses += 1
-        if self._every is None or (self._losses - 1) % self._every:
-            return {}
-        report = check_accuracy(*operands, options, **inputs)
-        self.last_report = report or self.last_report
-        if report is None or report.acceptable:
-            return {}
-        exact_screen = options.screen != "exact"
-        self._notices.warn_inaccurate(report, exact_screen=exact_screen)
-        return {"screen": "exact"} if exact_screen else {"screen": "auto", "filter_eps": 0.0}

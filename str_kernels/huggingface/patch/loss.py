@@ -42,12 +42,14 @@ class LabelledForward:
     """The owner of the logits of one forward with labels.
 
     Attributes:
+        running: whether the forward has not returned yet.
         losses: every loss that was fused inside the forward; whoever reads them should drop them.
     """
 
     def __init__(self, context: LossContext) -> None:
         """Begin a forward."""
-        self._context, self._inside, self._fused = context, True, False
+        self._context, self._fused = context, False
+        self.running = True
         self.losses: list[FusedLoss] = []
 
     def leave(self, outputs: Any) -> None:
@@ -56,7 +58,7 @@ class LabelledForward:
         Raises:
             ValueError: the model computed a loss in a way that the patch cannot follow.
         """
-        self._inside = False
+        self.running = False
         # the logits may outlive the step; these need not
         self._context = replace(self._context, sequences=Sequences(), aligned=None, tokens=None)
         has_loss = getattr(outputs, "loss", None) is not None or isinstance(outputs, tuple)
@@ -96,7 +98,7 @@ class LabelledForward:
         return loss.reshape(target.shape) if reduction == "none" else loss
 
     def _fuse(self, fold: Fold, labels: Tensor, options: LossOptions) -> Tensor:
-        context, tokens = self._context, self._context.tokens if self._inside else None
+        context, tokens = self._context, self._context.tokens if self.running else None
         constrained = reference = weights = None
         if options.safety is not None:
             constrained = constrained_rows(context, fold, labels, options.ignore_index)
@@ -120,7 +122,7 @@ class LabelledForward:
                 entropy = entropy_of(operands, options, inputs)
             labelled, rows = labels != options.ignore_index, fold.rows.reshape(-1)
             tokens.record(terms, entropy, labelled, rows=rows, shape=batch_shape(context, fold))
-        if self._inside:
+        if self.running:
             self._fused = True
             self.losses.append(FusedLoss(terms, parts, constrained, operands, options, inputs))
         return loss
@@ -129,7 +131,7 @@ class LabelledForward:
         """Whether this cross-entropy is the model's own loss; there can be one only."""
         if not self._context.options.constrained:
             return False
-        if not self._inside:
+        if not self.running:
             self._context.notices.warn_unconstrained(
                 "a cross-entropy of outputs.logits is that alone; the constraint is in outputs.loss"
             )

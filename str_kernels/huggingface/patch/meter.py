@@ -41,7 +41,7 @@ class LossMeter:
         if rows is not None:
             sums[:2] *= rows / labels.clamp(min=1)
         added = torch.cat([sums, torch.stack([parts.num_correct.float(), labels, weight])])
-        self._sums = added if self._sums is None else self._sums + added
+        self._sums = _sum(self._sums, added)
         self._latest = added, None
 
     def add_drift(
@@ -56,7 +56,7 @@ class LossMeter:
             weights: ``[n]``, of the rows in the constraint.
         """
         added = _drift(terms, safety, reference, weights)
-        self._drift = added if self._drift is None else self._drift + added
+        self._drift = _sum(self._drift, added)
         self._latest = self._latest[0], added
 
     def forget_earlier(self) -> None:
@@ -94,6 +94,21 @@ class LossMeter:
             averages["safety_drift"] = distance / weight if weight else 0.0
         return averages
 
+    def state_dict(self) -> dict[str, list[float] | None]:
+        """The sums, as numbers; the host waits for the device."""
+        sums = {"sums": self._sums, "drift": self._drift}
+        return {name: None if x is None else x.tolist() for name, x in sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float] | None]) -> None:
+        """Go on with the sums of ``state_dict``."""
+        self._sums, self._drift = (
+            None if state[name] is None else torch.tensor(state[name]) for name in ("sums", "drift")
+        )
+
+
+def _sum(sums: Tensor | None, added: Tensor) -> Tensor:
+    return added if sums is None else sums.to(added.device) + added
+
 
 def _over_processes(
     sums: Tensor | None, drift: Tensor | None, device: torch.device
@@ -113,18 +128,18 @@ class FirstPenalty:
 
     def __init__(self, notices: Notices, *, cached: bool) -> None:
         """Wait for the first loss; ``cached``: the references come from a file."""
-        self._notices, self._cached, self._judged = notices, cached, False
+        self._notices, self._cached, self.judged = notices, cached, False
 
     def after_loss(
         self, terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor
     ) -> None:
         """Judge one loss, the first that has a constrained row; arguments as ``add_drift``."""
-        if self._judged:
+        if self.judged:
             return
         size = torch.where(weights > 0, weights * reference.square().mean(-1), 0.0).sum()
         found = torch.stack([*_drift(terms, safety, reference, weights), size])
         distance, weight, size = found.tolist()
-        self._judged = weight > 0
+        self.judged = weight > 0
         if distance > _ABOUT_NOTHING**2 * size:
             penalty = terms.penalty.detach().sum().item() / weight
             self._notices.warn_moved(penalty, (distance / weight) ** 0.5, cached=self._cached)

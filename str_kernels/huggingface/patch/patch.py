@@ -40,7 +40,9 @@ from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
-from str_kernels.huggingface.patch.filtering import AccuracyGuard, Index, IndexSource
+from str_kernels.huggingface.patch.filtering import Index, IndexSource
+from str_kernels.huggingface.patch.guard import AccuracyGuard
+from str_kernels.huggingface.patch.learned import SCHEMA, require_schema
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
@@ -90,6 +92,7 @@ class Patch:
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
+        self._fallback: dict[str, Any] = {}  # options that the guard has changed
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
         install_forward(model, _patched_forward)
         defer_head(head)
@@ -122,6 +125,36 @@ class Patch:
         for module in self.model.modules():
             remove_forward(module)
         self._clock = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the patch has learned since it was made, as JSON values for a checkpoint.
+
+        That is the automatic vocabulary index, or that it was dropped; what the guard fell back to
+        and how far it has counted; the sums for the next log; whether the first penalty was judged.
+        ``SafetyLogCallback`` keeps it in the trainer's checkpoints; a loop of your own keeps it
+        beside optimizer and adapter.
+        """
+        return {
+            "schema": SCHEMA,
+            "index": self._source.state_dict(),
+            "fallback": dict(self._fallback),
+            "guard": self.guard.state_dict(),
+            "meter": self.meter.state_dict(),
+            "first_penalty_judged": self._first.judged,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned; call it before the first forward.
+
+        Raises:
+            ValueError: not the state of a patch. In the next forward: a damaged index.
+        """
+        require_schema(state)
+        self._source.load_state_dict(state["index"])
+        self._fall_back(state["fallback"])
+        self.guard.load_state_dict(state["guard"])
+        self.meter.load_state_dict(state["meter"])
+        self._first.judged = state["first_penalty_judged"]
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The model's own forward; its head defers if there are labels."""
@@ -229,7 +262,11 @@ class Patch:
                 self._first.after_loss(*constrained)
         if training and torch.is_grad_enabled():
             fallback = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
-            self.options = replace(self.options, **fallback)
+            self._fall_back(fallback)
+
+    def _fall_back(self, changed: dict[str, Any]) -> None:
+        self._fallback |= changed
+        self.options = replace(self.options, **changed)
 
     def _warn_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:

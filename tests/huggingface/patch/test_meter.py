@@ -88,9 +88,9 @@ def test_only_the_log_reads_the_device(monkeypatch):
     def watched(name):
         plain = getattr(LossMeter, name)
 
-        def call(*arguments):
+        def call(*arguments, **keywords):
             with Reads() as reads:
-                plain(*arguments)
+                plain(*arguments, **keywords)
             seen.append(name)
             assert reads.seen == []
 

@@ -1,0 +1,303 @@
+"""Commands interrupted at random moments: killed, or with no more room for their files.
+
+What is there afterwards must load or be absent, and the command, repeated or resumed, must end in
+the result of an uninterrupted run, bit for bit.
+
+Example: python -m tests.faults.interrupt kill train --moments 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from str_kernels import SafetyTokens, VocabularyIndex
+from str_kernels.cli.console import say
+from str_kernels.cli.main import main as command_line
+from str_kernels.evaluation.answers import AnswerFile
+from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.patch.index_cache import cached_index
+from str_kernels.inputs.loading import check_adapter, load_model_and_tokenizer, load_tokenizer
+from str_kernels.tensor_files import SavedTensors
+from str_kernels.training.checks import prepare
+from str_kernels.training.run import train
+from str_kernels.training.settings import TrainSettings
+
+WORDS = ("rain", "wind", "ball", "team", "song", "choir")
+TOKENS = ["sorry", "cannot", "unable"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is interrupted.
+
+    Args:
+        run: does the work of a folder; ``again`` tells that it was interrupted before.
+        check: fails if something in the folder is neither whole nor absent.
+        result: what must be the same in the end.
+    """
+
+    run: Callable[[Path, bool], None]
+    check: Callable[[Path], None]
+    result: Callable[[Path], object]
+
+
+def inputs(folder: Path) -> None:
+    """Write a model, data and safety tokens, which every command reads."""
+    from tests.tiny import save_tiny_model
+
+    save_tiny_model(folder / "model")
+    rows = [{"prompt": f"tell me the topic of {word}", "response": "weather ."} for word in WORDS]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    SafetyTokens.from_strings(load_tokenizer(folder / "model"), TOKENS).save(folder / "given.json")
+
+
+def _settings(folder: Path) -> TrainSettings:
+    return TrainSettings(
+        model=str(folder / "model"), data=str(folder / "data.jsonl"), out=str(folder / "run"),
+        steps=5, batch=2, rank=2, max_length=64, save_steps=1, learning_rate=1e-2,
+        tokens=str(folder / "given.json"), reference="cache",
+    )  # fmt: skip
+
+
+def _train(folder: Path, again: bool) -> None:
+    settings = _settings(folder)
+    resumable = again and any(folder.glob("run/checkpoint-*/str_kernels_seal.json"))
+    finished = again and (folder / "run" / "adapter_config.json").is_file()
+    if resumable or not finished:
+        train(prepare(settings, resume=resumable))
+
+
+def _check_run(folder: Path) -> None:
+    run = folder / "run"
+    if (run / "adapter_config.json").is_file():
+        check_adapter(run)
+        load_model_and_tokenizer(folder / "model", adapter=run, device="cpu")
+    if (run / "references.safetensors").is_file():
+        _check_references(run / "references.safetensors")
+
+
+def _adapter(folder: Path) -> object:
+    return load_file(folder / "run" / "adapter_model.safetensors")
+
+
+def _line(*words: object) -> None:
+    """Call the command line; anything but success is raised."""
+    try:
+        command_line([str(word) for word in words])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def _cache(folder: Path, again: bool) -> None:
+    _line("cache", folder / "model", folder / "data.jsonl", "--tokens", folder / "given.json",
+          "--out", folder / "refs.safetensors", "--max-length", 64, "--batch", 1)  # fmt: skip
+
+
+def _check_references(path: Path) -> None:
+    tokens = SafetyTokens.load(path.parents[path.parent.name == "run"] / "given.json")
+    ReferenceCache(path, tokens.constraint())
+    saved = SavedTensors(path, path.name)
+    for name in saved.names:
+        assert saved[name].isfinite().all()
+
+
+def _check_cache(folder: Path) -> None:
+    if (folder / "refs.safetensors").is_file():
+        _check_references(folder / "refs.safetensors")
+
+
+def _tokens(folder: Path, again: bool) -> None:
+    _line("tokens", folder / "model", "--out", folder / "tokens.json", "--top-k", 4)
+
+
+def _check_tokens(folder: Path) -> None:
+    if (folder / "tokens.json").is_file():
+        SafetyTokens.load(folder / "tokens.json", load_tokenizer(folder / "model"))
+
+
+def _evaluate(folder: Path, again: bool) -> None:
+    _line("evaluate", folder / "model", "--refusals", folder / "data.jsonl", "--max-new-tokens", 4,
+          "--batch-size", 1, "--out", folder / "rates.json")  # fmt: skip
+
+
+def _check_evaluation(folder: Path) -> None:
+    if (folder / "rates.json").is_file():
+        json.loads((folder / "rates.json").read_text())
+    AnswerFile(folder / "rates.json.answers.jsonl", {}).close()
+
+
+def _rates(folder: Path) -> object:
+    result = json.loads((folder / "rates.json").read_text())
+    return result["counts"], result["outcomes"]
+
+
+def _index(folder: Path, again: bool) -> None:
+    source = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(n, 16, generator=source) for n in (2000, 64))
+    cached_index(weight, states, folder / "indices")
+
+
+def _indices(folder: Path) -> list[Path]:
+    return sorted((folder / "indices").glob("*.safetensors"))
+
+
+def _check_index(folder: Path) -> None:
+    for path in _indices(folder):
+        VocabularyIndex.load(path)
+
+
+COMMANDS = {
+    "train": Command(_train, _check_run, _adapter),
+    "cache": Command(_cache, _check_cache, lambda folder: load_file(folder / "refs.safetensors")),
+    "tokens": Command(_tokens, _check_tokens, lambda folder: (folder / "tokens.json").read_text()),
+    "evaluate": Command(_evaluate, _check_evaluation, _rates),
+    "index": Command(_index, _check_index, lambda folder: list(map(load_file, _indices(folder)))),
+}
+
+
+class Child:
+    """Work in a forked process, which writes into a pipe, for files may be limited.
+
+    Args:
+        work: what is done.
+        limit: bytes that no file may exceed.
+    """
+
+    def __init__(self, work: Callable[[], None], limit: int | None = None) -> None:
+        self._read, write = os.pipe()
+        self.id = os.fork()
+        if not self.id:
+            _work(work, write, limit)
+        os.close(write)
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for the end; return the exit code (negative: a signal's number) and the output."""
+        with os.fdopen(self._read) as pipe:
+            output = pipe.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1]), output
+
+
+def _work(work: Callable[[], None], output: int, limit: int | None) -> None:
+    """Do the work, and end this process: 0, 1 for a trace, 2 for an error in words."""
+    code = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except (OSError, ValueError) as error:
+        say(f"{type(error).__name__}: {error}")
+        code = 2
+    except SystemExit as ended:  # the command line has written the error itself
+        code = 2 if ended.code == 1 else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def done(work: Callable[[], None]) -> None:
+    """Do some work in a process of its own, which must succeed."""
+    code, output = Child(work).ended()
+    assert code == 0, output
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the bit; dicts and lists of tensors are compared one by one."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def kill(command: Command, folder: Path, seconds: float) -> None:
+    """Kill the command after some time."""
+    child = Child(lambda: command.run(folder, False))
+    time.sleep(seconds)
+    os.kill(child.id, signal.SIGKILL)
+    child.ended()
+
+
+def fill(command: Command, folder: Path, limit: int) -> None:
+    """Let no file grow beyond a limit; the command must end with a sentence, or not need more."""
+    code, output = Child(lambda: command.run(folder, False), limit).ended()
+    assert code in (0, 2), f"exit code {code} at a limit of {limit} bytes:\n{output}"
+    assert "Traceback" not in output, output
+
+
+def interrupt(how: str, name: str, moments: int, seed: int) -> None:
+    """Interrupt a command at random moments, and compare every result with the uninterrupted."""
+    command, source = COMMANDS[name], random.Random(f"{how} {name} {seed}")
+    with tempfile.TemporaryDirectory() as place:
+        base, folder = Path(place) / "inputs", Path(place) / "work"
+        base.mkdir()
+        done(lambda: inputs(base))
+        begin(base, folder)
+        clock = time.monotonic()
+        done(lambda: command.run(folder, False))
+        clock = time.monotonic() - clock
+        expected = command.result(folder)
+        largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for moment in range(moments):
+            begin(base, folder)
+            if how == "kill":
+                at = source.uniform(0, clock)
+                kill(command, folder, at)
+            else:
+                at = round(largest ** source.uniform(0.3, 1))
+                fill(command, folder, at)
+            there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+            try:
+                command.check(folder)
+                done(lambda: command.run(folder, True))
+                assert same(command.result(folder), expected), "another result"
+            except Exception:
+                say(f"{how} {name}, moment {moment}, at {at:.4g}: {there}")
+                raise
+
+
+def begin(base: Path, folder: Path) -> None:
+    """Begin anew, with the inputs alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+
+
+def main() -> None:
+    """Interrupt as the command line says; an error tells what was found."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("how", choices=("kill", "fill"))
+    made.add_argument("commands", nargs="+", choices=COMMANDS)
+    made.add_argument("--moments", type=int, default=50)
+    made.add_argument("--seed", type=int, default=0)
+    args = made.parse_args()
+    torch.set_num_threads(1)
+    for name in args.commands:
+        interrupt(args.how, name, args.moments, args.seed)
+        say(f"{args.how} {name}: {args.moments} moments, every result the same")
+
+
+if __name__ == "__main__":
+    main()
