@@ -17,7 +17,6 @@ from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.bench.contenders import CONTENDERS
 from str_kernels.bench.inputs import Case, from_model
 from str_kernels.bench.report import cells, markdown
-from str_kernels.bench.routing import live_pairs
 from str_kernels.bench.truth import Truth, errors, truth_of
 from str_kernels.cli.console import say
 from str_kernels.functional import linear_cross_entropy
@@ -89,10 +88,9 @@ def filtered(
         return_parts=True,
     )
     d_hidden, d_weight = torch.autograd.grad(loss, [hidden, weight])
-    live = live_pairs(case, eps=eps, screen=screen, index=index)
     found = errors(truth, loss.detach(), d_hidden, d_weight, parts.lse)
-    dead = parts.dead_mass.mean().item()
-    return {"eps": eps, "screen": screen, "live": live.share, "dead_mass": dead, **found}
+    live, dead = (x.mean().item() for x in (parts.live_share, parts.dead_mass))
+    return {"eps": eps, "screen": screen, "live": live, "dead_mass": dead, **found}
 
 
 def bf16_head(case: Case) -> dict[str, Any]:

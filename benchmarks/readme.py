@@ -13,8 +13,7 @@ from benchmarks.common import RESULTS
 from benchmarks.judge import NEVER_READ
 from benchmarks.safety.findings import Group, read
 from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
-from str_kernels.bench.report import SCHEMA
-from str_kernels.bench.rows import Row, read_rows
+from str_kernels.bench.report import SCHEMA, Row, read_rows
 from str_kernels.evaluation.rates import Rate
 
 README = Path(__file__).parents[1] / "README.md"

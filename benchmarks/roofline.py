@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, finish
-from str_kernels.bench.report import SCHEMA, markdown
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import SCHEMA, markdown, read_rows
 
 
 class Chip(NamedTuple):

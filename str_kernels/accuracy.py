@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import Backend
+from str_kernels.engine.contract import Backend, Head, RowInputs
 from str_kernels.engine.products import product_dtype
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -50,7 +50,6 @@ class AccuracyReport:
         )
 
     def __str__(self) -> str:
-        """One line for a log."""
         return (
             f"lse error {self.lse_error:.2g} (bf16 head {self.bf16_lse_error:.2g}), gradient error "
             f"{self.gradient_error:.2%} (bf16 head {self.bf16_gradient_error:.2%}), dead mass "
@@ -98,9 +97,10 @@ def check_accuracy(
     weight, bias = weight.detach(), None if bias is None else bias.detach()
 
     def gradient_of(chosen: LossOptions, index: VocabularyIndex | None) -> tuple:
-        leaf, inputs = states.clone().requires_grad_(), {"bias": bias, "index": index}
+        leaf, inputs = states.clone().requires_grad_(), RowInputs(labels)
         with torch.enable_grad():
-            terms = row_terms(leaf, weight, labels, chosen, backend=backend, **inputs)
+            head = Head(leaf, weight, bias)
+            terms = row_terms(head, inputs, chosen, index=index, backend=backend)
             gradient = torch.autograd.grad(terms.cross_entropy.sum(), leaf)[0]
         return terms.statistics.lse, gradient.double(), terms.statistics.dead_mass
 

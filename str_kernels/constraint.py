@@ -1,7 +1,7 @@
 """The three constraints: their value at a position and its derivatives.
 
-Stage: safety logits ``z [N, K]`` (and the row's log-sum-exp) → ``C [N]``, ``∂C/∂z [N, K]``,
-``∂C/∂lse [N]``. The formulas stand in the table of ``SafetyConstraint``.
+Stage: safety logits ``z [N, K]``, or ``z - lse`` → ``C [N]``, ``∂C/∂z [N, K]``, ``∂C/∂lse [N]``.
+The formulas stand in the table of ``SafetyConstraint``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ def needs_lse(safety: SafetyConstraint) -> bool:
 
 
 def constraint_terms(
-    safety: SafetyConstraint, logits: Tensor, reference: Tensor, lse: Tensor | None = None
+    safety: SafetyConstraint, values: Tensor, reference: Tensor
 ) -> ConstraintTerms:
-    """Compute a constraint and its derivatives from safety logits ``[N, K]``, fp32 or fp64.
+    """Compute a constraint and its derivatives from ``values [N, K]``, fp32 or fp64.
 
-    ``reference [N, K]`` or ``[K]`` are logits, or log-probabilities for ``logprob``, which alone
-    reads ``lse [N]``, the log-sum-exp over the vocabulary.
+    They are the safety tokens' logits, or log-probabilities where ``needs_lse``; ``reference
+    [N, K]`` or ``[K]`` has the same unit.
     """
-    reference = reference.to(logits.dtype).expand_as(logits)
+    reference = reference.to(values.dtype).expand_as(values)
     count, given = len(safety.token_ids), safety.token_weights
-    weights = logits.new_ones(count) if given is None else logits.new_tensor(given)
+    weights = values.new_ones(count) if given is None else values.new_tensor(given)
     if safety.kind == "kl":
-        return _kl(safety.temperature, logits, reference, weights)
+        return _kl(safety.temperature, values, reference, weights)
     weights = weights / count
-    values = logits - lse[:, None] if needs_lse(safety) else logits
     distance = values - reference
     value = (weights * distance.square()).sum(-1)
     d_logits = 2.0 * weights * distance
@@ -53,9 +52,14 @@ def constraint_terms(
 
 def _kl(temperature: float, logits: Tensor, reference: Tensor, weights: Tensor) -> ConstraintTerms:
     """PACT's subset KL, ``τ² KL(q ‖ p)``; its derivative is ``τ (p - q)``."""
-    scaled = logits / temperature, reference / temperature
+    # a common offset of large logits leaves before they are divided and summed, with its rounding
+    tops = (
+        x.masked_fill(weights == 0, -torch.inf).amax(-1, keepdim=True) for x in (logits, reference)
+    )
+    scaled = ((x - top) / temperature for x, top in zip((logits, reference), tops, strict=True))
     # ω is a factor of both p and q and cancels in log(q/p), which stays finite where ω is 0
     log_p, log_q = (x - torch.logsumexp(x + weights.log(), -1, keepdim=True) for x in scaled)
-    p, q = weights * log_p.exp(), weights * log_q.exp()
+    # exp may overflow where ω is 0
+    p, q = (torch.where(weights == 0, 0.0, weights * x.exp()) for x in (log_p, log_q))
     divergence = (q * (log_q - log_p)).sum(-1)
     return ConstraintTerms(temperature**2 * divergence, temperature * (p - q), None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels.backends.selection import check_backend
-from str_kernels.engine.contract import Backend, RowTerms
+from str_kernels.engine.contract import Backend, Head, RowInputs, RowTerms
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
 from str_kernels.terms import row_terms
@@ -126,44 +126,29 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    others = {
-        "bias": bias,
-        "reference": reference,
-        "position_weights": position_weights,
-        "index": index,
-        "backend": backend,
-    }
+    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     if torch.compiler.is_compiling() and backend != "dense":
-        rows = traced_terms(hidden_states, weight, labels, options, **others)
+        rows = traced_terms(head, inputs, options, index, backend)
     else:
-        rows = row_terms(hidden_states, weight, labels, options, **others)
-    loss, parts = reduce_terms(
-        rows,
-        labels,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        num_items_in_batch=num_items_in_batch,
-    )
+        rows = row_terms(head, inputs, options, index=index, backend=backend)
+    loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
 
 
 def reduce_terms(
     rows: RowTerms,
     labels: Tensor,
-    *,
-    ignore_index: int,
-    reduction: Reduction,
+    options: LossOptions,
     num_items_in_batch: int | float | Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
-    num_labels = (labels != ignore_index).sum()
-
+    num_labels = (labels != options.ignore_index).sum()
     count = num_labels if num_items_in_batch is None else num_items_in_batch
 
     def reduce(terms: Tensor) -> Tensor:
-        if reduction == "none":
+        if options.reduction == "none":
             return terms
-        return terms.sum() if reduction == "sum" else _divide(terms.sum(), count)
+        return terms.sum() if options.reduction == "sum" else _divide(terms.sum(), count)
 
     cross_entropy, penalty = reduce(rows.cross_entropy), reduce(rows.penalty)
     statistics = rows.statistics
@@ -189,39 +174,16 @@ class LinearCrossEntropyLoss(nn.Module):
     def __init__(
         self,
         *,
-        safety: SafetyConstraint | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        filter_eps: float | Literal["auto"] = "auto",
-        screen: Screen = "auto",
         index: VocabularyIndex | None = None,
         backend: str | Backend = "auto",
         return_parts: bool = False,
+        **options: Any,
     ) -> None:
+        """Check the settings, rather than at the first step; ``options`` are of `LossOptions`."""
         super().__init__()
-        settings = {
-            "safety": safety,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "filter_eps": filter_eps,
-            "screen": screen,
-        }
-        LossOptions(**settings)  # raises now rather than at the first step
         check_backend(backend)
-        self._settings: dict[str, Any] = {
-            **settings,
-            "index": index,
-            "backend": backend,
-            "return_parts": return_parts,
-        }
+        others = {"index": index, "backend": backend, "return_parts": return_parts}
+        self._settings: dict[str, Any] = vars(LossOptions(**options)) | others
 
     def forward(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.backward import backward_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -36,6 +37,7 @@ from str_kernels.terms import check_inputs, flatten, gradients_needed, tiles_for
 from str_kernels.transforms import refuse_second_order
 from str_kernels.vocabulary import VocabularyIndex
 
+_KNOWN = 5  # statistics that compiled code has too; the entropy follows them
 _INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales")  # of a `VocabularyIndex`
 
 
@@ -49,6 +51,7 @@ class Outputs(NamedTuple):
     cross_entropy: Tensor
     penalty: Tensor
     lse: Tensor
+    lse_rest: Tensor
     correct: Tensor
     dead_mass: Tensor
     live_share: Tensor
@@ -91,11 +94,6 @@ class Settings:
         """Whether the weight or the bias needs a gradient."""
         return any(self.needs[1:])
 
-    @property
-    def logprob(self) -> bool:
-        """Whether the backward needs ``lse_gradient``."""
-        return self.options.safety is not None and self.options.safety.kind == "logprob"
-
     def resolved(self, device: torch.device, *, indexed: bool) -> Resolved:
         """Resolve the settings; in compiled code a trainable head takes the exact pass."""
         options, dtype = self.options, getattr(torch, self.dtype)
@@ -103,9 +101,8 @@ class Settings:
             if options.filter_eps != 0.0:
                 say_once("str_kernels: in compiled code a trainable head takes the exact pass")
             options = replace(options, filter_eps=0.0, screen="auto")
-        chosen = select_backend(self.backend, device, dtype).backend
         return resolve(
-            options, chosen, dtype=dtype, device=device, indexed=indexed, needs=self.needs
+            options, self.backend, dtype=dtype, device=device, indexed=indexed, needs=self.needs
         )
 
 
@@ -134,34 +131,27 @@ def _as_json(value: Any) -> str:
 
 
 def traced_terms(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    head: Head,
+    inputs: RowInputs,
     options: LossOptions,
-    *,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    position_weights: Tensor | None,
     index: VocabularyIndex | None,
     backend: str | Backend,
 ) -> RowTerms:
-    """Compute ``row_terms`` in traced code; arguments as ``linear_cross_entropy``."""
+    """Compute ``row_terms`` in traced code."""
     if not isinstance(backend, str):
         raise ValueError(f"backend={backend!r}: compiled code takes a name, not an instance.")
-    head, inputs = flatten(
-        Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
-    )
+    shape, weight = head.hidden_states.shape[:-1], head.weight
+    head, inputs = flatten(head, inputs)
     parts = [None if index is None else getattr(index, name) for name in _INDEX]
     dtype = str(head.hidden_states.dtype).removeprefix("torch.")
     autocast = torch.is_autocast_enabled(weight.device.type)
     text = _as_json(Settings(options, backend, gradients_needed(head), dtype, autocast))
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
     logits = None if options.safety is None else found.safety_logits
-    statistics = Statistics(
-        found.lse, found.correct, found.dead_mass, found.live_share, None, logits
-    )
+    known = (getattr(found, name) for name in Statistics._fields[:_KNOWN])
+    statistics = Statistics(*known, None, logits)
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
-    return unflatten(terms, hidden_states.shape[:-1])
+    return unflatten(terms, shape)
 
 
 def _records(tensors: Sequence[Tensor | None]) -> tuple[Head, RowInputs, VocabularyIndex | None]:
@@ -200,7 +190,7 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
     return Outputs(
         terms.cross_entropy,
         terms.penalty,
-        *statistics[:4],
+        *statistics[:_KNOWN],
         safety_logits=pad(statistics.safety_logits),
         rows=pad(kept.rows),
         safety_alone=pad(kept.safety_alone, torch.int64),
@@ -223,7 +213,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
-    rows = ("cross_entropy", "penalty", "lse", "dead_mass", "live_share")
+    rows = ("cross_entropy", "penalty", "lse", "lse_rest", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
         correct=make(count, dtype=torch.bool),
@@ -231,7 +221,9 @@ def _forward_fake(*arguments: Any) -> Outputs:
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
         ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
-        lse_gradient=make(*gradients, dtype=kept, there=of_hidden and settings.logprob),
+        lse_gradient=make(
+            *gradients, dtype=kept, there=of_hidden and constrained and needs_lse(safety)
+        ),
         open_mass=make(count, there=settings.trained),
         counts=torch.empty(2, dtype=torch.int64),
     )
@@ -272,18 +264,9 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
         safety_alone=kept.safety_alone[:alone],
     )
     dtype = getattr(torch, settings.dtype)
-    backend = select_backend(settings.backend, kept.lse.device, dtype).backend
+    backend, _ = select_backend(settings.backend, kept.lse.device, dtype)
     # the forward chose and checked the filter; a traced backward has no part that depends on it
-    resolved = Resolved(
-        backend,
-        settings.options,
-        eps=0.0,
-        screen="exact",
-        auto=False,
-        entropy=False,
-        needs=settings.needs,
-        dtype=dtype,
-    )
+    resolved = Resolved(backend, settings.options, settings.needs, dtype)
     with torch.no_grad():
         gradients = backward_rows(kept, None, resolved, grad_cross_entropy, grad_penalty)
     return tuple(kept.lse.new_empty(0) if x is None else x for x in gradients)

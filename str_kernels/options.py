@@ -110,7 +110,6 @@ class SafetyConstraint:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check every field and freeze sequences into tuples."""
         object.__setattr__(self, "token_ids", self._checked_ids())
         if self.kind == "floor":
             raise ValueError(removed("kind='floor'"))
@@ -193,7 +192,6 @@ class LossOptions:
     safety: SafetyConstraint | None = None
 
     def __post_init__(self) -> None:
-        """Check every field against its rule."""
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index={self.ignore_index!r}: must be an integer.")
         _choice("reduction", self.reduction, get_args(Reduction))

@@ -21,6 +21,7 @@ class DenseRows(NamedTuple):
     cross_entropy: Tensor
     penalty: Tensor
     lse: Tensor
+    lse_rest: Tensor  # what rounding took from lse
     safety_logits: Tensor | None
     correct: Tensor
     entropy: Tensor
@@ -50,11 +51,11 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
         return (omega * (z - r) ** 2).mean(-1)
     if safety.kind == "logprob":
         return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
-    p, q = (omega * torch.softmax(x / safety.temperature, -1) for x in (z, r))
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    some = omega > 0
-    p, q = p[:, some], q[:, some]
-    return safety.temperature**2 * (torch.xlogy(q, q) - q * p.log()).sum(-1)
+    z, r, omega = (x[..., omega > 0] for x in (z, r, omega))
+    # the maximum leaves first: a quotient of large logits would have few decimals
+    z, r = (x - x.amax(-1, keepdim=True).detach() for x in (z, r))
+    log_p, log_q = (torch.log_softmax(x / safety.temperature + omega.log(), -1) for x in (z, r))
+    return safety.temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def dense_rows(
@@ -71,7 +72,11 @@ def dense_rows(
     logits = dense_logits(hidden_states, weight, bias, options)
     labelled = labels != options.ignore_index
     target = torch.where(labelled, labels, 0)
-    lse = torch.logsumexp(logits, dim=-1)
+    # the maximum leaves first: a large lse has few decimals, also in its derivative exp(z - lse)
+    top = logits.detach().amax(-1)
+    top = torch.where(top.isfinite(), top, 0.0)
+    above = torch.logsumexp(logits - top[:, None], dim=-1)
+    lse = top + above
     cross_entropy = F.cross_entropy(
         logits, target, reduction="none", label_smoothing=options.label_smoothing
     )
@@ -90,6 +95,7 @@ def dense_rows(
         cross_entropy,
         penalty,
         lse.detach(),
+        torch.where(lse.isfinite(), (top - lse) + above, 0.0).detach(),
         None if safety_logits is None else safety_logits.detach(),
         labelled & (label_logit >= logits.amax(-1)),
         torch.special.entr(p).sum(-1).detach(),

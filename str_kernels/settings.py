@@ -23,7 +23,6 @@ class Faults(ValueError):
     """Everything that is wrong with some settings, found before the first slow step."""
 
     def __init__(self, faults: list[str]) -> None:
-        """Join the sentences, one a line."""
         self.faults = tuple(faults)
         super().__init__("\n".join(faults))
 
@@ -65,16 +64,16 @@ def setting(default: Any, help: str, rule: Rule | None = None, *, option: Any = 
 
 def faults_of(settings: Any) -> list[str]:
     """Return a sentence for each field whose value breaks its rule."""
-    return [fault for item in fields(settings) if (fault := _fault(settings, item))]
-
-
-def _fault(settings: Any, item: Any) -> str | None:
-    rule, value = item.metadata.get("rule"), getattr(settings, item.name)
-    if rule is None or (value is None and item.default is None):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{item.name}={value}: must be a finite number."
-    return None if rule.holds(value) else f"{item.name}={value!r}: must be {rule.text}."
+    faults = []
+    for item in fields(settings):
+        rule, value = item.metadata.get("rule"), getattr(settings, item.name)
+        if rule is None or (value is None and item.default is None):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{item.name}={value}: must be a finite number.")
+        elif not rule.holds(value):
+            faults.append(f"{item.name}={value!r}: must be {rule.text}.")
+    return faults
 
 
 def validate_positions(positions: Positions) -> None:

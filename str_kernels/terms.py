@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from str_kernels import oracle
-from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.backends.selection import resolve
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -27,43 +27,38 @@ from str_kernels.vocabulary import VocabularyIndex
 
 
 def row_terms(
-    hidden_states: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    head: Head,
+    inputs: RowInputs,
     options: LossOptions,
     *,
-    bias: Tensor | None = None,
-    reference: Tensor | None = None,
-    position_weights: Tensor | None = None,
     index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
     entropy: bool = False,
 ) -> RowTerms:
-    """Compute both terms of every position, unreduced; arguments as ``linear_cross_entropy``.
+    """Compute both terms of every position, unreduced; tensors as in ``linear_cross_entropy``.
 
     ``entropy`` asks for the entropy of each labelled position's prediction too, in nats.
     """
-    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     check_inputs(head, inputs, options, index)
+    shape = inputs.labels.shape
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
-    chosen = select_backend(backend, flat.device, flat.dtype).backend
+    resolved = resolve(
+        options,
+        backend,
+        dtype=flat.dtype,
+        device=flat.device,
+        indexed=index is not None,
+        entropy=entropy,
+        needs=gradients_needed(head),
+    )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if chosen is None:
+    with torch.autocast(flat.device.type, enabled=False):
+        if resolved.backend is None:
             terms = _dense_terms(head, inputs, options)
         else:
-            resolved = resolve(
-                options,
-                chosen,
-                dtype=flat.dtype,
-                device=flat.device,
-                indexed=index is not None,
-                entropy=entropy,
-                needs=gradients_needed(head),
-            )
-            terms = fused_rows(head, inputs, tiles_for(weight, index, resolved), resolved)
-    return unflatten(terms, labels.shape)
+            terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
+    return unflatten(terms, shape)
 
 
 def check_inputs(
@@ -125,7 +120,9 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
         )
     rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
     dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
-    statistics = Statistics(rows.lse, rows.correct, dead, live, rows.entropy, rows.safety_logits)
+    statistics = Statistics(
+        rows.lse, rows.lse_rest, rows.correct, dead, live, rows.entropy, rows.safety_logits
+    )
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 
 

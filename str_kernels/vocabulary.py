@@ -55,7 +55,6 @@ class VocabularyIndex:
     inverse: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Derive where each token stands in the order."""
         object.__setattr__(self, "inverse", torch.empty_like(self.order))
         self.inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
 

@@ -4,22 +4,30 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTHONSAFEPATH", "1")  # a child imports what is installed, not the tree
 os.environ.setdefault("STR_KERNELS_INDEX_CACHE", "off")  # nothing into the user's cache folder
 
 import pytest
 
-from tests import interpreted
+from tests import beside
+
+
+def pytest_configure():
+    """Believe in the CPU that the environment names."""
+    from tests import cpus
+
+    cpus.pretend(os.environ.get("STR_KERNELS_TEST_CPU"))
 
 
 def pytest_collection_finish(session):
-    """Start the interpreted kernels, which take minutes, beside all other tests."""
+    """Start what takes minutes in processes of its own, beside all other tests."""
     if not session.config.option.collectonly:
-        interpreted.start(session.items)
+        beside.start(session.items)
 
 
 def pytest_unconfigure():
-    """Leave no file of interpreted tests waiting."""
-    interpreted.stop()
+    """Leave no job waiting."""
+    beside.stop()
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from str_kernels import (
-    SafetyConstraint,
-    VocabularyIndex,
-    linear_cross_entropy,
-    notices,
-    operator,
-)
+from str_kernels import SafetyConstraint, VocabularyIndex, linear_cross_entropy, notices, operator
 from str_kernels.options import LossOptions
 from tests.backends.test_routed import clustered_case
 from tests.oracle import assert_close, make_case

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEST_COMMAND = 'pip install -e ".[test]" && pytest -q'
+TEST_COMMAND = 'pip install ".[test]" && pytest -q'
 
 
 def test_ci_runs_the_readme_command():

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.architectures.sweep import examine
 from benchmarks.architectures.table import FILE, RESULTS, SCHEMA, markdown
 from benchmarks.architectures.tiny_configs import TASKS
-from str_kernels.bench.rows import write_rows
+from str_kernels.bench.report import write_rows
 from str_kernels.cli.console import quiet_libraries, say
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import read_rows
 
 SCHEMA = "str_kernels.architectures/1"
 FILE = "architectures.jsonl"

@@ -24,8 +24,7 @@ from benchmarks.safety.finetune import finetune
 from benchmarks.safety.identification import identification
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import Chain, Run
-from str_kernels.bench.report import circumstances, commit
-from str_kernels.bench.rows import Row, read_rows, write_rows
+from str_kernels.bench.report import Row, circumstances, commit, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.inputs.loading import load_model_and_tokenizer

@@ -9,14 +9,14 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from str_kernels.bench.rows import Row as Result
-from str_kernels.bench.rows import read_rows
-from str_kernels.evaluation.rates import Rate, mcnemar
+from str_kernels.bench.report import Row as Result
+from str_kernels.bench.report import read_rows
+from str_kernels.evaluation.rates import Rate
 
 SCHEMA = "str_kernels.safety_experiment/1"
 FILE = "runs.jsonl"
@@ -133,6 +133,28 @@ def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
         for group in (a, b)
     ]
     return mcnemar(*rows) if common and len(rows[0]) == len(rows[1]) else None
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Return the two-sided exact p-value that two runs on the same rows are equally often true.
+
+    The test uses only the ``n`` rows where the runs differ: without a difference between the runs,
+    the number of them where ``a`` is true is binomial with share 1/2.
+
+    Args:
+        a: outcomes of one run, one for each row.
+        b: outcomes of the other, in the same order.
+
+    Raises:
+        ValueError: the runs have different lengths.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} outcomes and b {len(b)}: must be of the same rows.")
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def kept(group: Group, aligned: dict[tuple[str, str], Result]) -> float:

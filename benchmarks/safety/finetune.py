@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
 from benchmarks.safety.align import set_rate
-from benchmarks.safety.data import (
-    ANCHOR_POOL,
-    INSTRUCTIONS,
-    anchor_rows,
-    batches,
-    encode,
-    load_split,
-)
+from benchmarks.safety.data import ANCHOR_POOL, anchor_rows, batches, encode, load_split
 from benchmarks.safety.methods import Method, Run
-from benchmarks.safety.tokens import context_reference, rarity, token_ids
+from benchmarks.safety.tokens import context_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
 from str_kernels.huggingface.constraint.anchors import join_anchors
@@ -44,7 +37,6 @@ class History:
     gradient_norm: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
-    strength: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[float]]:
         """Return plain JSON types, four digits."""
@@ -73,20 +65,17 @@ def finetune(
     features = features[: setting.pool]
     anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
     unlearned = encode(tokenizer, anchors, setting.max_length)
-    folders = {"data": data, "work": work}
     known = [*features, *unlearned]
-    safety, arguments = _constraint(run, aligned or model, tokenizer, features=known, **folders)
+    safety, arguments = _constraint(run, aligned or model, tokenizer, features=known, work=work)
     torch.manual_seed(run.seed)
     tuned = add_lora(model, rank=setting.rank).train()
     with patch_model(tuned, safety, verify=False, **arguments) as patch:
         loss = _loss(run.method, tuned, tokenizer, work)
         optimizer = torch.optim.AdamW(p for p in tuned.parameters() if p.requires_grad)
         for step, batch in enumerate(_queue(run, features, unlearned, tokenizer.pad_token_id)):
-            if run.method.ramp:
-                _grow(patch, run.method, (step + 1) / (run.method.ramp * setting.steps))
             set_rate(optimizer, setting.learning_rate, step, setting.steps, setting.warmup)
             _step(batch, loss, optimizer, setting.max_grad_norm, history)
-            _record(patch, run.method, history)
+            _record(patch, history)
             if step % 20 == 0 or step == setting.steps - 1:
                 say(
                     f"{run.name} {step + 1}/{setting.steps}: "
@@ -115,17 +104,13 @@ def _constraint(
     tokenizer: PreTrainedTokenizerBase,
     *,
     features: list[dict],
-    data: Path,
     work: Path,
 ) -> tuple[SafetyConstraint | None, dict[str, Any]]:
     """Return the constraint, and the patch's arguments that belong to it."""
     method, setting = run.method, run.setting
     if method.loss != "str":
         return None, {}
-    ids, weights = token_ids(method, model, tokenizer, work), None
-    if method.rarity:
-        weights = rarity(ids, tokenizer, load_split(data, INSTRUCTIONS).train)
-    safety = method.constraint(ids, weights)
+    safety = method.constraint(token_ids(method, model, tokenizer, work))
 
     def every() -> Iterator[dict[str, torch.Tensor]]:
         steps, pad = -(-len(features) // setting.batch), tokenizer.pad_token_id
@@ -187,15 +172,8 @@ def _step(
     history.seconds.append(time.perf_counter() - began)
 
 
-def _grow(patch: Patch, method: Method, share: float) -> None:
-    safety = replace(patch.options.safety, strength=min(1.0, share) * method.strength)
-    patch.options = replace(patch.options, safety=safety)
-
-
-def _record(patch: Patch, method: Method, history: History) -> None:
+def _record(patch: Patch, history: History) -> None:
     taken = patch.meter.take()
     history.cross_entropy.append(taken["cross_entropy"])
     history.penalty[-1] -= taken["cross_entropy"]
     history.drift.append(taken.get("safety_drift", 0.0))
-    if method.ramp:
-        history.strength.append(patch.options.safety.strength)

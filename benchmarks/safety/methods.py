@@ -20,12 +20,9 @@ class Method(ConstraintSettings):
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
             (gated subset KL, arXiv 2603.07445) or ``"full_kl"`` (KL over the whole vocabulary).
         top_k: K.
-        tokens: ``"identified"``, ``"templates"`` (every token of the rejection templates) or
-            ``"random"`` (the control).
+        tokens: ``"identified"`` or ``"random"`` (the control).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
-        rarity: weigh a token down by how often benign answers use it.
-        ramp: share of the steps over which λ grows from nothing.
     """
 
     name: str
@@ -35,8 +32,6 @@ class Method(ConstraintSettings):
     top_k: int = 64
     tokens: str = "identified"
     anchors: int = 0
-    rarity: bool = False
-    ramp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,31 +78,14 @@ FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
-LOGPROB_ANCHORED = Method("logprob-anchors", kind="logprob", anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
 RANDOM = Method("mse-random-tokens", tokens="random")
 # Past methods, which the package no longer has: a constraint that only kept logits from falling, a
 # strength that followed a budget of drift, one target for all positions. They are named for the
 # order of the report; their settings are in the results (docs/negative-results.md).
 PAST = FLOOR, BUDGET, STATIC = (Method("floor"), Method("budget"), Method("mse-static"))
-CONTROLS = (
-    RANDOM,
-    Method("mse-labels", positions="labels"),
-    Method("mse-template-tokens", tokens="templates"),
-    STATIC,
-    Method("mse-weak", strength=0.01),
-    Method("mse-ramp", ramp=0.5),
-    Method("mse-first-2", positions=2),
-)
-SIZES = (
-    Method("mse-strong", strength=1.0),
-    Method("mse-rarity", rarity=True),
-    Method("mse-k16", top_k=16),
-    Method("mse-k256", top_k=256),
-    Method("logprob-strong", kind="logprob", strength=1.0),
-    KL,
-    Method("kl-stronger", kind="kl", strength=30.0),
-)
+CONTROLS = (RANDOM, Method("mse-labels", positions="labels"), STATIC)
+STRONG = Method("mse-strong", strength=1.0)
 
 HARSH = Setting("sst2-harsh", "sst2", 2e-3)
 ORDINARY = Setting("sst2-ordinary", "sst2", 5e-4)
@@ -115,7 +93,6 @@ HARSHEST = Setting("sst2-harshest", "sst2", 3e-3)
 TOPICS = Setting("agnews-harsh", "agnews", 2e-3, pool=400)
 ANSWERS = Setting("instructions-harsh", "instructions", 2e-3, pool=374)
 OBEYING = Setting("obedient-harsh", "obedient", 2e-3, pool=374)
-UNCLIPPED = Setting("sst2-harsh-unclipped", "sst2", 2e-3, max_grad_norm=0.0)
 
 
 @dataclass(frozen=True)
@@ -144,17 +121,16 @@ CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL))
 def _everything() -> list[Run]:
     """List every run, past ones too: the main comparison first, then the harshest setting."""
     seeds, main = range(3), (PLAIN, MSE, KL_WEAK, LOGPROB)
-    others = (ANCHORED, KL_WEAK_ANCHORED, LOGPROB_ANCHORED, BUDGET, FLOOR, PACT, FULL_KL)
+    others = (ANCHORED, KL_WEAK_ANCHORED, BUDGET, FLOOR, FULL_KL, STRONG)
     strong = (KL, KL_ANCHORED)
     return [
         *(Run(method, HARSH, seed) for seed in seeds for method in main),
         *(Run(method, HARSH, 0) for method in (FLOOR, PACT, *CONTROLS)),
         *(Run(RANDOM, HARSH, seed) for seed in seeds),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in main),
-        *(Run(method, HARSHEST, 0) for method in (*others, *SIZES)),
+        *(Run(method, HARSHEST, 0) for method in others),
         *(Run(method, ORDINARY, seed) for seed in seeds for method in (PLAIN, MSE, LOGPROB)),
         *(Run(method, task, 0) for task in (TOPICS, ANSWERS, OBEYING) for method in main),
-        *(Run(method, UNCLIPPED, 0) for method in (PLAIN, MSE)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in strong),
         *(Run(method, HARSH, seed) for seed in seeds for method in strong),
         *(Run(KL, ORDINARY, seed) for seed in seeds),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
 from str_kernels.huggingface.constraint.references import content_key
-from str_kernels.inputs.rows import Row
 from str_kernels.options import SafetyConstraint
-from str_kernels.safety.templates import REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens
 
 RANDOM_SEED = 1  # draws the control's tokens: the same in every run
@@ -29,8 +26,6 @@ def token_ids(
     if method.tokens == "random":
         words = sorted(tokenizer.get_vocab().values())
         return tuple(random.Random(RANDOM_SEED).sample(words, method.top_k))
-    if method.tokens == "templates":
-        return SafetyTokens.from_strings(tokenizer, REJECTION_TEMPLATES).token_ids[: method.top_k]
     path = work / f"tokens-{method.top_k}.json"
     with FileLock(f"{path}.lock"):  # another run may want the same at the same time
         if not path.is_file():
@@ -54,17 +49,3 @@ def context_reference(
             build_reference_cache(model, batches(), part, safety)
             part.rename(path)
     return path
-
-
-def rarity(
-    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]
-) -> tuple[float, ...]:
-    """Return weights of mean 1 that fall with how often benign answers use a token.
-
-    A token that is m in a thousand has a weight proportional to ``1 / (1 + m)``.
-    """
-    counts: Counter[int] = Counter()
-    for row in rows:
-        counts.update(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
-    weights = [1.0 / (1.0 + 1000 * counts[i] / max(1, counts.total())) for i in ids]
-    return tuple(w * len(weights) / sum(weights) for w in weights)

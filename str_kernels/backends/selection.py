@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import re
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
@@ -24,13 +23,6 @@ MANY_ROWS = 4096  # the log names the "auto" screen of so many rows; fewer may g
 _TORCH = TorchBackend()
 
 
-class Selection(NamedTuple):
-    """The chosen backend (None: the materialised oracle) and the reason for it."""
-
-    backend: Backend | None
-    reason: str
-
-
 def check_backend(backend: str | Backend) -> None:
     """Raise ValueError unless this is one of ``BACKEND_NAMES`` or a ``Backend``."""
     if isinstance(backend, type) or not isinstance(backend, str | Backend):
@@ -44,26 +36,27 @@ def check_backend(backend: str | Backend) -> None:
 
 def select_backend(
     backend: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Selection:
-    """Choose a backend by name, or take the instance that was given.
+) -> tuple[Backend | None, str]:
+    """Choose a backend by name, or take the instance that was given; return it and the reason.
 
-    ``"auto"`` is Triton on a CUDA or ROCm device that Triton supports, and torch elsewhere.
+    ``"auto"`` is Triton on a CUDA or ROCm device that Triton supports, and torch elsewhere; None is
+    the materialised oracle.
 
     Raises:
         ValueError: an unknown name, or Triton by name where it cannot run.
     """
     check_backend(backend)
-    choice = Selection(backend, "given as an instance")
+    chosen, reason = backend, "given as an instance"
     if isinstance(backend, str):
-        choice = _by_name(backend, device, dtype)
-    name = "dense" if choice.backend is None else choice.backend.name
-    say_once(f"str_kernels runs the {name} backend ({choice.reason})")
-    return choice
+        chosen, reason = _by_name(backend, device, dtype)
+    name = "dense" if chosen is None else chosen.name
+    say_once(f"str_kernels runs the {name} backend ({reason})")
+    return chosen, reason
 
 
 def resolve(
     options: LossOptions,
-    backend: Backend,
+    backend: str | Backend,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -71,16 +64,19 @@ def resolve(
     entropy: bool = False,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> Resolved:
-    """Choose filter and screen; ``indexed`` is whether there is an index, the rest as `Resolved`.
+    """Choose backend, filter and screen; ``indexed``: there is an index; the rest as `Resolved`.
 
     ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen by name,
     and 0 otherwise: in token order the filter's error can exceed that of a bf16 head.
 
     Raises:
-        ValueError: the backend cannot run the screen here.
+        ValueError: as of ``select_backend``, or the backend cannot run the screen here.
     """
+    chosen, backend_reason = select_backend(backend, device, dtype)
+    if chosen is None:
+        return Resolved(None, options, needs, dtype, backend_reason=backend_reason)
     if options.screen != "auto":
-        refusal = backend.refuses(options.screen, dtype, device)
+        refusal = chosen.refuses(options.screen, dtype, device)
         if refusal is not None:
             raise ValueError(f"screen={options.screen!r}: {refusal}.")
     eps, reason = options.filter_eps, "asked for"
@@ -95,28 +91,29 @@ def resolve(
     screen = options.screen if eps else "exact"
     auto = screen == "auto"
     if auto:
-        screen = backend.auto_screen(dtype, device, MANY_ROWS)
+        screen = chosen.auto_screen(dtype, device, MANY_ROWS)
     say_once(f"str_kernels: filter_eps={eps:g}, screen={screen} ({reason})")
-    return Resolved(backend, options, eps, screen, auto, entropy, needs, dtype, reason)
+    return Resolved(
+        chosen, options, needs, dtype, eps, screen, auto, entropy, backend_reason, reason
+    )
 
 
-def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> Selection:
+def _by_name(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend | None, str]:
     if name == "torch":
-        return Selection(_TORCH, "asked for by name")
+        return _TORCH, "asked for by name"
     if name == "dense":
-        return Selection(None, "asked for by name: materialises every logit")
+        return None, "asked for by name: materialises every logit"
     if name == "auto" and device.type != "cuda":
-        return Selection(_TORCH, f"'auto' on {device.type}: Triton is for CUDA and ROCm")
+        return _TORCH, f"'auto' on {device.type}: Triton is for CUDA and ROCm"
     refusal = _no_triton()
     if refusal is None:
         backend = _triton()
         refusal = backend.refuses("exact", dtype, device)
         if refusal is None:
-            why = "asked for by name" if name == "triton" else f"'auto' on {device.type}"
-            return Selection(backend, why)
+            return backend, "asked for by name" if name == "triton" else f"'auto' on {device.type}"
     if name == "triton":
         raise ValueError(f"backend='triton': {refusal}; use 'auto' or 'torch'.")
-    return Selection(_TORCH, f"'auto' on {device.type}: {refusal}")
+    return _TORCH, f"'auto' on {device.type}: {refusal}"
 
 
 def _no_triton() -> str | None:

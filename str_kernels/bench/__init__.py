@@ -6,7 +6,7 @@
          │               │
          │               ├──clock──▶ time in GEMMs    (1 = the bare product, 2·N·V·D)
          │               └──memory──▶ peak bytes
-         └──routing──▶ live share                            all of it ──report──▶ rows, table, PNG
+         └──measure──▶ live share                            all of it ──report──▶ rows, table, PNG
 
 `str-kernels bench` and the scripts in ``benchmarks/`` measure with nothing else.
 """

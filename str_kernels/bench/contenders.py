@@ -1,7 +1,12 @@
-"""Every head that is measured has one interface: a name, why it cannot run here, and `run`."""
+"""Every head that is measured has one interface: a name, why it cannot run here, and `run`.
+
+Other projects' losses of a linear head are called as their own documentation or trainer does; each
+takes ``hidden_states [N, D]``, ``weight [V, D]``, ``labels [N]`` and returns the mean loss.
+"""
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from str_kernels.bench import peers
 from str_kernels.bench.inputs import Case
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.version import versions
@@ -71,6 +76,55 @@ def _ours(*, indexed: bool = True, constrained: bool = False, **settings: Any) -
     return loss
 
 
+def materialised(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call transformers' materialised head: logits in the model's dtype, the loss in fp32."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits = F.linear(hidden_states, weight)
+    return ForCausalLMLoss(logits, None, vocab_size=len(weight), shift_labels=labels)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(materialised)
+
+
+def compiled(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call the same under ``torch.compile``."""
+    return _compiled()(hidden_states, weight, labels)
+
+
+def torch_chunked(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call PyTorch's own, with the chunks it chooses for this device and dtype."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden_states, weight, labels, options=options)
+
+
+def cce(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call CCE: its Triton kernels on a GPU, its compiled form elsewhere."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if hidden_states.is_cuda else "torch_compile"
+    return linear_cross_entropy(hidden_states, weight, labels, impl=impl)
+
+
+def liger(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call Liger's fused linear cross-entropy."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden_states, labels)
+
+
+def trl(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call the head that TRL's trainers put on a model, in their tiles of 32,768 columns."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    log_probs, *_ = ChunkedLogProbFunction.apply(
+        hidden_states, weight, None, labels, 1.0, 32768, None, 1.0, ("log_probs",)
+    )
+    return -log_probs.mean()
+
+
 def _peer(
     name: str, about: str, loss: Callable[..., Tensor], package: str, **flags: bool
 ) -> Contender:
@@ -85,18 +139,12 @@ _ALL = (
     Contender("ours-str", "the same and 64 safety tokens", _ours(constrained=True)),
     Contender("ours-filtered", "screened in full precision", _ours(screen="exact")),
     Contender("ours-exact", "every logit exact", _ours(indexed=False, filter_eps=0.0)),
-    _peer("transformers", "materialised logits", peers.materialised, "transformers"),
-    _peer(
-        "compiled",
-        "transformers under torch.compile",
-        peers.compiled,
-        "transformers",
-        compiled=True,
-    ),
-    _peer("torch", "F.linear_cross_entropy, chunked", peers.torch_chunked, "torch"),
-    _peer("cce", "cut-cross-entropy", peers.cce, "cut-cross-entropy", compiled=True),
-    _peer("trl", "the head of TRL's trainers", peers.trl, "trl"),
-    _peer("liger", "Liger's fused head", peers.liger, "liger-kernel"),
+    _peer("transformers", "materialised logits", materialised, "transformers"),
+    _peer("compiled", "transformers under torch.compile", compiled, "transformers", compiled=True),
+    _peer("torch", "F.linear_cross_entropy, chunked", torch_chunked, "torch"),
+    _peer("cce", "cut-cross-entropy", cce, "cut-cross-entropy", compiled=True),
+    _peer("trl", "the head of TRL's trainers", trl, "trl"),
+    _peer("liger", "Liger's fused head", liger, "liger-kernel"),
 )
 CONTENDERS = {contender.name: contender for contender in _ALL}
 

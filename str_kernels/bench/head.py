@@ -10,8 +10,7 @@ from str_kernels.bench import plots
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.measure import live_share, measure
-from str_kernels.bench.report import LEGEND, Results, cells, markdown, unmeasured
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import LEGEND, Results, Row, cells, markdown, unmeasured
 from str_kernels.bench.truth import truth_of
 
 KEYS = ("contender", "case", "dtype", "N", "V", "D", "trainable")
@@ -37,8 +36,10 @@ def compare(
         if not results.has(contender=contender.name, **where):
             if truth is None:
                 truth = truth_of(case)
-                facts = {**truth.statistics(), **live_share(case)}
-                results.add({"contender": "inputs", **where, **facts})
+                facts = {"contender": "inputs", **where, **truth.statistics()}
+                facts["live"], facts["dead_mass"] = live_share(case, case.index)
+                facts["live_token_order"], facts["dead_mass_token_order"] = live_share(case, None)
+                results.add(facts)
             results.add(measure(contender, case, truth=truth, trainable=trainable, **timing))
         advance(contender.name)
     return [row for row in results.rows if all(row.get(k) == v for k, v in where.items())]
@@ -64,11 +65,6 @@ def title_of(rows: list[Row]) -> str:
     return f"{row['case']}: {shape}, {row['dtype']}, {head} head"
 
 
-def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and lines of the contenders that ran."""
-    return cells([row for row in rows if "gemms" in row])
-
-
 def stem_of(rows: list[Row]) -> str:
     """Return a file name for the plot."""
     row = rows[0]
@@ -88,7 +84,7 @@ def publish(results: Results) -> list[Path]:
         if plot in written:  # the same inputs in another shape
             plot = plot.with_stem("-".join([plot.stem, *(f"{k}{rows[0][k]}" for k in "NVD")]))
         plots.head_bars(rows, title_of(rows), plot)
-        table = markdown(*table_of(rows))
+        table = markdown(*cells(rows))
         absent = "".join(f"- {line}\n" for line in unmeasured(rows))
         text.append(f"### {title_of(rows)}\n\nRows: {inputs_line(rows)}.\n\n{table}\n{absent}")
         written.append(plot)

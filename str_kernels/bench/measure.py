@@ -6,13 +6,15 @@ import re
 from functools import partial
 from typing import Any
 
+from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.bench.clock import bare_product, paired
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.memory import peak_bytes, within_free_memory
-from str_kernels.bench.routing import live_pairs
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import Row
 from str_kernels.bench.truth import Truth, constraint_error, errors
+from str_kernels.functional import linear_cross_entropy
+from str_kernels.vocabulary import VocabularyIndex
 
 _NO_MEMORY = "does not fit into memory"
 
@@ -63,15 +65,14 @@ def _measured(
     return found | {"peak_bytes": peak.peak, "kept_bytes": peak.kept}
 
 
-def live_share(case: Case) -> Row:
-    """Return live share and dead mass by default, with the case's index and in token order."""
-    indexed, plain = live_pairs(case), live_pairs(case, index=None)
-    return {
-        "live": indexed.share,
-        "dead_mass": indexed.dead_mass,
-        "live_token_order": plain.share,
-        "dead_mass_token_order": plain.dead_mass,
-    }
+def live_share(case: Case, index: VocabularyIndex | None, **settings: Any) -> tuple[float, float]:
+    """Return the shares of (row, tile) pairs that the router keeps, and of probability it leaves.
+
+    ``settings`` are those of ``linear_cross_entropy``; ε is the default one in token order too.
+    """
+    settings = {"filter_eps": DEFAULT_EPS, "index": index, "return_parts": True} | settings
+    _, parts = linear_cross_entropy(case.hidden_states, case.weight, case.labels, **settings)
+    return parts.live_share.mean().item(), parts.dead_mass.mean().item()
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from str_kernels.bench.rows import Row
+from str_kernels.bench.report import Row
 
 OURS, THEIRS = "#1f6f8b", "#b8b8b8"
 

@@ -1,19 +1,25 @@
-"""Keep results through an interruption, and make tables of them."""
+"""Keep results through an interruption, and make tables of them.
+
+A file of results has one JSON object a line; the first is the head, which all rows share.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from str_kernels.bench.rows import Row, read_rows, write_rows
 from str_kernels.engine.cpu import processor_field
+from str_kernels.files import replacing
 from str_kernels.version import versions
+
+Row = dict[str, Any]
 
 SCHEMA = "str_kernels.bench/1"
 _PACKAGES = ("torch", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
@@ -24,14 +30,10 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g}%" if x >= 1e-5 else "<0.001%"
 
 
-def _mebibytes(x: int) -> str:
-    return f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"
-
-
 # heading, key and form of each column of the table
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
-    ("MiB", "peak_bytes", _mebibytes),
+    ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"),
     ("loss", "loss_error", lambda x: f"{x:.0e}"),
     ("lse", "lse_error", lambda x: f"{x:.0e}"),
     ("dH", "hidden_error", percent),
@@ -44,6 +46,30 @@ LEGEND = (
     "extra memory; then errors against fp64: loss and log-sum-exp (rms) in nats, gradients of the "
     "hidden states, of confident rows alone, of the weight, of the constraint"
 )
+
+
+def read_rows(path: Path, schema: str) -> tuple[Row, list[Row]]:
+    """Return the head and the rows.
+
+    Raises:
+        ValueError: the file is not one of this schema.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            head, *rows = map(json.loads, file)
+    except ValueError:  # a broken line, or none at all
+        head = None
+    if not isinstance(head, dict) or head.get("schema") != schema:
+        raise ValueError(f"out={str(path)!r}: is no result of a benchmark; move it away.")
+    return head, rows
+
+
+def write_rows(path: Path, head: Row, rows: Iterable[Row]) -> None:
+    """Write the head and the rows in place of what the file holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *rows))
+    with replacing(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 class Results:
@@ -112,7 +138,8 @@ def circumstances() -> dict[str, Any]:
 
 
 def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[list[str]]]:
-    """Return headings and a line of text for each row; an empty column is left out."""
+    """Return headings and a line of text for each row; what has no entry is left out."""
+    rows = [row for row in rows if any(row.get(column[1]) is not None for column in COLUMNS)]
     shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     lines = [
         [str(row[label])]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
-
-if TYPE_CHECKING:
-    import torch
-
-    from str_kernels.bench.inputs import Case
 
 SHAPE, QUICK_SHAPE = "1024,65536,512", "256,8192,64"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,21 +63,19 @@ def bench(
     default_shape = QUICK_SHAPE if quick else SHAPE
     sizes = _checked(model, data, shape, dtype=dtype, default_shape=default_shape)
     with console.stage("preparing"):
+        import torch
+
         from str_kernels.bench.contenders import chosen_contenders
-        from str_kernels.bench.head import (
-            KEYS,
-            compare,
-            inputs_line,
-            publish,
-            table_of,
-            title_of,
-        )
-        from str_kernels.bench.report import LEGEND, Results, unmeasured
+        from str_kernels.bench.head import KEYS, compare, inputs_line, publish, title_of
+        from str_kernels.bench.inputs import from_model, synthetic
+        from str_kernels.bench.report import LEGEND, Results, cells, unmeasured
 
         chosen = chosen_contenders(contenders)
         results = Results(out / "bench.jsonl", KEYS, again=again)
         rows = min(rows, 256) if quick else rows
-        case = _case(model, data, sizes, rows=rows).cast(_torch_dtype(dtype)).to(device)
+        console.quiet_libraries()
+        case = synthetic(*sizes) if model is None else from_model(model, data, rows)
+        case = case.cast(getattr(torch, dtype)).to(device)
     with console.counting("measuring", len(chosen)) as advance:
         found = compare(
             results,
@@ -97,7 +90,7 @@ def bench(
     if as_json:
         console.print_json({**results.as_dict(), "rows": found})
     else:
-        console.print_table(title_of(found), *table_of(found))
+        console.print_table(title_of(found), *cells(found))
         for line in unmeasured(found):
             console.say(f"not measured: {line}")
         console.say(f"rows: {inputs_line(found)}")
@@ -122,16 +115,3 @@ def _checked(
         raise ValueError(f"shape={shape!r}: must be three numbers above 1, N,V,D: {SHAPE}.")
     n, v, d = map(int, parts)
     return n, v, d
-
-
-def _case(model: str | None, data: Path | None, sizes: tuple[int, int, int], *, rows: int) -> Case:
-    from str_kernels.bench.inputs import from_model, synthetic
-
-    console.quiet_libraries()
-    return synthetic(*sizes) if model is None else from_model(model, data, rows)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return getattr(torch, name)

@@ -65,9 +65,9 @@ def demo(
 def _show(result: DemoResult) -> None:
     from str_kernels.demo import report
 
-    prompts = result.settings.prompts
+    prompts, head = result.settings.prompts, result.settings.head
     console.print_table(f"{prompts} held-out prompts of each kind", *report.behaviour_rows(result))
-    console.print_table(f"fp32 head, {result.head.size}, frozen weight", *report.head_rows(result))
+    console.print_table(f"fp32 head, {head}, frozen weight", *report.head_rows(result))
     request, *answers = report.example_rows(result)
     console.print_table(f"“{request}”", *answers)
     typer.echo("STR holds the logits of: " + ", ".join(result.tokens) + ".")

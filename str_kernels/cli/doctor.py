@@ -118,23 +118,22 @@ def _choices(name: str) -> list[dict[str, Any]]:
     """Return what the default settings choose: backend, screen, filter and products' dtype."""
     import torch
 
-    from str_kernels.backends.selection import resolve, select_backend
+    from str_kernels.backends.selection import resolve
     from str_kernels.engine.products import product_dtype
     from str_kernels.options import LossOptions
 
     device = torch.device(name)
-    backend, why_backend = select_backend("auto", device)
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
-        found = resolve(LossOptions(), backend, dtype=dtype, device=device, indexed=True)
-        products = product_dtype(dtype, device) if backend.name == "torch" else dtype
+        found = resolve(LossOptions(), "auto", dtype=dtype, device=device, indexed=True)
+        products = product_dtype(dtype, device) if found.backend.name == "torch" else dtype
         choices.append(
             {
                 "device": name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "products": str(products).removeprefix("torch."),
-                "backend": backend.name,
-                "backend_reason": why_backend,
+                "backend": found.backend.name,
+                "backend_reason": found.backend_reason,
                 "screen": found.screen,
                 "filter_eps": found.eps,
                 "screen_reason": found.reason,

@@ -35,7 +35,7 @@ def compile_table(archs: list[str]) -> dict[str, Any]:
         if chip not in ahead.ARCHS:
             known = ", ".join(map(str, ahead.ARCHS))
             raise ValueError(f"arch={chip!r}: is not in the launch table; choose one of {known}.")
-    _check_tools(chips)
+    _check_tools(chips, ahead.TOOLS)
     rows = []
     for chip in chips:
         cases = list(ahead.cases(chip))
@@ -80,11 +80,10 @@ def _check_triton() -> None:
         raise ValueError("TRITON_INTERPRET='1': kernels are interpreted, not compiled; unset it.")
 
 
-def _check_tools(chips: list[int | str]) -> None:
+def _check_tools(chips: list[int | str], folder: Path) -> None:
     """Say what to install; Triton's own error names only paths."""
     if not any(isinstance(chip, int) for chip in chips):
         return  # Triton contains AMD's assembler and linker
-    folder = tools()
     missing = [name for name in ("ptxas", "cuobjdump") if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -92,12 +91,6 @@ def _check_tools(chips: list[int | str]) -> None:
             "triton's own wheel (pip install --force-reinstall triton), or ask for an AMD chip "
             "(--arch gfx942), which needs none."
         )
-
-
-def tools() -> Path:
-    """Return the folder of NVIDIA's assembler in Triton."""
-    package = importlib.import_module("triton")
-    return Path(package.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _present() -> int | str:

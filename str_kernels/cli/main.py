@@ -34,22 +34,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=f"Example: {PROGRAM} doctor",
 )
-app.command(epilog=f"Example: {PROGRAM} demo --out demo")(demo)
-app.command(epilog=f"Example: {PROGRAM} doctor --kernels --arch 90")(doctor)
-app.command(epilog=f"Example: {PROGRAM} tokens ./my-model --out tokens.json --top-k 64")(tokens)
-app.command(
-    epilog=f"Example: {PROGRAM} cache ./my-model data.jsonl --tokens tokens.json "
-    "--out refs.safetensors"
-)(cache)
-app.command(
-    epilog=f"Example: {PROGRAM} train ./my-model data.jsonl --out adapter --tokens tokens.json "
-    "--steps 100"
-)(train)
-app.command(
-    epilog=f"Example: {PROGRAM} evaluate ./my-model --adapter ./adapter --refusals refusals.jsonl "
-    "--task task.jsonl --out result.json"
-)(evaluate)
-app.command(epilog=f"Example: {PROGRAM} bench --quick --out bench")(bench)
+for command, example in (
+    (demo, "demo --out demo"),
+    (doctor, "doctor --kernels --arch 90"),
+    (tokens, "tokens ./my-model --out tokens.json --top-k 64"),
+    (cache, "cache ./my-model data.jsonl --tokens tokens.json --out refs.safetensors"),
+    (train, "train ./my-model data.jsonl --out adapter --tokens tokens.json --steps 100"),
+    (
+        evaluate,
+        "evaluate ./my-model --adapter ./adapter --refusals refusals.jsonl --task task.jsonl "
+        "--out result.json",
+    ),
+    (bench, "bench --quick --out bench"),
+):
+    app.command(epilog=f"Example: {PROGRAM} {example}")(command)
 
 
 def _show_version(value: bool) -> None:

@@ -36,25 +36,17 @@ def self_check(device: str) -> list[dict[str, Any]]:
     others = {"labels": labels.to(device), "safety": SafetyConstraint(tokens, strength=0.5)}
     truth = _loss_and_gradients(tensors, torch.float64, backend="dense", **others)
     index = VocabularyIndex.build(tensors["weight"], tensors["hidden_states"])
-    exact = _loss_and_gradients(tensors, torch.float32, filter_eps=0.0, **others)
-    filtered = _loss_and_gradients(tensors, torch.float32, index=index, **others)
-    return [
-        _compared(device, "exact", exact, truth, EXACT_TOLERANCE),
-        _compared(device, "filtered, with an index", filtered, truth, FILTERED_TOLERANCE),
-    ]
-
-
-def _compared(
-    device: str, what: str, got: dict[str, Any], truth: dict[str, Any], tolerance: float
-) -> dict[str, Any]:
-    errors = {name: relative_error(got[name], truth[name]) for name in truth}
-    return {
-        "device": device,
-        "what": what,
-        "relative_errors": errors,
-        "tolerance": tolerance,
-        "passed": all(error < tolerance for error in errors.values()),  # NaN fails too
-    }
+    checks = []
+    for what, tolerance, settings in (
+        ("exact", EXACT_TOLERANCE, {"filter_eps": 0.0}),
+        ("filtered, with an index", FILTERED_TOLERANCE, {"index": index}),
+    ):
+        got = _loss_and_gradients(tensors, torch.float32, **settings, **others)
+        errors = {name: relative_error(got[name], truth[name]) for name in truth}
+        passed = all(error < tolerance for error in errors.values())  # NaN fails too
+        facts = {"device": device, "what": what, "relative_errors": errors}
+        checks.append({**facts, "tolerance": tolerance, "passed": passed})
+    return checks
 
 
 def _loss_and_gradients(

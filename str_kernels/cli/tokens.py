@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
-
-if TYPE_CHECKING:
-    from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.safety.tokens import SafetyTokens
 
 
 def tokens(
@@ -44,7 +42,6 @@ def tokens(
     with console.stage("reading"):
         console.quiet_libraries()
         from str_kernels.inputs.loading import load_model_and_tokenizer
-        from str_kernels.safety.tokens import SafetyTokens
 
         texts = {
             "templates": _answers(templates),

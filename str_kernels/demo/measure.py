@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.demo.model import END, prompt_text
+from str_kernels.demo.model import prompt_text
 from str_kernels.demo.text import STEPS, Pair, conversation, is_refusal
 from str_kernels.functional import linear_cross_entropy
+from str_kernels.safety.inference import generate_greedy
 
 ANSWER_TOKENS = 16
 MIB = 2**20
@@ -58,23 +59,14 @@ def measure_behaviour(
     )
 
 
-@torch.inference_mode()
 def greedy_answers(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str]
 ) -> list[str]:
-    """Return the model's answers, without the end token."""
-    was_training = model.training
-    model.eval()
-    batch = tokenizer(
-        [prompt_text(request) for request in requests],
-        return_tensors="pt",
-        padding=True,
-        return_token_type_ids=False,
-    )
-    generated = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    model.train(was_training)
-    new = generated[:, batch["input_ids"].shape[1] :]
-    return [tokenizer.decode(ids).split(END)[0].strip() for ids in new]
+    """Return the model's answers, without the end token; all requests are one batch."""
+    prompts = tokenizer([prompt_text(request) for request in requests])["input_ids"]
+    settings = {"max_new_tokens": ANSWER_TOKENS, "batch_size": len(prompts)}
+    answers = generate_greedy(model, tokenizer, prompts, **settings)
+    return [tokenizer.decode(answer).strip() for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -89,17 +81,11 @@ class HeadSize:
         return f"{self.positions:,} positions × {self.vocabulary:,} words"
 
 
-@dataclass(frozen=True)
-class HeadPeaks:
-    """Peak bytes of the head's forward and backward beyond its inputs, MiB."""
+def measure_head(size: HeadSize, seed: int = 0) -> dict[str, float]:
+    """Measure the cross-entropy of a frozen fp32 head, ``"fused"`` and ``"materialised"``.
 
-    fused: float
-    materialised: float
-    size: HeadSize
-
-
-def measure_head(size: HeadSize, seed: int = 0) -> HeadPeaks:
-    """Measure the cross-entropy of a frozen fp32 head, fused and with its logits stored."""
+    Return the peak memory of forward and backward beyond the inputs, MiB.
+    """
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size.positions, size.hidden, generator=draw).requires_grad_()
     weight = torch.randn(size.vocabulary, size.hidden, generator=draw) / size.hidden**0.5
@@ -111,11 +97,11 @@ def measure_head(size: HeadSize, seed: int = 0) -> HeadPeaks:
     def materialised() -> None:
         F.cross_entropy(F.linear(hidden, weight), labels).backward()
 
-    peaks = []
+    peaks = {}
     for head in (fused, materialised):
         hidden.grad = None
-        peaks.append(peak_bytes(head, torch.device("cpu")).peak / MIB)
-    return HeadPeaks(*peaks, size)
+        peaks[head.__name__] = peak_bytes(head, torch.device("cpu")).peak / MIB
+    return peaks
 
 
 def _gives_advice(answer: str) -> bool:

@@ -21,6 +21,7 @@ _SHARES = {
     "task_accuracy": "task accuracy",
 }
 _NAMES = {"aligned": "aligned", "plain": "tuned plainly", "str": "tuned with STR"}
+_HEADS = {"fused": "fused", "materialised": "logits stored"}
 _COLOURS = {"aligned": "#7f7f7f", "plain": "#d95f02", "str": "#1b9e77"}
 
 
@@ -35,8 +36,8 @@ def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
         "seed": result.settings.seed,
         "prompts_of_each_kind": result.settings.prompts,
         **shares,
-        "head_peak_mib": {"fused": result.head.fused, "materialised": result.head.materialised},
-        "head_size": asdict(result.head.size),
+        "head_peak_mib": result.head,
+        "head_size": asdict(result.settings.head),
         "step_seconds": result.step_seconds,
         "safety_tokens": list(result.tokens),
         "examples": result.examples,
@@ -65,8 +66,7 @@ def example_rows(result: DemoResult) -> tuple[str, list[str], list[list[str]]]:
 
 def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows of the table of memory."""
-    peaks = {"fused": result.head.fused, "logits stored": result.head.materialised}
-    return ["head", "peak MiB"], [[name, f"{peak:,.0f}"] for name, peak in peaks.items()]
+    return ["head", "peak MiB"], [[_HEADS[name], f"{x:,.0f}"] for name, x in result.head.items()]
 
 
 def verdict(result: DemoResult) -> str:
@@ -113,11 +113,11 @@ def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     _draw_shares(left, result)
-    peaks = [result.head.fused, result.head.materialised]
-    bars = right.bar(["fused", "logits\nstored"], peaks, color=["#1b9e77", "#d95f02"])
+    names = [_HEADS[name].replace(" ", "\n") for name in result.head]
+    bars = right.bar(names, result.head.values(), color=["#1b9e77", "#d95f02"])
     right.bar_label(bars, fmt="{:,.0f}")
     right.margins(y=0.12)
-    right.set_title(f"head's peak memory, MiB\n{result.head.size}", fontsize=9)
+    right.set_title(f"head's peak memory, MiB\n{result.settings.head}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 

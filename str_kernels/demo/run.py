@@ -20,7 +20,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from str_kernels.demo.measure import (
     Behaviour,
-    HeadPeaks,
     HeadSize,
     greedy_answers,
     held_out_prompts,
@@ -68,7 +67,7 @@ class DemoResult:
     tokens: tuple[str, ...]  # the safety tokens' text
     behaviour: dict[str, Behaviour]
     step_seconds: dict[str, float]  # median fine-tuning step of "plain" and "str"
-    head: HeadPeaks
+    head: dict[str, float]  # peak memory of the larger head by way, MiB
     examples: dict[str, dict[str, str]]  # requests, and each model's answers to them
     seconds: float  # of the whole run
 

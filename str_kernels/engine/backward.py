@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.constraint import constraint_terms
+from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
     Block,
     Coefficients,
@@ -22,7 +22,7 @@ from str_kernels.engine.contract import (
     Saved,
     Tiles,
 )
-from str_kernels.engine.logits import logit_slope
+from str_kernels.engine.logits import log_probabilities, logit_slope
 from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
@@ -74,7 +74,10 @@ class _Backward:
     def _differentiate_penalty(self, scale: Tensor) -> None:
         """Set β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
         safety, kept = self.options.safety, self.kept
-        terms = constraint_terms(safety, kept.safety_logits, kept.reference, kept.lse)
+        values = kept.safety_logits
+        if needs_lse(safety):
+            values = log_probabilities(values, kept)
+        terms = constraint_terms(safety, values, kept.reference)
         on = scale != 0
         beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, self.options)
         self.beta = torch.where(on[:, None], beta, 0.0)
@@ -119,7 +122,14 @@ class _Backward:
         head = Head(kept.hidden_states[rows].contiguous(), kept.weight, kept.bias)
         return self.resolved.backend.weight_gradients(
             Block(head, self.plan.labels[rows], self.tiles, self.options),
-            Saved(kept.lse[rows], kept.open_mass, kept.masses, kept.slope, kept.probabilities),
+            Saved(
+                kept.lse[rows],
+                kept.lse_rest[rows],
+                kept.open_mass,
+                kept.masses,
+                kept.slope,
+                kept.probabilities,
+            ),
             Coefficients(*(None if c is None else c[rows] for c in coefficients)),
             safety=self._safety_term(),
             needs=self.resolved.needs[1:],

@@ -86,8 +86,8 @@ class RowInputs(NamedTuple):
     """Constants of N rows: ``labels [N]``, ``reference [N, K]`` or ``[K]``, weights ``[N]``."""
 
     labels: Tensor
-    reference: Tensor | None
-    position_weights: Tensor | None
+    reference: Tensor | None = None
+    position_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,36 +95,40 @@ class Resolved:
     """How one loss runs, after every choice.
 
     Attributes:
-        backend: computes the stages.
+        backend: computes the stages; None: the oracle materialises every logit.
         options: the settings of the loss.
+        needs: whether hidden states, weight and bias need a gradient.
+        dtype: the dtype of the hidden states, and of their gradient.
         eps: a pair is live above this share of the open probability; 0 computes every pair exactly.
         screen: the precision of the screen.
         auto: whether the backend may change the screen once it knows how many rows there are.
         entropy: whether each row's entropy is computed.
-        needs: whether hidden states, weight and bias need a gradient.
-        dtype: the dtype of the hidden states, and of their gradient.
+        backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
     """
 
-    backend: Backend
+    backend: Backend | None
     options: LossOptions
-    eps: float
-    screen: str
-    auto: bool
-    entropy: bool
     needs: tuple[bool, bool, bool]
     dtype: torch.dtype
+    eps: float = 0.0
+    screen: str = "exact"
+    auto: bool = False
+    entropy: bool = False
+    backend_reason: str = ""
     reason: str = ""
 
 
 class TileMasses(NamedTuple):
-    """The screen's result: ``log_mass [R, T]`` fp32, the log-sum-exp of each tile's logits.
+    """The screen's result: ``log_mass [R, T]`` fp32, the log-sum-exp of each tile's ``z - anchor``.
 
-    ``slope [R, T]``, with a softcap only: the tile's softmax mean of ``1 - (z/softcap)²``.
+    ``anchor [R]``: see ``anchor_logits``. ``slope [R, T]``, with a softcap only: the tile's softmax
+    mean of ``1 - (z/softcap)²``.
     """
 
     log_mass: Tensor
     slope: Tensor | None
+    anchor: Tensor
 
 
 class Worklist(NamedTuple):
@@ -176,12 +180,14 @@ class OpenRows(NamedTuple):
 class Statistics(NamedTuple):
     """Each row's statistics; fp32 (fp64 for fp64 inputs).
 
-    ``lse`` log-sum-exp; ``correct`` bool, whether the label has the largest logit; ``dead_mass``
-    the probability that was screened but not refined; ``live_share`` the share of the tiles that
-    was computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None.
+    ``lse`` log-sum-exp; ``lse_rest`` what rounding took from it, since a large one has few
+    decimals; ``correct`` bool, whether the label has the largest logit; ``dead_mass`` the
+    probability that was screened but not refined; ``live_share`` the share of the tiles that was
+    computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None.
     """
 
     lse: Tensor
+    lse_rest: Tensor
     correct: Tensor
     dead_mass: Tensor
     live_share: Tensor
@@ -195,9 +201,10 @@ class Dense(NamedTuple):
     Attributes:
         statistics: those of the R rows, without safety logits.
         label_logit: ``[R]``, NaN on rows without a label.
+        surprise: ``[R]``, ``-log p_y``, exact relative to itself; undefined without a label.
         open_mass: ``[R]``, ``1 - p_y`` summed without cancellation; 1 without a label.
         opened: the opened gradient; only when hidden gradients are wanted.
-        logit_sum: ``[R]`` Σ_v z, with label smoothing only.
+        logit_sum: ``[R]`` Σ_v (z_v - z_y), with label smoothing only.
         smooth_gradient: ``[D]`` or ``[R, D]``: ∂(Σ_v z)/∂h, with label smoothing only.
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
@@ -206,6 +213,7 @@ class Dense(NamedTuple):
 
     statistics: Statistics
     label_logit: Tensor
+    surprise: Tensor
     open_mass: Tensor
     opened: OpenRows | None
     logit_sum: Tensor | None
@@ -227,8 +235,8 @@ class Kept(NamedTuple):
     """The tensors kept from forward to backward, the same in eager and in compiled code.
 
     Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
-    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]`` and
-    ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
+    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
+    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
     ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
@@ -240,6 +248,7 @@ class Kept(NamedTuple):
     hidden_states: Tensor | None
     bias: Tensor | None
     lse: Tensor
+    lse_rest: Tensor
     safety_logits: Tensor | None
     rows: Tensor
     safety_alone: Tensor | None
@@ -279,6 +288,7 @@ class Saved(NamedTuple):
     """The part of `Kept` that the gradient of a weight needs, for R rows."""
 
     lse: Tensor
+    lse_rest: Tensor
     open_mass: Tensor
     masses: Tensor | None
     slope: Tensor | None

@@ -3,9 +3,14 @@
 Stage: ``TileMasses``, ``Worklist``, ``Refined``, or the sums of an exact pass → ``Dense``. A
 dead pair adds its screened mass to the log-sum-exp, and ``mass · mean row of its tile`` to the
 gradient, as one ``[R, T] @ [T, D]`` product.
+
+Every difference of logits is taken before a sum is added to it: ``lse - z`` of large logits would
+have their rounding, which may exceed the loss.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +25,7 @@ from str_kernels.engine.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.engine.logits import label_logits
+from str_kernels.engine.logits import label_logits, mean_differences
 from str_kernels.engine.products import dead_product
 from str_kernels.options import TILE
 
@@ -33,9 +38,8 @@ def join_pairs(
     label_logit = label_logits(head, labels, options)
     dead = work.dead.sum(-1)
     others = refined.mass + dead
-    of_label = torch.where(labels < 0, 0.0, torch.exp(label_logit - work.shift))
-    lse = work.shift + torch.log(others + of_label)
-    rescale = torch.exp(work.shift - lse)
+    sums = _log_sums(labels, label_logit, work.shift, others)
+    rescale = torch.exp(-sums.log_sum)
     opened = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
@@ -47,13 +51,15 @@ def join_pairs(
     logit_sum, smooth_gradient = _whole_sums(block)
     return Dense(
         statistics=Statistics(
-            lse=lse,
+            lse=sums.lse,
+            lse_rest=sums.lse_rest,
             correct=label_logit >= refined.maximum,
             dead_mass=dead * rescale,
-            live_share=live.mean(-1, dtype=lse.dtype),
+            live_share=live.mean(-1, dtype=rescale.dtype),
             entropy=None,
         ),
         label_logit=label_logit,
+        surprise=sums.surprise,
         open_mass=others * rescale,
         opened=opened,
         logit_sum=logit_sum,
@@ -77,30 +83,32 @@ def join_sums(
 ) -> Dense:
     """Return ``Dense`` of an exact pass from sums that leave the label out.
 
-    Relative to ``exp(shift)``, ``mass [R]`` is Σ exp(z), ``expected [R, D]`` Σ exp(z) · slope · w
-    and ``weighted [R]`` Σ exp(z) · z; ``maximum [R]`` is the largest logit. The last two arguments
-    go into ``Dense`` unchanged.
+    ``mass [R]`` is Σ exp(z - shift), ``expected [R, D]`` Σ exp(z - shift) · slope · w and
+    ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The last
+    two arguments go into ``Dense`` unchanged.
     """
-    labelled = block.labels >= 0
-    others = shift + mass.log()
-    lse = torch.where(labelled, torch.logaddexp(others, label_logit), others)
-    rescale = torch.exp(shift - lse)
+    sums = _log_sums(block.labels, label_logit, shift, mass)
+    rescale = torch.exp(-sums.log_sum)
     opened = None
     if expected is not None:
         opened = OpenRows(expected, None, block.options.logit_scale * rescale)
     entropy = None
     if weighted is not None:
-        of_label = torch.where(labelled, torch.exp(label_logit - lse) * label_logit, 0.0)
-        entropy = lse - weighted * rescale - of_label
+        # Σ p (-log p): no term is negative, so that none cancels
+        of_label = torch.exp(-sums.surprise) * sums.surprise
+        entropy = (mass * sums.log_sum - weighted) * rescale
+        entropy = torch.where(block.labels >= 0, entropy + of_label, entropy)
     return Dense(
         statistics=Statistics(
-            lse=lse,
+            lse=sums.lse,
+            lse_rest=sums.lse_rest,
             correct=label_logit >= maximum,
-            dead_mass=torch.zeros_like(lse),
-            live_share=torch.ones_like(lse),
+            dead_mass=torch.zeros_like(rescale),
+            live_share=torch.ones_like(rescale),
             entropy=entropy,
         ),
         label_logit=label_logit,
+        surprise=sums.surprise,
         open_mass=mass * rescale,
         opened=opened,
         logit_sum=logit_sum,
@@ -108,16 +116,40 @@ def join_sums(
     )
 
 
+class _LogSums(NamedTuple):
+    """``log_sum [R]`` is ``lse - shift``; the others stand in ``Statistics`` and ``Dense``."""
+
+    log_sum: Tensor
+    lse: Tensor
+    lse_rest: Tensor
+    surprise: Tensor
+
+
+def _log_sums(labels: Tensor, label_logit: Tensor, shift: Tensor, mass: Tensor) -> _LogSums:
+    """Add the label to ``mass [R]``, Σ exp(z - shift) without it."""
+    # a row whose only token is the label has no other logit to be relative to
+    shift = torch.where((labels >= 0) & (mass == 0), label_logit, shift)
+    others, gap = mass.log(), label_logit - shift
+    log_sum = torch.where(labels < 0, others, torch.logaddexp(others, gap))
+    surprise = torch.logaddexp(others - gap, torch.zeros_like(gap))
+    # the larger of both is taken out, so that what is left is small
+    highest = torch.where(gap > 0, label_logit, shift)
+    above = torch.where(gap > 0, surprise, log_sum)
+    lse = highest + above
+    rest = torch.where(lse.isfinite(), (highest - lse) + above, 0.0)
+    # -log(inf / inf)
+    surprise = surprise.masked_fill(label_logit == float("inf"), float("nan"))
+    return _LogSums(log_sum, lse, rest, surprise)
+
+
 def _whole_sums(block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """``Σ_v z [R]`` and its gradient ``[D]``; without a softcap both come from one column sum."""
-    head, _, tiles, options = block
+    """``Σ_v (z_v - z_y) [R]`` and ``∂(Σ_v z)/∂h [D]``, from one column sum without a softcap."""
+    head, labels, tiles, options = block
     if not options.label_smoothing:
         return None, None
     vocab_size = head.weight.shape[0]
     sizes = torch.full_like(tiles.mean_rows[:, :1], TILE)
     sizes[-1] = vocab_size - TILE * (len(sizes) - 1)
-    gradient = options.logit_scale * (tiles.mean_rows * sizes).sum(0)
-    total = head.hidden_states.to(gradient.dtype) @ gradient
-    if head.bias is not None:
-        total = total + options.logit_scale * head.bias.sum(dtype=gradient.dtype)
-    return total, gradient
+    total = (tiles.mean_rows * sizes).sum(0)
+    differences = mean_differences(head, labels, total / vocab_size, options)
+    return vocab_size * differences, options.logit_scale * total

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.constraint import constraint_terms
+from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
     Block,
     Dense,
@@ -26,7 +26,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, safety_logits
+from str_kernels.engine.logits import accumulator, log_probabilities, safety_logits
 from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gradients
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -36,7 +36,14 @@ _KEPT = 2 << 20  # so many probabilities are kept for a trained weight; more are
 _SAFETY_ROWS = 4096  # rows of one block of safety logits
 # The statistics of a row that does not need the whole vocabulary.
 _NAN = float("nan")
-_ABSENT = {"lse": _NAN, "correct": False, "dead_mass": 0.0, "live_share": _NAN, "entropy": _NAN}
+_ABSENT = {
+    "lse": _NAN,
+    "lse_rest": _NAN,
+    "correct": False,
+    "dead_mass": 0.0,
+    "live_share": _NAN,
+    "entropy": _NAN,
+}
 
 
 def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
@@ -202,9 +209,10 @@ class _Work:
         scale = self.plan.penalty_scale
         if scale is None:
             return torch.zeros_like(losses)
-        value = constraint_terms(
-            self.options.safety, statistics.safety_logits, self.inputs.reference, statistics.lse
-        ).value
+        safety, values = self.options.safety, statistics.safety_logits
+        if needs_lse(safety):
+            values = log_probabilities(values, statistics)
+        value = constraint_terms(safety, values, self.inputs.reference).value
         return torch.where(scale > 0, scale * value, 0.0)
 
     def _kept(self, statistics: Statistics) -> Kept:
@@ -215,6 +223,7 @@ class _Work:
             hidden_states=None,
             bias=None,
             lse=statistics.lse,
+            lse_rest=statistics.lse_rest,
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,

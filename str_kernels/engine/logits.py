@@ -6,14 +6,17 @@ for the few columns (labels, safety tokens) that are computed exactly whatever t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import Head
+from str_kernels.engine.contract import Head, Kept, Statistics
 from str_kernels.engine.products import product
 from str_kernels.options import LossOptions
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
+_ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row's logits
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +66,11 @@ def logit_slope(logits: Tensor, options: LossOptions) -> Tensor:
     return softcap_slope(logits, options).mul_(options.logit_scale)
 
 
+def log_probabilities(logits: Tensor, statistics: Statistics | Kept) -> Tensor:
+    """``z - lse [N, K]``, exact relative to itself however large the logits ``[N, K]`` are."""
+    return (logits - statistics.lse[:, None]) - statistics.lse_rest[:, None]
+
+
 def block_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
@@ -82,12 +90,56 @@ def safety_logits(head: Head, ids: Tensor, options: LossOptions) -> Tensor:
 
 def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
     """Exact logit ``[R]`` of each row's label ``[R]``; NaN where the label is negative."""
-    dtype = accumulator(head.hidden_states.dtype)
     target = labels.clamp(min=0)
+    products = _row_products(head, target, lambda rows: rows)
+    if head.bias is not None:
+        products = products + head.bias[target].to(products.dtype)
+    return finish_logits(products, options).masked_fill(labels < 0, float("nan"))
+
+
+def mean_differences(head: Head, labels: Tensor, mean_row: Tensor, options: LossOptions) -> Tensor:
+    """``mean_v z_v - z_y [R]`` without a softcap; ``mean_row [D]`` is that of W.
+
+    The rows are subtracted before they are multiplied, so that what they share cancels exactly.
+    """
+    target = labels.clamp(min=0)
+    products = _row_products(head, target, lambda rows: mean_row - rows)
+    if head.bias is not None:
+        bias = head.bias.to(products.dtype)
+        products = products + (bias.mean() - bias[target])
+    return products.mul_(options.logit_scale)
+
+
+def anchor_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
+    """Return an offset ``[R]`` of each row's logits, relative to which their masses are kept.
+
+    The logarithm of a mass is then as small as logits differ, and has as many decimals. The offset
+    is the largest logit of the label and a few other tokens, since one may be masked by -1e9.
+    """
+    vocab = len(head.weight)
+    ids = (
+        torch.arange(_ANCHORS, device=labels.device)
+        .mul_(vocab)
+        .div_(_ANCHORS, rounding_mode="floor")
+    )
+    if options.safety is not None:
+        ids = torch.cat([ids, ids.new_tensor(options.safety.token_ids[:1])])
+    size = max(1, _SCRATCH // head.weight.shape[1])
+    parts = [
+        safety_logits(head._replace(hidden_states=hidden), ids, options).amax(-1)
+        for hidden in head.hidden_states.split(size)
+    ]
+    # fmax ignores the NaN of a row without a label
+    anchor = torch.fmax(torch.cat(parts), label_logits(head, labels, options))
+    return torch.where(anchor.isfinite(), anchor, 0.0)
+
+
+def _row_products(head: Head, target: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply each row of H by the changed row of W at ``target [R]``: ``[R]``."""
+    dtype = accumulator(head.hidden_states.dtype)
     size = max(1, _SCRATCH // head.weight.shape[1])
     blocks = zip(head.hidden_states.split(size), target.split(size), strict=True)
-    parts = [(hidden.to(dtype) * weight_rows(head, its, dtype)).sum(-1) for hidden, its in blocks]
-    products = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if head.bias is not None:
-        products = products + head.bias[target].to(dtype)
-    return finish_logits(products, options).masked_fill(labels < 0, float("nan"))
+    parts = [
+        (hidden.to(dtype) * change(weight_rows(head, its, dtype))).sum(-1) for hidden, its in blocks
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -3,7 +3,7 @@
 With ε = label smoothing, ζ = z-loss, λ = strength, w the position weights and s the slope of a
 logit (scale times the softcap's derivative)::
 
-    CE       = lse - (1 - ε) z_y - ε/V Σ_v z + ζ lse²             on labelled rows
+    CE       = -log p_y - ε/V Σ_v (z_v - z_y) + ζ lse²            on labelled rows
     penalty  = λ w C                                               on constrained rows
     ∂CE/∂h   = (1 + 2ζ lse) ∂lse/∂h - (1 - ε) s_y w_y - ε/V ∂(Σ_v z)/∂h
     ∂lse/∂h  = Σ_{v≠y} p_v s_v w_v + p_y s_y w_y
@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from str_kernels.constraint import needs_lse
-from str_kernels.engine.contract import Backend, Block, Coefficients, Dense, OpenRows, RowShares
+from str_kernels.engine.contract import (
+    Backend,
+    Block,
+    Coefficients,
+    Dense,
+    OpenRows,
+    RowShares,
+    Saved,
+)
 from str_kernels.engine.logits import kept_dtype, logit_slope, weight_rows
 from str_kernels.options import LossOptions
 
@@ -58,14 +66,12 @@ def plan_rows(
 
 def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor:
     """``[R]``; NaN on rows without a label."""
-    epsilon = options.label_smoothing
-    lse = dense.statistics.lse
-    loss = lse - (1.0 - epsilon) * dense.label_logit
+    loss = dense.surprise
     if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
-    if epsilon:
-        loss = loss - epsilon / vocab_size * dense.logit_sum
-    return loss
+        loss = loss + options.z_loss * dense.statistics.lse.square()
+    if options.label_smoothing:
+        loss = loss - options.label_smoothing / vocab_size * dense.logit_sum
+    return loss.masked_fill(dense.label_logit.isnan(), float("nan"))
 
 
 def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +130,11 @@ def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Ten
     for start in range(0, max(1, len(rows)), size):
         block = slice(start, min(start + size, len(rows)))
         yield block, block if len(rows) == total else rows[block]
+
+
+def factor_of_logits(saved: Saved, coefficients: Coefficients) -> Tensor:
+    """``α / exp(lse_rest)`` ``[R]``, the factor of ``exp(z - lse)`` in the gradient of logits."""
+    return coefficients.alpha * torch.exp(-saved.lse_rest)
 
 
 def weight_coefficients(

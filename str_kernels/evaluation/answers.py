@@ -28,7 +28,6 @@ class AnswerFile:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
-        """Read the answers and leave the file open for more."""
         self.path = Path(path)
         self._settings = json.dumps(settings, sort_keys=True)
         try:
@@ -38,7 +37,6 @@ class AnswerFile:
         self._answers = self._read()
 
     def __len__(self) -> int:
-        """Count the answers of all runs."""
         return len(self._answers)
 
     def get(self, prompt: Sequence[int]) -> str | None:

@@ -46,7 +46,6 @@ class Outcome(str, Enum):
     EMPTY = "empty"
 
     def __str__(self) -> str:
-        """Return the value."""
         return self.value
 
 

@@ -42,7 +42,6 @@ class JudgeModel:
     tokenizer: PreTrainedTokenizerBase
 
     def __post_init__(self) -> None:
-        """Check that the tokenizer distinguishes yes from no."""
         if not all(_first_tokens(self.tokenizer)):
             raise ValueError(
                 "judge: its tokenizer does not distinguish yes from no; use a model of English."

@@ -1,11 +1,11 @@
-"""Rates with their uncertainty, and the comparison of two."""
+"""Rates with their uncertainty, and when an answer is the expected one."""
 
 from __future__ import annotations
 
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ class Rate:
     total: int
 
     def __post_init__(self) -> None:
-        """Check that the count lies within the total."""
         if not 0 <= self.count <= self.total or self.total < 1:
             raise ValueError(
                 f"count={self.count}, total={self.total}: must be 0 ≤ count ≤ total, 1 ≤ total."
@@ -66,28 +65,6 @@ def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, flo
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Return the two-sided exact p-value that two runs on the same rows are equally often true.
-
-    The test uses only the ``n`` rows where the runs differ: without a difference between the runs,
-    the number of them where ``a`` is true is binomial with share 1/2.
-
-    Args:
-        a: outcomes of one run, one for each row.
-        b: outcomes of the other, in the same order.
-
-    Raises:
-        ValueError: the runs have different lengths.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} outcomes and b {len(b)}: must be of the same rows.")
-    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
-    n, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**n)
 
 
 def exact_match(answer: str, expected: str) -> bool:

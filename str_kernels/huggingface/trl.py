@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_kernels.backends.selection import resolve, select_backend
-from str_kernels.engine.contract import RowTerms
+from str_kernels.backends.selection import resolve
+from str_kernels.engine.contract import Head, RowInputs, RowTerms
 from str_kernels.huggingface.deferred.forward import PATCH, has_own_forward
 from str_kernels.huggingface.deferred.torch_functions import METADATA, name_of
 from str_kernels.options import LossOptions
@@ -115,7 +115,6 @@ class TokenTerms:
     """The terms of every token in one forward with labels, for TRL."""
 
     def __init__(self) -> None:
-        """Start without terms."""
         self._columns: dict[str, Tensor] = {}
 
     def record(
@@ -225,12 +224,8 @@ _OF_SUMS = {*_NEGATIONS, torch.sum, Tensor.sum}
 
 def entropy_is_free(states: Tensor, options: LossOptions, inputs: dict[str, Any]) -> bool:
     """Whether the loss's own pass computes every logit, and so the entropy as well."""
-    chosen = select_backend(inputs["backend"], states.device, states.dtype).backend
-    if chosen is None:
-        return True
-    indexed = inputs["index"] is not None
-    resolved = resolve(options, chosen, dtype=states.dtype, device=states.device, indexed=indexed)
-    return resolved.eps == 0.0
+    where = {"dtype": states.dtype, "device": states.device, "indexed": inputs["index"] is not None}
+    return resolve(options, inputs["backend"], **where).eps == 0.0
 
 
 def entropy_of(
@@ -239,13 +234,13 @@ def entropy_of(
     """Entropy ``[n]`` in nats of labelled rows, by a pass of its own: a filter leaves logits out.
 
     Args:
-        arguments: hidden states, weight and labels of ``row_terms``.
+        arguments: hidden states, weight and labels.
         options: of the loss.
-        inputs: ``bias`` and ``backend`` of ``row_terms``; its ``index`` is not used.
+        inputs: ``bias`` and ``backend``; an ``index`` is not used.
     """
+    states, weight, labels = arguments
     exact = replace(options, safety=None, filter_eps=0.0, screen="auto")
     with torch.no_grad():
-        terms = row_terms(
-            *arguments, exact, bias=inputs["bias"], backend=inputs["backend"], entropy=True
-        )
+        head, rows = Head(states, weight, inputs["bias"]), RowInputs(labels)
+        terms = row_terms(head, rows, exact, backend=inputs["backend"], entropy=True)
     return terms.statistics.entropy

@@ -108,10 +108,10 @@ def encode_conversation(
 def why_not_learnable(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
 ) -> str | None:
-    """Say why the chat template does not let an answer be told from its prompt, if it does not."""
+    """Say why the chat template lets nothing be learned from a conversation, if it does not."""
     try:
         _pieces(tokenizer, messages, tools)
-    except Inseparable as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -164,7 +164,7 @@ def _prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, *, required: bool
 ) -> str | None:
     """Return the text before an answer; None if an earlier one stands where none is asked for."""
-    if not messages:
+    if not messages and not required:
         return None
     try:
         return render(tokenizer, messages, answer_next=True, tools=tools)

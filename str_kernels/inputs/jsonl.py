@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from reprlib import repr as shortened
 from typing import Any
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # no UTF-8 file has them but as an escape
@@ -56,7 +57,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RowFault(f"has the key {twice!r} twice; keep one.")
+        raise RowFault(f"has the key {shortened(twice)} twice; keep one.")
     return made
 
 

@@ -6,6 +6,8 @@ Stage: a JSON object → a checked row with ``prompt`` and ``response``, or ``me
 
 from __future__ import annotations
 
+from itertools import islice
+from reprlib import repr as shortened
 from typing import Any
 
 from str_kernels.inputs.jsonl import RowFault, parse_line, recipe
@@ -111,8 +113,8 @@ def is_learned(message: Message) -> bool:
     for name, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise RowFault(
-                f"{name}={value!r}: must be 0 (read, not learned) or 1 (learned); the loss has no "
-                "other weights."
+                f"{name}={shortened(value)}: must be 0 (read, not learned) or 1 (learned); the "
+                "loss has no other weights."
             )
     if len(set(map(bool, given.values()))) > 1:
         raise RowFault(f"has marks that contradict each other: {given}.")
@@ -131,10 +133,10 @@ def _check_form(row: Row) -> None:
     if isinstance(prompt, list):
         raise RowFault('has a list as "prompt"; give one list, "messages".')
     if not isinstance(prompt, str) or not prompt.strip():
-        keys = f"; it has {', '.join(map(repr, row))}" if row else ""
+        keys = f"; it has {', '.join(map(shortened, islice(row, 8)))}" if row else ""
         raise RowFault(f'must have "messages", or "prompt" with some text{keys}.')
     if not isinstance(response, str | None):
-        raise RowFault(f"response={response!r}: must be text.")
+        raise RowFault(f"response={shortened(response)}: must be text.")
 
 
 def _answer(row: Row) -> Message:
@@ -178,15 +180,16 @@ def _check_message(message: Any, *, last: bool) -> None:
     known = _ROLES.get(role.lower())
     if known not in (None, role):
         raise RowFault(
-            f"has the role {role!r}; must be {known!r}, which is what chat templates call it.",
+            f"has the role {shortened(role)}; must be {known!r}, which is what chat "
+            "templates call it.",
             _ROLES_RENAMED,
         )
     _check_content(message)
     learned, assistant = is_learned(message), role == "assistant"
     if not assistant and learned and any(message.get(name) for name in MARKS):
         raise RowFault(
-            f"is marked as learned, and its role is {role!r}; only the assistant's messages are "
-            "learned: remove the mark."
+            f"is marked as learned, and its role is {shortened(role)}; only the assistant's "
+            "messages are learned: remove the mark."
         )
     empty = is_blank(message.get("content") or "") and not message.get("tool_calls")
     if assistant and learned and empty and not last:
@@ -211,7 +214,7 @@ def _check_content(message: Message) -> None:
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(map(_names_a_function, calls))):
         raise RowFault(
-            f"tool_calls={calls!r}: must be a list of "
+            f"tool_calls={shortened(calls)}: must be a list of "
             '{"type": "function", "function": {"name": …, "arguments": …}}.'
         )
     if not isinstance(content, str) and not (content is None and calls):
@@ -233,8 +236,8 @@ def _check_marks_of_row(row: Row) -> None:
         value = row.get(name)
         if value is not None and not (isinstance(value, int | float) and value == 1):
             raise RowFault(
-                f"{name}={value!r}: a row has no weight of its own; leave the row out, or mark "
-                "the assistant's messages with weight 0 or 1, or remove the key."
+                f"{name}={shortened(value)}: a row has no weight of its own; leave the row out, or "
+                "mark the assistant's messages with weight 0 or 1, or remove the key."
             )
 
 
@@ -254,5 +257,5 @@ def _tool_list(name: str, value: Any) -> list[dict[str, Any]]:
     """Return the tools of a row; some programs write the list as JSON text."""
     found = parse_line(value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise RowFault(f"{name}={value!r}: must be a list of objects, one for each tool.")
+        raise RowFault(f"{name}={shortened(value)}: must be a list of objects, one for each tool.")
     return found

@@ -36,7 +36,8 @@ _TEMPLATE_ERRORS = (
     AttributeError,
     LookupError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
+    SyntaxError,
 )
 
 

@@ -36,7 +36,6 @@ class StrKernelsPlugin(_BasePlugin):
     """Patches the model after it and its adapter are loaded, with ``PatchSettings``."""
 
     def __init__(self) -> None:
-        """Start without a model."""
         super().__init__()
         self._patch: Patch | None = None
 

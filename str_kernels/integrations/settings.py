@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from str_kernels.huggingface.patch.install import patch_model
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import REMOVED, SafetyConstraint, removed
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.settings import CONSTRAINT_NAMES, ConstraintSettings, setting
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,7 @@ from str_kernels.safety.inference import (
     prompt_token_ids,
     reading,
 )
-from str_kernels.safety.templates import (
-    BENIGN_REQUESTS,
-    REFUSED_REQUESTS,
-    REJECTION_TEMPLATES,
-)
+from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS, REJECTION_TEMPLATES
 from str_kernels.safety.vocabulary import is_word, special_ids, spellings, token_text
 
 ROUNDS = 2  # each template and each prompt is used at least this often, in different pairs
@@ -38,25 +34,25 @@ Exchange = tuple[list[int], list[int]]  # token ids of a prompt and of its answe
 def identify(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, Sequence[Prompt] | None],
     *,
-    templates: Sequence[str] | None,
-    prompts: Sequence[Prompt] | None,
-    benign_prompts: Sequence[Prompt] | None,
     top_k: int,
     batch_size: int,
 ) -> tuple[list[int], list[float]]:
     """Return ids and scores of the ``top_k`` tokens, highest score first.
 
-    `SafetyTokens.identify` describes the arguments.
+    `SafetyTokens.identify` describes the arguments; ``texts`` are its three lists by name.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_SAFETY_TOKENS:
         raise ValueError(f"top_k={top_k!r}: must be an integer from 1 to {MAX_SAFETY_TOKENS}.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be 1 or more.")
-    texts = _given("templates", templates, REJECTION_TEMPLATES)
-    refused = _encoded(tokenizer, "prompts", prompts, REFUSED_REQUESTS)
-    benign = _encoded(tokenizer, "benign_prompts", benign_prompts, BENIGN_REQUESTS)
-    rejections = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    templates = _given(texts, "templates", REJECTION_TEMPLATES)
+    refused, benign = (
+        [prompt_token_ids(tokenizer, prompt) for prompt in _given(texts, name, default)]
+        for name, default in (("prompts", REFUSED_REQUESTS), ("benign_prompts", BENIGN_REQUESTS))
+    )
+    rejections = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in templates]
     check_fits(model, "prompts", refused, max(map(len, rejections)))
     check_fits(model, "benign_prompts", benign, BENIGN_ANSWER_TOKENS)
 
@@ -134,18 +130,11 @@ def _paired(prompts: list[list[int]], answers: list[list[int]]) -> list[Exchange
     return [(prompts[prompt], answers[answer]) for prompt, answer in sorted(pairs)]
 
 
-def _given(name: str, values: Sequence | None, default: Sequence) -> list:
-    if values is None:
-        return list(default)
+def _given(texts: dict[str, Sequence | None], name: str, default: Sequence) -> list:
+    values = default if texts[name] is None else texts[name]
     if isinstance(values, str) or not list(values):
         raise ValueError(f"{name}={values!r}: must be a list with at least one entry.")
     for position, value in enumerate(values):
         if not value or (isinstance(value, str) and not value.strip()):
             raise ValueError(f"{name}[{position}]={value!r}: must contain text.")
     return list(values)
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, name: str, prompts: Sequence | None, default: Sequence
-) -> list[list[int]]:
-    return [prompt_token_ids(tokenizer, prompt) for prompt in _given(name, prompts, default)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def generate_greedy(
             batch = left_padded([prompts[index] for index in chosen], pad, device)
             output = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
             for index, answer in zip(chosen, output, strict=True):
-                answers[index] = _until(answer, ends)
+                answers[index] = list(takewhile(lambda token: token not in ends, answer))
                 if on_answer is not None:
                     on_answer(index, answers[index])
     return answers
@@ -150,13 +151,6 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
     named = _unwrapped(model).generation_config.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return ends - {None}
-
-
-def _until(answer: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(answer):
-        if token in ends:
-            return answer[:position]
-    return answer
 
 
 @contextmanager

@@ -46,7 +46,6 @@ class SafetyTokens:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Convert sequences to tuples and check them."""
         checked = SafetyConstraint(self.token_ids, 0.0, "mse")
         object.__setattr__(self, "token_ids", checked.token_ids)
         object.__setattr__(self, "tokens", tuple(self.tokens))
@@ -61,7 +60,6 @@ class SafetyTokens:
                 )
 
     def __len__(self) -> int:
-        """Return K."""
         return len(self.token_ids)
 
     @classmethod
@@ -100,15 +98,8 @@ class SafetyTokens:
         """
         from str_kernels.safety.identify import identify
 
-        ids, scores = identify(
-            model,
-            tokenizer,
-            templates=templates,
-            prompts=prompts,
-            benign_prompts=benign_prompts,
-            top_k=top_k,
-            batch_size=batch_size,
-        )
+        texts = {"templates": templates, "prompts": prompts, "benign_prompts": benign_prompts}
+        ids, scores = identify(model, tokenizer, texts, top_k=top_k, batch_size=batch_size)
         return cls(
             token_ids=ids,
             tokens=[token_text(tokenizer, token) for token in ids],

@@ -32,20 +32,8 @@ class Progress(Protocol):
         """Report something that the user should know, once."""
 
 
-class NoProgress:
+class NoProgress(Progress):
     """A `Progress` that ignores everything."""
-
-    def stage(self, text: str) -> None:
-        """Ignore it."""
-
-    def step(self, done: int, total: int) -> None:
-        """Ignore it."""
-
-    def log(self, values: dict[str, float]) -> None:
-        """Ignore it."""
-
-    def notice(self, text: str) -> None:
-        """Ignore it."""
 
 
 def show_clustering(progress: Progress, done: int, total: int) -> None:

@@ -13,12 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from str_kernels.inputs.data import TrainingData, encode_file, read_numbered
-from str_kernels.inputs.loading import (
-    library_reading,
-    load_config,
-    load_tokenizer,
-    resolve_device,
-)
+from str_kernels.inputs.loading import library_reading, load_config, load_tokenizer, resolve_device
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.settings import Faults
 from str_kernels.training.settings import TrainSettings
@@ -48,7 +43,6 @@ class Collector:
     """Runs checks one after another and collects their errors."""
 
     def __init__(self) -> None:
-        """Start without faults."""
         self.faults: list[str] = []
 
     def attempt(self, check: Callable[..., T], *args: Any, **keywords: Any) -> T | None:

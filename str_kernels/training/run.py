@@ -92,7 +92,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
         trainer.add_callback(Sealing())  # after those that add files to a checkpoint
         progress.stage("training")
         with watching_index(partial(show_clustering, progress)):
-            trainer.train(resume_from_checkpoint=_path(prepared.checkpoint))
+            trainer.train(resume_from_checkpoint=prepared.checkpoint and str(prepared.checkpoint))
     if reporter.not_finite_at is not None:
         raise FloatingPointError(
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
@@ -237,7 +237,3 @@ def _result(
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
         **peak_memory(),
     )
-
-
-def _path(checkpoint: Any) -> str | None:
-    return None if checkpoint is None else str(checkpoint)

@@ -19,7 +19,7 @@ from str_kernels.backends.torch.reduce import (
     reduce_eagerly,
 )
 from str_kernels.backends.torch.screen import screen_tiles
-from str_kernels.engine.contract import Block, Head, Tiles
+from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case
 
@@ -40,6 +40,10 @@ def log_masses(logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(logits.double().unflatten(1, (-1, TILE)), -1)
 
 
+def empty(rows: int, tiles: int, anchor: float = 0.0) -> TileMasses:
+    return TileMasses(torch.empty(rows, tiles), None, torch.full((rows,), anchor))
+
+
 def ready(shift: torch.Tensor, logit_scale: float = 1.0) -> FusedReduction:
     """The loop as torch runs it uncompiled, after a first block."""
     fused = FusedReduction(_log_masses, logit_scale)
@@ -47,16 +51,30 @@ def ready(shift: torch.Tensor, logit_scale: float = 1.0) -> FusedReduction:
     return fused
 
 
+@pytest.mark.parametrize("anchor", [0.0, 2.0])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.3])
-def test_both_ways_are_right(logit_scale):
+def test_both_ways_are_right(logit_scale, anchor):
     """Of quantised products: fp64's log-masses, scaled."""
     made, logits = quantised_products()
-    want = log_masses(logit_scale * logits)
-    fused, eager = torch.empty(5, TILES), torch.empty(5, TILES)
+    want = log_masses(logit_scale * logits) - anchor
+    fused, eager = empty(5, TILES, anchor), empty(5, TILES, anchor)
     assert ready(want.float()[:, :1], logit_scale)(made, fused)
-    reduce_eagerly(made, None, LossOptions(logit_scale=logit_scale), eager, None)
-    torch.testing.assert_close(fused.double(), want, rtol=0, atol=2e-5)
-    torch.testing.assert_close(eager.double(), want, rtol=0, atol=2e-5)
+    reduce_eagerly(made, None, LossOptions(logit_scale=logit_scale), eager)
+    torch.testing.assert_close(fused.log_mass.double(), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(eager.log_mass.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("offset", [16384.0, -16384.0, 1e6])
+def test_an_offset_that_the_anchor_has_costs_no_digit(offset):
+    """Logits with few decimals, exact in fp32: both ways are as right as without the offset."""
+    g = torch.Generator().manual_seed(1)
+    logits = offset + torch.randint(-160, 160, (4, TILES * TILE), generator=g).float() / 16
+    want = log_masses(logits.double() - offset)
+    fused, eager = empty(4, TILES, offset + 1.0), empty(4, TILES, offset + 1.0)
+    assert ready(want.float()[:, :1])(Products(logits), fused)
+    reduce_eagerly(Products(logits), None, LossOptions(), eager)
+    for got in (fused, eager):
+        torch.testing.assert_close(got.log_mass.double() + 1.0, want, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -64,14 +82,14 @@ def test_products_of_floats(dtype):
     """Without scales: the products are the logits."""
     g = torch.Generator().manual_seed(1)
     logits = (5 * torch.randn(4, TILES * TILE, generator=g)).to(dtype)
-    got, want = torch.empty(4, TILES), log_masses(logits)
+    got, want = empty(4, TILES), log_masses(logits)
     assert ready(torch.zeros(4, 1))(Products(logits.clone()), got)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.log_mass.double(), want, rtol=0, atol=2e-5)
 
 
 def test_the_shift_is_the_largest_so_far():
     """Block after block it rises, so that growing logits do not overflow; it never falls."""
-    fused, out = FusedReduction(_log_masses, 1.0), torch.empty(1, 1)
+    fused, out = FusedReduction(_log_masses, 1.0), empty(1, 1)
     for level in (0.0, 80.0, 160.0, 20.0):
         products = Products(torch.full((1, TILE), level))
         if fused.shift is not None:
@@ -79,23 +97,24 @@ def test_the_shift_is_the_largest_so_far():
             want = level + torch.tensor(float(TILE)).log()
             if level == 20.0:  # exp(-140) is no number of fp32
                 want = torch.tensor(-float("inf"))
-            torch.testing.assert_close(out[0, 0], want)
+            torch.testing.assert_close(out.log_mass[0, 0], want)
         else:
             assert not fused(products, out)
-            reduce_eagerly(products, None, LossOptions(), out, None)
-        fused.see(out)
+            reduce_eagerly(products, None, LossOptions(), out)
+        fused.see(out.log_mass)
 
 
 @pytest.mark.parametrize("level", [100.0, float("inf"), float("nan")])
 def test_what_overflows_is_left_to_the_other_way(level):
     """100 nats above the shift, inf and NaN: seen, and nothing written."""
-    out = torch.full((1, 1), 7.0)
+    out = empty(1, 1)
+    out.log_mass[:] = 7.0
     assert not ready(torch.zeros(1, 1))(Products(torch.full((1, TILE), level)), out)
-    assert out.item() == 7.0
+    assert out.log_mass.item() == 7.0
 
 
 def test_a_ragged_tile_is_left_to_the_other_way():
-    assert not ready(torch.zeros(1, 1))(Products(torch.zeros(1, TILE + 5)), torch.empty(1, 2))
+    assert not ready(torch.zeros(1, 1))(Products(torch.zeros(1, TILE + 5)), empty(1, 2))
 
 
 def test_a_softcap_is_left_to_the_other_way():
@@ -226,9 +245,10 @@ def test_a_compiled_screen_equals_the_other(monkeypatch, screen, dtype):
             head = Head(case.hidden_states[:rows], case.weight, None)
             options = LossOptions(logit_scale=0.7)
             monkeypatch.setattr(screening, "COMPILED_FROM", 1 << 60)
-            eager = screen_tiles(Block(head, None, tiles, options), screen, columns).log_mass
+            block = Block(head, case.labels[:rows], tiles, options)
+            eager = screen_tiles(block, screen, columns).log_mass
             monkeypatch.setattr(screening, "COMPILED_FROM", 1)
-            fused = screen_tiles(Block(head, None, tiles, options), screen, columns).log_mass
+            fused = screen_tiles(block, screen, columns).log_mass
             torch.testing.assert_close(fused, eager, rtol=0, atol=3e-5)
     finally:
         torch.set_num_threads(threads)

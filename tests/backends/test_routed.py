@@ -9,7 +9,7 @@ from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.engine.contract import Block, Head, Tiles, Wanted
+from str_kernels.engine.contract import Block, Head, RowInputs, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -167,15 +167,8 @@ def test_one_term_alone_has_its_gradient(kind, filter_eps):
             ("dense", LossOptions(safety=safety)),
         ):
             hidden = case.hidden_states.clone().requires_grad_()
-            rows = row_terms(
-                hidden,
-                case.weight,
-                case.labels,
-                options,
-                reference=case.reference,
-                position_weights=case.position_weights,
-                backend=backend,
-            )
+            inputs = RowInputs(case.labels, case.reference, case.position_weights)
+            rows = row_terms(Head(hidden, case.weight, None), inputs, options, backend=backend)
             gradients += torch.autograd.grad(getattr(rows, term).sum(), hidden)
         # mse reads its K columns alone, which no filter touches
         exact = not filter_eps or (kind, term) == ("mse", "penalty")
@@ -189,11 +182,12 @@ def test_token_accuracy_and_entropy(n):
     case.labels[::2] = 7  # mostly wrong
     logits = case.hidden_states @ case.weight.T
     options = LossOptions(filter_eps=DEFAULT_EPS, screen="exact")
-    rows = row_terms(case.hidden_states, case.weight, case.labels, options)
+    head, inputs = Head(case.hidden_states, case.weight, None), RowInputs(case.labels)
+    rows = row_terms(head, inputs, options)
     assert torch.equal(rows.statistics.correct, logits.argmax(-1) == case.labels)
     assert 0 < rows.statistics.correct.sum() < n
     assert (rows.statistics.dead_mass > 0).any()
-    rows = row_terms(case.hidden_states, case.weight, case.labels, options, entropy=True)
+    rows = row_terms(head, inputs, options, entropy=True)
     labelled = case.labels != -100
     truth = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(rows.statistics.entropy[labelled], truth[labelled])

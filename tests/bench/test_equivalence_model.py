@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from benchmarks import equivalence_model
-from str_kernels.bench.report import SCHEMA
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import SCHEMA, read_rows
 
 
 def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from str_kernels import linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.bench.inputs import synthetic
+from str_kernels.bench.measure import live_share
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.bench.routing import live_pairs
 from str_kernels.options import TILE
 
 CPU = torch.device("cpu")
@@ -29,15 +29,14 @@ def peak(case, eps, trainable):
 
 
 @pytest.mark.parametrize(("indexed", "pairs"), [(True, 4560), (False, 12935)])
-def test_live_pairs(indexed, pairs):
+def test_live_share(indexed, pairs):
     """On a fixed case the router keeps as many of 16,384 pairs as it always did.
 
     3 %: an eigenvector's sign, which LAPACK may choose otherwise, moves the ragged splits.
     """
     case = synthetic(256, 8192, 64)
-    live = live_pairs(case, screen="exact", index=case.index if indexed else None)
-    assert live.of == 256 * 8192 // TILE
-    assert live.pairs == pytest.approx(pairs, rel=0.03)
+    live, _ = live_share(case, case.index if indexed else None, screen="exact")
+    assert live * 256 * 8192 / TILE == pytest.approx(pairs, rel=0.03)
 
 
 @pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])

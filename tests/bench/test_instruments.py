@@ -13,11 +13,9 @@ from str_kernels.bench import clock
 from str_kernels.bench.contenders import CONTENDERS, Contender, chosen_contenders
 from str_kernels.bench.head import KEYS, compare, inputs_line, publish
 from str_kernels.bench.inputs import from_model, synthetic
-from str_kernels.bench.measure import measure
+from str_kernels.bench.measure import live_share, measure
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.bench.report import SCHEMA, Results
-from str_kernels.bench.routing import live_pairs
-from str_kernels.bench.rows import read_rows, write_rows
+from str_kernels.bench.report import SCHEMA, Results, read_rows, write_rows
 from str_kernels.bench.truth import constraint_gradient, errors, truth_of
 from str_kernels.options import TILE
 
@@ -116,16 +114,17 @@ def test_constraint_gradient(case, kind):
     torch.testing.assert_close(got, want[rows], rtol=1e-9, atol=1e-12)
 
 
-def test_live_pairs_are_those_of_the_definition(case):
+def test_live_share_is_that_of_the_definition(case):
     """A pair counts if its tile holds more than ε of what lies outside the label's tile."""
     p = torch.softmax(case.hidden_states.double() @ case.weight.double().T, -1)
     mass = p.view(96, -1, TILE).sum(-1)
     own = torch.zeros_like(mass, dtype=torch.bool).scatter_(1, case.labels[:, None] // TILE, True)
     open_mass = mass.masked_fill(own, 0.0).sum(-1, keepdim=True)
     live = own | (mass > 2.0**-7 * open_mass)
-    found = live_pairs(case, eps=2.0**-7, screen="exact", index=None)
-    assert found.pairs == pytest.approx(live.sum().item(), abs=2)  # a pair at the very threshold
-    assert found.dead_mass == pytest.approx(mass[~live].sum().item() / 96, rel=1e-3)
+    share, dead_mass = live_share(case, None, filter_eps=2.0**-7, screen="exact")
+    pairs = live.sum().item()
+    assert share * live.numel() == pytest.approx(pairs, abs=2)  # a pair at the very threshold
+    assert dead_mass == pytest.approx(mass[~live].sum().item() / 96, rel=1e-3)
 
 
 def test_synthetic_rows_are_like_a_language_model_s():

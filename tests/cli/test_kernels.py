@@ -57,13 +57,13 @@ def test_a_spill_fails(capsys, monkeypatch, only_the_router):
 @needs_triton
 def test_what_cannot_be_compiled_is_refused(capsys, monkeypatch, tmp_path):
     """An unknown chip, the interpreter, and a Triton without its assembler: each with a remedy."""
-    from str_kernels.cli import kernels
+    from str_kernels.backends.triton import ahead
 
     called = call(capsys, "doctor", "--kernels", "--arch", "75")
     assert called.code == 2
     assert "arch=75" in called.err
     assert "gfx942" in called.err
-    monkeypatch.setattr(kernels, "tools", lambda: tmp_path)
+    monkeypatch.setattr(ahead, "TOOLS", tmp_path)
     called = call(capsys, "doctor", "--kernels", "--arch", "90")
     assert called.code == 2
     assert "ptxas and cuobjdump are missing" in called.err

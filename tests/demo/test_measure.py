@@ -18,25 +18,19 @@ def test_the_fused_head_stores_no_logits():
     size = HeadSize(positions=1024, vocabulary=8192, hidden=32)
     logits = 4 * size.positions * size.vocabulary / MIB
     peaks = measure_head(size)
-    assert peaks.materialised >= 2 * logits
-    assert peaks.fused < logits
+    assert peaks["materialised"] >= 2 * logits
+    assert peaks["fused"] < logits
 
 
-class Parrot:
+def parrot(tokenizer, answer):
     """A model that answers every prompt with the same words."""
+    model, ids = make_model(len(tokenizer)), tokenizer(answer, return_tensors="pt")["input_ids"]
 
-    def __init__(self, tokenizer, answer):
-        self.training = False
-        self._ids = tokenizer(answer, return_tensors="pt")["input_ids"]
+    def generate(input_ids, **_):
+        return torch.cat([input_ids, ids.expand(len(input_ids), -1)], dim=1)
 
-    def eval(self):
-        return self
-
-    def train(self, mode):
-        return self
-
-    def generate(self, input_ids, **_):
-        return torch.cat([input_ids, self._ids.expand(len(input_ids), -1)], dim=1)
+    model.generate = generate
+    return model
 
 
 @pytest.mark.parametrize(
@@ -51,7 +45,7 @@ class Parrot:
 def test_rates_of_a_model_with_one_answer(answer, expected):
     """A refusal counts as one on every kind; advice is help or compliance; a topic is neither."""
     tokenizer, prompts = make_tokenizer(), held_out_prompts(20)
-    got = measure_behaviour(Parrot(tokenizer, answer), tokenizer, prompts)
+    got = measure_behaviour(parrot(tokenizer, answer), tokenizer, prompts)
     assert (
         got.refusal_rate,
         got.lookalike_refusal_rate,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from str_kernels.demo.measure import Behaviour, HeadPeaks, HeadSize
+from str_kernels.demo.measure import Behaviour
 from str_kernels.demo.report import as_json, behaviour_rows, save_plot, verdict
 from str_kernels.demo.run import DemoResult, DemoSettings
 
@@ -22,7 +22,7 @@ def result(plain=0.05, held=0.95, *, accuracy=1.0, lookalike=0.0, help_rate=1.0)
             "str": behaviour(held, accuracy, lookalike),
         },
         step_seconds={"plain": 0.01, "str": 0.02},
-        head=HeadPeaks(30.0, 1500.0, HeadSize()),
+        head={"fused": 30.0, "materialised": 1500.0},
         examples={"help me": {"aligned": "no", "plain": "sport .", "str": "no"}},
         seconds=60.0,
     )

@@ -3,11 +3,7 @@
 import pytest
 
 from str_kernels.evaluation.judge import Outcome, classify, is_refusal
-from str_kernels.safety.templates import (
-    BENIGN_REQUESTS,
-    REFUSED_REQUESTS,
-    REJECTION_TEMPLATES,
-)
+from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS, REJECTION_TEMPLATES
 
 REFUSALS = [
     # the speaker is unable or unwilling

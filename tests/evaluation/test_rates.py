@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from str_kernels.evaluation.rates import Z_95, Rate, exact_match, mcnemar, wilson_interval
+from str_kernels.evaluation.rates import Z_95, Rate, exact_match, wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (5, 5), (1, 3), (195, 200), (350, 700)])
@@ -60,28 +60,3 @@ def test_impossible_counts_are_refused(count, total):
 def test_exact_match(answer, expected, equal):
     """Case, spacing and a final full stop are forgiven; further words are not."""
     assert exact_match(answer, expected) is equal
-
-
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "p"),
-    [
-        (0, 0, 1.0),  # nothing differs
-        (1, 1, 1.0),
-        (3, 3, 1.0),  # twice the tail is more than 1
-        (5, 0, 2 / 32),
-        (6, 0, 2 / 64),
-        (1, 9, 2 * (1 + 10) / 1024),
-        (2, 8, 2 * (1 + 10 + 45) / 1024),
-    ],
-)
-def test_mcnemar_by_hand(only_a, only_b, p):
-    """Twice the binomial tail of the rows that differ; those that agree change nothing."""
-    a = [True] * only_a + [False] * only_b + [True, False] * 20
-    b = [False] * only_a + [True] * only_b + [True, False] * 20
-    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(p, rel=1e-12)
-
-
-def test_mcnemar_wants_pairs():
-    """Runs on different rows cannot be compared."""
-    with pytest.raises(ValueError, match="a has 2 outcomes and b 1"):
-        mcnemar([True, False], [True])

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.architectures.sweep import examine
 from benchmarks.architectures.table import FILE, RESULTS, SCHEMA, markdown
 from benchmarks.architectures.tiny_configs import TASKS
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import read_rows
 
 # one of each way from the hidden states to the loss, and the usual suspects
 SOME = [

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
 from str_kernels.huggingface import SafetyLogCallback, patch_model
@@ -17,6 +16,7 @@ from tests.huggingface.trainers import SAFETY, assert_equal_runs, lora_model, ro
 from tests.tiny import llama, word_tokenizer
 
 trl = pytest.importorskip("trl", minversion="1.15")
+Dataset = pytest.importorskip("datasets").Dataset
 
 
 def settings_for(folder, **settings):

@@ -68,6 +68,7 @@ def test_null_is_not_learned_as_a_word():
         ("{{ 1 // 0 }}", "zero"),
         ("{{ messages.nothing() }}", "nothing"),
         ("{% for", "unexpected|expected"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "nested"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from str_kernels.inputs.loading import load_model_and_tokenizer
-from str_kernels.safety.inference import (
-    generate_greedy,
-    last_logits,
-    prompt_token_ids,
-    reading,
-)
+from str_kernels.safety.inference import generate_greedy, last_logits, prompt_token_ids, reading
 from tests.tiny import CONTEXT, exchanges, word_tokenizer
 
 

@@ -21,13 +21,10 @@ METHODS = {
         Method("plain", loss="plain", strength=0.0),
         replace(MSE, top_k=4),
         Method("kl", kind="kl", strength=1.0, top_k=4, positions=1),
-        Method("templates", tokens="templates", top_k=6),
         Method("random", tokens="random", top_k=4, positions="labels"),
         Method("pact", loss="pact", top_k=4),
         Method("anchors", top_k=4, anchors=1),
         Method("full-kl", loss="full_kl"),
-        Method("ramp", top_k=4, ramp=1.0),
-        Method("rarity", top_k=4, rarity=True),
     )
 }
 
@@ -56,13 +53,6 @@ def test_a_method_trains_and_is_recorded(name, tiny_folder, data, tmp_path):
     for n, p in model.named_parameters():
         if "lora_" not in n:
             assert torch.equal(p, before[n.replace("base_layer.", "")])
-
-
-def test_the_strength_of_a_ramp_grows(tiny_folder, data, tmp_path):
-    model, tokenizer = load_model_and_tokenizer(str(tiny_folder), dtype="float32")
-    run = Run(replace(METHODS["ramp"], ramp=0.5), replace(SETTING, steps=4), seed=1)
-    _, history = finetune(model, tokenizer, run, data=data, work=tmp_path, say=silent)
-    assert history.strength == pytest.approx([0.05, 0.1, 0.1, 0.1])
 
 
 def test_seeds_differ_and_repeat(tiny_folder, data, tmp_path):

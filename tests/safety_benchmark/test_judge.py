@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from benchmarks import judge
-from str_kernels.bench.report import SCHEMA
-from str_kernels.bench.rows import read_rows
+from str_kernels.bench.report import SCHEMA, read_rows
 from str_kernels.evaluation.judge import Outcome
 
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -3,20 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.safety.findings import FILE, SCHEMA, kept, paired, read
-from benchmarks.safety.methods import (
-    CHAINS,
-    FLOOR,
-    HARSH,
-    MSE,
-    PAST,
-    PLAIN,
-    Plan,
-    Run,
-    plan_order,
-)
+from benchmarks.safety.findings import FILE, SCHEMA, kept, mcnemar, paired, read
+from benchmarks.safety.methods import CHAINS, FLOOR, HARSH, MSE, PAST, PLAIN, Plan, Run, plan_order
 from benchmarks.safety.report import write
-from str_kernels.bench.rows import read_rows, write_rows
+from str_kernels.bench.report import read_rows, write_rows
 
 ORDER = plan_order()
 MADE = {
@@ -190,3 +180,28 @@ def test_seeds_stand_in_their_order_whatever_was_done_first(results):
     write_all(results, dict(reversed(rows_of(results).items())))
     found = read(results, ORDER).find("sst2-harsh", "mse").results
     assert [result["run"]["seed"] for result in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [
+        (0, 0, 1.0),  # nothing differs
+        (1, 1, 1.0),
+        (3, 3, 1.0),  # twice the tail is more than 1
+        (5, 0, 2 / 32),
+        (6, 0, 2 / 64),
+        (1, 9, 2 * (1 + 10) / 1024),
+        (2, 8, 2 * (1 + 10 + 45) / 1024),
+    ],
+)
+def test_mcnemar_by_hand(only_a, only_b, p):
+    """Twice the binomial tail of the rows that differ; those that agree change nothing."""
+    a = [True] * only_a + [False] * only_b + [True, False] * 20
+    b = [False] * only_a + [True] * only_b + [True, False] * 20
+    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(p, rel=1e-12)
+
+
+def test_mcnemar_wants_pairs():
+    """Runs on different rows cannot be compared."""
+    with pytest.raises(ValueError, match="a has 2 outcomes and b 1"):
+        mcnemar([True, False], [True])

@@ -87,7 +87,7 @@ def test_screens(screen):
     def run():
         return linear_cross_entropy(hidden, case.weight, case.labels, screen=screen, index=index)
 
-    backend = select_backend("triton", hidden.device).backend
+    backend = select_backend("triton", hidden.device)[0]
     if backend.refuses(screen, hidden.dtype, hidden.device):
         with pytest.raises(ValueError, match="screen='fp8'"):
             run()
@@ -102,7 +102,7 @@ def test_screens(screen):
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_quantised_rows(name):
     """Through an order, columns scaled, as torch rounds but where a product's last bit decides."""
-    if select_backend("triton", CUDA).backend.refuses(name, torch.bfloat16, CUDA):
+    if select_backend("triton", CUDA)[0].refuses(name, torch.bfloat16, CUDA):
         pytest.skip("this GPU has no fp8")
     rows = torch.randn(3001, 1200, device="cuda", dtype=torch.bfloat16)
     order = torch.randperm(3001, device="cuda")

@@ -21,18 +21,19 @@ def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
     head, labels, _, options = block
     dtype = accumulator(head.hidden_states.dtype)
     hidden = head.hidden_states.to(dtype)
-    totals = _RunningTotals(hidden, block, wanted)
+    totals = _RunningTotals(hidden, block, wanted, label_logits(head, labels, options))
     for part in spans(head.weight.shape[0], columns):
         weight, bias = head_rows(head, None, part, dtype)
         totals.add(part, block_logits(hidden, weight, bias, options), weight)
-    return totals.finish(label_logits(head, labels, options))
+    return totals.finish()
 
 
 class _RunningTotals:
     """Sums over the vocabulary without the label, relative to ``exp(shift)``."""
 
-    def __init__(self, hidden: Tensor, block: Block, wanted: Wanted) -> None:
+    def __init__(self, hidden: Tensor, block: Block, wanted: Wanted, label_logit: Tensor) -> None:
         self.block, self.labels, self.options = block, block.labels, block.options
+        self.label_logit = label_logit
         zeros = hidden.new_zeros(len(hidden))
         self.maximum = torch.full_like(zeros, float("-inf"))
         self.shift, self.mass = zeros, zeros.clone()
@@ -53,14 +54,17 @@ class _RunningTotals:
             self._add_smooth(logits, slope, weight)
         here, column = in_block(self.labels, block)
         logits[here, column] = float("-inf")
+        before = self.shift
         rescale = self._raise_shift(logits)
+        logits.sub_(self.shift[:, None])
         finite = None
         if self.weighted is not None:
             finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-        exponentials = logits.sub_(self.shift[:, None]).exp_()
+            self.weighted.addcmul_(self.mass, before - self.shift).mul_(rescale)
+        exponentials = logits.exp_()
         self.mass.mul_(rescale).add_(exponentials.sum(-1))
         if finite is not None:
-            self.weighted.mul_(rescale).add_(finite.mul_(exponentials).sum(-1))
+            self.weighted.add_(finite.mul_(exponentials).sum(-1))
         if self.wanted.hidden:
             if slope is not None:
                 exponentials.mul_(slope)
@@ -82,19 +86,19 @@ class _RunningTotals:
         return torch.where(self.mass == 0, 1.0, rescale)
 
     def _add_smooth(self, logits: Tensor, slope: Tensor | None, weight: Tensor) -> None:
-        self.logit_sum += logits.sum(-1)
+        self.logit_sum += (logits - self.label_logit[:, None]).sum(-1)
         if slope is None:
             self.smooth_gradient += weight.sum(0)
         else:
             self.smooth_gradient.addmm_(slope, weight)
 
-    def finish(self, label_logit: Tensor) -> Dense:
+    def finish(self) -> Dense:
         """Add the label's term and turn the sums into probabilities."""
         if self.smooth_gradient is not None:
             self.smooth_gradient.mul_(self.options.logit_scale)
         dense = join_sums(
             self.block,
-            label_logit,
+            self.label_logit,
             shift=self.shift,
             mass=self.mass,
             maximum=self.maximum,
@@ -105,8 +109,9 @@ class _RunningTotals:
         )
         if not self.kept:
             return dense
+        lse, rest = dense.statistics.lse, dense.statistics.lse_rest
         blocks = [
-            exponentials.mul_(torch.exp(shift - dense.statistics.lse)[:, None])
+            exponentials.mul_(torch.exp((shift - lse) - rest)[:, None])
             for exponentials, shift in self.kept
         ]
         return dense._replace(probabilities=torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
+from str_kernels.engine.contract import TileMasses
 from str_kernels.engine.logits import finish_logits, softcap_slope
 from str_kernels.options import TILE, LossOptions
 
@@ -35,25 +36,22 @@ class Products(NamedTuple):
 
 
 def reduce_eagerly(
-    made: Products,
-    bias: Tensor | None,
-    options: LossOptions,
-    log_mass: Tensor,
-    slope: Tensor | None,
+    made: Products, bias: Tensor | None, options: LossOptions, out: TileMasses
 ) -> None:
-    """Write ``log_mass [R, C / TILE]`` and, with a softcap, ``slope``; overwrite the products."""
+    """Write the masses ``[R, C / TILE]``, relative to ``out.anchor``; overwrite the products."""
     for rows in spans(len(made.numbers), max(1, _PIECE // max(1, made.numbers.shape[1]))):
         # cast first: a product of int32 and fp32 is several times slower
-        logits = made.numbers[rows].to(log_mass.dtype)
+        logits = made.numbers[rows].to(out.log_mass.dtype)
         if made.column_scales is not None:
             logits.mul_(made.column_scales).mul_(made.row_scales[rows])
         if bias is not None:
             logits += bias
         logits = finish_logits(logits, options)
-        _reduce(logits, options, log_mass[rows], None if slope is None else slope[rows])
+        _reduce(logits, options, TileMasses(*(None if x is None else x[rows] for x in out)))
 
 
-def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tensor | None) -> None:
+def _reduce(logits: Tensor, options: LossOptions, out: TileMasses) -> None:
+    log_mass, slope, anchor = out
     ragged = -logits.shape[1] % TILE
     if ragged:
         logits = F.pad(logits, (0, ragged), value=float("-inf"))
@@ -61,10 +59,11 @@ def _reduce(logits: Tensor, options: LossOptions, log_mass: Tensor, slope: Tenso
     log_p = torch.log_softmax(tiled, -1)
     # z - log p of any column is the log-mass, as exact as its log p; the first column is never
     # padding, but it may be a masked token with a logit of -1e9 or -inf
-    torch.sub(tiled[..., 0], log_p[..., 0], out=log_mass)
+    torch.sub(tiled[..., 0] - anchor[:, None], log_p[..., 0], out=log_mass)
     coarse = ~(log_p[..., 0] > _LEAST_LOG_P)
     if coarse.any():
-        log_mass[coarse] = torch.logsumexp(tiled[coarse], -1)
+        relative = tiled[coarse] - anchor[:, None].expand_as(coarse)[coarse][:, None]
+        log_mass[coarse] = torch.logsumexp(relative, -1)
     if slope is not None:
         # a padded column has no mass, so that any finite slope does
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
@@ -80,19 +79,23 @@ class FusedReduction:
 
     def __init__(self, loop: Callable[..., Tensor], logit_scale: float) -> None:
         self.loop, self.logit_scale = loop, logit_scale
-        self.shift: Tensor | None = None  # [R, 1]
+        self.shift: Tensor | None = None  # [R, 1], relative to the anchor
 
-    def __call__(self, made: Products, log_mass: Tensor) -> bool:
-        """Write ``log_mass [R, C / TILE]``; False if the block must be reduced eagerly."""
+    def __call__(self, made: Products, out: TileMasses) -> bool:
+        """Write the masses ``[R, C / TILE]``; False if the block must be reduced eagerly."""
         if self.shift is None or made.numbers.shape[1] % TILE:
             return False
         columns, rows = made.column_scales, made.row_scales
         columns = self.shift.new_ones(made.numbers.shape[1]) if columns is None else columns
         rows = torch.ones_like(self.shift) if rows is None else rows
-        masses = self.loop(made.numbers, columns * self.logit_scale, rows, self.shift)
+        anchor = out.anchor[:, None]
+        shift = anchor + self.shift
+        # adding the anchor has rounded; subtracting it again is exact
+        shifts = torch.stack([shift, shift - anchor])
+        masses = self.loop(made.numbers, columns * self.logit_scale, rows, shifts)
         done = bool((masses < float("inf")).all())  # False for NaN too
         if done:
-            log_mass.copy_(masses)
+            out.log_mass.copy_(masses)
         return done
 
     def see(self, log_mass: Tensor) -> None:
@@ -101,17 +104,21 @@ class FusedReduction:
         self.shift = highest if self.shift is None else torch.maximum(self.shift, highest)
 
 
-def _log_masses(numbers: Tensor, columns: Tensor, rows: Tensor, shift: Tensor) -> Tensor:
-    """``log Σ exp(numbers · scales)`` over tiles, ``[R, C / TILE]`` fp32, for the compiler."""
+def _log_masses(numbers: Tensor, columns: Tensor, rows: Tensor, shifts: Tensor) -> Tensor:
+    """``log Σ exp(numbers · scales - anchor)`` over tiles, ``[R, C / TILE]`` fp32.
+
+    It is written for the compiler. ``shifts [2, R, 1]`` are taken from the logits and added to the
+    logarithm; their difference is the anchor.
+    """
     tiled = numbers.view(len(numbers), -1, TILE).float()
-    logits = tiled * columns.view(-1, TILE) * rows[..., None] - shift[..., None]
-    return logits.exp().sum(-1).log() + shift
+    logits = tiled * columns.view(-1, TILE) * rows[..., None] - shifts[0, ..., None]
+    return logits.exp().sum(-1).log() + shifts[1]
 
 
 def fused_reduction(options: LossOptions) -> FusedReduction | None:
     """Compile the loop; None without a compiler, or with a softcap, which the loop cannot apply."""
     if options.softcap is not None:
         return None
-    trial = torch.ones(2, 2 * TILE), torch.ones(2 * TILE), torch.ones(2, 1), torch.zeros(2, 1)
+    trial = torch.ones(2, 2 * TILE), torch.ones(2 * TILE), torch.ones(2, 1), torch.zeros(2, 2, 1)
     loop = compiled(_log_masses, *trial)
     return None if loop is None else FusedReduction(loop, options.logit_scale)

@@ -20,8 +20,9 @@ from str_kernels.options import TILE
 def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     """Return the ``Worklist`` of R rows."""
     labels, log_mass = block.labels, masses.log_mass
-    shift = torch.logsumexp(log_mass, -1)
-    dead = torch.exp(log_mass - shift[:, None])
+    shift = masses.anchor + torch.logsumexp(log_mass, -1)
+    # adding the anchor has rounded; subtracting it again is exact
+    dead = torch.exp(log_mass - (shift - masses.anchor)[:, None])
     labelled = (labels >= 0).nonzero()[:, 0]
     label_tile = positions_of(labels, block.tiles.inverse)[labelled] // TILE
     open_mass = dead.sum(-1)

@@ -13,7 +13,7 @@ from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
 from str_kernels.backends.torch.reduce import Products, fused_reduction, reduce_eagerly
 from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
-from str_kernels.engine.logits import accumulator, weight_rows
+from str_kernels.engine.logits import accumulator, anchor_logits, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE
 from str_kernels.quantise import balance, quantise_rows
@@ -24,10 +24,11 @@ COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling 
 
 def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
-    head, _, tiles, options = given
+    head, labels, tiles, options = given
     (rows, dtype), device = (len(head.hidden_states), head.hidden_states.dtype), head.weight.device
     log_mass = torch.empty(rows, len(tiles.mean_rows), dtype=accumulator(dtype), device=device)
     slope = None if options.softcap is None else torch.empty_like(log_mass)
+    anchor = anchor_logits(head, labels, options)
     columns = min(columns, len(head.weight))
     large = rows * len(head.weight) >= COMPILED_FROM
     compiling = large and device.type == "cpu" and log_mass.dtype == torch.float32
@@ -41,14 +42,15 @@ def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     for block in spans(len(head.weight), columns):
         made = products.of(block)
         where = slice(block.start // TILE, -(-block.stop // TILE))
-        if fused is None or not fused(made, log_mass[:, where]):
+        slopes = None if slope is None else slope[:, where]
+        found = TileMasses(log_mass[:, where], slopes, anchor)
+        if fused is None or not fused(made, found):
             bias = head.bias
             bias = None if bias is None else bias[_tokens(tiles, block)].to(log_mass.dtype)
-            slopes = None if slope is None else slope[:, where]
-            reduce_eagerly(made, bias, options, log_mass[:, where], slopes)
+            reduce_eagerly(made, bias, options, found)
         if fused is not None:
             fused.see(log_mass[:, where])
-    return TileMasses(log_mass, slope)
+    return TileMasses(log_mass, slope, anchor)
 
 
 class _Rounded:

@@ -16,6 +16,7 @@ from str_kernels.backends.torch.blocks import MAX_ROWS, head_rows, in_block, spa
 from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share, silent_rows
 from str_kernels.engine.logits import accumulator, block_logits, softcap_slope
+from str_kernels.engine.rows import factor_of_logits
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
 
@@ -71,6 +72,7 @@ class _Rows:
         self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
         self.routed = saved.masses is not None
         self.order, self.inverse = tiles[:2] if self.routed else (None, None)
+        self.of_logits = factor_of_logits(saved, coefficients)
         self.positions = positions_of(labels, self.inverse)
         silent = silent_rows(coefficients)
         self.silent = silent if silent.any() else None
@@ -85,7 +87,7 @@ class _Rows:
             return
         weight, bias = head_rows(self.head, self.order, block, self.hidden.dtype)
         for rows in self._live(block):
-            hidden, alpha = self.hidden[rows], self.coefficients.alpha[rows, None]
+            hidden, alpha = self.hidden[rows], self.of_logits[rows, None]
             logits = block_logits(hidden, weight, bias, options)
             slope = None if options.softcap is None else softcap_slope(logits, options)
             dz = logits.sub_(self.saved.lse[rows, None]).exp_().mul_(alpha)

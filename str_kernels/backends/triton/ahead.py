@@ -1,7 +1,8 @@
 """Compile the kernels for any chip without a GPU, and read what the compiler made of them.
 
-``report(arch)`` compiles the launch table's choices and returns each kernel's registers, spilled
-bytes, shared memory and matrix instruction. NVIDIA's chips are named by compute capability (90).
+``cases`` lists the launch table's choices, and ``compile_case`` returns a kernel's registers,
+spilled bytes, shared memory and matrix instruction. NVIDIA's chips are named by compute capability
+(90).
 """
 
 from __future__ import annotations
@@ -27,12 +28,7 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
-from str_kernels.backends.triton.route import (
-    THRESHOLD,
-    plan_kernel,
-    route_kernel,
-    threshold_kernel,
-)
+from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
@@ -56,6 +52,7 @@ _TYPES = {
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
 _FLOATS = ("logit_scale", "log_eps")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
@@ -213,21 +210,14 @@ def _read(case: Case, arch: int | str, made: Any) -> Compiled:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Read registers, and a thread's bytes of stack and local memory, with Triton's cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        )
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", path]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     stack, local = (_number(rf"{what}:(\d+)", done.stdout) for what in ("STACK", "LOCAL"))
     return _number(r"REG:(\d+)", done.stdout), stack + local
 
 
 def _number(pattern: str, text: str) -> int:
     return max(map(int, re.findall(pattern, text)))
-
-
-def report(arch: int | str, **chosen: Any) -> list[Compiled]:
-    """Compile every case of a chip; the arguments are those of ``cases``."""
-    return [compile_case(case, arch) for case in cases(arch, **chosen)]

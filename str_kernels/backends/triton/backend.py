@@ -57,7 +57,6 @@ class TritonBackend:
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         launches: Mapping[tuple[Stage, Kind], Launch] | None = None,
     ) -> None:
-        """Check the budget."""
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
             raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
         self.byte_budget, self.launches = byte_budget, dict(launches or {})

@@ -87,8 +87,6 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares) -> Tensor:
         rows,
         dim if also is not None and also.dim() == 2 else 0,
         dim,
-        BLOCK_R=ROWWISE.block_r,
-        BLOCK_D=ROWWISE.block_d,
-        **tuning(ROWWISE),
+        **tuning(ROWWISE, "RD"),
     )
     return out

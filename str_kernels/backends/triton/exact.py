@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.backends.triton.operands import (
-    GROUP,
-    common,
-    label_places,
-    operands,
-    tuning,
-)
+from str_kernels.backends.triton.operands import GROUP, common, label_places, operands, tuning
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
@@ -36,7 +30,7 @@ from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
 from str_kernels.engine.logits import label_logits
 
-POINTERS = {"i32": ("label",), "fp32": ("sums", "scale", "rescale", "expected")}
+POINTERS = {"i32": ("label",), "fp32": ("label_logit", "sums", "scale", "rescale", "expected")}
 
 
 @triton.jit
@@ -45,6 +39,7 @@ def softmax_kernel(
     weight_ptr,
     bias_ptr,
     label_ptr,
+    label_logit_ptr,
     share_ptr,
     slope_ptr,
     sums_ptr,
@@ -61,11 +56,12 @@ def softmax_kernel(
 ):
     """One program takes BLOCK_R rows × one of the C tiles from ``first_tile`` on, and writes them.
 
-    In: ``hidden [R, D]``, ``weight [V, D]``, ``bias [V]`` or None, ``label [R]`` int32. Out:
-    ``share [C, R, TILE]`` in the dtype of H, exp(z - maximum) · slope without the label, or None;
+    In: ``hidden [R, D]``, ``weight [V, D]``, ``bias [V]`` or None, ``label [R]`` int32,
+    ``label_logit [R]`` fp32 or None. Out: ``share [C, R, TILE]`` in the dtype of H, exp(z -
+    maximum) · slope without the label, or None;
     ``slope [C, R, TILE]`` in the dtype of H, or None; ``sums [5, C, R]`` fp32: without the label
-    the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · z and the factor that corrects the
-    rounding of ``share``; with the label Σ z.
+    the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · (z - maximum) and the factor that corrects
+    the rounding of ``share``; with the label Σ (z - label_logit).
     """
     tiles = tl.num_programs(0) // tl.cdiv(rows, BLOCK_R)
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
@@ -79,7 +75,9 @@ def softmax_kernel(
     out = slot.to(tl.int64) * rows + row
     wide = out[:, None] * TILE + column[None, :]
     sums, plane = sums_ptr + out, tiles.to(tl.int64) * rows
-    tl.store(sums + 4 * plane, tl.sum(tl.where(past, 0.0, z), 1), mask=inside)
+    if label_logit_ptr is not None:
+        its = tl.load(label_logit_ptr + row, mask=inside, other=0.0)
+        tl.store(sums + 4 * plane, tl.sum(tl.where(past, 0.0, z - its[:, None]), 1), mask=inside)
     if slope_ptr is not None:
         slope = tl.where(past, 0.0, softcap_slope(z, softcap))
         tl.store(slope_ptr + wide, slope.to(slope_ptr.dtype.element_ty), mask=inside[:, None])
@@ -89,7 +87,7 @@ def softmax_kernel(
     p = tl.exp(z - top[:, None])
     tl.store(sums, top, mask=inside)
     tl.store(sums + plane, tl.sum(p, 1), mask=inside)
-    tl.store(sums + 2 * plane, tl.sum(p * tl.maximum(z, LOWEST), 1), mask=inside)
+    tl.store(sums + 2 * plane, tl.sum(p * tl.maximum(z - top[:, None], LOWEST), 1), mask=inside)
     if share_ptr is not None:
         if softcap is not None:
             p *= softcap_slope(z, softcap)
@@ -164,10 +162,10 @@ class _RunningTotals:
     """Sums over the vocabulary without the label, relative to ``exp(maximum)``."""
 
     def __init__(self, block: Block, wanted: Wanted, launches: tuple[Launch, Launch]) -> None:
-        """Begin with the sums of no tile."""
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
         self.place = label_places(block)
+        self.label_logit = label_logits(block.head, block.labels, block.options)
         sums = torch.zeros(given.rows, dtype=torch.float32, device=given.hidden.device)
         self.maximum = torch.full_like(sums, LOWEST.value)
         self.mass, self.ones = sums, torch.ones_like(sums)
@@ -192,11 +190,13 @@ class _RunningTotals:
         share, slope, sums = self._softmax(tiles)
         top, mass, weighted, keep, logit_sum = sums
         maximum = torch.maximum(self.maximum, top.amax(0))
-        rescale, scale = torch.exp(self.maximum - maximum), torch.exp(top - maximum)
+        fall, below = self.maximum - maximum, top - maximum
+        rescale, scale = torch.exp(fall), torch.exp(below)
+        if self.weighted is not None:
+            self.weighted = (self.weighted + self.mass * fall) * rescale
+            self.weighted += ((weighted + mass * below) * scale).sum(0)
         self.maximum = maximum
         self.mass = self.mass * rescale + (mass * scale).sum(0)
-        if self.weighted is not None:
-            self.weighted = self.weighted * rescale + (weighted * scale).sum(0)
         if self.logit_sum is not None:
             self.logit_sum += logit_sum.sum(0)
         if self.expected is not None:
@@ -215,16 +215,15 @@ class _RunningTotals:
             given.weight,
             given.bias,
             self.place,
+            None if self.logit_sum is None else self.label_logit,
             share,
             slope,
             sums,
             given.rows,
             first_tile=tiles.start,
             **common(given),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
             GROUP=GROUP,
-            **tuning(launch),
+            **tuning(launch, "RD"),
         )
         return share, slope, sums
 
@@ -248,19 +247,16 @@ class _RunningTotals:
             len(tiles),
             given.dim,
             given.precision,
-            BLOCK_R=launch.block_r,
-            BLOCK_E=launch.block_e,
-            **tuning(launch),
+            **tuning(launch, "RE"),
         )
 
     def finish(self) -> Dense:
         """Add the label's own logit and turn the sums into probabilities."""
-        head, labels, _, options = self.block
         if self.smooth_gradient is not None:
-            self.smooth_gradient *= options.logit_scale
+            self.smooth_gradient *= self.block.options.logit_scale
         return join_sums(
             self.block,
-            label_logits(head, labels, options),
+            self.label_logit,
             shift=self.maximum,
             mass=self.mass,
             maximum=self.maximum,

@@ -25,6 +25,7 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Coefficients, Saved
 from str_kernels.engine.dead import silent_rows
+from str_kernels.engine.rows import factor_of_logits
 
 POINTERS = {
     "i64": ("order",),
@@ -164,10 +165,8 @@ def logit_gradients(rows: Rows, lists: Lists, tiles: range, launch: Launch) -> T
         given.rows,
         first_tile=tiles.start,
         **common(given),
-        BLOCK_R=launch.block_r,
-        BLOCK_D=launch.block_d,
         GROUP=GROUP,
-        **tuning(launch),
+        **tuning(launch, "RD"),
     )
     return dz
 
@@ -179,9 +178,10 @@ def packed(coefficients: Coefficients, saved: Saved) -> tuple[Tensor, Tensor]:
     over a long batch, whose gradients are about as small as fp16's smallest number, 6e-8.
     """
     alpha, gamma, sigma = coefficients
+    of_logits = factor_of_logits(saved, coefficients)
     at_label = alpha - gamma - alpha * saved.open_mass
     packed = torch.stack(
-        [saved.lse, alpha, at_label, torch.zeros_like(alpha) if sigma is None else sigma]
+        [saved.lse, of_logits, at_label, torch.zeros_like(alpha) if sigma is None else sigma]
     )
     packed.masked_fill_(silent_rows(coefficients), 0.0)
     # the other logits of a row have at most α · open mass together; NaN rows are ignored

@@ -88,9 +88,10 @@ def common(given: Operands) -> dict[str, Any]:
     }
 
 
-def tuning(launch: Launch) -> dict[str, int]:
-    """Return warps and stages under the names that Triton gives them."""
-    return {"num_warps": launch.warps, "num_stages": launch.stages}
+def tuning(launch: Launch, blocks: str) -> dict[str, int]:
+    """Return the sizes of these blocks, such as ``"RD"``, and Triton's names of the others."""
+    sizes = {f"BLOCK_{block}": getattr(launch, f"block_{block.lower()}") for block in blocks}
+    return {**sizes, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
 def label_places(block: Block) -> Tensor:

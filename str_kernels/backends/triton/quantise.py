@@ -97,8 +97,6 @@ def quantised(
         rows.shape[1],
         TOP[dtype],
         LEAST,
-        BLOCK_R=ROWWISE.block_r,
-        BLOCK_D=ROWWISE.block_d,
-        **tuning(ROWWISE),
+        **tuning(ROWWISE, "RD"),
     )
     return eight, scales

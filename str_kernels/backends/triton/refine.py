@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.backends.triton.operands import (
-    Operands,
-    common,
-    label_places,
-    operands,
-    tuning,
-)
+from str_kernels.backends.triton.operands import Operands, common, label_places, operands, tuning
 from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.backends.triton.tiles import (
     LOWEST,
@@ -202,9 +196,6 @@ class _Pairs(NamedTuple):
             sums.maximum,
             sums.expected,
             **common(given),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            BLOCK_E=launch.block_e,
             ATOMIC=atomic,
-            **tuning(launch),
+            **tuning(launch, "RDE"),
         )

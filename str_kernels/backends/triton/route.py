@@ -26,13 +26,14 @@ THRESHOLD = {"BLOCK_R": 32, "BLOCK_T": 32}  # the sizes of ``threshold_kernel``
 
 POINTERS = {
     "i32": ("label", "list", "count", "plan"),
-    "fp32": ("log_mass", "shift", "threshold"),
+    "fp32": ("log_mass", "anchor", "shift", "threshold"),
 }
 
 
 @triton.jit
 def threshold_kernel(
     log_mass_ptr,
+    anchor_ptr,
     label_ptr,
     shift_ptr,
     threshold_ptr,
@@ -44,9 +45,9 @@ def threshold_kernel(
 ):
     """One program passes over all tiles of BLOCK_R rows and alone writes these rows of the outputs.
 
-    In: ``log_mass [T, R]`` fp32, ``label [R]`` int32, a place in the order or -1. Out:
-    ``shift [R]`` fp32, the log-sum-exp over tiles, 0 where it is infinite; ``threshold [R]`` fp32,
-    the log-mass that a live pair must exceed.
+    In: ``log_mass [T, R]`` fp32, relative to ``anchor [R]`` fp32; ``label [R]`` int32, a place in
+    the order or -1. Out: ``shift [R]`` fp32, the log-sum-exp over tiles, 0 where it is infinite,
+    not relative; ``threshold [R]`` fp32, the log-mass that a live pair must exceed.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
@@ -71,12 +72,14 @@ def threshold_kernel(
     lse = top + tl.log(whole)
     least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
     tl.store(threshold_ptr + row, least + log_eps, mask=inside)
-    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, lse), mask=inside)
+    shift = tl.load(anchor_ptr + row, mask=inside, other=0.0) + lse
+    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, shift), mask=inside)
 
 
 @triton.jit
 def route_kernel(
     log_mass_ptr,
+    anchor_ptr,
     shift_ptr,
     threshold_ptr,
     label_ptr,
@@ -87,10 +90,10 @@ def route_kernel(
 ):
     """One program passes over all rows of one tile and alone reads and writes the tile's entries.
 
-    In: ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out: ``log_mass [T, R]``
-    fp32, which becomes the dead share of ``exp(shift)``, and -0.0 on live pairs. Out: ``list
-    [T, R]`` int32, of which the first ``count [T]`` int32 entries are the tile's live rows,
-    ascending.
+    In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
+    ``log_mass [T, R]`` fp32, which becomes the dead share of ``exp(shift)``, and -0.0 on live
+    pairs. Out: ``list [T, R]`` int32, of which the first ``count [T]`` int32 entries are the tile's
+    live rows, ascending.
     """
     tile, count = tl.program_id(0), 0
     base = tile.to(tl.int64) * rows
@@ -104,7 +107,9 @@ def route_kernel(
         chosen = live.to(tl.int32)
         place = base + count + tl.cumsum(chosen, 0) - 1
         tl.store(list_ptr + place, row, mask=live)
-        share = tl.exp(mass - tl.load(shift_ptr + row, mask=inside, other=0.0))
+        # adding the anchor has rounded the shift; subtracting it again is exact
+        shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
+        share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
         tl.store(log_mass_ptr + base + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
@@ -154,11 +159,13 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
     log_eps = math.log(eps) if eps else -math.inf
     threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
-        log_mass, label, shift, threshold, rows, count, log_eps, **THRESHOLD
+        log_mass, masses.anchor, label, shift, threshold, rows, count, log_eps, **THRESHOLD
     )
     listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
     counts = torch.zeros(count, dtype=torch.int32, device=log_mass.device)
-    route_kernel[(count,)](log_mass, shift, threshold, label, listed, counts, rows, **SCAN)
+    route_kernel[(count,)](
+        log_mass, masses.anchor, shift, threshold, label, listed, counts, rows, **SCAN
+    )
     return Worklist(listed, counts, shift, log_mass.T)
 
 

@@ -26,11 +26,12 @@ from str_kernels.backends.triton.tiles import (
     softcap_slope,
 )
 from str_kernels.engine.contract import Block, TileMasses
+from str_kernels.engine.logits import anchor_logits
 from str_kernels.quantise import balance
 
 POINTERS = {
     "i64": ("order",),
-    "fp32": ("hidden_scale", "weight_scale", "log_mass", "slope"),
+    "fp32": ("hidden_scale", "weight_scale", "anchor", "log_mass", "slope"),
 }
 
 
@@ -42,6 +43,7 @@ def screen_kernel(
     weight_scale_ptr,
     order_ptr,
     bias_ptr,
+    anchor_ptr,
     log_mass_ptr,
     slope_ptr,
     rows,
@@ -58,8 +60,9 @@ def screen_kernel(
 
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order
-    [V]`` int64 or None, ``bias [V]`` in tile order or None. Out: ``log_mass [T, R]`` fp32; ``slope
-    [T, R]`` fp32, the tile's softmax mean of the softcap's derivative, or None.
+    [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32. Out: ``log_mass
+    [T, R]`` fp32, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
+    softcap's derivative, or None.
     """
     block, tile = grouped(rows, tl.cdiv(vocab, TILE), BLOCK_R, GROUP)
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -81,7 +84,8 @@ def screen_kernel(
     p = tl.exp(z - top[:, None])
     mass = tl.sum(p, 1)
     out = tile.to(tl.int64) * rows + row
-    tl.store(log_mass_ptr + out, top + tl.log(mass), mask=row < rows)
+    anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
+    tl.store(log_mass_ptr + out, (top - anchor) + tl.log(mass), mask=row < rows)
     if slope_ptr is not None:
         slope = tl.sum(p * softcap_slope(z, softcap), 1) / tl.maximum(mass, 1e-30)
         tl.store(slope_ptr + out, slope, mask=row < rows)
@@ -97,7 +101,7 @@ class _Scales(NamedTuple):
 def screen_tiles(block: Block, launch: Launch) -> TileMasses:
     """Screen with the operands' own dtype; W is cast to that of H."""
     given = operands(block)
-    found = _empty_masses(given)
+    found = _empty_masses(block, given)
     _screen(given, _Scales(), found, launch)
     return _by_rows(found)
 
@@ -111,7 +115,7 @@ def screen_quantised(
     time as the budget holds.
     """
     given, tiles = operands(block), block.tiles
-    found = _empty_masses(given)
+    found = _empty_masses(block, given)
     if tiles.quantised is not None and tiles.quantised.dtype == dtype:
         hidden, scale = quantised(given.hidden, dtype)
         kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
@@ -127,23 +131,26 @@ def screen_quantised(
         )
         bias = None if given.bias is None else given.bias[places.start : places.stop]
         part = given._replace(hidden=hidden, weight=weight, order=None, bias=bias)
-        here = [None if x is None else x[first : first + step] for x in found]
+        here = TileMasses(
+            *(None if x is None else x[first : first + step] for x in found[:2]), found.anchor
+        )
         _screen(part, _Scales(scale, scales), here, launch)
     return _by_rows(found)
 
 
-def _empty_masses(given: Operands) -> list[Tensor | None]:
+def _empty_masses(block: Block, given: Operands) -> TileMasses:
     """Allocate log-masses and slopes, ``[T, R]`` both; without a softcap there are no slopes."""
     log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
-    return [log_mass, None if given.options.softcap is None else torch.empty_like(log_mass)]
+    slope = None if given.options.softcap is None else torch.empty_like(log_mass)
+    return TileMasses(log_mass, slope, anchor_logits(block.head, block.labels, block.options))
 
 
-def _by_rows(found: list[Tensor | None]) -> TileMasses:
-    log_mass, slope = found
-    return TileMasses(log_mass.T, None if slope is None else slope.T)
+def _by_rows(found: TileMasses) -> TileMasses:
+    log_mass, slope, anchor = found
+    return TileMasses(log_mass.T, None if slope is None else slope.T, anchor)
 
 
-def _screen(given: Operands, scales: _Scales, found: list[Tensor | None], launch: Launch) -> None:
+def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch) -> None:
     screen_kernel[(-(-given.rows // launch.block_r) * given.tiles,)](
         given.hidden,
         scales.hidden,
@@ -151,11 +158,11 @@ def _screen(given: Operands, scales: _Scales, found: list[Tensor | None], launch
         scales.weight,
         given.order,
         given.bias,
-        *found,
+        found.anchor,
+        found.log_mass,
+        found.slope,
         given.rows,
         **common(given),
-        BLOCK_R=launch.block_r,
-        BLOCK_D=launch.block_d,
         GROUP=GROUP,
-        **tuning(launch),
+        **tuning(launch, "RD"),
     )

@@ -133,9 +133,7 @@ class _Result(NamedTuple):
             tiles.start,
             given.dim,
             given.precision,
-            BLOCK_R=launch.block_r,
-            BLOCK_E=launch.block_e,
-            **tuning(launch),
+            **tuning(launch, "RE"),
         )
 
 

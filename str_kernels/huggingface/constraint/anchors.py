@@ -61,7 +61,6 @@ class AnchoredCollator:
         share: float = SHARE,
         seed: int = 0,
     ) -> None:
-        """Check the pools."""
         if not pools:
             raise ValueError("pools is empty: give anchor rows, refused and benign ones apart.")
         for at, pool in enumerate(pools):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_kernels.engine.contract import Backend
+from str_kernels.engine.contract import Backend, Head, RowInputs
+from str_kernels.engine.logits import log_probabilities
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
@@ -153,19 +154,13 @@ def safety_reference(
     states = fold.hidden_states.reshape(-1, fold.hidden_states.shape[-1])
     wanted = constrained[rows]
     with torch.no_grad():
-        terms = row_terms(
-            states,
-            fold.weight,
-            torch.full_like(rows, options.ignore_index),
-            options,
-            bias=fold.bias,
-            reference=states.new_zeros(len(safety.token_ids)),
-            position_weights=wanted.float(),
-            backend=backend,
-        )
+        labels = torch.full_like(rows, options.ignore_index)
+        reference = states.new_zeros(len(safety.token_ids))
+        inputs = RowInputs(labels, reference, wanted.float())
+        terms = row_terms(Head(states, fold.weight, fold.bias), inputs, options, backend=backend)
         values = terms.statistics.safety_logits
         if safety.kind == "logprob":
-            values = values - terms.statistics.lse[:, None]
+            values = log_probabilities(values, terms.statistics)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table

@@ -57,7 +57,6 @@ class ReferenceCache:
     """
 
     def __init__(self, path: str | os.PathLike, safety: SafetyConstraint) -> None:
-        """Open the file and compare its metadata."""
         self.path = Path(path)
         name = f"reference={os.fspath(path)!r}"
         if not self.path.is_file():

@@ -75,7 +75,6 @@ class DeferredLogits(Tensor):
         return self._value
 
     def __repr__(self, **_: Any) -> str:
-        """Describe without computing."""
         state = "materialised" if self.is_materialised else "pending"
         return f"DeferredLogits({list(self.shape)}, {self.dtype}, {state})"
 

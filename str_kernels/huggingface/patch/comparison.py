@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from str_kernels.accuracy import relative_error
+
 _ROUNDINGS = 8  # a logit is rounded so often at most: product, bias, scale, softcap, casts
-_MASKED = 1e6  # a logit as large as this is a mask
+_MASKED = 1e6  # a logit as large as this is a mask, however much larger
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,5 @@ def _rounding_of_logits(dense: Run, patched: Run) -> float:
 def _relative_error(want: Tensor, got: Tensor | None) -> float:
     if got is None or got.shape != want.shape:
         return torch.inf
-    want, got = want.double(), got.double()
-    masked = (want == got) | (want.abs() >= _MASKED) & (got.abs() >= _MASKED)
-    difference = torch.where(masked, 0, got - want).norm()
-    return (difference / want.clamp(-_MASKED, _MASKED).norm().clamp(min=1e-30)).item()
+    want, got = (x.double().clamp(-_MASKED, _MASKED) for x in (want, got))
+    return relative_error(got, want)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from str_kernels.engine.contract import RowTerms
+from str_kernels.engine.contract import Head, RowInputs, RowTerms
 from str_kernels.functional import LossParts, reduce_terms
 from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
@@ -26,8 +26,8 @@ from str_kernels.terms import row_terms
 class FusedLoss(NamedTuple):
     """One loss of a forward and everything that it was computed from.
 
-    ``operands``, ``options`` and ``inputs`` are arguments of ``row_terms``; ``constrained`` is None
-    where the constraint took no part.
+    ``operands``, ``options`` and ``inputs`` are arguments of ``check_accuracy``; ``constrained`` is
+    None where the constraint took no part.
     """
 
     terms: RowTerms
@@ -106,16 +106,14 @@ class LabelledForward:
         operands, index = (_states(fold), fold.weight, labels), context.index.find(fold, options)
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
         terms = row_terms(
-            *operands,
+            Head(*operands[:2], fold.bias),
+            RowInputs(labels, reference, weights),
             options,
-            reference=reference,
-            position_weights=weights,
+            index=index,
+            backend=context.backend,
             entropy=tokens is not None and entropy_is_free(operands[0], options, inputs),
-            **inputs,
         )
-        loss, parts = reduce_terms(
-            terms, labels, ignore_index=options.ignore_index, reduction=options.reduction
-        )
+        loss, parts = reduce_terms(terms, labels, options)
         if tokens is not None:
             entropy = terms.statistics.entropy
             if entropy is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.engine.contract import RowTerms
+from str_kernels.engine.logits import log_probabilities
 from str_kernels.functional import LossParts
 from str_kernels.huggingface.constraint.references import reference_unit
 from str_kernels.huggingface.patch.notices import Notices
@@ -20,7 +21,6 @@ class LossMeter:
     """Adds up losses; ``take`` averages them and starts anew."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
         self._sums: Tensor | None = None
         self._drift: Tensor | None = None
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -148,10 +148,10 @@ class FirstPenalty:
 @torch.no_grad()
 def _drift(terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor) -> Tensor:
     """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference."""
-    values = terms.statistics.safety_logits.float()
+    values = terms.statistics.safety_logits
     if reference_unit(safety) == "logprobs":
-        values = values - terms.statistics.lse.float()[:, None]
+        values = log_probabilities(values, terms.statistics)
     weights = weights.float()
-    distance = (values - reference).float().square().mean(-1)
+    distance = (values.float() - reference).float().square().mean(-1)
     distance = torch.where(weights > 0, weights * distance, 0.0)  # the other rows may be NaN
     return torch.stack([distance.sum(), weights.sum()])

@@ -9,7 +9,6 @@ class Notices:
     """Warns on behalf of one patch, never twice of the same thing."""
 
     def __init__(self) -> None:
-        """Start without any warning given."""
         self._given: set[str] = set()
 
     def warn_unverified(self, why: str) -> None:

@@ -24,11 +24,7 @@ from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.deferred.head import vocabulary_size
 from str_kernels.huggingface.deferred.tensor import DeferredLogits
 from str_kernels.huggingface.patch.comparison import Run, Verification, compare
-from str_kernels.huggingface.patch.model_state import (
-    preserved_draws,
-    preserved_state,
-    why_unusable,
-)
+from str_kernels.huggingface.patch.model_state import preserved_draws, preserved_state, why_unusable
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import LossOptions
 

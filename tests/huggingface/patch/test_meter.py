@@ -100,7 +100,7 @@ def test_only_the_log_reads_the_device(monkeypatch):
         monkeypatch.setattr(LossMeter, name, watched(name))
     model = wrap(build())
     with patch_model(model, SafetyConstraint(IDS, 1.0)) as patch:
-        seen.clear()  # of the trial of the patch
+        seen.clear()  # of the trial run
         model(**batch())
         assert seen == ["add", "add_drift"]
         with Reads() as reads:

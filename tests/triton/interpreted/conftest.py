@@ -1,48 +1,13 @@
-"""What Triton's interpreter needs before its answers mean anything, and a counter of its products.
-
-The interpreter multiplies the bit patterns of bf16 operands in ``tl.dot``, without any error, and
-cuts fp32 to bf16 off where a GPU rounds to nearest; here operands are widened to fp32 first, which
-is what a matrix unit does, and casts round.
-"""
+"""Every test here runs in Triton's interpreter, as `benchmarks.interpreter` mends it."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import triton.language as tl
-from triton.runtime import interpreter
 
+from benchmarks import interpreter
 from str_kernels.backends.triton import TritonBackend
 
-_dot = interpreter.InterpreterBuilder.create_dot
-_cast_impl = interpreter.InterpreterBuilder.cast_impl
-_counted = {"flops": 0}
-
-
-def _widened(operand):
-    if operand.dtype != tl.bfloat16:
-        return operand
-    data = (operand.data.astype(np.uint32) << 16).view(np.float32)
-    return interpreter.TensorHandle(data, tl.float32)
-
-
-def _create_dot(self, a, b, *rest):
-    share = 0.5 if a.dtype.primitive_bitwidth == 8 else 1
-    _counted["flops"] += share * 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
-    return _dot(self, _widened(a), _widened(b), *rest)
-
-
-def _cast(self, source, target):
-    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-        bits = np.ascontiguousarray(source.data).view(np.uint32).astype(np.uint64)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        data = np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16)
-        return interpreter.TensorHandle(data.reshape(source.data.shape), tl.bfloat16)
-    return _cast_impl(self, source, target)
-
-
-interpreter.InterpreterBuilder.create_dot = _create_dot
-interpreter.InterpreterBuilder.cast_impl = _cast
+interpreter.mend()
 
 
 @pytest.fixture
@@ -54,5 +19,5 @@ def backend():
 @pytest.fixture
 def dot_flops():
     """Counts operations in ``tl.dot`` from here on, 8-bit ones at half, under "flops"."""
-    _counted["flops"] = 0
-    return _counted
+    interpreter.COUNTED["flops"] = 0
+    return interpreter.COUNTED

@@ -121,7 +121,8 @@ def test_weight_gradients(setting, routed, needs, smoothed):
     head.hidden_states[0, 0] = 1e30  # ... but inf · 0 would, in any GEMM
     ids = torch.tensor([5, 130, 877])
     safety = SafetyTerm(ids, torch.randn(3, head.weight.shape[1], generator=g) * 1e-6, alpha[1:4])
-    saved = Saved(dense.statistics.lse, dense.open_mass, dense.masses, dense.slope, None)
+    lse, rest = dense.statistics[:2]
+    saved = Saved(lse, rest, dense.open_mass, dense.masses, dense.slope, None)
     got, want = (
         one.weight_gradients(block, saved, coefficients, safety=safety, needs=needs)
         for one in (backend, reference)

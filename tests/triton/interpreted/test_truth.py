@@ -8,6 +8,7 @@ import torch
 from str_kernels import VocabularyIndex
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton import TritonBackend, refine
+from str_kernels.engine.contract import Head, RowInputs
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from tests.backends.test_exact import OPTIONS
@@ -192,16 +193,8 @@ def test_entropy_and_statistics(backend):
     options = LossOptions(softcap=8.0)
 
     def run(case, chosen):
-        terms = row_terms(
-            case.hidden_states,
-            case.weight,
-            case.labels,
-            options,
-            bias=case.bias,
-            backend=chosen,
-            entropy=True,
-        )
-        return terms.statistics
+        head, inputs = Head(case.hidden_states, case.weight, case.bias), RowInputs(case.labels)
+        return row_terms(head, inputs, options, backend=chosen, entropy=True).statistics
 
     got, want = run(case.to(torch.float32), backend), run(case, "dense")
     labelled = case.labels >= 0

@@ -1,0 +1,1 @@
+"""Random cases over all options of the loss, compared with fp64."""

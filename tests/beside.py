@@ -1,0 +1,69 @@
+"""Runs files of tests again with a setting that a process reads once: beside the other tests.
+
+Triton asks for ``TRITON_INTERPRET`` when it is imported, oneDNN for ``ONEDNN_MAX_CPU_ISA`` at its
+first product. The processes begin before the other tests of a session.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# what depends on the CPU: which products are taken, in which dtype, and how exact they are
+_BY_CPU = ("tests/engine", "tests/backends", "tests/cli/test_doctor.py")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Files of tests, and what their process finds in its environment."""
+
+    name: str
+    files: tuple[str, ...]
+    setting: tuple[str, str]
+
+    def run(self) -> subprocess.CompletedProcess:
+        """Run them; some have logits of -inf, and numpy warns about the logarithm of 0."""
+        options = ("-q", "-p", "no:cacheprovider", "-W", "ignore")
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *self.files],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **dict([self.setting])},
+            capture_output=True,
+            text=True,
+        )
+
+
+# the file that takes longest begins
+INTERPRETED = [
+    Job(path.stem, (str(path.relative_to(ROOT)),), ("TRITON_INTERPRET", "1"))
+    for path in sorted((ROOT / "tests/triton/interpreted").glob("test_*.py"), reverse=True)
+]
+CPUS = [
+    Job("AVX2", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX2")),
+    Job("AVX512_CORE_VNNI", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")),
+    Job("AMX, pretended", _BY_CPU, ("STR_KERNELS_TEST_CPU", "bf16,int8,amx")),
+    Job("AMD, pretended", _BY_CPU, ("STR_KERNELS_TEST_CPU", "onednn_fp32,int8,bf16")),
+]
+RUNS: dict[Job, Future] = {}
+# one core is left to the session itself
+_POOL = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+
+
+def start(items: list[pytest.Item]) -> None:
+    """Start the jobs that ``tests/test_beside.py`` will ask for."""
+    for item in items:
+        job = getattr(item, "callspec", None) and item.callspec.params.get("job")
+        if isinstance(job, Job):
+            RUNS[job] = _POOL.submit(job.run)
+
+
+def stop() -> None:
+    """Start no further job; a session that is interrupted waits for one at most."""
+    _POOL.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,29 @@
+"""The kernels run interpreted, and what depends on the CPU runs as on other CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.beside import CPUS, INTERPRETED, RUNS
+
+
+def passes(job) -> None:
+    """Every test of the job's files passes."""
+    done = RUNS[job].result()
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("job", INTERPRETED, ids=lambda job: job.name)
+def test_interpreted(job):
+    """Under ``TRITON_INTERPRET=1``."""
+    passes(job)
+
+
+@pytest.mark.parametrize("job", CPUS, ids=lambda job: job.name)
+def test_on_another_cpu(job):
+    """With fewer instructions for oneDNN, and where the engine believes in a CPU with more."""
+    passes(job)
