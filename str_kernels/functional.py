@@ -78,7 +78,8 @@ def linear_cross_entropy(
 
     with C of ``SafetyConstraint`` (arXiv 2604.17210), w the ``position_weights`` and n the number
     of labelled positions or ``num_items_in_batch``. It is differentiable once by ``hidden_states``,
-    ``weight`` and ``bias``, and computes only the gradients that these require.
+    ``weight`` and ``bias``, and computes only the gradients that these require. Second derivatives
+    (``create_graph=True``), forward-mode AD and ``torch.func`` need ``backend="dense"``.
 
     Args:
         hidden_states: ``[..., D]`` bf16, fp16, fp32 or fp64.

@@ -34,6 +34,7 @@ from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
 from str_kernels.terms import check_inputs, flatten, gradients_needed, tiles_for, unflatten
+from str_kernels.transforms import refuse_second_order
 from str_kernels.vocabulary import VocabularyIndex
 
 _KNOWN = 5  # statistics that compiled code has too; the entropy follows them
@@ -244,6 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward_rule(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, *_: Any) -> tuple:
+    refuse_second_order(grad_cross_entropy, grad_penalty)
     gradients = torch.ops.str_kernels.fused_terms_backward(
         grad_cross_entropy, grad_penalty, *ctx.saved_tensors, ctx.text
     )

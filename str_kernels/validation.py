@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.options import LossOptions
+from str_kernels.transforms import values_of
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -122,6 +123,7 @@ def _validate_labels(
             f"{list(hidden_states.shape[:-1])}, one label a position, already shifted."
         )
     _require_same_device("labels", labels, hidden_states)
+    labels = values_of(labels)
     outside = ((labels < 0) | (labels >= vocab_size)) & (labels != options.ignore_index)
     if outside.any():
         position = outside.nonzero()[0].tolist()
@@ -169,6 +171,7 @@ def _validate_position_weights(
             f"{list(labels.shape)}."
         )
     _require_constant("position_weights", weights, hidden_states)
+    weights = values_of(weights)
     wrong = ~((weights >= 0) & (weights < math.inf))
     if wrong.any():
         position = wrong.nonzero()[0].tolist()

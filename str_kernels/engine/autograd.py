@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from str_kernels.engine.backward import backward_rows
 from str_kernels.engine.contract import Head, Kept, Resolved, RowInputs, RowTerms, Statistics, Tiles
 from str_kernels.engine.forward import forward_rows
+from str_kernels.transforms import refuse_forward_mode, refuse_functional, refuse_second_order
 
 
 class FusedRows(Function):
@@ -44,18 +44,20 @@ class FusedRows(Function):
         ctx: Any, grad_cross_entropy: Tensor | None, grad_penalty: Tensor | None, *_: Any
     ) -> tuple:
         """Return gradients of the head from an upstream gradient on each row's two terms."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_cross_entropy is differentiable once: create_graph=True asks for a second "
-                "derivative; use backend='dense' for one."
-            )
+        refuse_second_order(grad_cross_entropy, grad_penalty)
         kept = Kept(*ctx.saved_tensors)
         gradients = backward_rows(kept, ctx.tiles, ctx.resolved, grad_cross_entropy, grad_penalty)
         return *gradients, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """Refuse forward-mode AD."""
+        refuse_forward_mode()
+
 
 def fused_rows(head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved) -> RowTerms:
     """Return differentiable terms of N rows, and their statistics."""
+    refuse_functional()
     cross_entropy, penalty, *statistics = FusedRows.apply(*head, inputs, tiles, resolved)
     return RowTerms(cross_entropy, penalty, Statistics(*statistics))
 

@@ -31,6 +31,8 @@ _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 class _NoLoss:
     """Owner of the reference pass's logits: whatever loss the model makes of them is not read."""
 
+    running = True
+
     def __init__(self, labelled: bool) -> None:
         self._labelled = labelled
 

@@ -147,6 +147,12 @@ class _GraphNode(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The logits of a patched model, used below torch functions, are differentiable "
+                "once: create_graph=True asks for a second derivative; read them by a torch "
+                "function first (outputs.logits.clone()), or unpatch the model for it."
+            )
         if ctx.call.written:
             raise RuntimeError("logits were written in place and then used below torch functions")
         if isinstance(grad, DeferredLogits):

@@ -43,7 +43,9 @@ def patch_model(
     as ``linear_cross_entropy`` defines it; n is what the model itself would divide by, so labels,
     ``shift_labels`` and ``num_items_in_batch`` mean what they mean to transformers. Nothing else
     changes: the model's ``forward``, its signature, ``generate``, ``save_pretrained`` and
-    ``outputs.logits`` (real logits once read). In eval mode the loss is the same. A model inside
+    ``outputs.logits`` (real logits once read). Under ``torch.func`` and forward-mode AD the model
+    computes its own loss, which a constraint cannot join; second derivatives need
+    ``backend="dense"``. In eval mode the loss is the same. A model inside
     ``torch.compile`` runs eagerly; compile its body (``model.model.compile()``) instead.
 
     Args:

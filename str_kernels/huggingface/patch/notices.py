@@ -51,6 +51,13 @@ class Notices:
             f"{distance:.3g} (root mean square) from their reference before training: {why}."
         )
 
+    def warn_transformed(self) -> None:
+        """A transform of torch.func, or forward-mode AD, is in force."""
+        self._warn(
+            "torch.func and forward-mode AD cannot transform the fused loss: under them the model "
+            "computes its own loss, with its logits in full."
+        )
+
     def warn_bypassed(self) -> None:
         """Somebody else's forward computes the loss."""
         self._warn(

@@ -15,11 +15,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from str_kernels import transforms
 from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
@@ -177,6 +179,8 @@ class Patch:
                 raise ValueError("position_weights: there are no labels, so no loss to weigh.")
             self._warn_unlabelled()
             return _undeferred(inner, args, kwargs)
+        if self._transformed(arguments):
+            return _undeferred(inner, args, kwargs)
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
         forward = LabelledForward(self._context(inner, arguments, weights, tokens))
@@ -188,6 +192,25 @@ class Patch:
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
+
+    def _transformed(self, arguments: dict[str, Any]) -> bool:
+        """Whether a transform of torch's is in force, through which the model's own loss passes.
+
+        Raises:
+            ValueError: one is, and the constraint cannot join that loss.
+        """
+        values = chain(self.model.parameters(), arguments.values())
+        if not transforms.functional() and not transforms.forward_mode(values):
+            return False
+        if self.options.constrained:
+            raise ValueError(
+                f"model={type(self.model).__name__}: torch.func (grad, vmap, jvp and the like) and "
+                "forward-mode AD cannot pass through a patched model with a safety constraint; "
+                "take derivatives by loss.backward(), patch with safety=None, or call "
+                "linear_cross_entropy(..., backend='dense') on the hidden states."
+            )
+        self.notices.warn_transformed()
+        return True
 
     def _follow_head(self) -> None:
         """PEFT or resize_token_embeddings may have replaced the head."""
