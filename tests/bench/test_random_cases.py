@@ -16,15 +16,16 @@ from str_kernels.constraint import constraint_terms
 from str_kernels.engine import finish, forward
 
 # what `python -m benchmarks.random_cases` does at length
-SEEDS = [seed for seed in range(110) if draw_options(seed)["backend"] != "triton"]
+SEEDS = [seed for seed in range(70) if draw_options(seed)["backend"] != "triton"]
 
 
-def failed(seeds) -> list[int]:
-    return [seed for seed in seeds if check(seed)["failed"]]
+def found() -> bool:
+    """Whether a case fails; the others are not run then."""
+    return any(check(seed)["failed"] for seed in SEEDS)
 
 
 def test_cases_agree_with_fp64():
-    """A hundred cases of the torch and the dense backend."""
+    """The first ones of the torch and the dense backend."""
     rows = [check(seed) for seed in SEEDS]
     assert [row for row in rows if row["failed"]] == []
 
@@ -57,7 +58,7 @@ def _of_finish(factor: float, name: str):
 @pytest.mark.parametrize("name", ["surprise", "log_sum"])
 def test_a_loss_or_gradient_off_by_a_thousandth_of_a_tenth_is_found(monkeypatch, name, factor):
     monkeypatch.setattr(finish, "_log_sums", _of_finish(factor, name))
-    assert failed(SEEDS[:30])
+    assert found()
 
 
 def test_a_constraint_that_is_off_is_found(monkeypatch):
@@ -66,7 +67,7 @@ def test_a_constraint_that_is_off_is_found(monkeypatch):
         return terms._replace(value=terms.value * (1 + 1e-4))
 
     monkeypatch.setattr(forward, "constraint_terms", wrong)
-    assert failed(SEEDS[:60])
+    assert found()
 
 
 def test_an_exception_is_a_failure(monkeypatch):
@@ -110,6 +111,7 @@ def test_a_run_goes_on_and_is_summed_up(monkeypatch, tmp_path):
 def test_the_command(monkeypatch, capsys):
     """``--only`` prints what was drawn and what came of it."""
     monkeypatch.setattr(sys, "argv", ["random_cases", "--only", "0"])
+    monkeypatch.setattr(command, "quiet_libraries", lambda: None)
     with pytest.raises(SystemExit) as exit_:
         command.main()
     assert exit_.value.code == 0
