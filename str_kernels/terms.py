@@ -98,7 +98,8 @@ def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved)
     trained = resolved.needs[1]
     with torch.no_grad():
         # label smoothing takes Σ_v z from the mean rows, which must be those of this weight
-        tiles = tiles_of(weight, index, fresh=trained or resolved.options.label_smoothing > 0)
+        fresh = trained or resolved.options.label_smoothing > 0
+        tiles = tiles_of(weight, index, fresh=fresh, operands=resolved.dtype)
     if trained:  # the index holds quantised rows of an earlier state of the weight
         tiles = tiles._replace(quantised=None, row_scales=None)
     return tiles

@@ -171,8 +171,11 @@ class VocabularyIndex:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
-    """Return each tile's mean row, ``[T, D]`` fp32 (fp64 for fp64), in ``order`` or token order."""
+def tile_means(weight: Tensor, order: Tensor | None, operands: torch.dtype | None = None) -> Tensor:
+    """Return each tile's mean row, ``[T, D]`` fp32 (fp64 for fp64), in ``order`` or token order.
+
+    ``operands``: the dtype that rows are rounded to first, as autocast does; None: their own.
+    """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     spans = range(0, len(weight), TILE)
     means = torch.empty(len(spans), weight.shape[1], dtype=dtype, device=weight.device)
@@ -180,6 +183,7 @@ def tile_means(weight: Tensor, order: Tensor | None) -> Tensor:
         where = slice(start, start + _BLOCK)
         # index_select copies whole rows two to three times as fast as indexing
         block = weight[where] if order is None else weight.index_select(0, order[where])
+        block = block.to(operands or block.dtype)
         whole, first = len(block) // TILE, start // TILE
         tiles = block[: whole * TILE].to(dtype).view(whole, TILE, weight.shape[1])
         means[first : first + whole] = tiles.mean(1)

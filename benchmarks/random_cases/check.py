@@ -47,6 +47,8 @@ def _compare(case: Case) -> dict[str, Any]:
         got["safety_logits"] = parts.safety_logits.reshape(-1, len(ids))[need]
         want["safety_logits"] = rows.safety_logits[need]
         limits["safety_logits"] = bounds.z[need][:, ids] + bounds.unit * want["safety_logits"].abs()
+    # under autocast the gradient comes back in the dtype of the hidden states that were cast
+    want["hidden_states"] = _in_range(truth.gradients["hidden_states"], case.dtype)
     compared = {
         name: _errors(value.detach(), want[name], limits[name]) for name, value in got.items()
     }
@@ -61,23 +63,33 @@ def run(case: Case) -> dict[str, Any]:
     leaves = {
         name: x.detach().requires_grad_(name in case.needed) for name, x in case.leaves.items()
     }
-    loss, parts = linear_cross_entropy(
-        leaves["hidden_states"],
-        leaves["weight"],
-        case.labels,
-        bias=leaves.get("bias"),
-        return_parts=True,
-        **case.constants,
-        **case.settings,
-    )
+    autocast = case.options["autocast"]
+    dtype = None if autocast is None else getattr(torch, autocast)
+    with torch.autocast("cpu", dtype, enabled=autocast is not None):
+        loss, parts = linear_cross_entropy(
+            leaves["hidden_states"],
+            leaves["weight"],
+            case.labels,
+            bias=leaves.get("bias"),
+            return_parts=True,
+            **case.constants,
+            **case.settings,
+        )
     if case.needed:
         (loss * case.upstream.to(loss.dtype)).sum().backward()
     gradients = {name: leaves[name].grad for name in case.needed}
     return {"loss": loss, "parts": parts, **gradients}
 
 
+def _in_range(want: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make infinite what is beyond the range of fp16."""
+    rounded = want.to(dtype).double()
+    return torch.where(rounded.isinf(), rounded, want)
+
+
 def _errors(got: Tensor, want: Tensor, limit: Tensor) -> tuple[float | None, float]:
     """Return the relative error of the norm, and the largest share of a limit."""
+    want = _in_range(want, got.dtype)
     got = got.double().reshape(want.shape)
     same = got == want  # infinite ones too
     off = torch.where(same, 0.0, (got - want).abs())

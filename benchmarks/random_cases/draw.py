@@ -19,7 +19,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "float32", "bfloat16", "float16", "float64"),
     "rows": (0, 1, 2, 7, 7, 24, 24, 33, 33),
     "vocab": (1, 2, 5, 127, 128, 129, 300, 300, 517, 517, 700, 700),
-    "dim": (1, 2, 7, 16, 33),
+    "dim": (1, 2, 7, 16, 33, 130),
     "shape": ("flat",) * 5 + ("batch",) * 4 + ("scalar",),
     "layout": ("contiguous", "contiguous", "strided"),
     "labels": ("some",) * 6 + ("all",) * 3 + ("none",),
@@ -27,26 +27,27 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "ignore_index": (-100, -1, 3),
     "bias": (False, True),
     "masked": (None, None, "low", "-inf"),
-    "spread": (0.0, 1.0, 1.0, 4.0, 20.0),
-    "offset": (0.0, 0.0, 0.0, 64.0, -1000.0),
-    "logit_scale": (1.0, 1.0, 0.3, -0.7),
-    "softcap": (None, None, None, 5.0, 30.0, 1000.0),
-    "label_smoothing": (0.0, 0.0, 0.1, 1.0),
-    "z_loss": (0.0, 0.0, 1e-4, 1e-2),
+    "spread": (0.0, 1.0, 1.0, 4.0, 4.0, 20.0, 150.0),
+    "offset": (0.0,) * 6 + (64.0, -1000.0, 16384.0),
+    "logit_scale": (1.0,) * 4 + (0.3, -0.7, 0.0, 16.0),
+    "softcap": (None,) * 5 + (0.5, 5.0, 30.0, 1000.0),
+    "label_smoothing": (0.0, 0.0, 0.0, 0.1, 0.1, 0.9, 1.0),
+    "z_loss": (0.0, 0.0, 0.0, 1e-4, 1e-2, 1.0),
     "reduction": ("mean", "sum", "none"),
     "num_items": (None,) * 6 + (7, 2.5, "tensor", 0),
     "safety": (None, "mse", "logprob", "kl"),
-    "tokens": (1, 2, 5, 17),
+    "tokens": (1, 2, 5, 17, 64),
     "token_weights": (False, True),
-    "temperature": (1.0, 0.5, 3.0),
-    "strength": (None, 0.0, 0.1),
+    "temperature": (1.0, 0.5, 3.0, 0.02, 100.0),
+    "strength": (None, 0.0, 0.1, 1e4),
     "reference": ("rows", "shared", "float32"),
     "position_weights": (None, "some", "zero"),
-    "filter_eps": ("auto", 0.0, 0.0, 1e-30, 1e-3, 0.1),
-    "index": (None, None, "plain", "int8"),
-    "screen": ("auto", "auto", "exact", "bf16", "int8"),
-    "byte_budget": (None, None, 1 << 13, 1 << 16),
-    "needs": ("all", "all", "hidden_states", "weight", "bias", "none"),
+    "filter_eps": ("auto", "auto", 0.0, 0.0, 1e-30, 1e-3, 0.1, 0.9),
+    "index": (None, None, "plain", "int8", "fp8"),
+    "screen": ("auto", "auto", "exact", "bf16", "int8", "fp8"),
+    "byte_budget": (None, None, 1, 1 << 13, 1 << 16),
+    "needs": ("all", "all", "head", "hidden_states", "weight", "bias", "none"),
+    "autocast": (None,) * 6 + ("bfloat16", "float16"),
 }
 
 
@@ -66,12 +67,13 @@ class Case:
     def needed(self) -> tuple[str, ...]:
         """The names of leaves whose gradients are compared."""
         needs = self.options["needs"]
-        return tuple(name for name in self.leaves if needs in ("all", name))
+        named = {"all": self.leaves, "head": ("weight", "bias")}.get(needs, (needs,))
+        return tuple(name for name in self.leaves if name in named)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the leaves."""
-        return getattr(torch, self.options["dtype"])
+        """That of the hidden states, cast as autocast demands."""
+        return getattr(torch, self.options["autocast"] or self.options["dtype"])
 
 
 def draw_options(seed: int) -> dict[str, Any]:
@@ -82,6 +84,10 @@ def draw_options(seed: int) -> dict[str, Any]:
         drawn["rows"], drawn["vocab"] = min(drawn["rows"], 24), min(drawn["vocab"], 300)
         if drawn["dtype"] == "float64":
             drawn["dtype"] = "float32"
+    elif drawn["screen"] == "fp8":  # on a CPU in Triton's interpreter alone
+        drawn["screen"] = "int8"
+    if drawn["dtype"] == "float64":
+        drawn["autocast"] = None
     if drawn["shape"] == "scalar":
         drawn["rows"] = 1
     drawn["tokens"] = min(drawn["tokens"], drawn["vocab"])
@@ -95,7 +101,8 @@ def draw_options(seed: int) -> dict[str, Any]:
         drawn["screen"] = "auto"
     if drawn["needs"] == "bias" or drawn["masked"]:
         drawn["bias"] = True
-    if drawn["vocab"] < 100 or drawn["label_smoothing"]:  # smoothing would learn the mask
+    # smoothing would learn the mask, and 0 · inf is no number
+    if drawn["vocab"] < 100 or drawn["label_smoothing"] or not drawn["logit_scale"]:
         drawn["masked"] = None
     if drawn["dim"] == 1:
         drawn["offset"] = 0.0
@@ -190,7 +197,7 @@ class _Drawing:
                 weights *= (self.uniform(*self.lead) < 0.7) * (o["position_weights"] == "some")
                 constants["position_weights"] = self.laid_out(weights.float())
         if o["index"]:
-            screen = "int8" if o["index"] == "int8" else None
+            screen = None if o["index"] == "plain" else o["index"]
             hidden = leaves["hidden_states"] if self.rows else None
             constants["index"] = VocabularyIndex.build(leaves["weight"], hidden, screen=screen)
         constants["num_items_in_batch"] = o["num_items"]

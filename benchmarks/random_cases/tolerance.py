@@ -1,6 +1,6 @@
 """How far a case may be off: a bound for every number, to first order in the roundings.
 
-A logit is a sum of D products in fp32 (fp64 for fp64 operands), so it is off by ``(4 + √D) u
+A logit is a sum of D products in fp32 (fp64 for fp64 operands), so it is off by ``(4 + 3√D) u
 Σ|h||w|``, u the unit roundoff. From there errors go on as derivatives say: to probabilities, terms
 of the loss, gradients of logits, and, by the absolute values of what is multiplied, to gradients of
 operands, which are rounded to the operands' dtype: of 16 bits three times (probabilities, the row
@@ -20,6 +20,7 @@ from str_kernels.backends.torch import TorchBackend
 
 _TINY = {torch.float16: 2.0**-24}  # below these numbers a dtype has no digits
 _SUM = 16.0  # roundings of a sum of up to a thousand terms
+_LOG_MASS = 64.0  # nats, as large as which the logarithm of a screened mass may be
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -30,8 +31,10 @@ class Bounds:
         self.facts, self.options = facts, facts.options
         dtype = facts.case.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.dtype, self.unit = dtype, torch.finfo(wide).eps / 2
-        self.of_dtype = torch.finfo(dtype).eps / 2
+        # in fp64 the truth is rounded as much
+        self.dtype, self.unit = dtype, torch.finfo(wide).eps / (1 if wide == torch.float64 else 2)
+        leaves = getattr(torch, facts.case.options["dtype"])  # of another dtype under autocast
+        self.of_dtype = max(torch.finfo(dtype).eps, torch.finfo(leaves).eps) / 2
         self.tiny = _TINY.get(dtype, 1e-37)
         self.dense = facts.case.options["backend"] == "dense"
 
@@ -51,13 +54,18 @@ class Bounds:
             return error
         # the steepest place that the error reaches
         near = (self.facts.scaled.abs() - error).clamp(min=0.0)
-        return error * (1 - torch.tanh(near / cap).square()) + 8 * self.unit * self.facts.z.abs()
+        error = error * (1 - torch.tanh(near / cap).square()) + 8 * self.unit * self.facts.z.abs()
+        few = self.facts.case.options["backend"] == "triton" and cap <= 64
+        return error + 4 * self.unit * cap if few else error
 
     @cached_property
     def z(self) -> Tensor:
         """``[N, V]``, of a logit."""
         root = self.facts.hidden.shape[1] ** 0.5
-        return self._of_logits((4 + root) * self.unit * self.sizes)
+        units = (4 + 3 * root) * self.unit
+        if self.dense and self.facts.case.options["autocast"]:
+            units += self.of_dtype  # W is not rounded there
+        return self._of_logits(units * self.sizes)
 
     @cached_property
     def screened(self) -> Tensor:
@@ -73,6 +81,11 @@ class Bounds:
             step = hidden.abs().amax(-1, keepdim=True) * weight.norm(dim=-1)
             step = step + hidden.norm(dim=-1, keepdim=True) * weight.abs().amax(-1)
             return self._of_logits(abs(self.options.logit_scale) * step / 60) + rounded
+        if screen == "fp8":
+            # three bits: 2^-4 of a number, spread evenly, for both; five sigma
+            squares = facts.hidden.square() @ facts.weight.square().T
+            scale = abs(self.options.logit_scale)
+            return self._of_logits(0.26 * scale * squares.sqrt() + rounded) + rounded
         return rounded
 
     def _screen(self) -> str:
@@ -87,7 +100,7 @@ class Bounds:
         """``[N, T]``, the relative error of a screened mass."""
         mass = (self.facts.p @ self.facts.member).clamp(min=1e-300)
         mean = (self.facts.p * self.screened) @ self.facts.member / mass
-        return torch.expm1(mean.clamp(max=30.0)) + _SUM * self.unit
+        return torch.expm1(mean.clamp(max=30.0)) + (_SUM + _LOG_MASS) * self.unit
 
     @cached_property
     def unsure(self) -> Tensor:
@@ -148,6 +161,8 @@ class Bounds:
             if self.dense:
                 spread = spread + self.lse_relative + 4 * unit * lse.abs()
             error = error + options.label_smoothing * spread
+        # the truth's own: in fp64 a loss below its unit is 0
+        error = error + 2.0**-50 * (1 + lse.abs())
         error = error + options.z_loss * (2 * lse.abs() * self.lse + 4 * unit * lse.square())
         error = torch.where(facts.labelled, error, 0.0)
         return error + self._penalty
@@ -268,7 +283,7 @@ class Bounds:
         """Bounds of the gradients, in their shapes with N rows."""
         facts = self.facts
         size, error = self._by_logits
-        if self.dtype in _HALVES:
+        if self.of_dtype > 2.0**-20:
             error = error + 3 * self.of_dtype * size
         # fp16 has few digits far below the largest gradient of a block
         floor = self.tiny * size.max() if self.dtype == torch.float16 and size.numel() else 0.0

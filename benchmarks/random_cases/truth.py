@@ -34,10 +34,11 @@ class Facts:
     @staticmethod
     def of(case: Case) -> Facts:
         """Cast and flatten a case."""
-        hidden, weight, bias = (
-            None if x is None else x.double()
-            for x in map(case.leaves.get, ("hidden_states", "weight", "bias"))
+        # under autocast both operands of the product are rounded, the bias is not
+        hidden, weight = (
+            case.leaves[n].to(case.dtype).double() for n in ("hidden_states", "weight")
         )
+        bias = case.leaves["bias"].double() if "bias" in case.leaves else None
         names = LossOptions.__dataclass_fields__
         options = LossOptions(**{k: v for k, v in case.settings.items() if k in names})
         hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -46,11 +46,20 @@ _ABSENT = {
 }
 
 
-def tiles_of(weight: Tensor, index: VocabularyIndex | None, *, fresh: bool) -> Tiles:
-    """Cut the vocabulary; ``fresh`` recomputes the mean rows, for a weight that is trained."""
+def tiles_of(
+    weight: Tensor,
+    index: VocabularyIndex | None,
+    *,
+    fresh: bool,
+    operands: torch.dtype | None = None,
+) -> Tiles:
+    """Cut the vocabulary; ``fresh`` recomputes the mean rows, for a weight that is trained.
+
+    ``operands`` is the dtype of the logits' operands, to which autocast rounds the weight.
+    """
     if index is None:
-        return Tiles(None, None, tile_means(weight, None))
-    means = tile_means(weight, index.order) if fresh else index.mean_rows
+        return Tiles(None, None, tile_means(weight, None, operands))
+    means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
     return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
 
 

@@ -117,6 +117,16 @@ def test_a_ragged_tile_is_left_to_the_other_way():
     assert not ready(torch.zeros(1, 1))(Products(torch.zeros(1, TILE + 5)), empty(1, 2))
 
 
+@pytest.mark.parametrize("level", [-60.0, -100.0, -900.0, -1e9])
+def test_a_first_token_far_below_the_others(level):
+    """The mass is found by the first token's log-probability, unless that has too few digits."""
+    g = torch.Generator().manual_seed(1)
+    logits, out = torch.randn(4, TILES * TILE, generator=g), empty(4, TILES)
+    logits[:, ::TILE] = level
+    reduce_eagerly(Products(logits.clone()), None, LossOptions(), out)
+    torch.testing.assert_close(out.log_mass.double(), log_masses(logits), rtol=0, atol=1e-5)
+
+
 def test_a_softcap_is_left_to_the_other_way():
     assert fused_reduction(LossOptions(softcap=30.0)) is None
 

@@ -70,6 +70,20 @@ def test_filtered_error_is_small(options):
     )
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_label_smoothing_under_autocast(indexed):
+    """The sum of the logits is that of the rounded operands, as are those of the other terms."""
+    case = clustered_case(40, 500, label_smoothing=0.9).to(torch.float32)
+    index = index_of(case) if indexed else None
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.run(filter_eps=ALL_LIVE, index=index, screen="exact")["loss"]
+    rounded = case.to(torch.bfloat16).to(torch.float64)
+    want = torch.nn.functional.cross_entropy(
+        rounded.hidden_states @ rounded.weight.T, case.labels, label_smoothing=0.9
+    )
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("sharpness", [1.0, 20.0], ids=["open", "confident"])
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("options", ROUTED, ids=str)

@@ -21,7 +21,7 @@ from str_kernels.engine.logits import finish_logits, softcap_slope
 from str_kernels.options import TILE, LossOptions
 
 _PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache
-_LEAST_LOG_P = -1024.0  # fp32 has 4 decimals here, and fewer below
+_LEAST_LOG_P = -64.0  # the log-mass has the rounding of a number as large as this
 
 
 class Products(NamedTuple):

@@ -55,6 +55,13 @@ def test_statistics(backend):
     torch.testing.assert_close(found.entropy.double(), entropy, rtol=3e-6, atol=2.0**-22)
 
 
+@pytest.mark.parametrize("softcap", [1e3, 1e6])
+def test_a_softcap_far_above_the_logits(softcap, backend):
+    """Its tanh is nearly the identity, and must not lose their digits."""
+    case = large_case(0, 1, n=12, vocab=300, softcap=softcap, z_loss=1e-3)
+    check(case, torch.float32, truth_of(case), backend=backend, filter_eps=0.0)
+
+
 def test_one_token(backend):
     """A vocabulary of one: no other logit, no loss."""
     case = large_case(64, 1, n=3, vocab=1)
