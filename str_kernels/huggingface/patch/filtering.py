@@ -142,7 +142,9 @@ class IndexSource:
         An index that is set otherwise now than then is a choice of the user's, which is logged.
         """
         if self._automatic and state["automatic"]:
-            self._kept = state if state["head"] is not None else None
+            self._index = self._head = None
+            self._fresh = state["fresh"]
+            self._kept = None if state["head"] is None else dict(state)
         elif state != self.state_dict():
             _log.warning(
                 "index is not what it was when the checkpoint was saved: the resumed run is not "

@@ -13,6 +13,8 @@ import base64
 import binascii
 import hashlib
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,15 +64,20 @@ def decode_order(text: str, rows: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, "<i4").astype(np.int64))
 
 
-def require_schema(state: Any) -> None:
-    """Refuse what no ``Patch.state_dict`` has made.
+@contextmanager
+def reading_state(state: Any) -> Iterator[None]:
+    """In this block the entries of a state are read.
 
     Raises:
-        ValueError: no state, or one of another version.
+        ValueError: no state of a patch, one of another version, or an entry that is missing or of
+            another kind.
     """
+    remedy = "give what patch.state_dict() returned"
     found = state.get("schema") if isinstance(state, dict) else type(state).__name__
     if found != SCHEMA:
-        raise ValueError(
-            f"state of a patch: schema={found!r}, must be {SCHEMA!r}; give what patch.state_dict() "
-            "returned."
-        )
+        raise ValueError(f"state of a patch: schema={found!r}, must be {SCHEMA!r}; {remedy}.")
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"state of a patch: is damaged ({what}); {remedy}.") from error

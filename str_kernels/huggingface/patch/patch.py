@@ -42,7 +42,7 @@ from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
 from str_kernels.huggingface.patch.guard import AccuracyGuard
-from str_kernels.huggingface.patch.learned import SCHEMA, require_schema
+from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
@@ -92,6 +92,7 @@ class Patch:
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
         self._running = False
+        self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
         install_forward(model, _patched_forward)
@@ -146,15 +147,19 @@ class Patch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` returned; call it before the first forward.
 
+        What this patch has learned itself is forgotten.
+
         Raises:
-            ValueError: not the state of a patch. In the next forward: a damaged index.
+            ValueError: not the state of a patch, or a damaged one. In the next forward: a damaged
+                index.
         """
-        require_schema(state)
-        self._source.load_state_dict(state["index"])
-        self._fall_back(state["fallback"])
-        self.guard.load_state_dict(state["guard"])
-        self.meter.load_state_dict(state["meter"])
-        self._first.judged = state["first_penalty_judged"]
+        with reading_state(state):
+            self._source.load_state_dict(state["index"])
+            self.guard.load_state_dict(state["guard"])
+            self.meter.load_state_dict(state["meter"])
+            self._first.judged = state["first_penalty_judged"]
+            self._fallback = dict(state["fallback"])
+            self.options = replace(self._given, **self._fallback)
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The model's own forward; its head defers if there are labels."""
@@ -261,12 +266,9 @@ class Patch:
             if training and torch.is_grad_enabled():
                 self._first.after_loss(*constrained)
         if training and torch.is_grad_enabled():
-            fallback = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
-            self._fall_back(fallback)
-
-    def _fall_back(self, changed: dict[str, Any]) -> None:
-        self._fallback |= changed
-        self.options = replace(self.options, **changed)
+            changed = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+            self._fallback |= changed
+            self.options = replace(self.options, **changed)
 
     def _warn_unlabelled(self) -> None:
         if self.model.training and torch.is_grad_enabled() and self.options.constrained:

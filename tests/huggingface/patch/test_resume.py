@@ -38,7 +38,9 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def run(kind: str, folder: Path, killed: Killed | None = None, resume: int | None = None):
+def run(
+    kind: str, folder: Path, killed: Killed | None = None, resume: int | None = None, **settings
+):
     """Train a new model, perhaps up to a kill or from a checkpoint: its adapter, patch and logs."""
     set_seed(5)
     model = model_of(lora=True)
@@ -68,6 +70,7 @@ def run(kind: str, folder: Path, killed: Killed | None = None, resume: int | Non
             save_strategy="steps",
             save_steps=1,
             disable_tqdm=True,
+            **settings,
         )
         path = None if resume is None else str(folder / f"checkpoint-{resume}")
         try:
@@ -206,8 +209,47 @@ def test_orders_as_text():
 
 
 def test_a_foreign_state_is_refused():
-    """What is no state of a patch is named."""
+    """What is no state of a patch is named, and so is a damaged one."""
     with patch_model(model_of(), verify=False) as patch:
+        good = patch.state_dict()
         for wrong in ({}, {"schema": "str_kernels.patch/9"}, None):
             with pytest.raises(ValueError, match="schema="):
                 patch.load_state_dict(wrong)
+        for name in good.keys() - {"schema"}:
+            for damaged in ({k: x for k, x in good.items() if k != name}, good | {name: 7}):
+                if name == "first_penalty_judged" and name in damaged:
+                    continue
+                with pytest.raises(ValueError, match="state of a patch: is damaged"):
+                    patch.load_state_dict(damaged)
+        patch.load_state_dict(good)
+
+
+@pytest.mark.filterwarnings("ignore:The filtered loss")
+def test_back_to_an_earlier_state():
+    """A patch that has learned more since goes on from an earlier checkpoint as it did then."""
+    model = model_of()
+    head = model.base_model.model.lm_head.weight
+    index = VocabularyIndex.build(head)
+    broken = replace(index, mean_rows=index.mean_rows.flip(0) + 500.0)
+    for given in ("auto", broken):
+        with patch_model(model, index=given, check_accuracy_every=1) as patch:
+            early, options = patch.state_dict(), patch.options
+            want = losses(patch, model, 3)
+            late = patch.state_dict()
+            assert (patch.options == options) == (given == "auto")
+            patch.load_state_dict(early)
+            assert patch.options == options
+            assert patch.state_dict() == early
+            assert used_index(patch) is (None if given == "auto" else broken)
+            assert all(map(torch.equal, losses(patch, model, 3), want))
+            assert patch.state_dict() == late
+
+
+def test_callbacks_that_the_trainer_makes_again(tmp_path):
+    """``restore_callback_states_from_checkpoint`` replaces the callback; the state arrives."""
+    want, *_ = run("dropped", tmp_path / "whole")
+    run("dropped", tmp_path / "parts", killed=Killed(3, "exception"))
+    got, *_ = run(
+        "dropped", tmp_path / "parts", resume=3, restore_callback_states_from_checkpoint=True
+    )
+    assert equal(got, want)
