@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from str_kernels import SafetyConstraint, linear_cross_entropy
 from str_kernels.constraint import constraint_terms
+from str_kernels.engine.contract import Head, RowInputs
 from str_kernels.engine.logits import log_probabilities
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -174,12 +175,9 @@ def test_statistics(level, backend):
     logits = case.hidden_states.double() @ case.weight.double().T
     ids = list(case.settings["safety"].token_ids)
     found = row_terms(
-        case.hidden_states,
-        case.weight,
-        case.labels,
+        Head(case.hidden_states, case.weight, None),
+        RowInputs(case.labels, case.reference, case.position_weights),
         LossOptions(**case.settings),
-        reference=case.reference,
-        position_weights=case.position_weights,
         backend=backend,
         entropy=True,
     ).statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from str_kernels.engine.contract import Head, RowInputs
 from str_kernels.engine.logits import log_probabilities
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -38,13 +39,10 @@ def test_statistics(backend):
     """Entropies and log-probabilities."""
     case = large_case(16384, 1, n=12, vocab=300, kind="logprob").to(torch.float32)
     logits = case.hidden_states.double() @ case.weight.double().T
-    constants = {"reference": case.reference, "position_weights": case.position_weights}
     found = row_terms(
-        case.hidden_states,
-        case.weight,
-        case.labels,
+        Head(case.hidden_states, case.weight, None),
+        RowInputs(case.labels, case.reference, case.position_weights),
         LossOptions(**case.settings),
-        **constants,
         backend=backend,
         entropy=True,
     ).statistics
