@@ -35,7 +35,7 @@ class Bounds:
         self.dtype, self.unit = dtype, torch.finfo(wide).eps / (1 if wide == torch.float64 else 2)
         leaves = getattr(torch, facts.case.options["dtype"])  # of another dtype under autocast
         self.of_dtype = max(torch.finfo(dtype).eps, torch.finfo(leaves).eps) / 2
-        self.tiny = _TINY.get(dtype, 1e-37)
+        self.tiny = max(_TINY.get(dtype, 1e-37), _TINY.get(leaves, 1e-37))
         self.dense = facts.case.options["backend"] == "dense"
 
     @cached_property
@@ -231,6 +231,8 @@ class Bounds:
         of_alpha = upstream * 2 * options.z_loss * (self.lse + 2 * unit * lse)
         if options.z_loss or options.label_smoothing or options.safety is not None or self.dense:
             of_alpha = of_alpha + 4 * unit * (alpha + upstream)
+        # the truth's own: it takes 1 from a probability
+        of_alpha = of_alpha + 2.0**-50 * (alpha + upstream)
         error = error + of_alpha[:, None] * torch.where(facts.is_label, 1.0, facts.p)
         if options.label_smoothing:
             size = size + (upstream * options.label_smoothing / len(facts.weight))[:, None]
