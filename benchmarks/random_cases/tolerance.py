@@ -290,9 +290,13 @@ class Bounds:
         # fp16 has few digits far below the largest gradient of a block
         floor = self.tiny * size.max() if self.dtype == torch.float16 and size.numel() else 0.0
         rounds = (_SUM + len(facts.labels) ** 0.5) * self.unit + self.of_dtype
-        off = error + rounds * size
+        # a probability below fp32's range is 0, however large the number that multiplies it
+        off = error + rounds * size + 1e-37 * facts.alpha.abs()[:, None]
+        along = off
+        if self.options.label_smoothing:  # equal terms, whose roundings do not average out
+            along = off + len(facts.weight) * self.unit * size
         return {
-            "hidden_states": off @ facts.weight.abs() + self.tiny,
+            "hidden_states": along @ facts.weight.abs() + self.tiny,
             "weight": (off + floor).T @ facts.hidden.abs() + self.tiny,
             "bias": (off + floor).sum(0) + self.tiny,
         }
