@@ -137,9 +137,9 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         "operands",
         _product(blocks * shape.tiles, first.block_r, dim, first.block_d),
         blocks * shape.tiles * (first.block_r + TILE) * dim * size + 4 * shape.pairs,
-        logits + 20 * shape.pairs,
+        logits + 16 * shape.pairs,
         0,
-        _from_memory(shape, first) + logits + 20 * shape.pairs,
+        _from_memory(shape, first) + logits + 16 * shape.pairs,
     )
     blocks, sums = -(-rows // second.block_r), 4 * rows * dim * steps
     expected = Work(
@@ -186,6 +186,7 @@ def _screen(shape: Shape, launch: Launch, eight_bits: bool) -> Work:
     programs = blocks * shape.tiles
     loaded = programs * (launch.block_r + TILE) * shape.dim * shape.size
     loaded += 4 * (shape.pairs + blocks * shape.vocab) if eight_bits else 8 * TILE * programs
+    loaded += 4 * shape.pairs  # anchors
     return Work(
         "screen",
         "8 bits" if eight_bits else "operands",
@@ -204,9 +205,9 @@ def _from_memory(shape: Shape, launch: Launch) -> int:
 
 
 def _route(shape: Shape, counts: Tensor) -> Work:
-    """Count masses, read twice and written once, lists and rows."""
+    """Count masses, read twice and written once, lists, anchors and other numbers of rows."""
     pairs, listed = 4 * shape.pairs, 4 * int(counts.sum())
-    loaded = 5 * pairs + 4 * shape.rows + 4 * shape.tiles * (shape.tiles + 1)
+    loaded = 6 * pairs + 8 * shape.rows + 4 * shape.tiles * (shape.tiles + 1)
     stored = pairs + listed + 8 * shape.rows + 4 * shape.tiles
     return Work("route", "fp32", 0, loaded, stored, 0, 3 * pairs + listed)
 

@@ -35,7 +35,7 @@ class Bounds:
         self.dtype, self.unit = dtype, torch.finfo(wide).eps / (1 if wide == torch.float64 else 2)
         leaves = getattr(torch, facts.case.options["dtype"])  # of another dtype under autocast
         self.of_dtype = max(torch.finfo(dtype).eps, torch.finfo(leaves).eps) / 2
-        self.tiny = _TINY.get(dtype, 1e-37)
+        self.tiny = max(_TINY.get(dtype, 1e-37), _TINY.get(leaves, 1e-37))
         self.dense = facts.case.options["backend"] == "dense"
 
     @cached_property
@@ -231,6 +231,8 @@ class Bounds:
         of_alpha = upstream * 2 * options.z_loss * (self.lse + 2 * unit * lse)
         if options.z_loss or options.label_smoothing or options.safety is not None or self.dense:
             of_alpha = of_alpha + 4 * unit * (alpha + upstream)
+        # the truth's own: it takes 1 from a probability
+        of_alpha = of_alpha + 2.0**-50 * (alpha + upstream)
         error = error + of_alpha[:, None] * torch.where(facts.is_label, 1.0, facts.p)
         if options.label_smoothing:
             size = size + (upstream * options.label_smoothing / len(facts.weight))[:, None]
@@ -288,9 +290,13 @@ class Bounds:
         # fp16 has few digits far below the largest gradient of a block
         floor = self.tiny * size.max() if self.dtype == torch.float16 and size.numel() else 0.0
         rounds = (_SUM + len(facts.labels) ** 0.5) * self.unit + self.of_dtype
-        off = error + rounds * size
+        # a probability below fp32's range is 0, however large the number that multiplies it
+        off = error + rounds * size + 1e-37 * facts.alpha.abs()[:, None]
+        along = off
+        if self.options.label_smoothing:  # equal terms, whose roundings do not average out
+            along = off + len(facts.weight) * self.unit * size
         return {
-            "hidden_states": off @ facts.weight.abs() + self.tiny,
+            "hidden_states": along @ facts.weight.abs() + self.tiny,
             "weight": (off + floor).T @ facts.hidden.abs() + self.tiny,
             "bias": (off + floor).sum(0) + self.tiny,
         }

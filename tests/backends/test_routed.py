@@ -9,7 +9,7 @@ from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.memory import peak_bytes
-from str_kernels.engine.contract import Block, Head, RowInputs, Tiles, Wanted
+from str_kernels.engine.contract import Block, Head, RowInputs, TileMasses, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -36,6 +36,11 @@ def clustered_case(n: int = 96, vocab: int = 1100, dim: int = 24, **options) -> 
     labels = (case.hidden_states @ case.weight.T).argmax(-1)
     case.labels = torch.where(case.labels == -100, -100, labels)
     return case
+
+
+def absolute(masses: TileMasses) -> torch.Tensor:
+    """Log-masses, no more relative to the rows' anchors."""
+    return masses.log_mass.double() + masses.anchor[:, None].double()
 
 
 def index_of(case: Case) -> VocabularyIndex:

@@ -12,7 +12,7 @@ from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.products import dead_product, product, product_dtype
 from str_kernels.options import TILE, LossOptions
 from str_kernels.vocabulary import tile_means
-from tests.backends.test_routed import clustered_case
+from tests.backends.test_routed import absolute, clustered_case
 from tests.cpus import set_cpu
 from tests.oracle import relative_error
 
@@ -93,7 +93,7 @@ def test_the_bf16_screen_rounds_alike_with_and_without_instructions(monkeypatch)
     tiles = Tiles(None, None, tile_means(case.weight, None))
 
     def log_mass(screen: str) -> torch.Tensor:
-        return screen_tiles(Block(head, None, tiles, LossOptions()), screen, TILE).log_mass
+        return absolute(screen_tiles(Block(head, case.labels, tiles, LossOptions()), screen, TILE))
 
     set_cpu(monkeypatch)
     emulated, exact = log_mass("bf16"), log_mass("exact")

@@ -73,8 +73,8 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     anew = kept._replace(quantised=None, row_scales=None)
     small = TritonBackend(byte_budget=8 * TILE * 72)
     settings = LossOptions(softcap=options.get("softcap"))
-    got = small.screen(Block(head, None, anew, settings), "int8")
-    want = backend.screen(Block(head, None, kept, settings), "int8")
+    got = small.screen(Block(head, case.labels, anew, settings), "int8")
+    want = backend.screen(Block(head, case.labels, kept, settings), "int8")
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one[1:], other[1:])
@@ -92,7 +92,7 @@ def test_columns_are_balanced_as_a_cpu_does(options, ordered):
         tiles_of(case.weight, index, fresh=False),
     )
     settings = LossOptions(softcap=options.get("softcap"))
-    block = Block(head, None, tiles, settings)
+    block = Block(head, case.labels, tiles, settings)
     got = TritonBackend(byte_budget=8 * TILE * 72).screen(block, "int8")
     want = TorchBackend().screen(block, "int8")
     torch.testing.assert_close(got.log_mass, want.log_mass, rtol=0.0, atol=1e-4)
