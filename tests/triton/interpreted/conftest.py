@@ -2,7 +2,8 @@
 
 The interpreter multiplies the bit patterns of bf16 operands in ``tl.dot``, without any error, and
 cuts fp32 to bf16 off where a GPU rounds to nearest; here operands are widened to fp32 first, which
-is what a matrix unit does, and casts round.
+is what a matrix unit does, and casts round. Before Triton 3.7 it cannot count a loop to a number
+that it has loaded: NumPy 2.4 no longer takes an array ``[1]`` for a number.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from str_kernels.backends.triton import TritonBackend
 
 _dot = interpreter.InterpreterBuilder.create_dot
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
+_patch_tensor = interpreter._patch_lang_tensor
 _counted = {"flops": 0}
 
 
@@ -41,8 +43,14 @@ def _cast(self, source, target):
     return _cast_impl(self, source, target)
 
 
+def _patch_tensor_and_index(tensor, *scope):
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
+interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
 @pytest.fixture
