@@ -32,6 +32,7 @@ def markdown() -> str:
         "callback ran, and a file of interpreted Triton kernels. The plan lets every two "
         "versions meet that go together; a row that is missing has not been run. TRL 1.15 and "
         "transformers 5.21 need Python 3.11, and PEFT 0.17 cannot be imported with transformers 5. "
+        "TRL 1.15's own head is a Triton kernel on every device; here it was interpreted. "
         "Made by `python -m benchmarks.versions`.",
         "",
         *_table(promised),
