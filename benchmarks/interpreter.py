@@ -2,7 +2,8 @@
 
 The interpreter multiplies the bit patterns of bf16 operands in ``tl.dot``, without any error, and
 cuts fp32 to bf16 off where a GPU rounds to nearest. `mend` widens operands to fp32 first, which is
-what a matrix unit does, and makes casts round.
+what a matrix unit does, and makes casts round. Before Triton 3.7 the interpreter cannot count a
+loop to a number that it has loaded: NumPy 2.4 no longer takes an array ``[1]`` for a number.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from triton.runtime import interpreter
 COUNTED = {"flops": 0}  # operations in ``tl.dot``, 8-bit ones at half
 _dot = interpreter.InterpreterBuilder.create_dot
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def mend() -> None:
     """Mend the interpreter of this process."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.InterpreterBuilder.cast_impl = _cast
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
 def _widened(operand):
@@ -42,3 +45,8 @@ def _cast(self, source, target):
         data = np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16)
         return interpreter.TensorHandle(data.reshape(source.data.shape), tl.bfloat16)
     return _cast_impl(self, source, target)
+
+
+def _patch_tensor_and_index(tensor, *scope):
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())

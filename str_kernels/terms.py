@@ -80,7 +80,8 @@ def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
         reference = reference.reshape(-1, reference.shape[-1])
     if weights is not None:
         weights = weights.reshape(-1)
-    head = head._replace(hidden_states=_autocast(hidden).reshape(-1, hidden.shape[-1]))
+    # built anew, not by _replace, which torch 2.8 does not trace
+    head = Head(_autocast(hidden).reshape(-1, hidden.shape[-1]), head.weight, head.bias)
     return head, RowInputs(labels.reshape(-1).long(), reference, weights)
 
 
@@ -101,7 +102,7 @@ def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved)
         fresh = trained or resolved.options.label_smoothing > 0
         tiles = tiles_of(weight, index, fresh=fresh, operands=resolved.dtype)
     if trained:  # the index holds quantised rows of an earlier state of the weight
-        tiles = tiles._replace(quantised=None, row_scales=None)
+        tiles = Tiles(tiles.order, tiles.inverse, tiles.mean_rows)
     return tiles
 
 

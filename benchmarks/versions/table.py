@@ -28,9 +28,11 @@ def markdown() -> str:
         "# Versions that were tested together",
         "",
         "Each row is a new environment on a CPU with the wheel and the versions it lists, in which "
-        "the tests of the operator, the backends, the patch, PEFT, the Trainer, TRL and the "
-        "integrations ran, and two files of interpreted Triton kernels. Every two versions that "
-        "pip installs together meet in one of the planned rows. "
+        "the tests of the operator, the products, the patch, PEFT, the Trainer, TRL and the "
+        "callback ran, and a file of interpreted Triton kernels. The plan lets every two "
+        "versions meet that go together; a row that is missing has not been run. TRL 1.15 and "
+        "transformers 5.21 need Python 3.11, and PEFT 0.17 cannot be imported with transformers 5. "
+        "TRL 1.15's own head is a Triton kernel on every device; here it was interpreted. "
         "Made by `python -m benchmarks.versions`.",
         "",
         *_table(promised),

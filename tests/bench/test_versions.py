@@ -60,7 +60,7 @@ def test_a_failure_is_named_in_the_table(tmp_path, monkeypatch):
     cases = ElementTree.fromstring(
         "<testsuite><testcase classname='a' name='b'/>"
         "<testcase classname='a' name='c'><failure message='wrong'/></testcase>"
-        "<testcase classname='a' name='d'><error message='broken'/></testcase>"
+        "<testcase classname='a' name='d'><error>def f():\nE   broken</error></testcase>"
         "<testcase classname='a' name='e'><skipped message='no TRL'/></testcase></testsuite>"
     )
     found = {"passed": 0, "skipped": 0, "failed": 0, "failures": {}}

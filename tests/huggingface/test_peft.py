@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, patch_model
@@ -131,7 +133,13 @@ def test_a_trained_base_is_refused(part, tmp_path):
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens"]},
         {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
-        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        pytest.param(
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            marks=pytest.mark.skipif(
+                "ensure_weight_tying" not in inspect.signature(LoraConfig).parameters,
+                reason="PEFT 0.18 brings ensure_weight_tying",
+            ),
+        ),
         {"trainable_token_indices": [3, 5, 17]},
         {"target_modules": [*BODY, "embed_tokens", "lm_head"]},
     ],
