@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from str_kernels.files import sha256_of, write_json
@@ -26,8 +27,11 @@ class Sealing(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Write the seal of the checkpoint of this step."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Seal the checkpoint of this step, once every process has written its files."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def seal(folder: Path) -> None:
