@@ -126,8 +126,9 @@ def _as_json(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    # float() turns a number that the tracer treats as a variable into a constant
-    return f"{value!r}" if isinstance(value, int) else f"{float(value)!r}"
+    # float() turns a number that the tracer treats as a variable into a constant, which it can
+    # format, with every digit, on all versions of Python and torch; repr and str it cannot
+    return f"{value}" if isinstance(value, int) else f"{float(value)}"
 
 
 def traced_terms(
