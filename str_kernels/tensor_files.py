@@ -50,7 +50,7 @@ class SavedTensors:
         if not os.path.isfile(path):
             raise ValueError(f"{name}: no such file.")
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = _opened(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name}: not a safetensors file ({error}).") from None
         self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -78,6 +78,19 @@ class SavedTensors:
         if self._checksums and self._checksums.get(key) != _checksum(tensor):
             raise ValueError(f"{self._name}: {key} is not as it was written; make the file again.")
         return tensor
+
+
+def _opened(path: str | os.PathLike) -> Any:
+    """Open a file; the library opens it twice, for its header and its data, and both must be one.
+
+    Another process may put a new file in its place at any time.
+    """
+    while True:
+        before = os.stat(path)
+        file = safe_open(path, framework="pt")
+        after = os.stat(path)
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            return file
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -3,17 +3,24 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 COMMANDS = ("train", "cache", "tokens", "evaluate", "index")
+# the tree goes last, so that the package is the installed one
+START = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[2])!r})
+from tests.faults.interrupt import main
+main()
+"""
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def interrupt(how, commands, moments):
     """Run the interruptions in a process of their own, since they fork."""
-    given = [sys.executable, "-m", "tests.faults.interrupt", how, *commands]
-    given += ["--moments", str(moments)]
+    given = [sys.executable, "-c", START, how, *commands, "--moments", str(moments)]
     done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for command in commands:
