@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,3 +265,32 @@ def test_a_compiled_screen_equals_the_other(monkeypatch, screen, dtype):
             torch.testing.assert_close(fused, eager, rtol=0, atol=3e-5)
     finally:
         torch.set_num_threads(threads)
+
+
+LOOP = """
+import torch
+from str_kernels.backends.torch.compiled import compiled
+from str_kernels.backends.torch.screen import _eight_bits
+rows, columns = torch.linspace(-1, 2, 4096).view(64, 64), torch.linspace(0.5, 1, 64)
+loop = compiled(_eight_bits, torch.ones(2, 16), torch.ones(16))
+assert loop is not None
+got, want = loop(rows, columns), _eight_bits(rows, columns)
+print((got[0].int() - want[0].int()).abs().max().item(), (got[1] / want[1] - 1).abs().max().item())
+"""
+
+
+def test_cpus_may_share_the_folder_of_compiled_code(tmp_path):
+    """What one with wide vectors has compiled is not run by one with narrow ones, which is wrong:
+    the rows of an 8-bit screen are the same on both, up to a rounding.
+    """
+    if fused_reduction(LossOptions()) is None:
+        pytest.skip("torch.compile does not work here")
+    kept = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for setting in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        done = subprocess.run(
+            [sys.executable, "-c", LOOP], env={**kept, **setting}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        of_numbers, of_scales = map(float, done.stdout.split())
+        assert of_numbers <= 1
+        assert of_scales < 1e-6

@@ -26,14 +26,21 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
     if torch._dynamo.config.disable:  # uncompiled it is many times slower than blocked calls
         return None
     if function not in _made:
-        # without this option every call uses the number of threads of the first one
-        options = {"cpp.dynamic_threads": True}
-        _made[function] = torch.compile(function, dynamic=True, options=options)
+        _made[function] = torch.compile(function, dynamic=True, options=_options())
         with torch.no_grad():
             _call(function, trial)
     if _made[function] is None:
         return None
     return lambda *args: _call(function, args)
+
+
+def _options() -> dict[str, Any]:
+    # without this option every call uses the number of threads of the first one
+    options: dict[str, Any] = {"cpp.dynamic_threads": True}
+    # torch keeps compiled code on disk under a key without the width of vectors: a folder that CPUs
+    # share gave one with AVX2 the loops of one with AVX-512, which step over half of the numbers
+    width = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability())
+    return options if width is None else {**options, "cpp.simdlen": width}
 
 
 def _call(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
