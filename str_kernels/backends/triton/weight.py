@@ -64,7 +64,7 @@ def weight_kernel(
     Out: ``weight_grad [V, D]`` or None; ``bias_grad [V]`` fp32 in tile order, from dz alone, or
     None.
     """
-    wide = tl.cdiv(dim, BLOCK_E)
+    wide = 1 if weight_grad_ptr is None else tl.cdiv(dim, BLOCK_E)
     slot, block = tl.program_id(0) // wide, tl.program_id(0) % wide
     along, column = block * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, TILE)
     within = (along < dim)[None, :]

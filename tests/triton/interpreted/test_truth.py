@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels import VocabularyIndex
+from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton import TritonBackend, refine
 from str_kernels.engine.contract import Head, RowInputs
@@ -281,3 +281,15 @@ def test_a_compiled_model_runs_the_kernels_as_they_are():
     compiled = torch.compile(loss, backend="eager")
     got = torch.autograd.grad(compiled(case.hidden_states), layer.weight)[0]
     torch.testing.assert_close(got, want)
+
+
+def test_a_bias_alone(backend):
+    """A trained bias under a frozen weight that is wider than a block of columns."""
+    case = make_case(3, 300, 130, bias=True, ignored=0.0).to(torch.float32)
+    bias = case.bias.detach().clone().requires_grad_()
+    inputs = (case.hidden_states.detach(), case.weight.detach(), case.labels)
+    linear_cross_entropy(*inputs, bias=bias, filter_eps=0.0, backend=backend).backward()
+    logits = inputs[0].double() @ inputs[1].double().T + bias.detach().double()
+    want = torch.softmax(logits, -1)
+    want[torch.arange(3), case.labels] -= 1
+    torch.testing.assert_close(bias.grad.double(), want.mean(0), rtol=1e-5, atol=1e-7)
