@@ -97,8 +97,8 @@ def check_length(settings: TrainSettings, context: int | None) -> None:
     """Check that sequences fit the model's context."""
     if context is not None and settings.max_length > context:
         raise ValueError(
-            f"max_length={settings.max_length}: the model's context is {context} tokens; choose "
-            "that or less."
+            f"max_length={settings.max_length}: the context of model={settings.model!r} is "
+            f"{context} tokens; choose that or less."
         )
 
 
