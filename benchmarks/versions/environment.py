@@ -104,7 +104,12 @@ def _installer(venv: Path) -> list[str]:
 def _reason(errors: str) -> str:
     """What pip says in its lines of errors, or uv in all it says."""
     said = [line for line in errors.splitlines() if line.startswith("ERROR")]
-    return " ".join((" ".join(said) or errors).split())[:500]
+    return _placeless(" ".join((" ".join(said) or errors).split()))[:500]
+
+
+def _placeless(text: str) -> str:
+    """Leave out where things lie on this machine and where packages come from: names remain."""
+    return re.sub(r"(?:\w+://|(?<![\w.])/)[^\s'\"]*/", "…/", text)
 
 
 def _test(venv: Path, folder: Path) -> Row:
@@ -131,7 +136,7 @@ def _count(found: Row, case: ElementTree.Element) -> None:
         found["failed"] += 1
         lines = [line[1:].strip() for line in (wrong.text or "").splitlines() if line[:1] == "E"]
         reason = lines[0] if lines else wrong.get("message", "")
-        found["failures"][f"{case.get('classname')}::{case.get('name')}"] = reason[:300]
+        found["failures"][f"{case.get('classname')}::{case.get('name')}"] = _placeless(reason)[:300]
     else:
         found["skipped" if "skipped" in outcomes else "passed"] += 1
 

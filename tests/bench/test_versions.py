@@ -76,3 +76,12 @@ def test_a_failure_is_named_in_the_table(tmp_path, monkeypatch):
     write_rows(table.FILE, {"schema": table.SCHEMA}, [row])
     assert "| 3.10.1 | 2.8.0 | – | 4.56.2 | – | – | – | 1 | 1 | 2 |" in table.markdown()
     assert "`a::c`, `a::d`" in table.markdown()
+
+
+def test_places_are_left_out():
+    """Neither a folder of the machine nor the host of an index gets into the rows."""
+    text = "in file '/opt/x/lib/typing.py', from https://index.example/simple/p.whl; a/b 1/2"
+    found = environment._placeless(text)
+    assert found == "in file '…/typing.py', from …/p.whl; a/b 1/2"
+    rows = (ROOT / "benchmarks/results/versions/versions.jsonl").read_text(encoding="utf-8")
+    assert not re.search(r"[\s'](/\w+){2}|://", rows)
