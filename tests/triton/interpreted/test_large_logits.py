@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels.engine.contract import Head, RowInputs
-from str_kernels.engine.logits import log_probabilities
-from str_kernels.options import LossOptions
-from str_kernels.terms import row_terms
-from tests.backends.test_large_logits import DTYPES, check, dead_truth, large_case, truth_of
+from tests.backends.test_large_logits import (
+    DTYPES,
+    check,
+    check_statistics,
+    dead_truth,
+    large_case,
+    truth_of,
+)
 
 LEVELS = [(0, 1), (64, 1), (1000, 1), (16384, 1), (-16384, 1)]
 OPTIONS = [{"label_smoothing": 0.1, "bias": True}, {"z_loss": 2.0**-14}, {"kind": "logprob"}]
@@ -37,20 +40,8 @@ def test_every_option(options, level, backend):
 
 def test_statistics(backend):
     """Entropies and log-probabilities."""
-    case = large_case(16384, 1, n=12, vocab=300, kind="logprob").to(torch.float32)
-    logits = case.hidden_states.double() @ case.weight.double().T
-    found = row_terms(
-        Head(case.hidden_states, case.weight, None),
-        RowInputs(case.labels, case.reference, case.position_weights),
-        LossOptions(**case.settings),
-        backend=backend,
-        entropy=True,
-    ).statistics
-    want, ids = logits.log_softmax(-1), list(case.settings["safety"].token_ids)
-    got = log_probabilities(found.safety_logits, found).double()
-    torch.testing.assert_close(got, want[:, ids], rtol=1e-6, atol=2.0**-22)
-    entropy = -(want.exp() * want).sum(-1)
-    torch.testing.assert_close(found.entropy.double(), entropy, rtol=3e-6, atol=2.0**-22)
+    case = large_case(16384, 1, n=12, vocab=300, kind="logprob")
+    check_statistics(case.to(torch.float32), backend)
 
 
 @pytest.mark.parametrize("softcap", [1e3, 1e6])
