@@ -69,4 +69,18 @@ def test_launches_of_a_block(screen):
     assert block.totals()["torch"] <= torchs, block
     assert (one - block).totals()["torch"] <= outside, one - block
     assert two.totals()["waits"] <= waits, two
-    assert two.totals()["copies"] == 0, two
+
+
+CONSTRAINED = [
+    {"kind": "mse", "uneven": True},
+    {"kind": "logprob", "static": True},
+    {"kind": "kl", "weighted": True},
+]
+
+
+@pytest.mark.parametrize("screen", BOUNDS, ids=str)
+@pytest.mark.parametrize("options", [{}, *CONSTRAINED], ids=str)
+def test_nothing_is_copied_to_the_device(screen, options):
+    """Constants of the loss and of the constraint are there from the first call on."""
+    found = asked(1, screen, **({"k": 5} if options else {}), **options)
+    assert found.totals()["copies"] == 0, found
