@@ -60,7 +60,8 @@ def tiles_of(
     if index is None:
         return Tiles(None, None, tile_means(weight, None, operands))
     means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
-    return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
+    eight_bits = index.quantised, index.row_scales, index.columns
+    return Tiles(index.order, index.inverse, means, *eight_bits)
 
 
 def forward_rows(

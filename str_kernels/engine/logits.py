@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from str_kernels.engine.constants import ANCHORS, anchor_ids
+from str_kernels import waits
 from str_kernels.engine.contract import Block, Columns, Head, Kept, Statistics
 from str_kernels.engine.products import product
-from str_kernels.options import TILE, LossOptions
+from str_kernels.options import TILE, LossOptions, SafetyConstraint
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
+ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row's logits
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -79,6 +80,17 @@ def block_logits(
     if bias is not None:
         products += bias
     return finish_logits(products, options)
+
+
+def safety_ids(safety: SafetyConstraint, device: torch.device) -> Tensor:
+    """Return the safety tokens' ids ``[K]`` int64, which a device gets once."""
+    return waits.constant(tuple(safety.token_ids), torch.int64, device)
+
+
+def anchor_ids(safety: SafetyConstraint | None, vocab: int, device: torch.device) -> Tensor:
+    """Return ``ANCHORS`` evenly spaced tokens, and the safety tokens after them; int64."""
+    spaced = tuple(place * vocab // ANCHORS for place in range(ANCHORS))
+    return waits.constant(spaced + (safety.token_ids if safety else ()), torch.int64, device)
 
 
 def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import precision_of, tuning
 from str_kernels.backends.triton.tiles import multiply, tanh
-from str_kernels.engine.constants import ANCHORS, anchor_ids, token_ids
 from str_kernels.engine.contract import Block, Columns
-from str_kernels.engine.logits import column_sum
+from str_kernels.engine.logits import ANCHORS, anchor_ids, column_sum, safety_ids
 
 POINTERS = {
     "i64": ("token", "label"),
@@ -140,7 +139,7 @@ def exact_columns(block: Block, needed: Tensor | None, launch: Launch) -> Column
     if routed:
         tokens = anchor_ids(safety, vocab, device)
     elif safety is not None:
-        tokens = token_ids(safety, device)
+        tokens = safety_ids(safety, device)
     if routed and options.label_smoothing:
         mean = column_sum(block) / vocab
         mean_bias = None if head.bias is None else head.bias.float().mean()
