@@ -26,7 +26,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, log_probabilities, safety_ids, safety_logits
+from str_kernels.engine.logits import accumulator, log_probabilities
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -34,12 +34,12 @@ from str_kernels.engine.rows import (
     row_blocks,
     row_gradients,
 )
+from str_kernels.engine.stages import row_stages
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 _SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; an 8-bit screen is wrong by tenths
 _KEPT = 2 << 20  # so many probabilities are kept for a trained weight; more are recomputed
-_SAFETY_ROWS = 4096  # rows of one block of safety logits
 # The statistics of a row that does not need the whole vocabulary.
 _NAN = float("nan")
 _ABSENT = {
@@ -114,12 +114,14 @@ class _Work:
         self.plan = plan_rows(inputs, self.options, self.dtype, vocab_size)
         judge_values_later(self.plan, inputs, self.options, vocab_size)
         self.rows = self.plan.dense.nonzero()[:, 0]
-        self.safety_rows = self.safety_alone = None
+        self.safety_alone, needed = None, self.plan.dense
         if self.options.safety is not None:
-            self.safety_rows = self.plan.safety.nonzero()[:, 0]
+            needed = self.plan.safety
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
+        every = Block(head, self.plan.labels, tiles, self.options)
+        self.columns = row_stages(resolved.backend).columns(every, needed)
         size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         count = len(self.plan.labels)
         self.parts = [part for _, part in row_blocks(self.rows, count, size)]
@@ -170,7 +172,8 @@ class _Work:
     def _block(self, part: Tensor | slice, screen: str) -> _Finished:
         """Compute one block, from hidden states to row gradients."""
         head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
-        block = Block(head, self.plan.labels[part], self.tiles, self.options)
+        columns = self.columns.part(part)
+        block = Block(head, self.plan.labels[part], self.tiles, self.options, columns)
         backend, error = self.resolved.backend, None
         if self.tiles is None:
             dense = backend.exact(block, self.wanted)
@@ -196,7 +199,7 @@ class _Work:
                 name: self._scatter([getattr(block, name) for block in of_blocks], fill)
                 for name, fill in _ABSENT.items()
             },
-            safety_logits=self._safety_logits(),
+            safety_logits=self.columns.safety,
         )
         losses = self._scatter([block.loss for block in self.blocks], 0.0)
         losses = torch.where(self.plan.labelled, losses, 0.0)
@@ -209,18 +212,6 @@ class _Work:
         if values is None or len(self.rows) == len(self.plan.labels):
             return values
         return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
-
-    def _safety_logits(self) -> Tensor | None:
-        """``[N, K]``, NaN on rows that need none."""
-        if self.options.safety is None:
-            return None
-        ids = safety_ids(self.options.safety, self.head.weight.device)
-        shape = (len(self.plan.labels), len(ids))
-        out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
-        for part in self.safety_rows.split(_SAFETY_ROWS):
-            block = self.head._replace(hidden_states=self.head.hidden_states[part])
-            out[part] = safety_logits(block, ids, self.options)
-        return out
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""

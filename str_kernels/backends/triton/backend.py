@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
@@ -19,6 +20,7 @@ from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
     Coefficients,
+    Columns,
     Dense,
     Head,
     OpenRows,
@@ -94,6 +96,11 @@ class TritonBackend:
         blocks = -(-rows // most)
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
+
+    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+        """See ``RowStages.columns``."""
+        with _on(block.head.weight.device):
+            return exact_columns(block, needed, self._launch(block.head, "columns"))
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
