@@ -21,6 +21,7 @@ that need the whole vocabulary; other shapes use the symbols of ``options``. Fou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -154,6 +155,12 @@ class TileMasses(NamedTuple):
     log_mass: Tensor
     slope: Tensor | None
     anchor: Tensor
+
+    def split(self, rows: int) -> Iterator[TileMasses]:
+        """Yield views of so many rows each; even R = 0 gives one."""
+        for start in range(0, max(1, len(self.anchor)), rows):
+            where = slice(start, start + rows)
+            yield TileMasses(*(None if x is None else x[where] for x in self))
 
 
 class Worklist(NamedTuple):
@@ -359,6 +366,9 @@ class Backend(Protocol):
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""
+
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Return how many rows to screen at once, a multiple of the ``size`` of a block."""
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """Compute every pair in one pass."""

@@ -7,6 +7,7 @@ whole vocabulary are computed over it, in blocks, so that scratch memory does no
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from str_kernels.engine.contract import (
     RowInputs,
     RowTerms,
     Statistics,
+    TileMasses,
     Tiles,
     Wanted,
 )
@@ -122,9 +124,8 @@ class _Work:
         self.wanted = self._wanted()
         every = Block(head, self.plan.labels, tiles, self.options)
         self.columns = row_stages(resolved.backend).columns(every, needed)
-        size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
-        count = len(self.plan.labels)
-        self.parts = [part for _, part in row_blocks(self.rows, count, size)]
+        self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        self.parts = self._parts(self.size)
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -144,7 +145,7 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, self.screen) for part in self.parts]
+        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -167,23 +168,43 @@ class _Work:
         )
         for place in places:
             self.blocks[place] = None  # frees its memory first
-            self.blocks[place] = self._block(self.parts[place], "exact")
+            part = self.parts[place]
+            masses = self.resolved.backend.screen(self._given(part), "exact")
+            self.blocks[place] = self._block(part, masses)
 
-    def _block(self, part: Tensor | slice, screen: str) -> _Finished:
-        """Compute one block, from hidden states to row gradients."""
+    def _parts(self, size: int) -> list[Tensor | slice]:
+        """Cut the R rows into parts of so many."""
+        return [part for _, part in row_blocks(self.rows, len(self.plan.labels), size)]
+
+    def _given(self, part: Tensor | slice) -> Block:
         head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
         columns = self.columns.part(part)
-        block = Block(head, self.plan.labels[part], self.tiles, self.options, columns)
-        backend, error = self.resolved.backend, None
+        return Block(head, self.plan.labels[part], self.tiles, self.options, columns)
+
+    def _screened(self) -> Iterator[tuple[Tensor | slice, TileMasses | None]]:
+        """Yield each block's rows and its masses, which are views where blocks are screened as one.
+
+        On the exact path there are no masses.
+        """
         if self.tiles is None:
+            yield from ((part, None) for part in self.parts)
+            return
+        parts, backend = iter(self.parts), self.resolved.backend
+        for several in self._parts(backend.screen_rows(self.head, self.size, self.screen)):
+            for masses in backend.screen(self._given(several), self.screen).split(self.size):
+                yield next(parts), masses
+
+    def _block(self, part: Tensor | slice, masses: TileMasses | None) -> _Finished:
+        """Compute one block, from its masses (None: exactly) to row gradients."""
+        block, backend, error = self._given(part), self.resolved.backend, None
+        if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
-            masses = backend.screen(block, screen)
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
             dense = join_pairs(block, masses, work, refined, self.wanted)
             error = (dense.statistics.lse - work.shift).abs()
-        loss = cross_entropy(dense, self.options, len(head.weight))
+        loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
             ce, by_lse = row_gradients(backend, block, dense)
