@@ -99,14 +99,14 @@ def paired(
     """
     call()
     unit()
-    seconds, units = _in_turns(partial(_timed, device=device), call, unit, repeats, budget_s)
+    seconds, units = _in_turns(partial(elapsed, device=device), call, unit, repeats, budget_s)
     if queued is False or (queued is None and device.type != "cuda"):
         return Timing(seconds, units)
     count = max(_FEWEST, min(_MOST, int(_QUEUE_S / statistics.median(seconds))))
     sensors: Sensors = {}
 
     def timed(function: Callable[[], object]) -> float:
-        return _timed(function, device, count, sensors if function is call else None) / count
+        return elapsed(function, device, count, sensors if function is call else None) / count
 
     queues = min(repeats, _QUEUES)
     return Timing(seconds, units, *_in_turns(timed, call, unit, queues, budget_s), sensors)
@@ -128,7 +128,7 @@ def _in_turns(
     return seconds, [(before + after) / 2 for before, after in itertools.pairwise(units)]
 
 
-def _timed(
+def elapsed(
     call: Callable[[], object],
     device: torch.device,
     count: int = 1,
