@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.run import Run
 from str_kernels import SafetyConstraint, patch_model, unpatch_model
-from str_kernels.bench.clock import paired
+from str_kernels.bench.clock import bare_product, paired
 from str_kernels.bench.memory import peak_bytes
 from str_kernels.huggingface.constraint.references import build_reference_cache
 from str_kernels.training.lora import add_lora
@@ -68,11 +68,9 @@ def _cached(model, ids: torch.Tensor, cache: Path, safety: SafetyConstraint) -> 
 
 
 def _measured(run: Run, step: Callable[[], object], operands: tuple) -> dict[str, Any]:
-    from str_kernels.bench.clock import bare_product
-
     loss = float(step())  # compiles, builds an index
-    options = {"repeats": min(3, run.sizes.repeats), "budget_s": 4 * run.sizes.budget_s}
-    timing = paired(step, bare_product(*operands), device=run.device, queued=True, **options)
+    options = run.clock() | {"budget_s": 4 * run.sizes.budget_s}  # a step is long
+    timing = paired(step, bare_product(*operands), device=run.device, **options)
     peak = peak_bytes(step, run.device)
     return {"loss": loss, **timing.as_row(), "peak_bytes": peak.peak}
 

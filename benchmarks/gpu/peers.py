@@ -30,9 +30,8 @@ def _inputs(case: Case, truth: Truth) -> dict:
 
 
 def _measured(run: Run, contender: Contender, case: Case, truth: Truth | None) -> dict:
-    timing = {"repeats": run.sizes.repeats, "budget_s": run.sizes.budget_s, "queued": True}
     try:
-        row = measure(contender, case, truth=truth, **timing)
+        row = measure(contender, case, truth=truth, **run.clock())
     except Exception as error:  # ours too: the peers are measured all the same
         return {"reason": f"failed: {first_line(error)}"}
     return {key: value for key, value in row.items() if key not in case.facts}

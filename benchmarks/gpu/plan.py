@@ -45,6 +45,7 @@ class Sizes(NamedTuple):
     sustained_s: float  # of products without a pause
     backend: str
     launches: int | None  # so many launch sizes are tried; None: all
+    queued: bool  # whether calls are timed in queues, too
 
 
 FULL = Sizes(
@@ -58,17 +59,19 @@ FULL = Sizes(
     sustained_s=2.0,
     backend="auto",
     launches=None,
+    queued=True,
 )
 # The same code on a CPU, in Triton's interpreter: a rehearsal, whose figures mean nothing.
 SMALL = Sizes(
-    heads=((600, 32), (384, 16)),
-    rows=(24, 8),
-    profiled=(24,),
+    heads=((200, 16), (150, 8)),
+    rows=(8, 4),
+    profiled=(8,),
     copied=1 << 16,
-    model=Shape(32, 1, 2, 1, 64, 600, 24),
+    model=Shape(32, 1, 2, 1, 64, 200, 8),
     repeats=1,
     budget_s=0.1,
     sustained_s=0.01,
     backend="triton",
-    launches=2,
+    launches=1,
+    queued=False,
 )

@@ -62,8 +62,12 @@ class Run:
     def timed(self, call: Callable[[], object], case: Case, **options: Any) -> Timing:
         """Time a call beside the bare product of the case."""
         unit = bare_product(case.hidden_states, case.weight)
-        options = {"repeats": self.sizes.repeats, "budget_s": self.sizes.budget_s} | options
-        return paired(call, unit, device=self.device, queued=True, **options)
+        return paired(call, unit, device=self.device, **(self.clock() | options))
+
+    def clock(self) -> dict[str, Any]:
+        """Return how ``paired`` is asked to time."""
+        size = self.sizes
+        return {"repeats": size.repeats, "budget_s": size.budget_s, "queued": size.queued}
 
     def add(self, name: str, case: Case | None = None, **values: Any) -> None:
         """Keep a row."""

@@ -32,7 +32,7 @@ def unit(run: Run) -> None:
             if run.todo("unit", case):
                 product = bare_product(case.hidden_states, case.weight)
                 # the ratio to itself tells how well the protocol repeats
-                run.add("unit", case, **run.timed(product, case).as_row())
+                run.add("unit", case, **run.timed(product, case, queued=True).as_row())
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
     if run.todo("sustained", case):
         run.add("sustained", case, **_sustained(run, case))
