@@ -147,12 +147,23 @@ def _alone(run: Run, case: Case, screen: str) -> None:
         ("refine, sums stored and added in order", BOTH, True),
     ):
         if run.todo(name, part):
-            torch.use_deterministic_algorithms(ordered)
-            try:
-                timing = run.timed(lambda w=wanted: backend.refine(block, work, w), part)
-            finally:
-                torch.use_deterministic_algorithms(False)
-            run.add(name, part, live=live, **timing.as_row())
+
+            def refined(wanted=wanted, ordered=ordered):
+                with _deterministic(ordered):
+                    return backend.refine(block, work, wanted)
+
+            run.add(name, part, live=live, **run.timed(refined, part).as_row())
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Switch torch's deterministic mode on for our stage; it warns of cuBLAS in the unit."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _quantise(run: Run, case: Case) -> None:
