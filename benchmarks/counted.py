@@ -26,7 +26,7 @@ from str_kernels.cli.console import say
 from str_kernels.engine.contract import Block, Head
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
 
 KEYS = ("case", "dtype", "rows", "chip", "head", "screen")
 # GEMMs of frozen and trainable heads by what each peer must multiply.
@@ -105,9 +105,8 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
         counts = torch.zeros(len(tiles.mean_rows), dtype=torch.int64)
         states, head_rows = hidden[rows], weight
         if screen in EIGHT_BITS:
-            columns = balance(states, weight)
-            states = _rounded(states, EIGHT_BITS[screen], 1 / columns)
-            head_rows = _rounded(weight, EIGHT_BITS[screen], columns)
+            states = _rounded(states, EIGHT_BITS[screen], 1 / index.columns)
+            head_rows = _rounded(weight, EIGHT_BITS[screen], index.columns)
         for part, block in zip(rows.split(1024), states.split(1024), strict=True):
             head = Head(block, head_rows, None)
             given = Block(head, case.labels[part], tiles, LossOptions())

@@ -102,7 +102,7 @@ def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved)
         fresh = trained or resolved.options.label_smoothing > 0
         tiles = tiles_of(weight, index, fresh=fresh, operands=resolved.dtype)
     if trained:  # the index holds quantised rows of an earlier state of the weight
-        tiles = Tiles(tiles.order, tiles.inverse, tiles.mean_rows)
+        tiles = tiles._replace(quantised=None, row_scales=None)
     return tiles
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.options import TILE
+from str_kernels.quantise import balance
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_routed import clustered_case
+from tests.oracle import relative_error
 
 
 @pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 1000, 8 * TILE])
@@ -75,6 +79,31 @@ def test_quantised_rows_approximate(screen, bound):
     rows = index.quantised.float() * index.row_scales[:, None]
     want = case.weight[index.order].float()
     assert (rows - want).norm() / want.norm() < bound
+
+
+@pytest.mark.parametrize("screen", [None, "int8"])
+def test_a_file_without_columns_is_read(tmp_path, screen):
+    """Version 0.1 kept no factors of columns: its rows were not balanced, and are not now."""
+    case, path = clustered_case(), tmp_path / "index.safetensors"
+    index = replace(VocabularyIndex.build(case.weight, screen=screen), columns=None)
+    assert "columns" not in index._tensors()
+    index.save(path)
+    got = VocabularyIndex.load(path)
+    assert got.columns is None
+    want = case.run(index=index, screen="int8")["loss"]
+    assert torch.equal(case.run(index=got, screen="int8")["loss"], want)
+
+
+def test_kept_rows_are_balanced():
+    """What an index keeps in 8 bits has the columns' factors, which come from its states."""
+    case = clustered_case()
+    case.hidden_states[:, 3] *= 50
+    index = VocabularyIndex.build(case.weight, case.hidden_states[None], screen="int8")
+    assert torch.equal(index.columns, balance(case.hidden_states, case.weight))
+    rows = index.quantised.float() * index.row_scales[:, None] / index.columns
+    want = case.weight[index.order].float()
+    assert relative_error(rows * index.columns, want * index.columns) < 0.01
+    assert (rows - want)[:, 3].norm() < 0.01 * want[:, 3].norm()  # the column that counts
 
 
 def test_another_weight_is_refused():

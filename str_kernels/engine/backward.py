@@ -22,7 +22,7 @@ from str_kernels.engine.contract import (
     Saved,
     Tiles,
 )
-from str_kernels.engine.logits import log_probabilities, logit_slope
+from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
 from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
@@ -83,7 +83,7 @@ class _Backward:
         self.beta = torch.where(on[:, None], beta, 0.0)
         if terms.d_lse is not None:
             self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
-        self.ids = torch.tensor(safety.token_ids, device=kept.lse.device)
+        self.ids = safety_ids(safety, kept.lse.device)
 
     def hidden_gradient(self) -> Tensor:
         """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""

@@ -46,7 +46,8 @@ class Tiles(NamedTuple):
     """How the vocabulary is cut into tiles.
 
     ``order [V]`` int64 or None for token order, its ``inverse [V]``, and the tiles' ``mean_rows
-    [T, D]`` fp32. ``quantised [V, D]`` and ``row_scales [V]`` are in tile order (8-bit screens).
+    [T, D]`` fp32. For 8-bit screens: ``quantised [V, D]`` and ``row_scales [V]`` in tile
+    order, and ``columns [D]``, which multiply W and divide H before they are rounded; None: all 1.
     """
 
     order: Tensor | None
@@ -54,6 +55,7 @@ class Tiles(NamedTuple):
     mean_rows: Tensor
     quantised: Tensor | None = None
     row_scales: Tensor | None = None
+    columns: Tensor | None = None
 
 
 class Block(NamedTuple):

@@ -26,7 +26,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, log_probabilities, safety_logits
+from str_kernels.engine.logits import accumulator, log_probabilities, safety_ids, safety_logits
 from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gradients
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -60,7 +60,8 @@ def tiles_of(
     if index is None:
         return Tiles(None, None, tile_means(weight, None, operands))
     means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
-    return Tiles(index.order, index.inverse, means, index.quantised, index.row_scales)
+    eight_bits = index.quantised, index.row_scales, index.columns
+    return Tiles(index.order, index.inverse, means, *eight_bits)
 
 
 def forward_rows(
@@ -205,7 +206,7 @@ class _Work:
         """``[N, K]``, NaN on rows that need none."""
         if self.options.safety is None:
             return None
-        ids = torch.tensor(self.options.safety.token_ids, device=self.head.weight.device)
+        ids = safety_ids(self.options.safety, self.head.weight.device)
         shape = (len(self.plan.labels), len(ids))
         out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
         for part in self.safety_rows.split(_SAFETY_ROWS):

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from str_kernels import waits
 from str_kernels.engine.contract import Head, Kept, Statistics
 from str_kernels.engine.products import product
-from str_kernels.options import LossOptions
+from str_kernels.options import LossOptions, SafetyConstraint
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
 _ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row's logits
@@ -81,6 +82,11 @@ def block_logits(
     return finish_logits(products, options)
 
 
+def safety_ids(safety: SafetyConstraint, device: torch.device) -> Tensor:
+    """Return the safety tokens' ids ``[K]`` int64, which a device gets once."""
+    return waits.constant(tuple(safety.token_ids), torch.int64, device)
+
+
 def safety_logits(head: Head, ids: Tensor, options: LossOptions) -> Tensor:
     """Exact logits ``[R, K]`` of the tokens ``ids [K]``."""
     dtype = accumulator(head.hidden_states.dtype)
@@ -116,14 +122,10 @@ def anchor_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
     The logarithm of a mass is then as small as logits differ, and has as many decimals. The offset
     is the largest logit of the label and a few other tokens, since one may be masked by -1e9.
     """
-    vocab = len(head.weight)
-    ids = (
-        torch.arange(_ANCHORS, device=labels.device)
-        .mul_(vocab)
-        .div_(_ANCHORS, rounding_mode="floor")
-    )
+    some = tuple(i * len(head.weight) // _ANCHORS for i in range(_ANCHORS))
     if options.safety is not None:
-        ids = torch.cat([ids, ids.new_tensor(options.safety.token_ids[:1])])
+        some += tuple(options.safety.token_ids[:1])
+    ids = waits.constant(some, torch.int64, labels.device)
     size = max(1, _SCRATCH // head.weight.shape[1])
     parts = [
         safety_logits(head._replace(hidden_states=hidden), ids, options).amax(-1)

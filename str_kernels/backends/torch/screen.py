@@ -16,7 +16,7 @@ from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
 from str_kernels.engine.logits import accumulator, anchor_logits, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE
-from str_kernels.quantise import balance, quantise_rows
+from str_kernels.quantise import quantise_rows
 
 _INTEGERS = 1 << 20  # int8 products of a block: the quantised rows of more would leave the cache
 COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling takes seconds
@@ -77,7 +77,7 @@ class _Quantised:
         loop = compiled(_eight_bits, torch.ones(2, 16), torch.ones(16)) if compiling else None
         self.quantise = loop or _eight_bits
         self.indexed = tiles.quantised is not None and tiles.quantised.dtype == torch.int8
-        self.columns = None if self.indexed else balance(head.hidden_states, head.weight)
+        self.columns = tiles.columns
         inverse = None if self.columns is None else self.columns.reciprocal()
         self.hidden, scales = quantise_rows(head.hidden_states, torch.int8, inverse)
         self.row_scales = scales[:, None]

@@ -132,9 +132,11 @@ class IndexSource:
         if not self._automatic:
             given = None if self._index is None else order_digest(self._index.order)
             return {"automatic": False, "given": given}
-        order = None if self._index is None else encode_order(self._index.order)
-        head = None if self._head is None else self._head.digest
-        return {"automatic": True, "head": head, "order": order, "fresh": self._fresh}
+        index, head = self._index, None if self._head is None else self._head.digest
+        order = None if index is None else encode_order(index.order)
+        columns = None if index is None or index.columns is None else index.columns.tolist()
+        kept = {"head": head, "order": order, "columns": columns, "fresh": self._fresh}
+        return {"automatic": True, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -164,7 +166,9 @@ class IndexSource:
         self._index = None
         if kept["order"] is not None:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
-            self._index = VocabularyIndex.of_order(weight.detach(), order)
+            columns = kept.get("columns")  # a checkpoint of 0.1 has none
+            columns = None if columns is None else torch.tensor(columns, device=weight.device)
+            self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
         self._head, self._fresh = head, kept["fresh"]
 
 

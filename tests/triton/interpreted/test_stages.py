@@ -13,6 +13,7 @@ from str_kernels.backends.triton.launch import launch_for
 from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.engine.contract import Block, Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import relative_error
@@ -159,7 +160,7 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
         case.weight, case.hidden_states, screen=None if screen == "exact" else screen
     )
     head = Head(case.hidden_states, case.weight, None)
-    tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
+    tiles = tiles_of(case.weight, index, fresh=False)
     block = Block(head, case.labels, tiles, LossOptions())
     counts = backend.route(block, backend.screen(block, screen), DEFAULT_EPS).counts
     chunk = launch_for(0, "refine", torch.float16).block_r
