@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -38,6 +39,7 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
+from str_kernels.huggingface.deferred.sharding import whole_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -266,7 +268,9 @@ class Patch:
             if training and torch.is_grad_enabled():
                 self._first.after_loss(*constrained)
         if training and torch.is_grad_enabled():
-            changed = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+            held = whole_head(self._head, loss.operands[1]) if self.guard.due else nullcontext()
+            with held:
+                changed = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
             self._fallback |= changed
             self.options = replace(self.options, **changed)
 
