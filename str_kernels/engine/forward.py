@@ -27,7 +27,13 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.finish import join_pairs
 from str_kernels.engine.logits import accumulator, log_probabilities
-from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gradients
+from str_kernels.engine.rows import (
+    cross_entropy,
+    judge_values_later,
+    plan_rows,
+    row_blocks,
+    row_gradients,
+)
 from str_kernels.engine.stages import row_stages
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -104,7 +110,9 @@ class _Work:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
-        self.plan = plan_rows(inputs.labels, inputs.position_weights, self.options, self.dtype)
+        vocab_size = len(head.weight)
+        self.plan = plan_rows(inputs, self.options, self.dtype, vocab_size)
+        judge_values_later(self.plan, inputs, self.options, vocab_size)
         self.rows = self.plan.dense.nonzero()[:, 0]
         self.safety_alone, needed = None, self.plan.dense
         if self.options.safety is not None:
@@ -214,7 +222,7 @@ class _Work:
         if needs_lse(safety):
             values = log_probabilities(values, statistics)
         value = constraint_terms(safety, values, self.inputs.reference).value
-        return torch.where(scale > 0, scale * value, 0.0)
+        return torch.where(scale != 0, scale * value, 0.0)
 
     def _kept(self, statistics: Statistics) -> Kept:
         # the returned tensors themselves are kept: autograd then notices an in-place change
