@@ -23,7 +23,7 @@ from str_kernels.backends.triton.operands import label_places, operands, tuning
 from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import label_logits
+from str_kernels.engine.logits import columns_of
 from str_kernels.options import TILE, LossOptions
 
 
@@ -55,8 +55,8 @@ class _Work:
 
     def __init__(self, block: Block, wanted: Wanted, byte_budget: int) -> None:
         self.block, self.wanted, self.given = block, wanted, operands(block)
-        given, options = self.given, block.options
-        self.labels, self.label_logit = label_places(block), label_logits(*block[:2], options)
+        given = self.given
+        self.labels, self.label_logit = label_places(block), columns_of(block).label
         size = given.hidden.element_size()
         self.rows = _even(given.rows, PRODUCT.rows)
         numbers = min(PRODUCT.rows * PRODUCT.words, byte_budget // (4 + size))
