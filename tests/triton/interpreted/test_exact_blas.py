@@ -7,7 +7,7 @@ import torch
 
 from str_kernels.backends.triton import TritonBackend, exact_blas
 from str_kernels.backends.triton.exact_blas import _even, blas_refusal
-from str_kernels.backends.triton.launch import Launch
+from str_kernels.backends.triton.launch import Launch, Product
 from str_kernels.engine.contract import Block, Head, RowInputs, Wanted
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -48,13 +48,13 @@ def test_a_maximum_that_rises_late(held, monkeypatch):
     Its word is in the last block, in one in the middle and in one whose p are not multiplied yet;
     rows without such a token share the block.
     """
-    monkeypatch.setattr(exact_blas, "PRODUCT", exact_blas.PRODUCT._replace(rows=32))
+    monkeypatch.setattr(exact_blas, "PRODUCT", Product(32, 128))
     backend = TritonBackend(2 * 128 * 32 * (4 + 2 * held), exact="blas")
     monkeypatch.setattr(exact_blas, "SHARES", Launch(8, 128))
     case = make_case(40, 1300, 24, bias=True, ignored=0.1)
-    for row, word, height in ((0, 1299, 300.0), (1, 700, 61.0), (2, 300, 59.0), (3, 200, 90.0)):
+    for row, word, height in ((0, 1299, 300.0), (1, 700, 140.0), (2, 300, 59.0), (3, 200, 90.0)):
         case.hidden_states[row] = case.weight[word] * height / case.weight[word].square().sum()
-    case.labels[:4] = torch.tensor([5, 700, 5, -100])
+    case.labels[:4] = torch.tensor([5, 5, 300, -100])
     check(case, torch.bfloat16, backend)
     case.settings["reduction"] = "none"
     got, truth = case.to(torch.float32).run(backend=backend, filter_eps=0.0), case.truth()
