@@ -30,7 +30,7 @@ tell what each block costs and what a call has once: launches of our kernels and
 operations (views and allocations are left out; some operations have more than one launch). Then
 come what makes the host wait, and copies to the device. The kernels run in Triton's interpreter on
 a small head, whose 8-bit rows are made in one slice. Operations, bytes and padding are in
-[counted.md](counted.md), and `tests/triton/interpreted/test_launches.py` holds these counts down."""
+[counted.md](counted.md), and `tests/triton/interpreted/test_launches.py` bounds these counts."""
 _COMMON = 6  # operations of torch that are named
 
 
