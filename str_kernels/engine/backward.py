@@ -18,6 +18,7 @@ from str_kernels.engine.contract import (
     Head,
     Kept,
     Resolved,
+    RowInputs,
     SafetyTerm,
     Saved,
     Tiles,
@@ -64,7 +65,8 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        self.plan = plan_rows(kept.labels, kept.position_weights, self.options, self.dtype)
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        self.plan = plan_rows(inputs, self.options, self.dtype, len(kept.weight))
         self.everything = len(kept.rows) == len(self.plan.labels)
         self.grad_cross_entropy = grad_cross_entropy
         self.beta = self.d_lse = self.ids = None

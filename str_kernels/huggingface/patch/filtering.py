@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from str_kernels import waits
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.freshness import sampled_values
 from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
@@ -27,12 +28,15 @@ from str_kernels.huggingface.patch.learned import (
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
+from str_kernels.waits import SameTensor, version_key
 
 # Above this share of live tiles (a flat softmax, an untrained model) the refinement costs more than
 # the screen saves.
 LARGEST_LIVE_SHARE = 0.4
 # A smaller vocabulary has too few tiles for the screen to leave many out.
 SMALLEST_VOCABULARY = 8192
+# Twice as often as an index compares itself, whose error is then about an index that was given.
+_COMPARED_EVERY = 50
 _STATES = 2048  # enough hidden states for 32 directions
 _log = logging.getLogger("str_kernels")
 Index = VocabularyIndex | Literal["auto"] | None
@@ -72,6 +76,8 @@ class IndexSource:
         self._head: _Head | None = None  # the weight that the choice was made for
         self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
+        self._compared = SameTensor(_COMPARED_EVERY)
+        self._stale = False  # found late to have been written into
 
     def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay, or not stay right."""
@@ -95,14 +101,15 @@ class IndexSource:
                 )
             states = _some_states(fold)
             self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._head, self._fresh = _Head.of(weight), True
+            self._head, self._fresh, self._stale = _Head.of(weight), True, False
+            self._compared.due(weight)  # counts from here
         return self._index
 
     def _is_of(self, weight: Tensor) -> bool:
         """Whether the choice was made for this weight, as it is now."""
-        if self._head is None or not self._head.has_values_of(weight):
+        if self._head is None or not self._has_same_values(weight):
             return False
-        key = _key_of(weight)
+        key = version_key(weight)
         if key == self._head.key:
             return True
         # written into or moved, perhaps by the same values: averaged weights were swapped out again
@@ -112,6 +119,21 @@ class IndexSource:
                 return False
         self._head = replace(self._head, key=key)
         return True
+
+    def _has_same_values(self, weight: Tensor) -> bool:
+        """Whether sampled values are those of the weight that the choice was made for.
+
+        A GPU compares them seldom, and what it finds without a wait a later call learns.
+        """
+        if self._stale or not self._compared.due(weight):
+            return not self._stale
+        if waits.allowed(weight.device) or version_key(weight) != self._head.key:
+            return self._head.has_values_of(weight)
+        waits.judge_later(self._head.differs_from(weight), self._distrust)
+        return True
+
+    def _distrust(self) -> None:
+        self._stale = True
 
     def judge(self, live_share: Tensor) -> None:
         """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
@@ -169,7 +191,7 @@ class IndexSource:
             columns = kept.get("columns")  # a checkpoint of 0.1 has none
             columns = None if columns is None else torch.tensor(columns, device=weight.device)
             self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
-        self._head, self._fresh = head, kept["fresh"]
+        self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 
 @dataclass(frozen=True)
@@ -182,16 +204,16 @@ class _Head:
 
     @classmethod
     def of(cls, weight: Tensor) -> _Head:
-        return cls(_key_of(weight), sampled_values(weight), weight_digest(weight))
+        return cls(version_key(weight), sampled_values(weight), weight_digest(weight))
 
     def has_values_of(self, weight: Tensor) -> bool:
         """Whether the sampled values are this weight's; a write through ``.data`` changes them."""
         values, known = sampled_values(weight), self.values
         return values.device == known.device and torch.equal(values, known)
 
-
-def _key_of(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
+    def differs_from(self, weight: Tensor) -> Tensor:
+        """Compare the sampled values on the device: one bool, for which the host does not wait."""
+        return (sampled_values(weight) != self.values).any()
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
