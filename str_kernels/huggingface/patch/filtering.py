@@ -24,6 +24,7 @@ from str_kernels.huggingface.patch.learned import (
     order_digest,
     weight_digest,
 )
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -73,7 +74,9 @@ class IndexSource:
         self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
 
-    def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
+    def find(
+        self, fold: Fold, options: LossOptions, processes: Together = ALONE
+    ) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay, or not stay right."""
         if not self._automatic:
             return self._index
@@ -93,8 +96,7 @@ class IndexSource:
                     "built again",
                     logging.WARNING,
                 )
-            states = _some_states(fold)
-            self._index = cached_index(weight, states, cache_folder(), _watcher.get())
+            self._index = _built(weight, _some_states(fold), processes)
             self._head, self._fresh = _Head.of(weight), True
         return self._index
 
@@ -113,12 +115,18 @@ class IndexSource:
         self._head = replace(self._head, key=key)
         return True
 
-    def judge(self, live_share: Tensor) -> None:
-        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
+    def judge(self, live_share: Tensor, processes: Together = ALONE) -> None:
+        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
+
+        The average is that of all ``processes``, so that all drop it or none.
+        """
         if not self._fresh:
             return
         self._fresh = False
-        share = live_share.nanmean().item()  # the only synchronisation, once an index
+        sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
+        # the only synchronisation, once an index
+        total, count = processes.total(sums).tolist()
+        share = total / max(count, 1)
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
@@ -170,7 +178,10 @@ class IndexSource:
 
 @dataclass(frozen=True)
 class _Head:
-    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+    """What a weight ``[V, D]`` was: its version and form, some of its values, and its digest.
+
+    Where it lies says nothing: FSDP gathers it to another place for each step.
+    """
 
     key: tuple
     values: Tensor
@@ -187,7 +198,19 @@ class _Head:
 
 
 def _key_of(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
+    return weight._version, tuple(weight.shape), weight.dtype
+
+
+def _built(weight: Tensor, states: Tensor, processes: Together) -> VocabularyIndex:
+    """The leader's index, made from its states, in every process."""
+    index = None
+    if processes.leads:
+        index = cached_index(weight, states, cache_folder(), _watcher.get())
+    if not processes.groups:
+        return index
+    order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+    order = processes.shared(order if index is None else index.order.to(order).contiguous())
+    return index or VocabularyIndex.of_order(weight.detach(), order)
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
