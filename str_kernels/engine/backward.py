@@ -18,11 +18,12 @@ from str_kernels.engine.contract import (
     Head,
     Kept,
     Resolved,
+    RowInputs,
     SafetyTerm,
     Saved,
     Tiles,
 )
-from str_kernels.engine.logits import log_probabilities, logit_slope
+from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
 from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
@@ -64,7 +65,8 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        self.plan = plan_rows(kept.labels, kept.position_weights, self.options, self.dtype)
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        self.plan = plan_rows(inputs, self.options, self.dtype, len(kept.weight))
         self.everything = len(kept.rows) == len(self.plan.labels)
         self.grad_cross_entropy = grad_cross_entropy
         self.beta = self.d_lse = self.ids = None
@@ -83,7 +85,7 @@ class _Backward:
         self.beta = torch.where(on[:, None], beta, 0.0)
         if terms.d_lse is not None:
             self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
-        self.ids = torch.tensor(safety.token_ids, device=kept.lse.device)
+        self.ids = safety_ids(safety, kept.lse.device)
 
     def hidden_gradient(self) -> Tensor:
         """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""

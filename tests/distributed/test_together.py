@@ -55,7 +55,8 @@ def indexed(case: Case, wrapper: str) -> dict[str, Any]:
     finally:
         VocabularyIndex.build, filtering.tile_means = build, means
         filtering.SMALLEST_VOCABULARY, filtering.LARGEST_LIVE_SHARE = small, share
-    return {**counts, "order": patch._source._index.order.tolist()}
+    index = patch._source._index
+    return {**counts, "order": index.order.tolist(), "columns": index.columns.tolist()}
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "root", "alone", "norm"])
@@ -63,6 +64,7 @@ def test_one_index(ranks, wrapper):
     """The first process clusters, once; wherever FSDP puts the weight, nobody looks again."""
     first, second = ranks.run(indexed, Case(vocab=1000), wrapper)
     assert first["order"] == second["order"] != sorted(first["order"])
+    assert first["columns"] == second["columns"]
     assert (first["builds"], second["builds"]) == (1, 0)
     assert (first["passes"], second["passes"]) == (0, 0)
 

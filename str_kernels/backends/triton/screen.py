@@ -26,8 +26,7 @@ from str_kernels.backends.triton.tiles import (
     softcap_slope,
 )
 from str_kernels.engine.contract import Block, TileMasses
-from str_kernels.engine.logits import anchor_logits
-from str_kernels.quantise import balance
+from str_kernels.engine.logits import columns_of
 
 POINTERS = {
     "i64": ("order",),
@@ -115,14 +114,13 @@ def screen_quantised(
     time as the budget holds.
     """
     given, tiles = operands(block), block.tiles
-    found = _empty_masses(block, given)
+    found, columns = _empty_masses(block, given), tiles.columns
+    inverse = None if columns is None else columns.reciprocal()
+    hidden, scale = quantised(given.hidden, dtype, columns=inverse)
     if tiles.quantised is not None and tiles.quantised.dtype == dtype:
-        hidden, scale = quantised(given.hidden, dtype)
         kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
         _screen(kept, _Scales(scale, tiles.row_scales), found, launch)
         return _by_rows(found)
-    columns = balance(given.hidden, given.weight)
-    hidden, scale = quantised(given.hidden, dtype, columns=columns.reciprocal())
     step = max(1, byte_budget // (TILE.value * given.dim))
     for first in range(0, given.tiles, step):
         places = range(first * TILE.value, min((first + step) * TILE.value, given.vocab))
@@ -142,7 +140,7 @@ def _empty_masses(block: Block, given: Operands) -> TileMasses:
     """Allocate log-masses and slopes, ``[T, R]`` both; without a softcap there are no slopes."""
     log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
     slope = None if given.options.softcap is None else torch.empty_like(log_mass)
-    return TileMasses(log_mass, slope, anchor_logits(block.head, block.labels, block.options))
+    return TileMasses(log_mass, slope, columns_of(block).anchor)
 
 
 def _by_rows(found: TileMasses) -> TileMasses:
