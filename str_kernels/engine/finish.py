@@ -34,7 +34,7 @@ def join_pairs(
     block: Block, masses: TileMasses, work: Worklist, refined: Refined, wanted: Wanted
 ) -> Dense:
     """Return ``Dense`` of R rows after routing."""
-    head, labels, tiles, options = block
+    head, labels, tiles, options = block[:4]
     label_logit = label_logits(head, labels, options)
     dead = work.dead.sum(-1)
     others = refined.mass + dead
@@ -144,7 +144,7 @@ def _log_sums(labels: Tensor, label_logit: Tensor, shift: Tensor, mass: Tensor) 
 
 def _whole_sums(block: Block) -> tuple[Tensor | None, Tensor | None]:
     """``Σ_v (z_v - z_y) [R]`` and ``∂(Σ_v z)/∂h [D]``, from one column sum without a softcap."""
-    head, labels, tiles, options = block
+    head, labels, tiles, options = block[:4]
     if not options.label_smoothing:
         return None, None
     vocab_size = head.weight.shape[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
+    ABSENT,
     Block,
     Dense,
     Head,
@@ -30,7 +31,7 @@ from str_kernels.engine.logits import accumulator, log_probabilities, safety_ids
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
-    plan_rows,
+    plan_for,
     row_blocks,
     row_gradients,
 )
@@ -111,18 +112,21 @@ class _Work:
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         vocab_size = len(head.weight)
-        self.plan = plan_rows(inputs, self.options, self.dtype, vocab_size)
+        self.plan = plan_for(resolved, inputs, vocab_size, tiles)
         judge_values_later(self.plan, inputs, self.options, vocab_size)
-        self.rows = self.plan.dense.nonzero()[:, 0]
+        listed = self.plan.listed
+        self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
+        self.every = listed is None and len(self.rows) == len(self.plan.labels)
         self.safety_rows = self.safety_alone = None
-        if self.options.safety is not None:
+        if self.options.safety is not None and listed is None:
             self.safety_rows = self.plan.safety.nonzero()[:, 0]
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
+        elif self.options.safety is not None:
+            self.safety_alone = listed.rows[:0]  # every row is in a block
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
         size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
-        count = len(self.plan.labels)
-        self.parts = [part for _, part in row_blocks(self.rows, count, size)]
+        self.parts = list(row_blocks(self.rows, size, every=self.every))
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -142,7 +146,7 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, self.screen) for part in self.parts]
+        self.blocks = [self._block(*part, self.screen) for part in self.parts]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -165,12 +169,19 @@ class _Work:
         )
         for place in places:
             self.blocks[place] = None  # frees its memory first
-            self.blocks[place] = self._block(self.parts[place], "exact")
+            self.blocks[place] = self._block(*self.parts[place], "exact")
 
-    def _block(self, part: Tensor | slice, screen: str) -> _Finished:
+    def _given(self, at: slice, rows: Tensor | slice) -> Block:
+        """Gather the block of these ``rows``, which stand ``at`` these places of all R."""
+        head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
+        listed = self.plan.listed
+        if listed is None:
+            return Block(head, self.plan.labels[rows], self.tiles, self.options)
+        return Block(head, listed.labels[at], self.tiles, self.options, listed.places[at])
+
+    def _block(self, at: slice, rows: Tensor | slice, screen: str) -> _Finished:
         """Compute one block, from hidden states to row gradients."""
-        head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
-        block = Block(head, self.plan.labels[part], self.tiles, self.options)
+        block, head = self._given(at, rows), self.head
         backend, error = self.resolved.backend, None
         if self.tiles is None:
             dense = backend.exact(block, self.wanted)
@@ -180,6 +191,8 @@ class _Work:
             refined = backend.refine(block, work, self.wanted)
             dense = join_pairs(block, masses, work, refined, self.wanted)
             error = (dense.statistics.lse - work.shift).abs()
+            if self.plan.listed is not None:
+                error = error.masked_fill_(block.labels == ABSENT, 0.0)
         loss = cross_entropy(dense, self.options, len(head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
@@ -206,9 +219,12 @@ class _Work:
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
-        if values is None or len(self.rows) == len(self.plan.labels):
+        if values is None or self.every:
             return values
-        return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
+        if self.plan.listed is None:
+            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
+        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
+        return scattered.masked_fill_(~self.plan.dense, fill)
 
     def _safety_logits(self) -> Tensor | None:
         """``[N, K]``, NaN on rows that need none."""
@@ -217,6 +233,12 @@ class _Work:
         ids = safety_ids(self.options.safety, self.head.weight.device)
         shape = (len(self.plan.labels), len(ids))
         out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
+        if self.safety_rows is None:
+            for part in range(0, len(out), _SAFETY_ROWS):
+                rows = slice(part, part + _SAFETY_ROWS)
+                block = self.head._replace(hidden_states=self.head.hidden_states[rows])
+                out[rows] = safety_logits(block, ids, self.options)
+            return out.masked_fill_(~self.plan.safety[:, None], float("nan"))
         for part in self.safety_rows.split(_SAFETY_ROWS):
             block = self.head._replace(hidden_states=self.head.hidden_states[part])
             out[part] = safety_logits(block, ids, self.options)

@@ -18,7 +18,7 @@ from str_kernels.engine.products import product
 
 def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
     """Return ``Dense`` of R rows, from ``columns`` of the vocabulary at a time."""
-    head, labels, _, options = block
+    head, labels, _, options = block[:4]
     dtype = accumulator(head.hidden_states.dtype)
     hidden = head.hidden_states.to(dtype)
     totals = _RunningTotals(hidden, block, wanted, label_logits(head, labels, options))

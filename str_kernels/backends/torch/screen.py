@@ -24,7 +24,7 @@ COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling 
 
 def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
-    head, labels, tiles, options = given
+    head, labels, tiles, options = given[:4]
     (rows, dtype), device = (len(head.hidden_states), head.hidden_states.dtype), head.weight.device
     log_mass = torch.empty(rows, len(tiles.mean_rows), dtype=accumulator(dtype), device=device)
     slope = None if options.softcap is None else torch.empty_like(log_mass)

@@ -12,6 +12,7 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -23,14 +24,17 @@ from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
+    Tiles,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -94,6 +98,13 @@ class TritonBackend:
         blocks = -(-rows // most)
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
+
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
