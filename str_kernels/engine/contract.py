@@ -21,6 +21,7 @@ that need the whole vocabulary; other shapes use the symbols of ``options``. Fou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -92,19 +93,42 @@ class RowPlan(NamedTuple):
     listed: Listed | None = None
 
 
+class Columns(NamedTuple):
+    """Logits of the few tokens that are always computed exactly; fp32 (fp64 for fp64 inputs).
+
+    ``label [R]`` is that of each row's label, NaN on rows without one; ``anchor [R]``, on the
+    routed path only, an offset of the row's logits, relative to which their masses are kept. The
+    logarithm of a mass is then as small as logits differ, and has as many decimals. It is the
+    largest logit of the label and a few other tokens, since one may be masked by -1e9. ``safety
+    [R, K]`` are those of the safety tokens, with a constraint only, NaN on rows that need none;
+    ``difference [R]`` is ``mean_v z_v - z_y``, with label smoothing on the routed path only.
+    """
+
+    label: Tensor
+    anchor: Tensor | None = None
+    safety: Tensor | None = None
+    difference: Tensor | None = None
+
+    def part(self, rows: Tensor | slice) -> Columns:
+        """Those of some rows."""
+        return Columns(*(None if x is None else x[rows] for x in self))
+
+
 class Block(NamedTuple):
     """The input of every stage: R rows, the head and the tiles.
 
     ``labels [R]`` int64, -1 on rows without a label, ``ABSENT`` on rows that need no vocabulary and
     stand in the block since the host has not counted them; the results of these are undefined.
-    ``tiles`` is None on the exact path; ``places [R]`` int32 or None: the labels as places in the
-    order, where they are known.
+    ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
+    None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
+    they are known.
     """
 
     head: Head
     labels: Tensor
     tiles: Tiles | None
     options: LossOptions
+    columns: Columns | None = None
     places: Tensor | None = None
 
 
@@ -162,13 +186,19 @@ class Resolved:
 class TileMasses(NamedTuple):
     """The screen's result: ``log_mass [R, T]`` fp32, the log-sum-exp of each tile's ``z - anchor``.
 
-    ``anchor [R]``: see ``anchor_logits``. ``slope [R, T]``, with a softcap only: the tile's softmax
+    ``anchor [R]``: see ``Columns``. ``slope [R, T]``, with a softcap only: the tile's softmax
     mean of ``1 - (z/softcap)²``.
     """
 
     log_mass: Tensor
     slope: Tensor | None
     anchor: Tensor
+
+    def split(self, rows: int) -> Iterator[TileMasses]:
+        """Yield views of so many rows each; even R = 0 gives one."""
+        for start in range(0, max(1, len(self.anchor)), rows):
+            where = slice(start, start + rows)
+            yield TileMasses(*(None if x is None else x[where] for x in self))
 
 
 class Worklist(NamedTuple):
@@ -361,6 +391,20 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class RowStages(Protocol):
+    """The stages that read few columns of W, or only what other stages left of a row.
+
+    A backend that lacks them is served by `TorchStages`.
+    """
+
+    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+        """Compute the logits of the label, the safety tokens and the anchors of N rows.
+
+        ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        """
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A way to compute the stages that read the whole vocabulary."""
 
@@ -374,6 +418,9 @@ class Backend(Protocol):
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""
+
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Return how many rows to screen at once, a multiple of the ``size`` of a block."""
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """Compute every pair in one pass."""

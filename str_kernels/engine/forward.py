@@ -7,6 +7,7 @@ whole vocabulary are computed over it, in blocks, so that scratch memory does no
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ from str_kernels.engine.contract import (
     RowInputs,
     RowTerms,
     Statistics,
+    TileMasses,
     Tiles,
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, log_probabilities, safety_ids, safety_logits
+from str_kernels.engine.logits import accumulator, log_probabilities
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -35,12 +37,12 @@ from str_kernels.engine.rows import (
     row_blocks,
     row_gradients,
 )
+from str_kernels.engine.stages import row_stages
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 _SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; an 8-bit screen is wrong by tenths
 _KEPT = 2 << 20  # so many probabilities are kept for a trained weight; more are recomputed
-_SAFETY_ROWS = 4096  # rows of one block of safety logits
 # The statistics of a row that does not need the whole vocabulary.
 _NAN = float("nan")
 _ABSENT = {
@@ -117,16 +119,18 @@ class _Work:
         listed = self.plan.listed
         self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
         self.every = listed is None and len(self.rows) == len(self.plan.labels)
-        self.safety_rows = self.safety_alone = None
-        if self.options.safety is not None and listed is None:
-            self.safety_rows = self.plan.safety.nonzero()[:, 0]
+        self.safety_alone, needed = None, self.plan.dense
+        if self.options.safety is not None:
+            needed, self.safety_alone = self.plan.safety, self.rows[:0]
+        if self.options.safety is not None and listed is None:  # else every row is in a block
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
-        elif self.options.safety is not None:
-            self.safety_alone = listed.rows[:0]  # every row is in a block
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
-        size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
-        self.parts = list(row_blocks(self.rows, size, every=self.every))
+        every = Block(head, self.plan.labels, tiles, self.options)
+        self.columns = row_stages(resolved.backend).columns(every, needed)
+        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
+        self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        self.parts = self._parts(self.size)
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -146,7 +150,7 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(*part, self.screen) for part in self.parts]
+        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -169,31 +173,50 @@ class _Work:
         )
         for place in places:
             self.blocks[place] = None  # frees its memory first
-            self.blocks[place] = self._block(*self.parts[place], "exact")
+            part = self.parts[place]
+            masses = self.resolved.backend.screen(self._given(part), "exact")
+            self.blocks[place] = self._block(part, masses)
 
-    def _given(self, at: slice, rows: Tensor | slice) -> Block:
-        """Gather the block of these ``rows``, which stand ``at`` these places of all R."""
+    def _parts(self, size: int) -> list[slice]:
+        """Cut the R rows into parts of so many."""
+        return [part for part, _ in row_blocks(self.rows, size, every=self.every)]
+
+    def _given(self, part: slice) -> Block:
+        """Gather a block of the R rows."""
+        rows = part if self.every else self.rows[part]
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
-        listed = self.plan.listed
+        columns, listed = self.columns_of_rows.part(part), self.plan.listed
         if listed is None:
-            return Block(head, self.plan.labels[rows], self.tiles, self.options)
-        return Block(head, listed.labels[at], self.tiles, self.options, listed.places[at])
+            return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
+        labels, places = listed.labels[part], listed.places[part]
+        return Block(head, labels, self.tiles, self.options, columns, places)
 
-    def _block(self, at: slice, rows: Tensor | slice, screen: str) -> _Finished:
-        """Compute one block, from hidden states to row gradients."""
-        block, head = self._given(at, rows), self.head
-        backend, error = self.resolved.backend, None
+    def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
+        """Yield each block's rows and its masses, which are views where blocks are screened as one.
+
+        On the exact path there are no masses.
+        """
         if self.tiles is None:
+            yield from ((part, None) for part in self.parts)
+            return
+        parts, backend = iter(self.parts), self.resolved.backend
+        for several in self._parts(backend.screen_rows(self.head, self.size, self.screen)):
+            for masses in backend.screen(self._given(several), self.screen).split(self.size):
+                yield next(parts), masses
+
+    def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
+        """Compute one block, from its masses (None: exactly) to row gradients."""
+        block, backend, error = self._given(part), self.resolved.backend, None
+        if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
-            masses = backend.screen(block, screen)
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
             dense = join_pairs(block, masses, work, refined, self.wanted)
             error = (dense.statistics.lse - work.shift).abs()
             if self.plan.listed is not None:
                 error = error.masked_fill_(block.labels == ABSENT, 0.0)
-        loss = cross_entropy(dense, self.options, len(head.weight))
+        loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
             ce, by_lse = row_gradients(backend, block, dense)
@@ -209,7 +232,7 @@ class _Work:
                 name: self._scatter([getattr(block, name) for block in of_blocks], fill)
                 for name, fill in _ABSENT.items()
             },
-            safety_logits=self._safety_logits(),
+            safety_logits=self.columns.safety,
         )
         losses = self._scatter([block.loss for block in self.blocks], 0.0)
         losses = torch.where(self.plan.labelled, losses, 0.0)
@@ -225,24 +248,6 @@ class _Work:
             return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
         scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
         return scattered.masked_fill_(~self.plan.dense, fill)
-
-    def _safety_logits(self) -> Tensor | None:
-        """``[N, K]``, NaN on rows that need none."""
-        if self.options.safety is None:
-            return None
-        ids = safety_ids(self.options.safety, self.head.weight.device)
-        shape = (len(self.plan.labels), len(ids))
-        out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
-        if self.safety_rows is None:
-            for part in range(0, len(out), _SAFETY_ROWS):
-                rows = slice(part, part + _SAFETY_ROWS)
-                block = self.head._replace(hidden_states=self.head.hidden_states[rows])
-                out[rows] = safety_logits(block, ids, self.options)
-            return out.masked_fill_(~self.plan.safety[:, None], float("nan"))
-        for part in self.safety_rows.split(_SAFETY_ROWS):
-            block = self.head._replace(hidden_states=self.head.hidden_states[part])
-            out[part] = safety_logits(block, ids, self.options)
-        return out
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
@@ -151,6 +152,7 @@ class _Choice(NamedTuple):
 
 
 def _stages(choice: _Choice) -> Iterator[Case]:
+    yield choice.case("columns", columns_kernel, ANCHORS=8, COLUMNS=64)
     yield choice.case("screen", screen_kernel, "hidden_scale_ptr", "weight_scale_ptr", GROUP=GROUP)
     for atomic in (True, False):
         if not atomic or choice.arch != "gfx90a":  # which never uses the atomics

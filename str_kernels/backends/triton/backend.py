@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
@@ -20,6 +21,7 @@ from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
     Coefficients,
+    Columns,
     Dense,
     Head,
     OpenRows,
@@ -49,8 +51,7 @@ class TritonBackend:
 
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
-            Gradients need more, and an 8-bit screen a quarter more for W's rows. Block sizes follow
-            from the budget alone, never from free memory.
+            Gradients need more. Block sizes follow from the budget alone, never from free memory.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
@@ -106,6 +107,19 @@ class TritonBackend:
         with _on(inputs.labels.device):
             return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
+    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+        """See ``RowStages.columns``."""
+        with _on(block.head.weight.device):
+            return exact_columns(block, needed, self._launch(block.head, "columns"))
+
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
+
+        Without 8 bits nothing is gained by that.
+        """
+        fitting = self.byte_budget // 2 // _screened_bytes(head) // size
+        return size * max(1, fitting) if screen in EIGHT_BITS else size
+
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -126,8 +140,9 @@ class TritonBackend:
         with _on(head.weight.device):
             if dtype is None:
                 return screen_tiles(block, launch)
-            # the quantised rows of W come on top of the block's own scratch
-            return screen_quantised(block, launch, dtype, self.byte_budget // 4)
+            # W's rows have what H's rows and the masses leave; no sums have been allocated yet
+            budget = self.byte_budget - len(head.hidden_states) * _screened_bytes(head)
+            return screen_quantised(block, launch, dtype, max(budget, self.byte_budget // 4))
 
     def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
         """See ``Backend.route``; the memory of the log-masses is reused for ``dead``."""
@@ -182,6 +197,12 @@ class TritonBackend:
         refusal = self.refuses(screen, head.hidden_states.dtype, head.weight.device)
         if refusal is not None:
             raise ValueError(f"backend='triton': {refusal}.")
+
+
+def _screened_bytes(head: Head) -> int:
+    """Bytes of a row of H in 8 bits and its masses."""
+    vocab, dim = head.weight.shape
+    return dim + 4 * -(-vocab // TILE)
 
 
 def interpreted() -> bool:

@@ -29,7 +29,7 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import label_logits
+from str_kernels.engine.logits import columns_of
 
 POINTERS = {"i32": ("label",), "fp32": ("label_logit", "sums", "scale", "rescale", "expected")}
 
@@ -172,7 +172,7 @@ class _RunningTotals:
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
         self.place = label_places(block)
-        self.label_logit = label_logits(block.head, block.labels, block.options)
+        self.label_logit = columns_of(block).label
         sums = torch.zeros(given.rows, dtype=torch.float32, device=given.hidden.device)
         self.maximum = torch.full_like(sums, LOWEST.value)
         self.mass, self.ones = sums, torch.ones_like(sums)

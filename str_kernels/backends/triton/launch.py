@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Stage = Literal["screen", "softmax", "refine", "expected", "weight"]
+Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -33,6 +33,9 @@ SCAN = {"BLOCK": 1024}
 
 # These fit wherever a chip has 64 KiB of shared memory, with two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {
+    # this reads H once and multiply little: few rows make programs enough for every chip
+    ("columns", "half"): Launch(32, 64, warps=4),
+    ("columns", "single"): Launch(32, 32, warps=4),
     ("screen", "half"): Launch(128, 64),
     ("screen", "byte"): Launch(128, 128),
     # fp32 without a matrix unit is summed in registers, which a larger tile would spill

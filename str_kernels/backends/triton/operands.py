@@ -61,10 +61,15 @@ def operands(block: Block) -> Operands:
         head.weight.contiguous(),
         order,
         bias,
-        "tf32" if _tf32_allowed() else "ieee",
+        precision_of(),
         block.options,
         block.places,
     )
+
+
+def precision_of() -> str:
+    """Return how fp32 operands are multiplied."""
+    return "tf32" if _tf32_allowed() else "ieee"
 
 
 def _tf32_allowed() -> bool:

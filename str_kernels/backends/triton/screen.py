@@ -27,7 +27,7 @@ from str_kernels.backends.triton.tiles import (
     softcap_slope,
 )
 from str_kernels.engine.contract import Block, TileMasses
-from str_kernels.engine.logits import anchor_logits
+from str_kernels.engine.logits import columns_of
 
 POINTERS = {
     "i64": ("order",),
@@ -146,7 +146,7 @@ def _empty_masses(block: Block, given: Operands) -> TileMasses:
     """Allocate log-masses and slopes, ``[T, R]`` both; without a softcap there are no slopes."""
     log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
     slope = None if given.options.softcap is None else torch.empty_like(log_mass)
-    return TileMasses(log_mass, slope, anchor_logits(block.head, block.labels, block.options))
+    return TileMasses(log_mass, slope, columns_of(block).anchor)
 
 
 def _by_rows(found: TileMasses) -> TileMasses:

@@ -168,7 +168,8 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     live = counts.sum().item() * TILE / (256 * 2048)
     assert live < padded <= live + chunk * len(counts) * TILE / (256 * 2048)
     arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
-    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(cost + 2.0 * padded)
+    want = cost + 16 / 2048 + 2.0 * padded  # the anchors' columns
+    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(want)
 
 
 def test_counted_work_of_the_exact_path(backend, dot_flops):
