@@ -24,6 +24,7 @@ from str_kernels.backends.triton.launch import (
     kind_of,
     launch_for,
 )
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -36,14 +37,17 @@ from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
+    Tiles,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -112,6 +116,13 @@ class TritonBackend:
         blocks = -(-rows // most)
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
+
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
