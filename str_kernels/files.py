@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_ABANDONED = 3600.0  # seconds without a write after which a new file has no writer any more
 
 
 @contextmanager
@@ -17,15 +21,25 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield the name of a new file beside ``path``, and move that file to ``path`` at the end.
 
     Several writers do not meet, since each gets a name of its own. After an error the new file is
-    removed, and ``path`` is what it was.
+    removed, and ``path`` is what it was. Files that a killed process left there are removed after
+    an hour.
     """
     path = Path(path)
+    _remove_abandoned(path)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    before = time.time() - _ABANDONED
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(FileNotFoundError):  # another writer may remove it first
+            if left.stat().st_mtime < before:
+                left.unlink()
 
 
 def sha256_of(path: str | os.PathLike) -> str:

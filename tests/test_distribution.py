@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "str_kernels"
 SOURCES = [
     *("pyproject.toml", "setup.cfg", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"),
+    *("CITATION.cff", "mkdocs.yml"),
     *(".ci", "benchmarks", "docs", "str_kernels", "tests"),
 ]
 NOT_KEPT = {"__pycache__", "quick"}
@@ -99,3 +100,12 @@ def test_ci_runs_the_oldest_versions_promised():
     for name in ("transformers", "peft", "trl"):
         (floor,) = set(re.findall(rf'"{name}>=([\d.]+)', metadata))
         assert f'"{name}=={floor}.*"' in script
+
+
+def test_the_citation_names_this_version():
+    """`CITATION.cff` has the package's version and licence."""
+    from str_kernels import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in citation
+    assert "\nlicense: Apache-2.0\n" in citation

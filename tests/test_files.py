@@ -1,6 +1,7 @@
 """A file is replaced by a whole one, or stays what it was."""
 
 import json
+import os
 
 import pytest
 
@@ -47,3 +48,18 @@ def test_a_value_that_json_cannot_hold_touches_no_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {1, 2})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_after_an_hour(tmp_path):
+    """Files of writers that may still be at work stay, and so does whatever has another name."""
+    path = tmp_path / "a[1].json"
+    left, at_work, other = (
+        tmp_path / name
+        for name in ("a[1].json.0a.partial", "a[1].json.0b.partial", "a1.json.0a.partial")
+    )
+    for file in (left, at_work, other):
+        file.write_text("")
+    for file in (left, other):
+        os.utime(file, (0, 0))
+    write_json(path, 1)
+    assert sorted(tmp_path.iterdir()) == sorted([path, at_work, other])

@@ -14,7 +14,7 @@ from torch import Tensor
 from str_kernels.backends.torch.blocks import in_block, spans
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import accumulator, finish_logits, label_logits, softcap_slope
+from str_kernels.engine.logits import accumulator, columns_of, finish_logits, softcap_slope
 
 MOST_ROWS = 128
 _CACHEFUL = 5 << 15  # numbers of the weight: 640 KiB of fp32, most of a core's second-level cache
@@ -43,7 +43,7 @@ def narrow_pass(block: Block, wanted: Wanted) -> Dense | None:
         return None
     return join_sums(
         block,
-        label_logits(block.head, block.labels, block.options),
+        columns_of(block).label,
         shift=sums.shift[:, 0],
         mass=sums.mass,
         maximum=sums.maximum,
@@ -58,7 +58,7 @@ class _Sums:
     """Each row's sums over the vocabulary without the label, relative to ``exp(shift)``."""
 
     def __init__(self, block: Block, wanted: Wanted) -> None:
-        self.head, self.labels, _, self.options = block
+        self.head, self.labels, self.options = block.head, block.labels, block.options
         self.hidden = self.head.hidden_states.to(accumulator(self.head.hidden_states.dtype))
         self.size = max(1, _CACHEFUL // self.hidden.shape[1])
         self.widened = self.hidden.new_empty(self.size, self.hidden.shape[1])
