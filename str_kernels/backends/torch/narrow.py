@@ -4,6 +4,10 @@ Stage: ``Head`` → ``Dense``, as ``exact``. With few rows the time is that of m
 rows are widened to fp32 a cacheful at a time, and each cacheful is multiplied twice while it is
 there: into logits, and by their exponentials. The shift of these is raised now and then; where the
 logits spread too far for that, ``exact`` computes the rows instead.
+
+Widening costs as much as both products of a single row, and where the CPU multiplies bf16 as such
+more than those of any few. There the products are of bf16, which rounds logits as a bf16 head does;
+those of a row's likeliest tokens are computed again, so that the loss is an order more exact.
 """
 
 from __future__ import annotations
@@ -12,12 +16,16 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.torch.blocks import in_block, spans
-from str_kernels.engine.contract import Block, Dense, Wanted
+from str_kernels.engine.contract import Block, Dense, Head, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import accumulator, columns_of, finish_logits, softcap_slope
+from str_kernels.engine.logits import accumulator, columns_of, finish_logits, softcap_slope, take_rows
+from str_kernels.engine.products import multiplies_bf16
 
 MOST_ROWS = 128
 _CACHEFUL = 5 << 15  # numbers of the weight: 640 KiB of fp32, most of a core's second-level cache
+_PRODUCT = 1 << 24  # numbers of the weight in a bf16 product
+_LARGE = 1 << 24  # numbers of a weight that leaves the cache; widening a smaller one costs nothing
+_LIKELY = 2.0**-7  # share of the mass so far above which a logit of a bf16 product is mended
 _LOGITS = 1 << 18  # numbers at most in the logits of one block, after which the shift is raised
 _CACHEFULS = 16  # at most in one block
 
@@ -60,8 +68,12 @@ class _Sums:
     def __init__(self, block: Block, wanted: Wanted) -> None:
         self.head, self.labels, self.options = block.head, block.labels, block.options
         self.hidden = self.head.hidden_states.to(accumulator(self.head.hidden_states.dtype))
-        self.size = max(1, _CACHEFUL // self.hidden.shape[1])
-        self.widened = self.hidden.new_empty(self.size, self.hidden.shape[1])
+        self.rounded = _multiplies_as_such(self.head)
+        size = _PRODUCT if self.rounded else _CACHEFUL
+        self.size = max(1, size // self.hidden.shape[1])
+        self.widened = None
+        if not self.rounded:
+            self.widened = self.hidden.new_empty(self.size, self.hidden.shape[1])
         self.labelled = set(self.labels.div(self.size, rounding_mode="floor").tolist())
         self.shift: Tensor | None = None
         self.mass = self.hidden.new_zeros(len(self.hidden))
@@ -93,8 +105,9 @@ class _Sums:
 
     def _add(self, start: int, narrow: Tensor, logits: Tensor, exponentials: Tensor) -> None:
         """Add a cacheful ``[C, D]``, writing its logits and their exponentials ``[R, C]``."""
-        weight = self.widened[: len(narrow)].copy_(narrow)
-        _multiply(self.hidden, weight.T, logits)
+        weight = narrow if self.rounded else self.widened[: len(narrow)].copy_(narrow)
+        left = self.head.hidden_states if self.rounded else self.hidden
+        _multiply(left, weight.T, logits)
         tokens = slice(start, start + len(narrow))
         if self.head.bias is not None:
             logits += self.head.bias[tokens]
@@ -107,15 +120,52 @@ class _Sums:
             highest = logits.amax(-1, keepdim=True)
             self.shift = highest.masked_fill_(highest.isinf(), 0.0)
         torch.sub(logits, self.shift, out=exponentials).exp_()
+        if self.rounded:
+            self._mend(start, narrow, logits, exponentials, slope)
         if self.expected is not None:
             spread = exponentials if slope is None else slope.mul_(exponentials)
-            _multiply(spread, weight, self.expected, add=True)
+            _multiply(spread.to(weight.dtype), weight, self.expected, add=True)
+
+    def _mend(
+        self,
+        start: int,
+        narrow: Tensor,
+        logits: Tensor,
+        exponentials: Tensor,
+        slope: Tensor | None,
+    ) -> None:
+        """Compute the likeliest logits again, in fp32."""
+        total = self.mass + exponentials.sum(-1)
+        pairs = (exponentials > _LIKELY * total[:, None]).nonzero()
+        if not len(pairs):
+            return
+        rows, columns = pairs.unbind(-1)
+        chosen = take_rows(narrow, columns).to(self.hidden.dtype)
+        exactly = (take_rows(self.hidden, rows) * chosen).sum(-1)
+        if self.head.bias is not None:
+            exactly += self.head.bias[start + columns]
+        finish_logits(exactly, self.options)
+        logits[rows, columns] = exactly
+        exponentials[rows, columns] = torch.exp(exactly - self.shift[rows, 0])
+        if slope is not None:
+            slope[rows, columns] = softcap_slope(exactly, self.options)
+
+
+def _multiplies_as_such(head: Head) -> bool:
+    """Whether products of bf16 operands, not of widened ones, pay for so many rows."""
+    hidden, weight = head.hidden_states, head.weight
+    if hidden.dtype != torch.bfloat16 or weight.numel() < _LARGE:
+        return False
+    return len(hidden) == 1 or multiplies_bf16(weight.device)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """``out = left @ right``, or add it; a single row goes through the faster `torch.addmv`."""
-    beta = 1 if add else 0
-    if len(left) == 1:
+    """``out = left @ right``, or add it, in fp32; one row goes through the faster `torch.mv`."""
+    one, beta = len(left) == 1, 1 if add else 0
+    if left.dtype != out.dtype:
+        made = torch.mv(right.T, left[0])[None] if one else torch.mm(left, right)
+        out.add_(made) if add else out.copy_(made)
+    elif one:
         torch.addmv(out[0], right.T, left[0], beta=beta, out=out[0])
     else:
         torch.addmm(out, left, right, beta=beta, out=out)
