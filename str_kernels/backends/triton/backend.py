@@ -16,6 +16,8 @@ from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
 from str_kernels.backends.triton.launch import (
     EXACT,
+    FEWEST_FILTERED,
+    FEWEST_WITHOUT_BLAS,
     Exact,
     Kind,
     Launch,
@@ -43,7 +45,7 @@ from str_kernels.engine.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -99,6 +101,14 @@ class TritonBackend:
         """Choose int8 on Hopper, where it was measured, for enough rows to repay quantising W."""
         enough = _ROWS_FOR_INT8[kind_of(dtype)]
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
+
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """See ``Backend.filters``; the interpreter, whose time tells nothing, always does."""
+        if device.type == "cpu":
+            return True
+        if self.exact_by == "triton" or blas_refusal(dtype, device, LossOptions()) is not None:
+            return positions >= FEWEST_WITHOUT_BLAS
+        return positions >= FEWEST_FILTERED[kind_of(dtype)]
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Count two 4-byte entries a tile and two fp32 rows of D; make blocks of about one size.

@@ -258,7 +258,9 @@ class Patch:
     def _observe(self, loss: FusedLoss, rows: int) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
-        self._source.judge(loss.parts.live_share)
+        # a loss that was never filtered, such as that of few positions, says nothing of an index
+        if not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs):
+            self._source.judge(loss.parts.live_share)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         meter.add(loss.terms, loss.parts, rows=None if training else rows)
