@@ -14,6 +14,7 @@ from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
+from str_kernels.backends.triton.fitting import with_default
 from str_kernels.backends.triton.launch import (
     EXACT,
     FEWEST_FILTERED,
@@ -26,6 +27,7 @@ from str_kernels.backends.triton.launch import (
     kind_of,
     launch_for,
 )
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -38,10 +40,13 @@ from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
+    Tiles,
     Wanted,
     Worklist,
 )
@@ -123,6 +128,14 @@ class TritonBackend:
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
 
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
+
+    @with_default("columns")
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
@@ -136,6 +149,7 @@ class TritonBackend:
         fitting = self.byte_budget // 2 // _screened_bytes(head) // size
         return size * max(1, fitting) if screen in EIGHT_BITS else size
 
+    @with_default("softmax", "expected")
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -158,6 +172,7 @@ class TritonBackend:
             raise ValueError(f"exact='blas': {refusal}; use exact='auto' or 'triton'.")
         return refusal is None
 
+    @with_default("screen")
     def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
         head, dtype = block.head, EIGHT_BITS.get(screen)
@@ -178,6 +193,7 @@ class TritonBackend:
         with _on(masses.log_mass.device):
             return route_pairs(block, masses, eps)
 
+    @with_default("refine")
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
         device = block.head.weight.device
@@ -192,6 +208,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
+    @with_default("softmax", "weight")
     def weight_gradients(
         self,
         block: Block,

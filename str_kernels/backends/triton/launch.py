@@ -144,15 +144,26 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "byte" if dtype.itemsize == 1 else "half"
 
 
+_TOO_LARGE: set[tuple[int | str, Stage]] = set()
+
+
+def take_default(arch: int | str, stages: tuple[Stage, ...]) -> bool:
+    """Use the default for these stages on this chip from now on; whether that changes anything."""
+    found = {(arch, stage) for stage in stages} - _TOO_LARGE
+    _TOO_LARGE.update(found)
+    return bool(found)
+
+
 def launch_for(
     arch: int | str, stage: Stage, dtype: torch.dtype, *, wide_weight: bool = False
 ) -> Launch:
     """Return the table's choice, or the default where the chip has none of its own.
 
     With ``wide_weight`` W is wider than the operands (fp32 under autocast), and so are its tiles in
-    shared memory. The table's sizes might not fit there, and the default is taken.
+    shared memory. The table's sizes might not fit there, and the default is taken; so it is where a
+    launch of this stage has failed.
     """
     key = (stage, kind_of(dtype))
-    if wide_weight:
+    if wide_weight or (arch, stage) in _TOO_LARGE:
         return DEFAULT[key]
     return TABLE.get(family(arch), {}).get(key, DEFAULT[key])
