@@ -51,6 +51,7 @@ def row_terms(
         indexed=index is not None,
         entropy=entropy,
         needs=gradients_needed(head),
+        positions=len(flat),
     )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(flat.device.type, enabled=False):

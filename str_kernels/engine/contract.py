@@ -416,6 +416,9 @@ class Backend(Protocol):
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """Return the screen that ``"auto"`` means for R = ``rows``."""
 
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """Whether ``filter_eps="auto"`` pays for a loss of N = ``positions``."""
+
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""
 

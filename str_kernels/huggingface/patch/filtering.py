@@ -137,18 +137,22 @@ class IndexSource:
     def _distrust(self) -> None:
         self._stale = True
 
-    def judge(self, live_share: Tensor, processes: Together = ALONE) -> None:
+    def judge(
+        self, live_share: Tensor, processes: Together = ALONE, *, filtered: bool = True
+    ) -> None:
         """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
 
-        The average is that of all ``processes``, so that all drop it or none.
+        The average is that of all ``processes``, so that all drop it or none. A loss that was not
+        ``filtered``, such as that of few positions, says nothing of an index.
         """
-        if not self._fresh:
+        if not self._fresh or not (filtered or processes.groups):
             return
-        self._fresh = False
         sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
         # the only synchronisation, once an index
-        total, count = processes.total(sums).tolist()
-        share = total / max(count, 1)
+        total, count = processes.total(sums * float(filtered)).tolist()
+        if not count:
+            return
+        self._fresh, share = False, total / count
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
