@@ -7,6 +7,7 @@ from torch import Tensor
 
 from str_kernels.backends.torch import blocks
 from str_kernels.backends.torch.exact import exact_pass
+from str_kernels.backends.torch.measured import fastest_screen
 from str_kernels.backends.torch.refine import refine_pairs
 from str_kernels.backends.torch.route import route_pairs
 from str_kernels.backends.torch.screen import screen_tiles
@@ -58,10 +59,15 @@ class TorchBackend:
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-        """Choose int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype."""
+        """Choose int8 or bf16 where the CPU multiplies it faster, else the operands' own dtype.
+
+        On a CPU of an unknown kind the choice is measured.
+        """
         if device.type != "cpu" or dtype == torch.float64:
             return "exact"
         cpu = this_cpu()
+        if not cpu.known:
+            return fastest_screen(dtype)
         if cpu.int8 and not cpu.amx:
             return "int8"
         return "bf16" if dtype == torch.float32 and cpu.bf16 else "exact"
