@@ -53,7 +53,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """Yield the inputs that were asked for, one at a time."""
     dtype = getattr(torch, args.dtype)
     if args.model is None:
-        yield synthetic(args.rows, args.vocab, args.dim).cast(dtype).to(args.device)
+        yield synthetic(args.rows, args.vocab, args.dim, device=args.device).cast(dtype)
         return
     for data in args.data or [None]:
         yield from_model(args.model, data, args.rows).cast(dtype).to(args.device)

@@ -26,7 +26,7 @@ from str_kernels.cli.console import say
 from str_kernels.engine.contract import Block, Head
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
+from str_kernels.quantise import EIGHT_BITS, quantise_rows
 
 KEYS = ("case", "dtype", "rows", "chip", "head", "screen")
 # GEMMs of frozen and trainable heads by what each peer must multiply.
@@ -64,12 +64,11 @@ def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
     for screen in ("exact", *EIGHT_BITS):
         chosen = launches_for(chip, case.hidden_states.dtype, EIGHT_BITS.get(screen))
         counts = live_counts(case, screen)
-        blocks = zip(counts, _shapes(case), strict=True)
-        stages = [
-            stage
-            for block, shape in blocks
-            for stage in work.routed(shape, block, chosen, eight_bits=screen in EIGHT_BITS)
-        ]
+        stages, eight_bits = [], screen in EIGHT_BITS
+        for block, shape in zip(counts, _shapes(case), strict=True):
+            # the blocks here are few enough to be screened as one, with W quantised once
+            kept = bool(stages)
+            stages += work.routed(shape, block, chosen, eight_bits=eight_bits, kept=kept)
         whole, every = _shape(case, len(case.labels)), torch.stack(counts).sum(0)
         live = every.sum().item() / whole.pairs
         yield _row("frozen", screen, stages, whole, live)
@@ -87,7 +86,7 @@ def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = Non
     from str_kernels.backends.triton.launch import launch_for
 
     arch = int(chip) if chip.isdecimal() else chip
-    stages = ("softmax", "refine", "expected", "weight")
+    stages = ("columns", "softmax", "refine", "expected", "weight")
     chosen = {stage: launch_for(arch, stage, dtype) for stage in stages}
     return chosen | {"screen": launch_for(arch, "screen", screen or dtype)}
 
@@ -105,9 +104,8 @@ def live_counts(case: Case, screen: str) -> list[Tensor]:
         counts = torch.zeros(len(tiles.mean_rows), dtype=torch.int64)
         states, head_rows = hidden[rows], weight
         if screen in EIGHT_BITS:
-            columns = balance(states, weight)
-            states = _rounded(states, EIGHT_BITS[screen], 1 / columns)
-            head_rows = _rounded(weight, EIGHT_BITS[screen], columns)
+            states = _rounded(states, EIGHT_BITS[screen], 1 / index.columns)
+            head_rows = _rounded(weight, EIGHT_BITS[screen], index.columns)
         for part, block in zip(rows.split(1024), states.split(1024), strict=True):
             head = Head(block, head_rows, None)
             given = Block(head, case.labels[part], tiles, LossOptions())

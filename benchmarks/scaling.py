@@ -40,7 +40,7 @@ def main() -> None:
         if not todo:
             continue
         say(f"N {n:,}, V {v:,}")
-        case = synthetic(n, v, args.dim).cast(getattr(torch, args.dtype)).to(args.device)
+        case = synthetic(n, v, args.dim, device=args.device).cast(getattr(torch, args.dtype))
         for contender in todo:
             row = measure(contender, case, repeats=args.repeats, budget_s=args.budget)
             found.add(row | {"axis": axis})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from str_kernels.backends.triton.launch import Launch
 
 GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.operands`` launches them
+_ANCHORS = 16  # columns of the product with the anchors, half of them padding
 Unit = Literal["operands", "8 bits", "fp32"]
 
 
@@ -100,9 +101,11 @@ def routed(
 ) -> list[Work]:
     """List a block's forward and backward with a frozen head; ``counts [T]`` are live rows.
 
-    ``eight_bits``: the screen has 8 bits; ``kept``: the index keeps W's quantised rows.
+    ``eight_bits``: the screen has 8 bits; ``kept``: W's quantised rows are there, by the index or
+    an earlier block of the same call.
     """
     return [
+        _columns(shape, launches["columns"], _ANCHORS),
         *([_quantise(shape, kept)] if eight_bits else []),
         _screen(shape, launches["screen"], eight_bits),
         _route(shape, counts),
@@ -154,7 +157,8 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         0,
         logits + shape.head + 2 * sums,
     )
-    return [softmax, expected, _combine(shape, parts=1)]
+    columns = _columns(shape, launches["columns"], 0)
+    return [columns, softmax, expected, _combine(shape, parts=1)]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
@@ -163,13 +167,29 @@ def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
     return _weight(shape, every, launches, 0, ordered=False)
 
 
+def _columns(shape: Shape, launch: Launch, tokens: int) -> Work:
+    """Count the labels' rows, which are summed beside the product, and those of the anchors."""
+    blocks, read = -(-shape.rows // launch.block_r), 2 * shape.states + 9 * shape.rows
+    wide = -(-shape.dim // launch.block_d) * launch.block_d
+    return Work(
+        "columns",
+        "operands",
+        2 * blocks * launch.block_r * tokens * wide,
+        read + blocks * tokens * shape.dim * shape.size,
+        (8 if tokens else 4) * shape.rows,
+        0,
+        read,
+    )
+
+
 def _quantise(shape: Shape, kept: bool) -> Work:
     """Count that every row is read twice, the second time from a cache."""
     rows = shape.rows + (0 if kept else shape.vocab)
     read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
-    others = 0
-    if not kept:  # the order, and both passes' columns, once for four rows
-        others = 8 * shape.vocab + 8 * shape.dim * (-(-shape.rows // 4) + -(-shape.vocab // 4))
+    # both passes' columns, once for four rows, and the order
+    others = 8 * shape.dim * -(-shape.rows // 4)
+    if not kept:
+        others += 8 * shape.vocab + 8 * shape.dim * -(-shape.vocab // 4)
     return Work("quantise", "fp32", 0, 2 * read + others, stored, 0, read + others + stored)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from str_kernels import waits
 from str_kernels.options import SafetyConstraint
 
 
@@ -39,8 +40,9 @@ def constraint_terms(
     [N, K]`` or ``[K]`` has the same unit.
     """
     reference = reference.to(values.dtype).expand_as(values)
-    count, given = len(safety.token_ids), safety.token_weights
-    weights = values.new_ones(count) if given is None else values.new_tensor(given)
+    count = len(safety.token_ids)
+    given = safety.token_weights or (1.0,) * count
+    weights = waits.constant(given, values.dtype, values.device)
     if safety.kind == "kl":
         return _kl(safety.temperature, values, reference, weights)
     weights = weights / count

@@ -38,7 +38,8 @@ from str_kernels.transforms import refuse_second_order
 from str_kernels.vocabulary import VocabularyIndex
 
 _KNOWN = 5  # statistics that compiled code has too; the entropy follows them
-_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales")  # of a `VocabularyIndex`
+# The parts of a `VocabularyIndex`.
+_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales", "columns")
 
 
 class Outputs(NamedTuple):

@@ -15,11 +15,13 @@ LEAST = 1e-30  # a row's maximum is clamped to this, so that its scale has a fin
 def balance(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """Return factors ``[D]``: multiply the columns of W ``[V, D]`` by them, divide those of H.
 
-    They leave the product ``H Wᵀ`` unchanged. A column's factor is ``√(rms of H's / rms of W's)``,
-    over a thousand rows of W, so that a column that is large in only one of the two does not take
-    bits from the others. On a real model this halves the error of a screened logit. (SmoothQuant,
-    arXiv 2211.10438, balances maxima.) The factors are divided by their geometric mean, since only
-    their proportions matter. A column that is all zero, or holds NaN or inf, gets the factor 1.
+    They leave the product ``H Wᵀ`` unchanged. ``hidden_states [n, D]`` are typical ones. A column's
+    factor is ``√(rms of H's / rms of W's)``, over a thousand rows of W, so that a column that is
+    large in only one of the two does not take bits from the others. On a real model this halves the
+    error of a screened logit; states of other text serve nearly as well, and factors from W alone
+    make the error larger. (SmoothQuant, arXiv 2211.10438, balances maxima.) The factors are
+    divided by their geometric mean, since only their proportions matter. A column that is all zero,
+    or holds NaN or inf, gets the factor 1.
     """
     some = weight.detach()[:: max(1, len(weight) // _SAMPLED)]
     of_hidden, of_weight = (rows.float().square().mean(0) for rows in (hidden_states, some))

@@ -1,7 +1,8 @@
 """`VocabularyIndex`: an order of the head's rows in which probable tokens share tiles.
 
 Stage: head ``weight [V, D]``, a few hundred ``hidden_states`` → a permutation of the vocabulary
-and, for every tile of ``TILE`` rows in that order, its mean row. Routing keeps few (row, tile)
+and, for every tile of ``TILE`` rows in that order, its mean row, and factors of the columns for an
+8-bit screen. Routing keeps few (row, tile)
 pairs live only if a row's probable tokens are neighbours; token order does not make them so, a
 clustering does.
 
@@ -18,14 +19,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from str_kernels import waits
 from str_kernels.options import TILE
-from str_kernels.quantise import EIGHT_BITS, quantise_rows
+from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from str_kernels.tensor_files import SavedTensors, save_tensors
 from str_kernels.validation import validate_weight
+from str_kernels.waits import SameTensor
 
 SCHEMA = "str_kernels.vocabulary_index/1"
-_REQUIRED, _OPTIONAL = {"order", "mean_rows", "sample"}, {"quantised", "row_scales"}
+_REQUIRED, _OPTIONAL = {"order", "mean_rows", "sample"}, {"columns", "quantised", "row_scales"}
 _DIRECTIONS = 32  # leading principal directions of the whitened rows that the splits look at
 _RIDGE = 1e-3  # share of the mean second moment added to its diagonal: few states, many dimensions
 _PROJECTION_ROWS = 32768  # enough to find the leading directions
@@ -33,6 +37,8 @@ _BLOCK = 32 * TILE  # rows converted at once; there is no second copy of the wei
 _SAMPLES = 16
 # Above the rounding of a cast to bf16 (2^-8), far below another weight's distance.
 _SAME_ROWS = 0.02
+# By the sample of an index, which compiled code makes anew from its tensors in every call.
+_CHECKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +50,9 @@ class VocabularyIndex:
         mean_rows: ``[T, D]`` fp32 (fp64 for fp64 weights), each tile's mean row.
         sample: ``[S, D]`` fp32, evenly spaced rows of the weight, to tell another weight by.
         quantised: ``[V, D]`` int8 or float8_e4m3fn rows in tile order for an 8-bit screen, or None.
+            Their columns were multiplied by ``columns`` first.
         row_scales: ``[V]`` fp32, what a quantised row is multiplied by, or None.
+        columns: ``[D]`` fp32, the factors of ``quantise.balance`` for an 8-bit screen; None: all 1.
     """
 
     order: Tensor
@@ -52,6 +60,7 @@ class VocabularyIndex:
     sample: Tensor
     quantised: Tensor | None = None
     row_scales: Tensor | None = None
+    columns: Tensor | None = None
     inverse: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,10 +84,10 @@ class VocabularyIndex:
 
         Args:
             weight: ``[V, D]``.
-            hidden_states: ``[..., D]``, a few hundred typical ones; None: not whitened.
+            hidden_states: ``[..., D]``, a few hundred typical ones; None: neither are rows whitened
+                nor columns balanced, which makes an 8-bit screen twice as coarse.
             screen: also keep rows quantised for this 8-bit screen: it need not make them in every
-                step then, but takes V·D bytes, and is twice as coarse, for their columns cannot be
-                balanced against hidden states that are yet to come.
+                step then, but takes V·D bytes.
             progress: called with the number of rows that have their place, and V; first with 0,
                 last with V.
 
@@ -92,27 +101,36 @@ class VocabularyIndex:
         weight, report = weight.detach(), progress or (lambda done, total: None)
         report(0, len(weight))
         order = _clustered_order(_whitened(weight, hidden_states), report)
-        quantised, scales = _quantise(weight, order, screen) if screen else (None, None)
-        index = cls.of_order(weight, order)
+        columns = None if hidden_states is None else state_columns(hidden_states, weight)
+        index = cls.of_order(weight, order, columns)
+        if screen is None:
+            return index
+        quantised, scales = _quantise(weight, index, EIGHT_BITS[screen])
         return replace(index, quantised=quantised, row_scales=scales)
 
     @classmethod
-    def of_order(cls, weight: Tensor, order: Tensor) -> VocabularyIndex:
+    def of_order(
+        cls, weight: Tensor, order: Tensor, columns: Tensor | None = None
+    ) -> VocabularyIndex:
         """Return the index of ``weight [V, D]`` whose order ``[V]`` is known, without clustering.
+
+        ``columns [D]``: as ``state_columns`` made them; None: not balanced.
 
         Raises:
             ValueError: an order that is no permutation of the weight's rows.
         """
         if not torch.equal(order.sort().values, torch.arange(len(weight), device=order.device)):
             raise ValueError(f"order {list(order.shape)}: is no permutation of {len(weight)} rows.")
-        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES))
+        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), columns=columns)
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this index was not built from.
 
         Args:
             weight: ``[V, D]``; its values are compared unless it is being trained, when only its
-                shape is, since an order stays right while the weight moves.
+                shape is, since an order stays right while the weight moves. On a GPU they are
+                compared at first, when torch counts a change, and every 100th call, and only the
+                first of these errors comes at once; a write through ``.data`` is found late.
 
         Raises:
             ValueError: another shape, device, or other rows.
@@ -126,14 +144,23 @@ class VocabularyIndex:
             raise ValueError(
                 f"index is on {self.order.device}, the weight on {weight.device}; use index.to()."
             )
-        if weight.requires_grad:
+        known = _CHECKED.setdefault(self.sample, SameTensor())
+        if weight.requires_grad or not known.due(weight):
             return
         distance = (_evenly(weight, _SAMPLES) - self.sample).norm()
-        if not distance <= _SAME_ROWS * self.sample.norm():
+        wrong = ~(distance <= _SAME_ROWS * self.sample.norm())  # NaN is wrong too
+
+        def refuse() -> None:
+            known.forget()
             raise ValueError(
                 "index: was built from another weight of this shape (sampled rows differ by "
                 f"{(distance / self.sample.norm()).item():.0%}); build it again."
             )
+
+        if not (known.first or waits.checks_at_once(weight.device)):
+            waits.judge_later(wrong, refuse)
+        elif wrong:
+            refuse()
 
     def to(self, device: torch.device | str) -> VocabularyIndex:
         """Return the same index on another device."""
@@ -192,6 +219,14 @@ def tile_means(weight: Tensor, order: Tensor | None, operands: torch.dtype | Non
     return means
 
 
+def state_columns(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """Return the balance ``[D]`` of ``weight [V, D]`` against typical states ``[..., D]``.
+
+    It is fixed with the index, so that a row is rounded alike in every batch.
+    """
+    return balance(hidden_states.detach().reshape(-1, weight.shape[1]), weight)
+
+
 def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
     """Project rows in the metric of the logits on their leading directions: ``[V, 32]`` fp32."""
     dim = weight.shape[1]
@@ -234,14 +269,13 @@ def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor
     return torch.cat(done)
 
 
-def _quantise(weight: Tensor, order: Tensor, screen: str) -> tuple[Tensor, Tensor]:
-    """Quantise rows in tile order, for the screen of that name."""
-    dtype = EIGHT_BITS[screen]
+def _quantise(weight: Tensor, index: VocabularyIndex, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantise rows in tile order, balanced."""
     rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
     for start in range(0, len(weight), _BLOCK):
         where = slice(start, start + _BLOCK)
-        rows[where], scales[where] = quantise_rows(weight[order[where]], dtype)
+        rows[where], scales[where] = quantise_rows(weight[index.order[where]], dtype, index.columns)
     return rows, scales
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels import VocabularyIndex, linear_cross_entropy, waits
+from str_kernels.bench.launches import counted_launches
 from str_kernels.options import TILE
+from str_kernels.quantise import balance
 from str_kernels.vocabulary import tile_means
 from tests.backends.test_routed import clustered_case
+from tests.oracle import relative_error
 
 
 @pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 1000, 8 * TILE])
@@ -75,6 +80,31 @@ def test_quantised_rows_approximate(screen, bound):
     rows = index.quantised.float() * index.row_scales[:, None]
     want = case.weight[index.order].float()
     assert (rows - want).norm() / want.norm() < bound
+
+
+@pytest.mark.parametrize("screen", [None, "int8"])
+def test_a_file_without_columns_is_read(tmp_path, screen):
+    """Version 0.1 kept no factors of columns: its rows were not balanced, and are not now."""
+    case, path = clustered_case(), tmp_path / "index.safetensors"
+    index = replace(VocabularyIndex.build(case.weight, screen=screen), columns=None)
+    assert "columns" not in index._tensors()
+    index.save(path)
+    got = VocabularyIndex.load(path)
+    assert got.columns is None
+    want = case.run(index=index, screen="int8")["loss"]
+    assert torch.equal(case.run(index=got, screen="int8")["loss"], want)
+
+
+def test_kept_rows_are_balanced():
+    """What an index keeps in 8 bits has the columns' factors, which come from its states."""
+    case = clustered_case()
+    case.hidden_states[:, 3] *= 50
+    index = VocabularyIndex.build(case.weight, case.hidden_states[None], screen="int8")
+    assert torch.equal(index.columns, balance(case.hidden_states, case.weight))
+    rows = index.quantised.float() * index.row_scales[:, None] / index.columns
+    want = case.weight[index.order].float()
+    assert relative_error(rows * index.columns, want * index.columns) < 0.01
+    assert (rows - want)[:, 3].norm() < 0.01 * want[:, 3].norm()  # the column that counts
 
 
 def test_another_weight_is_refused():
@@ -156,3 +186,30 @@ def test_means_of_a_bf16_weight_are_fp32():
     weight = torch.randn(2 * TILE + 3, 8).bfloat16()
     want = weight[: 2 * TILE].double().view(2, TILE, 8).mean(1)
     torch.testing.assert_close(tile_means(weight, None)[:2].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_another_weight_is_found_late_where_the_host_must_not_wait(no_waits):
+    """At first at once; a change that torch counts, in the next call; ``.data`` within 100."""
+    weight, good = torch.randn(300, 8), torch.randn(300, 8)
+    index = VocabularyIndex.build(weight)
+    with pytest.raises(ValueError, match="another weight"):
+        VocabularyIndex.build(good).check(weight)
+    index.check(weight)
+    with counted_launches() as found:
+        for _ in range(99):
+            index.check(weight)
+    assert not found.torch
+    assert not found.waits
+    weight.mul_(2.0)
+    with counted_launches() as found:
+        index.check(weight)
+    assert not found.waits
+    with pytest.raises(ValueError, match=r"another weight of this shape .*100%"):
+        waits.judge_arrived()
+    weight.mul_(0.5)
+    index.check(weight)
+    weight.data.mul_(2.0)
+    for _ in range(100):
+        index.check(weight)
+    with pytest.raises(ValueError, match="another weight"):
+        waits.judge_arrived()

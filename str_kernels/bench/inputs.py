@@ -69,6 +69,14 @@ class Case:
         names = ("hidden_states", "weight", "labels", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def first(self, rows: int) -> Case:
+        """Return the first rows alone, with the same index, which is built now."""
+        if rows >= len(self.labels):
+            return self
+        part = replace(self, hidden_states=self.hidden_states[:rows], labels=self.labels[:rows])
+        vars(part)["index"] = self.index  # where a cached property lies
+        return part
+
     def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
         """Constrain K tokens, spread over the vocabulary, to a reference ``[N, K]`` near by.
 
@@ -86,8 +94,13 @@ class Case:
         return SafetyConstraint(ids, strength=0.1, kind=kind), reference
 
 
-def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
-    """Imitate a trained model's head and hidden states; fp32, on the CPU.
+def synthetic(
+    rows: int, vocab: int, dim: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> Case:
+    """Imitate a trained model's head and hidden states; fp32.
+
+    They are made on ``device``, since a CPU takes minutes for a large head; the numbers are those
+    of its own generator.
 
     - Head rows: of one norm, with a spectrum that falls off as an embedding's does, so that rows
       crowd into few directions; a token lies near its fine cluster (64 tokens: other forms of a
@@ -103,7 +116,7 @@ def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
     logits and the dead mass of Gemma 3 270M on prose and on answers; `Truth.statistics` and
     `live_share` tell them of any case.
     """
-    make = torch.Generator().manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
     own, frequency, axis = _head(vocab, dim, make)
     evidence = _evidence(own, frequency, min(rows, _DISTINCT_ROWS) + CALIBRATION_ROWS, make)
     weight = own + frequency[:, None] * axis
@@ -112,26 +125,27 @@ def synthetic(rows: int, vocab: int, dim: int, *, seed: int = 0) -> Case:
     states = _solve_strength(evidence[:128], axis, weight) * evidence + axis
     labels = _drawn(states, weight, make)
     calibration, states = states[:CALIBRATION_ROWS], states[CALIBRATION_ROWS:]
-    turn = torch.arange(rows) % len(states)
+    turn = torch.arange(rows, device=device) % len(states)
     return Case("synthetic", states[turn], weight, labels[CALIBRATION_ROWS:][turn], calibration)
 
 
 def _head(vocab: int, dim: int, make: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Make rows ``[V, D]`` without frequency, log-frequencies ``[V]``, their direction ``[D]``."""
-    spectrum = (1.0 + torch.arange(dim) / 16) ** -1.5
+    device = make.device
+    spectrum = (1.0 + torch.arange(dim, device=device) / 16) ** -1.5
     spectrum /= spectrum.norm()
 
     def directions(count: int) -> Tensor:
-        return torch.randn(count, dim, generator=make) * spectrum
+        return torch.randn(count, dim, generator=make, device=device) * spectrum
 
     coarse, fine = directions(vocab // _COUSINS + 1), directions(vocab // _SIBLINGS + 1)
-    family = torch.randint(len(fine), (vocab,), generator=make)
-    branch = torch.randint(len(coarse), (len(fine),), generator=make)
+    family = torch.randint(len(fine), (vocab,), generator=make, device=device)
+    branch = torch.randint(len(coarse), (len(fine),), generator=make, device=device)
     own = 0.3 * directions(vocab)
     own += (0.5 * coarse[branch] + 0.5 * fine)[family]
     own = torch.nn.functional.normalize(own, dim=-1)
-    frequency = -torch.log(torch.arange(vocab) + 10.0)
-    axis = torch.zeros(dim)
+    frequency = -torch.log(torch.arange(vocab, device=device) + 10.0)
+    axis = torch.zeros(dim, device=device)
     axis[-1] = 0.1  # a small part of a row, as the spectrum's last direction would be
     return own, frequency - frequency.mean(), axis
 
@@ -139,10 +153,10 @@ def _head(vocab: int, dim: int, make: torch.Generator) -> tuple[Tensor, Tensor, 
 def _evidence(own: Tensor, frequency: Tensor, count: int, make: torch.Generator) -> Tensor:
     """Mix six tokens' rows in a strength that varies by row: ``[count, D]``."""
     tokens = torch.multinomial(frequency.exp(), 6 * count, replacement=True, generator=make)
-    shares = torch.empty(count, 6).exponential_(generator=make).sqrt()
+    shares = torch.empty(count, 6, device=make.device).exponential_(generator=make).sqrt()
     shares /= shares.norm(dim=-1, keepdim=True)
     mixture = (own[tokens].view(count, 6, -1) * shares[..., None]).sum(1)
-    return mixture * torch.exp(0.2 * torch.randn(count, 1, generator=make))
+    return mixture * torch.exp(0.2 * torch.randn(count, 1, generator=make, device=make.device))
 
 
 def _solve_strength(evidence: Tensor, axis: Tensor, weight: Tensor) -> float:
@@ -162,7 +176,7 @@ def _drawn(states: Tensor, weight: Tensor, make: torch.Generator) -> Tensor:
     labels = []
     for block in states.split(128):
         total = torch.softmax(block @ weight.T, -1).cumsum(-1)
-        at = torch.rand(len(block), 1, generator=make) * total[:, -1:]
+        at = torch.rand(len(block), 1, generator=make, device=make.device) * total[:, -1:]
         labels.append(torch.searchsorted(total, at)[:, 0].clamp(max=len(weight) - 1))
     return torch.cat(labels)
 

@@ -61,8 +61,7 @@ def _measured(
     product = bare_product(case.hidden_states, case.weight)
     timed = paired(run, product, device=device, **timing)
     peak = peak_bytes(run, device)
-    found |= {"gemms": timed.ratio, "ratios": timed.ratios, "seconds": timed.seconds}
-    return found | {"peak_bytes": peak.peak, "kept_bytes": peak.kept}
+    return found | timed.as_row() | {"peak_bytes": peak.peak, "kept_bytes": peak.kept}
 
 
 def live_share(case: Case, index: VocabularyIndex | None, **settings: Any) -> tuple[float, float]:

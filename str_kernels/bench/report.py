@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -30,9 +31,18 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g}%" if x >= 1e-5 else "<0.001%"
 
 
+def milliseconds(seconds: list[float]) -> str:
+    """Write the median of some seconds in milliseconds, with three significant digits."""
+    ms = 1e3 * statistics.median(seconds)
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+
 # heading, key and form of each column of the table
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("ms", "seconds", milliseconds),
     ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
+    ("queued ms", "queued_seconds", milliseconds),
+    ("queued GEMMs", "queued_gemms", lambda x: f"{x:.2f}"),
     ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"),
     ("loss", "loss_error", lambda x: f"{x:.0e}"),
     ("lse", "lse_error", lambda x: f"{x:.0e}"),
@@ -42,9 +52,11 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("dC", "constraint_error", percent),
 )
 LEGEND = (
-    "GEMMs: time of forward and backward, median of paired runs, 1 = the bare product; MiB: peak "
-    "extra memory; then errors against fp64: loss and log-sum-exp (rms) in nats, gradients of the "
-    "hidden states, of confident rows alone, of the weight, of the constraint"
+    "ms: time of forward and backward, median, each call on an idle device; GEMMs: the same in "
+    "bare products, each by those right before and after it; queued: calls that follow each other "
+    "without a wait, beside products that do; MiB: peak extra memory; then errors against fp64: "
+    "loss and log-sum-exp (rms) in nats, gradients of the hidden states, of confident rows alone, "
+    "of the weight, of the constraint"
 )
 
 

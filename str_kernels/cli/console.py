@@ -28,6 +28,9 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+_NAME = 16  # columns of a narrow terminal that names may take
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Write the result for people to stdout."""
     from rich.console import Console
@@ -35,8 +38,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        names = max((len(row[0]) for row in rows), default=0) if i == 0 else 0
+        table.add_column(column, overflow="fold", min_width=min(names, _NAME))  # names stay whole
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

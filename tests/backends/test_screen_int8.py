@@ -9,6 +9,7 @@ from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.backends.torch.screen import screen_tiles
 from str_kernels.engine.contract import Block, Head, Tiles
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import balance, quantise_rows
 from str_kernels.vocabulary import tile_means
@@ -28,23 +29,25 @@ def rounded(rows: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Te
 
 @pytest.mark.parametrize("has", [True, False], ids=["instructions", "none"])
 @pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
 @pytest.mark.parametrize(("n", "vocab", "dim"), SHAPES)
 @pytest.mark.parametrize(
     "options", [LossOptions(), LossOptions(softcap=20.0, logit_scale=0.7)], ids=["plain", "capped"]
 )
 def test_log_masses_are_those_of_the_rounded_operands(
-    monkeypatch, options, n, vocab, dim, kept, has
+    monkeypatch, options, n, vocab, dim, balanced, kept, has
 ):
     """Only operands are rounded: log-masses equal fp64's of them, by either way to multiply."""
     set_cpu(monkeypatch, int8=has)
     case = make_case(n, vocab, dim, bias=True).to(torch.float32)
     case.weight[0] = 0.0
-    index = VocabularyIndex.build(case.weight, screen="int8" if kept else None)
-    tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
+    states = case.hidden_states if balanced else None
+    index = VocabularyIndex.build(case.weight, states, screen="int8" if kept else None)
+    tiles = tiles_of(case.weight, index, fresh=False)
     head = Head(case.hidden_states, case.weight, case.bias)
     got = screen_tiles(Block(head, case.labels, tiles, options), "int8", 2 * TILE)
-    columns = None if kept else balance(case.hidden_states, case.weight)
-    inverse = None if kept else 1 / columns
+    columns = balance(case.hidden_states, case.weight) if balanced else None
+    inverse = None if columns is None else 1 / columns
     logits = rounded(case.hidden_states, inverse) @ rounded(case.weight, columns).T
     logits += case.bias.double()
     logits = options.logit_scale * logits
@@ -150,6 +153,61 @@ def test_balance_is_of_proportions():
     assert relative_error(got, truth) < 1.05 * relative_error(
         rounded(hidden) @ rounded(weight).T, truth
     )
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(dtype, kept):
+    """Beside other rows, of whatever size, a row's results differ by the order of sums alone."""
+    case = clustered_case(120, 900, 32).to(dtype)
+    screen = "int8" if kept else None
+    index = VocabularyIndex.build(case.weight, case.hidden_states, screen=screen)
+    settings = {"filter_eps": 2.0**-7, "index": index, "screen": "int8"}
+
+    def rows(part: torch.Tensor, *, wild: bool = False) -> tuple[torch.Tensor, ...]:
+        hidden = case.hidden_states[part]
+        if wild:  # columns of another shape, which a balance of the batch would follow
+            hidden[1::2] *= torch.logspace(-1, 1, 32).to(dtype)
+        hidden.requires_grad_()
+        loss, parts = linear_cross_entropy(
+            hidden, case.weight, case.labels[part], reduction="none", return_parts=True, **settings
+        )
+        gradient = torch.autograd.grad(loss.sum(), hidden)[0]
+        return loss.detach(), gradient, parts.live_share, parts.dead_mass
+
+    whole = rows(torch.arange(120))
+    assert 0 < whole[2].nanmean() < 1
+    for part in (torch.arange(3), torch.arange(40, 100), torch.randperm(120)):
+        for moved, among in zip(rows(part), whole, strict=True):
+            assert_same(moved, among[part])
+        for moved, among in zip(rows(part, wild=True), whole, strict=True):
+            assert_same(moved[::2], among[part[::2]])
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal but for the order of fp32's sums, or for one rounding to bf16."""
+    tolerance = 2.0**-8 if got.dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6, equal_nan=True)
+
+
+def test_columns_of_other_states_serve_as_well():
+    """A balance from other states of the same kind leaves the error of a screened logit as it is;
+    without states there is none.
+    """
+    case = clustered_case(400, 900, 32).to(torch.float32)
+    case.hidden_states[:, 5] *= 30.0
+    case.weight[:, 5] /= 30.0
+    mine, others = case.hidden_states[:80], case.hidden_states[80:]
+    truth = mine.double() @ case.weight.double().T
+    fixed = VocabularyIndex.build(case.weight, others).columns
+    assert VocabularyIndex.build(case.weight).columns is None
+    errors = []
+    for columns in (balance(mine, case.weight), fixed, None):
+        inverse = None if columns is None else 1 / columns
+        errors.append(
+            relative_error(rounded(mine, inverse) @ rounded(case.weight, columns).T, truth)
+        )
+    assert errors[1] < 1.1 * errors[0] < 0.5 * errors[2]
 
 
 def test_a_row_of_one_large_number_is_still_right():

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from str_kernels import linear_cross_entropy
-from str_kernels.bench import clock
+from str_kernels.bench import clock, sensors
 from str_kernels.bench.contenders import CONTENDERS, Contender, chosen_contenders
 from str_kernels.bench.head import KEYS, compare, inputs_line, publish
 from str_kernels.bench.inputs import from_model, synthetic
@@ -71,10 +71,42 @@ def test_one_gemm_is_the_whole_product():
 def test_ratios_are_paired(monkeypatch):
     """A call is compared with the units before and after it; the median is reported."""
     times = iter([1.0, 4.0, 3.0, 30.0, 7.0, 10.0, 3.0])  # unit, call, unit, call, …
-    monkeypatch.setattr(clock, "_timed", lambda call, device: next(times))
+    monkeypatch.setattr(clock, "elapsed", lambda call, device: next(times))
     timing = clock.paired(lambda: None, lambda: None, device=CPU, repeats=3)
     assert timing.ratios == [2.0, 6.0, 2.0]
     assert timing.ratio == 2.0
+
+
+def test_queued_calls_are_paired_too(monkeypatch):
+    """Queues of calls and of units take turns, and a queue's time is divided by its calls."""
+    counts = []
+
+    def timed(call, device, count=1, sensors=None):
+        counts.append(count)
+        return call() * count
+
+    monkeypatch.setattr(clock, "elapsed", timed)
+    timing = clock.paired(lambda: 0.01, lambda: 0.002, device=CPU, repeats=2, queued=True)
+    assert counts == [1] * 5 + [5] * 5  # 50 ms of calls a queue
+    row = timing.as_row()
+    assert row["queued_seconds"] == pytest.approx([0.01, 0.01])
+    assert (row["gemms"], row["queued_gemms"]) == pytest.approx((5.0, 5.0))
+    assert row["unit_seconds"] == row["queued_unit_seconds"] == pytest.approx([0.002, 0.002])
+    assert (
+        "queued_gemms"
+        not in clock.paired(lambda: 1.0, lambda: 1.0, device=CPU, queued=False).as_row()
+    )
+
+
+def test_sensors_that_are_hidden_are_left_out(monkeypatch):
+    """nvidia-smi writes "[N/A]" for what a virtual machine hides; a CPU has none."""
+    assert sensors.parsed("1980, 3201, [N/A], 700.25\n") == {
+        "sm_mhz": 1980.0,
+        "memory_mhz": 3201.0,
+        "watts": 700.25,
+    }
+    assert sensors.parsed("") == {}
+    assert sensors.read_sensors(CPU) == {}
 
 
 def test_truth_is_the_oracle_s(case, truth):

@@ -4,8 +4,7 @@ Stage: ``TileMasses`` → ``Worklist``. A pair is live if its tile holds the lab
 ``eps`` of the row's open probability, which is that outside the label's tile. The threshold is
 relative to the row, because a confident row's gradient is small and an absolute one would drop it
 all. It is never relative to the batch, so that a row's result does not depend on the other rows but
-in two cases: an 8-bit screen balances its columns over all rows, which changes the last digits, and
-a screen that is too coarse for one row is repeated exactly for its whole block.
+in one case: a screen that is too coarse for one row is repeated exactly for its whole block.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
 from str_kernels.backends.torch.reduce import Products, fused_reduction, reduce_eagerly
 from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
-from str_kernels.engine.logits import accumulator, anchor_logits, weight_rows
+from str_kernels.engine.logits import accumulator, columns_of, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE
-from str_kernels.quantise import balance, quantise_rows
+from str_kernels.quantise import quantise_rows
 
 _INTEGERS = 1 << 20  # int8 products of a block: the quantised rows of more would leave the cache
 COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling takes seconds
@@ -24,11 +24,11 @@ COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling 
 
 def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
-    head, labels, tiles, options = given
+    head, _, tiles, options = given[:4]
     (rows, dtype), device = (len(head.hidden_states), head.hidden_states.dtype), head.weight.device
     log_mass = torch.empty(rows, len(tiles.mean_rows), dtype=accumulator(dtype), device=device)
     slope = None if options.softcap is None else torch.empty_like(log_mass)
-    anchor = anchor_logits(head, labels, options)
+    anchor = columns_of(given).anchor
     columns = min(columns, len(head.weight))
     large = rows * len(head.weight) >= COMPILED_FROM
     compiling = large and device.type == "cpu" and log_mass.dtype == torch.float32
@@ -77,7 +77,7 @@ class _Quantised:
         loop = compiled(_eight_bits, torch.ones(2, 16), torch.ones(16)) if compiling else None
         self.quantise = loop or _eight_bits
         self.indexed = tiles.quantised is not None and tiles.quantised.dtype == torch.int8
-        self.columns = None if self.indexed else balance(head.hidden_states, head.weight)
+        self.columns = tiles.columns
         inverse = None if self.columns is None else self.columns.reciprocal()
         self.hidden, scales = quantise_rows(head.hidden_states, torch.int8, inverse)
         self.row_scales = scales[:, None]

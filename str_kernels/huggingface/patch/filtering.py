@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from str_kernels import waits
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.freshness import sampled_values
 from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
@@ -24,15 +25,19 @@ from str_kernels.huggingface.patch.learned import (
     order_digest,
     weight_digest,
 )
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
+from str_kernels.waits import SameTensor, version_key
 
 # Above this share of live tiles (a flat softmax, an untrained model) the refinement costs more than
 # the screen saves.
 LARGEST_LIVE_SHARE = 0.4
 # A smaller vocabulary has too few tiles for the screen to leave many out.
 SMALLEST_VOCABULARY = 8192
+# Twice as often as an index compares itself, whose error is then about an index that was given.
+_COMPARED_EVERY = 50
 _STATES = 2048  # enough hidden states for 32 directions
 _log = logging.getLogger("str_kernels")
 Index = VocabularyIndex | Literal["auto"] | None
@@ -72,8 +77,12 @@ class IndexSource:
         self._head: _Head | None = None  # the weight that the choice was made for
         self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
+        self._compared = SameTensor(_COMPARED_EVERY)
+        self._stale = False  # found late to have been written into
 
-    def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
+    def find(
+        self, fold: Fold, options: LossOptions, processes: Together = ALONE
+    ) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay, or not stay right."""
         if not self._automatic:
             return self._index
@@ -93,14 +102,14 @@ class IndexSource:
                     "built again",
                     logging.WARNING,
                 )
-            states = _some_states(fold)
-            self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._head, self._fresh = _Head.of(weight), True
+            self._index = _built(weight, _some_states(fold), processes)
+            self._head, self._fresh, self._stale = _Head.of(weight), True, False
+            self._compared.due(weight)  # counts from here
         return self._index
 
     def _is_of(self, weight: Tensor) -> bool:
         """Whether the choice was made for this weight, as it is now."""
-        if self._head is None or not self._head.has_values_of(weight):
+        if self._head is None or not self._has_same_values(weight):
             return False
         key = _key_of(weight)
         if key == self._head.key:
@@ -113,12 +122,33 @@ class IndexSource:
         self._head = replace(self._head, key=key)
         return True
 
-    def judge(self, live_share: Tensor) -> None:
-        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
+    def _has_same_values(self, weight: Tensor) -> bool:
+        """Whether sampled values are those of the weight that the choice was made for.
+
+        A GPU compares them seldom, and what it finds without a wait a later call learns.
+        """
+        if self._stale or not self._compared.due(weight):
+            return not self._stale
+        if waits.allowed(weight.device) or _key_of(weight) != self._head.key:
+            return self._head.has_values_of(weight)
+        waits.judge_later(self._head.differs_from(weight), self._distrust)
+        return True
+
+    def _distrust(self) -> None:
+        self._stale = True
+
+    def judge(self, live_share: Tensor, processes: Together = ALONE) -> None:
+        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
+
+        The average is that of all ``processes``, so that all drop it or none.
+        """
         if not self._fresh:
             return
         self._fresh = False
-        share = live_share.nanmean().item()  # the only synchronisation, once an index
+        sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
+        # the only synchronisation, once an index
+        total, count = processes.total(sums).tolist()
+        share = total / max(count, 1)
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
@@ -132,9 +162,11 @@ class IndexSource:
         if not self._automatic:
             given = None if self._index is None else order_digest(self._index.order)
             return {"automatic": False, "given": given}
-        order = None if self._index is None else encode_order(self._index.order)
-        head = None if self._head is None else self._head.digest
-        return {"automatic": True, "head": head, "order": order, "fresh": self._fresh}
+        index, head = self._index, None if self._head is None else self._head.digest
+        order = None if index is None else encode_order(index.order)
+        columns = None if index is None or index.columns is None else index.columns.tolist()
+        kept = {"head": head, "order": order, "columns": columns, "fresh": self._fresh}
+        return {"automatic": True, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -164,13 +196,18 @@ class IndexSource:
         self._index = None
         if kept["order"] is not None:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
-            self._index = VocabularyIndex.of_order(weight.detach(), order)
-        self._head, self._fresh = head, kept["fresh"]
+            columns = kept.get("columns")  # a checkpoint of 0.1 has none
+            columns = None if columns is None else torch.tensor(columns, device=weight.device)
+            self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
+        self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+    """What a weight ``[V, D]`` was: its version and form, some of its values, and its digest.
+
+    Where it lies says nothing: FSDP gathers it to another place for each step.
+    """
 
     key: tuple
     values: Tensor
@@ -185,9 +222,25 @@ class _Head:
         values, known = sampled_values(weight), self.values
         return values.device == known.device and torch.equal(values, known)
 
+    def differs_from(self, weight: Tensor) -> Tensor:
+        """Compare the sampled values on the device: one bool, for which the host does not wait."""
+        return (sampled_values(weight) != self.values).any()
+
 
 def _key_of(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
+    return version_key(weight)[1:]  # without where it lies
+
+
+def _built(weight: Tensor, states: Tensor, processes: Together) -> VocabularyIndex:
+    """The leader's index, made from its states, in every process."""
+    if processes.leads:
+        index = cached_index(weight, states, cache_folder(), _watcher.get())
+        order, columns = index.order.contiguous(), index.columns.contiguous()
+    else:
+        order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+        columns = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device)
+    order, columns = processes.shared(order), processes.shared(columns)
+    return index if processes.leads else VocabularyIndex.of_order(weight.detach(), order, columns)
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:

@@ -18,13 +18,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from str_kernels.vocabulary import SCHEMA, VocabularyIndex, tile_means
+from str_kernels.vocabulary import SCHEMA, VocabularyIndex, state_columns, tile_means
 
 VARIABLE = "STR_KERNELS_INDEX_CACHE"
 _ROWS = 64  # rows of the weight in its digest
@@ -67,7 +68,7 @@ def cached_index(
     path = None if folder is None else folder / f"{fingerprint(weight, states)}.safetensors"
     if path is not None and path.exists():
         try:
-            index = _read(path, weight)
+            index = _read(path, weight, states)
         except (ValueError, OSError) as error:
             _log.warning("the vocabulary index %s is built again: %s", path, error)
         else:
@@ -91,12 +92,14 @@ def fingerprint(weight: Tensor, states: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path, weight: Tensor) -> VocabularyIndex:
+def _read(path: Path, weight: Tensor, states: Tensor) -> VocabularyIndex:
     """The index in a file, if it is this weight's to the last bit."""
     index = VocabularyIndex.load(path).to(weight.device)
     index.check(weight)
     if not torch.equal(tile_means(weight.detach(), index.order), index.mean_rows):
         raise ValueError("its mean rows are not this weight's")
+    if index.columns is None:  # written by 0.1
+        index = replace(index, columns=state_columns(states, weight))
     return index
 
 

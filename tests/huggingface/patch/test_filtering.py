@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from str_kernels import SafetyConstraint, VocabularyIndex
 from str_kernels.huggingface import patch_model
+from str_kernels.huggingface.patch import filtering
 from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
 
 VOCAB = SMALLEST_VOCABULARY
@@ -79,6 +80,27 @@ def test_made_again_when_the_head_changes():
             parameter.requires_grad_("lora_" in name)
         model(**batch()).loss.backward()
         assert len(used_index(patch).order) == VOCAB + 64
+
+
+def test_made_again_late_where_the_host_must_not_wait(no_waits, monkeypatch):
+    """What torch counts is noticed at once; a write through ``.data`` soon, and never an error."""
+    monkeypatch.setattr(filtering, "_COMPARED_EVERY", 3)
+    model = model_of()
+    weight = model.base_model.model.lm_head.weight
+    with patch_model(model) as patch:
+        model(**batch())
+        first = used_index(patch)
+        weight.data.mul_(2.0)
+        for _ in range(3):
+            model(**batch())
+            assert used_index(patch) is first
+        model(**batch())
+        second = used_index(patch)
+        assert second is not first
+        with torch.no_grad():
+            weight.mul_(2.0)
+        model(**batch())
+        assert used_index(patch) is not second
 
 
 @pytest.mark.parametrize("why", ["trainable", "small", "eps", "none"])

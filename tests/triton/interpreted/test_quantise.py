@@ -7,13 +7,14 @@ import torch
 
 from str_kernels import VocabularyIndex
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend
+from str_kernels.backends.triton import TritonBackend, screen
 from str_kernels.backends.triton.quantise import quantised
 from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
-from str_kernels.quantise import EIGHT_BITS, quantise_rows
+from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from tests.backends.test_routed import clustered_case
+from tests.oracle import assert_close
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS.values(), ids=str)
@@ -66,9 +67,9 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     index = VocabularyIndex.build(case.weight, case.hidden_states if ordered else None)
     order, inverse = (index.order, index.inverse) if ordered else (None, None)
     rows = case.weight if order is None else case.weight[order]
-    # of columns that the balance leaves alone: what an index keeps is not balanced
-    case.hidden_states[0] = float("nan")
-    kept = Tiles(order, inverse, index.mean_rows, *quantised(rows, torch.int8))
+    columns = index.columns if ordered else None
+    rows = quantised(rows, torch.int8, columns=columns)
+    kept = Tiles(order, inverse, index.mean_rows, *rows, columns)
     head = Head(case.hidden_states, case.weight, case.bias)
     anew = kept._replace(quantised=None, row_scales=None)
     small = TritonBackend(byte_budget=8 * TILE * 72)
@@ -77,7 +78,38 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     want = backend.screen(Block(head, case.labels, kept, settings), "int8")
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
-        assert one is None or torch.equal(one[1:], other[1:])
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.2], ids=["every row", "some rows"])
+def test_w_is_quantised_once_a_call(monkeypatch, ignored):
+    """Blocks of rows are screened together, some tiles at a time, and routed one by one."""
+    case = clustered_case(300, 2 * TILE + 19, 32, ignored=ignored, softcap=5.0).to(torch.bfloat16)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    counted, real = [], screen.quantised
+    monkeypatch.setattr(screen, "quantised", lambda *a, **k: counted.append(k) or real(*a, **k))
+    backend = TritonBackend(byte_budget=1 << 14)
+    monkeypatch.setattr(TritonBackend, "screen_rows", lambda *_: 512)
+    arguments = {"index": index, "screen": "int8", "filter_eps": 2.0**-11}
+    got = case.run(backend=backend, **arguments)
+    places = [k["places"] for k in counted if "places" in k]
+    groups = -(-int((case.labels >= 0).sum()) // 512)
+    assert len(places) > groups  # some tiles at a time
+    assert sum(map(len, places)) == groups * len(case.weight)
+    monkeypatch.setattr(TritonBackend, "screen_rows", lambda self, head, size, screen: size)
+    assert_close(got, case.run(backend=backend, **arguments), 1e-6)
+
+
+def test_rows_screened_together_stay_within_the_budget():
+    """Their masses and rows of H take half of it at most; without 8 bits a block is screened."""
+    head = Head(torch.empty(8192, 4096), torch.empty(128256, 4096, device="meta"), None)
+    backend = TritonBackend()
+    size = backend.row_block(head, 8192, routed=True)
+    assert backend.screen_rows(head, size, "exact") == size < 8192
+    together = backend.screen_rows(head, size, "int8")
+    assert together >= 8192  # all of them at the shape that the launch table is made for
+    assert together % size == 0
+    assert together * (4096 + 4 * 1002) <= backend.byte_budget / 2
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
@@ -87,10 +119,9 @@ def test_columns_are_balanced_as_a_cpu_does(options, ordered):
     case = clustered_case(40, 5 * TILE + 19, 72, **options).to(torch.bfloat16)
     case.hidden_states[:, 5] *= 20
     index = VocabularyIndex.build(case.weight, case.hidden_states) if ordered else None
-    head, tiles = (
-        Head(case.hidden_states, case.weight, None),
-        tiles_of(case.weight, index, fresh=False),
-    )
+    head = Head(case.hidden_states, case.weight, None)
+    columns = balance(case.hidden_states, case.weight)
+    tiles = tiles_of(case.weight, index, fresh=False)._replace(columns=columns)
     settings = LossOptions(softcap=options.get("softcap"))
     block = Block(head, case.labels, tiles, settings)
     got = TritonBackend(byte_budget=8 * TILE * 72).screen(block, "int8")

@@ -13,6 +13,7 @@ from str_kernels.backends.triton.launch import launch_for
 from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.engine.contract import Block, Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
+from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import relative_error
@@ -79,8 +80,10 @@ def test_refine(setting, deterministic):
     torch.testing.assert_close(without.mass, want.mass, rtol=1e-4, atol=1e-6)
 
 
-def test_exact(setting, backend):
-    """Every field of ``Dense``."""
+@pytest.mark.parametrize("products", ["blas", "triton"])
+def test_exact(setting, products):
+    """Every field of ``Dense``, by either pass."""
+    backend = TritonBackend(exact=products)
     wanted = Wanted(hidden=True, masses=False, entropy=True)
     want = TorchBackend().exact(setting._replace(tiles=None), wanted)
     got = backend.exact(setting._replace(tiles=None), wanted)
@@ -100,7 +103,7 @@ def test_exact(setting, backend):
 @pytest.mark.parametrize("smoothed", [True, False])
 def test_weight_gradients(setting, routed, needs, smoothed):
     """From the same saved state, α, γ, σ and safety term; rows without a gradient stay silent."""
-    head, labels, tiles, options = setting
+    head, labels, tiles, options = setting[:4]
     if head.bias is None:
         head = head._replace(bias=torch.zeros(head.weight.shape[0]))
     reference, backend = TorchBackend(), TritonBackend(1 << 18)
@@ -159,7 +162,7 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
         case.weight, case.hidden_states, screen=None if screen == "exact" else screen
     )
     head = Head(case.hidden_states, case.weight, None)
-    tiles = Tiles(index.order, index.inverse, index.mean_rows, index.quantised, index.row_scales)
+    tiles = tiles_of(case.weight, index, fresh=False)
     block = Block(head, case.labels, tiles, LossOptions())
     counts = backend.route(block, backend.screen(block, screen), DEFAULT_EPS).counts
     chunk = launch_for(0, "refine", torch.float16).block_r
@@ -167,12 +170,14 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     live = counts.sum().item() * TILE / (256 * 2048)
     assert live < padded <= live + chunk * len(counts) * TILE / (256 * 2048)
     arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
-    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(cost + 2.0 * padded)
+    want = cost + 16 / 2048 + 2.0 * padded  # the anchors' columns
+    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(want)
 
 
-def test_counted_work_of_the_exact_path(backend, dot_flops):
+def test_counted_work_of_the_exact_path(dot_flops):
     """Two GEMMs forward and backward with a frozen head: logits once, expected rows once."""
     case = clustered_case(128, 512, 64, ignored=0.0).to(torch.float16)
+    backend = TritonBackend(exact="triton")
     assert _work(case, backend, dot_flops, filter_eps=0.0) == pytest.approx(2.0)
 
 

@@ -1,0 +1,17 @@
+"""`TorchStages` serves every backend without row stages of its own, by torch calls."""
+
+from __future__ import annotations
+
+from str_kernels.engine.contract import Backend, RowStages
+from str_kernels.engine.logits import exact_columns
+
+
+class TorchStages:
+    """``RowStages`` documents the stages."""
+
+    columns = staticmethod(exact_columns)
+
+
+def row_stages(backend: Backend) -> RowStages:
+    """Return a backend's own row stages, or those of torch."""
+    return backend if isinstance(backend, RowStages) else TorchStages()

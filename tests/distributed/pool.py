@@ -1,0 +1,146 @@
+"""Two processes with a gloo group between them, started once, that run one case after another.
+
+A case is a function that the processes can import. Both run it with the same arguments, and each
+answers with what it returns or with its error. One that has not answered after a minute hangs: the
+test fails with the stack of every process, and the next test gets new ones.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WORLD = 2
+HANGS = 60  # seconds
+_ALONE = 10  # seconds to wait for the others when one process has failed
+_STARTS = 300  # seconds for the imports, on a machine that is busy
+
+
+class Failed(NamedTuple):
+    """The error of one process."""
+
+    message: str
+    traceback: str
+
+
+class Pool:
+    """The processes; they start with the first case."""
+
+    def __init__(self) -> None:
+        self._workers: list[multiprocessing.Process] = []
+        self._pipes: list[Connection] = []
+        self._folder: Path | None = None
+
+    def run(self, case: Callable, *args: Any, **kwargs: Any) -> list[Any]:
+        """What every process returns, in the order of ranks; AssertionError if one fails."""
+        answers = self._answers(case, args, kwargs)
+        wrong = [answer.traceback for answer in answers if isinstance(answer, Failed)]
+        assert not wrong, "\n".join(wrong)
+        return answers
+
+    def errors(self, case: Callable, *args: Any, **kwargs: Any) -> list[str]:
+        """The message of the error with which the case ends in every process."""
+        answers = self._answers(case, args, kwargs)
+        assert all(isinstance(answer, Failed) for answer in answers), answers
+        return [answer.message for answer in answers]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._pipes = [], []
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder = None
+
+    def _answers(self, case: Callable, args: tuple, kwargs: dict) -> list[Any]:
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((case, args, kwargs))
+        return self._collect(HANGS, f"{case.__name__}{args}{kwargs or ''}")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = Path(tempfile.mkdtemp(prefix="str_kernels_ranks_"))
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, self._folder, there), daemon=True)
+            worker.start()
+            there.close()
+            self._workers.append(worker)
+            self._pipes.append(here)
+        self._collect(_STARTS, "the start of the processes")
+
+    def _collect(self, seconds: float, what: str) -> list[Any]:
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + seconds
+        while len(answers) < WORLD and time.monotonic() < end:
+            waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in answers}
+            for pipe in wait(list(waiting), timeout=1):
+                try:
+                    answers[waiting[pipe]] = pipe.recv()
+                except EOFError:
+                    answers[waiting[pipe]] = Failed("died", "a process has died")
+                if isinstance(answers[waiting[pipe]], Failed):  # the other may wait for it
+                    end = min(end, time.monotonic() + _ALONE)
+        failed = [x for x in answers.values() if isinstance(x, Failed)]
+        if len(answers) == WORLD and not any(x.message == "died" for x in failed):
+            return [answers[rank] for rank in range(WORLD)]
+        stacks = self._stacks()
+        self.stop()
+        errors = "\n".join(x.traceback for x in failed)
+        raise AssertionError(f"{what}: only {sorted(answers)} answered.\n{errors}\n{stacks}")
+
+    def _stacks(self) -> str:
+        for worker in self._workers:
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGUSR1)
+        time.sleep(1)
+        paths = sorted(self._folder.glob("stack.*"))
+        return "\n".join(f"{path.name}:\n{path.read_text(encoding='utf-8')}" for path in paths)
+
+
+def _serve(rank: int, folder: Path, pipe: Connection) -> None:
+    """The life of one process."""
+    with open(folder / f"stack.{rank}", "w", encoding="utf-8") as stack:
+        faulthandler.register(signal.SIGUSR1, stack)
+        pipe.send(_answer(_join_group, rank, folder))
+        while True:
+            try:
+                case, args, kwargs = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(_answer(case, *args, **kwargs))
+
+
+def _answer(case: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return case(*args, **kwargs)
+    except Exception as error:
+        return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _join_group(rank: int, folder: Path) -> None:
+    # as torchrun sets them, for accelerate
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    os.environ |= {name: str(number) for name, number in ranks.items()}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    import torch
+
+    torch.set_num_threads(1)
+    longer = datetime.timedelta(seconds=10 * HANGS)  # so that a hang is seen as one
+    where = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=WORLD, timeout=longer)
