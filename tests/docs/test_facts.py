@@ -99,6 +99,14 @@ def test_every_schema_of_a_file_is_documented():
         assert f"`{import_module('.'.join(parts)).SCHEMA}`" in text, path
 
 
+def test_every_variable_of_the_environment_is_documented():
+    """Those that the package names itself."""
+    code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "str_kernels").rglob("*.py"))
+    found = set(re.findall(r"\"(STR_KERNELS_[A-Z_]+)\"", code))
+    assert len(found) >= 3
+    assert found <= set(re.findall(r"STR_KERNELS_[A-Z_]+", page("install")))
+
+
 def test_axolotls_file_is_read(tmp_path, monkeypatch):
     """Its plugin is the class, its section is taken, and no loss beside it is on."""
     (block,) = blocks(DOCS / "recipes.md", "yaml")
