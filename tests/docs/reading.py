@@ -25,6 +25,7 @@ SHORTER = (
     (r"four_bits = BitsAndBytesConfig\(.*?\n\)\n", ""),
     (r"gradient_accumulation_steps=16", "gradient_accumulation_steps=1"),
     (r"--steps \d+", "--steps 2"),
+    (r"bench --quick --out", "bench --quick --contenders ours,transformers --out"),
     (r"--accumulation 8", "--accumulation 1"),
 )
 
@@ -70,6 +71,7 @@ def furnish(folder: Path, model: Path) -> None:
     for name, rows in {
         "data.jsonl": answered[:16],
         "harmful.jsonl": refused[:4],
+        "refusals.jsonl": refused[:4],
         "lookalikes.jsonl": answered[:4],
         "refused.jsonl": refused[4:8],
         "answered.jsonl": answered[4:8],

@@ -13,8 +13,7 @@ import pytest
 from tests.cli.calling import call
 from tests.docs.reading import CONTEXT, DOCS, Block, blocks, commands, furnish, shorter
 
-# The examples of the command line's page are those of --help, which tests/cli runs.
-PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "cli.md")
+PAGES = sorted(DOCS.glob("*.md"))
 ELSEWHERE = ("demo", "doctor")  # commands that tests/cli runs as they stand
 OTHERS = ("pip", "git", "mkdocs", "pytest", "ruff", "cd", "python")  # what a page may call besides
 
