@@ -25,7 +25,7 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine")
+WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine", "hot")
 
 
 @pytest.fixture(autouse=True)
