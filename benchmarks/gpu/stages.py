@@ -30,9 +30,10 @@ class StageTimes:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         self.device = device
         self.spans: list[tuple[str, Any, Any]] = []
-        for name, method in inspect.getmembers(backend, inspect.ismethod):
-            first = next(iter(inspect.signature(method).parameters), None)
-            if not name.startswith("_") and first == "block":
+        for name, method in inspect.getmembers(backend, inspect.isroutine):
+            if name.startswith("_"):
+                continue
+            if next(iter(inspect.signature(method).parameters), None) == "block":
                 setattr(backend, name, functools.partial(self._run, name, method))
 
     def _run(self, name: str, method, *arguments: Any, **options: Any) -> Any:

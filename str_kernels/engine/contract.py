@@ -30,6 +30,8 @@ from torch import Tensor
 
 from str_kernels.options import LossOptions
 
+ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
+
 
 class Head(NamedTuple):
     """The operands of the logits: ``hidden_states [R, D]``, ``weight [V, D]``, ``bias [V]``.
@@ -59,6 +61,38 @@ class Tiles(NamedTuple):
     columns: Tensor | None = None
 
 
+class Listed(NamedTuple):
+    """The rows that need the vocabulary, listed where the host does not count them.
+
+    ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
+    labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
+    as places in the order of the vocabulary.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+class RowPlan(NamedTuple):
+    """Which of N rows need which computation.
+
+    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
+    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]`` or None: rows that need the K
+    safety columns; ``penalty_scale [N]`` or None: λ w. ``bad []`` or None: how many labels and
+    weights are out of range, where they have not been checked before; their rows have NaN as the
+    loss. ``listed``: only where the host must not count the dense rows.
+    """
+
+    labels: Tensor
+    labelled: Tensor
+    dense: Tensor
+    safety: Tensor | None
+    penalty_scale: Tensor | None
+    bad: Tensor | None = None
+    listed: Listed | None = None
+
+
 class Columns(NamedTuple):
     """Logits of the few tokens that are always computed exactly; fp32 (fp64 for fp64 inputs).
 
@@ -83,8 +117,11 @@ class Columns(NamedTuple):
 class Block(NamedTuple):
     """The input of every stage: R rows, the head and the tiles.
 
-    ``labels [R]`` int64, -1 on rows without a label; ``tiles`` is None on the exact path;
-    ``columns`` are computed before the vocabulary is read, and None only until then.
+    ``labels [R]`` int64, -1 on rows without a label, ``ABSENT`` on rows that need no vocabulary and
+    stand in the block since the host has not counted them; the results of these are undefined.
+    ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
+    None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
+    they are known.
     """
 
     head: Head
@@ -92,6 +129,7 @@ class Block(NamedTuple):
     tiles: Tiles | None
     options: LossOptions
     columns: Columns | None = None
+    places: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -268,7 +306,8 @@ class Kept(NamedTuple):
 
     Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
     for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
+    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
+    `Listed.rows`, when R = N;
     ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
@@ -336,6 +375,19 @@ class SafetyTerm(NamedTuple):
     ids: Tensor
     weight: Tensor
     bias: Tensor
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A backend that lists the dense rows on the device, so that the host need not wait for it.
+
+    Its stages skip rows whose label is ``ABSENT``, as far as they take time.
+    """
+
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
 
 
 @runtime_checkable

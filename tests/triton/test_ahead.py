@@ -25,7 +25,9 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine")
+WITHOUT_PRODUCTS = (
+    *("threshold", "route", "plan", "live", "quantise", "combine", "shares", "prepare"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -24,13 +24,15 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
-from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
+from str_kernels.backends.triton.launch import ROWWISE, SCAN, SHARES, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.operands import GROUP
+from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
 
@@ -54,7 +56,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-_FLOATS = ("logit_scale", "log_eps")
+_FLOATS = ("logit_scale", "log_eps", "strength")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -121,11 +123,14 @@ def cases(
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
+        kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
+        yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, THRESHOLD),
         ("route", route_kernel, SCAN),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
         ("live", live_kernel, SCAN),
+        ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

@@ -12,7 +12,19 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
-from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.exact_blas import blas_refusal
+from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
+from str_kernels.backends.triton.launch import (
+    EXACT,
+    Exact,
+    Kind,
+    Launch,
+    Stage,
+    arch_of,
+    kind_of,
+    launch_for,
+)
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -25,14 +37,17 @@ from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
+    Tiles,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -48,6 +63,8 @@ class TritonBackend:
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
             Gradients need more. Block sizes follow from the budget alone, never from free memory.
+        exact: the products of the exact pass: "blas" is the vendor's, in fp32 and bf16; "triton"
+            is in every dtype; "auto" is the vendor's wherever they can run.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
@@ -57,9 +74,13 @@ class TritonBackend:
         self,
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         launches: Mapping[tuple[Stage, Kind], Launch] | None = None,
+        exact: Exact = "auto",
     ) -> None:
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
             raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
+        if exact not in EXACT:
+            raise ValueError(f"exact={exact!r}: must be one of {', '.join(map(repr, EXACT))}.")
+        self.exact_by = exact
         self.byte_budget, self.launches = byte_budget, dict(launches or {})
 
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -96,6 +117,13 @@ class TritonBackend:
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
 
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
+
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
@@ -116,7 +144,20 @@ class TritonBackend:
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
         budget = self.byte_budget // 2  # the sums use the other half
         with _on(head.weight.device):
+            if self._by_blas(block):
+                return exact_pass_by_blas(block, wanted, budget)
             return exact_pass(block, wanted, launches, budget)
+
+    def _by_blas(self, block: Block) -> bool:
+        """Whether the exact pass of this block uses the vendor's products."""
+        if self.exact_by == "triton":
+            return False
+        refusal = blas_refusal(
+            block.head.hidden_states.dtype, block.head.weight.device, block.options
+        )
+        if refusal is not None and self.exact_by == "blas":
+            raise ValueError(f"exact='blas': {refusal}; use exact='auto' or 'triton'.")
+        return refusal is None
 
     def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""

@@ -8,10 +8,14 @@ taken, since a larger tile reads less from L2 for each operation. A tile has 128
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from str_kernels.options import TILE
+
+Exact = Literal["auto", "blas", "triton"]
+EXACT: tuple[Exact, ...] = get_args(Exact)
 Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight"]
 Kind = Literal["half", "byte", "single"]
 
@@ -30,6 +34,21 @@ class Launch(NamedTuple):
 ROWWISE = Launch(4, 1024, warps=4)
 # Kernels that pass over a tile's rows, or over the tiles, in one dimension use this size.
 SCAN = {"BLOCK": 1024}
+
+# The exact pass by BLAS gives each warp one row of logits.
+SHARES = Launch(4, 256, warps=4)
+
+
+class Product(NamedTuple):
+    """The logits that BLAS computes at once."""
+
+    rows: int
+    words: int
+
+
+# 35 MB of fp32, which stay in the L2 of sm_90 and later chips; 264 tiles of 128 x 256, two for each
+# multiprocessor of an H100. Fewer rows take as many more words.
+PRODUCT = Product(2048, 33 * TILE)
 
 # These fit wherever a chip has 64 KiB of shared memory, with two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {

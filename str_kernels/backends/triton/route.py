@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import label_places
-from str_kernels.backends.triton.tiles import LOWEST, TILE
+from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE
 from str_kernels.engine.contract import Block, TileMasses, Worklist
 from str_kernels.engine.tiles import LEAST_OPEN
 
@@ -73,9 +73,12 @@ def threshold_kernel(
         top = higher
     lse = top + tl.log(whole)
     least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
-    tl.store(threshold_ptr + row, least + log_eps, mask=inside)
+    absent = label == ABSENT  # its masses are undefined
+    threshold = tl.where(absent, float("inf"), least + log_eps)
+    tl.store(threshold_ptr + row, threshold, mask=inside)
     shift = tl.load(anchor_ptr + row, mask=inside, other=0.0) + lse
-    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, shift), mask=inside)
+    shift = tl.where(absent | (tl.abs(lse) == float("inf")), 0.0, shift)
+    tl.store(shift_ptr + row, shift, mask=inside)
 
 
 @triton.jit
@@ -95,8 +98,8 @@ def route_kernel(
 
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
     ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
-    ``exp(shift)``, and -0.0 on live pairs. Out: ``list [T, R]`` int32, of which the first ``count
-    [T]`` int32 entries are the tile's live rows, ascending.
+    ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending.
     """
     tile, count = tl.program_id(0), 0
     base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
@@ -113,6 +116,7 @@ def route_kernel(
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
+        share = tl.where(label == ABSENT, 0.0, share)
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
         tl.store(masses + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
