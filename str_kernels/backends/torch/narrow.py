@@ -18,7 +18,13 @@ from torch import Tensor
 from str_kernels.backends.torch.blocks import in_block, spans
 from str_kernels.engine.contract import Block, Dense, Head, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import accumulator, columns_of, finish_logits, softcap_slope, take_rows
+from str_kernels.engine.logits import (
+    accumulator,
+    columns_of,
+    finish_logits,
+    softcap_slope,
+    take_rows,
+)
 from str_kernels.engine.products import multiplies_bf16
 
 MOST_ROWS = 128
