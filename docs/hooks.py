@@ -53,7 +53,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         relative = posixpath.relpath(name, here or ".")
         return f"{link['text']}({relative}{link['anchor'] or ''})"
 
-    return _LINK.sub(rewritten, markdown).replace(errors.MARK, errors.listing())
+    linked = _LINK.sub(rewritten, markdown)
+    return linked.replace(errors.MARK, errors.listing()) if errors.MARK in linked else linked
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
