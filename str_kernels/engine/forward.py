@@ -70,7 +70,8 @@ def tiles_of(
         return Tiles(None, None, tile_means(weight, None, operands))
     means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
     eight_bits = index.quantised, index.row_scales, index.columns
-    return Tiles(index.order, index.inverse, means, *eight_bits)
+    hot = 0 if index.hot is None else len(index.hot)
+    return Tiles(index.order, index.inverse, means, *eight_bits, hot)
 
 
 def forward_rows(

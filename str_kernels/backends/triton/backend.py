@@ -14,8 +14,11 @@ from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
+from str_kernels.backends.triton.fitting import with_default
 from str_kernels.backends.triton.launch import (
     EXACT,
+    FEWEST_FILTERED,
+    FEWEST_WITHOUT_BLAS,
     Exact,
     Kind,
     Launch,
@@ -104,6 +107,14 @@ class TritonBackend:
         enough = _ROWS_FOR_INT8[kind_of(dtype)]
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """See ``Backend.filters``; the interpreter, whose time tells nothing, always does."""
+        if device.type == "cpu":
+            return True
+        if self.exact_by == "triton" or blas_refusal(dtype, device, LossOptions()) is not None:
+            return positions >= FEWEST_WITHOUT_BLAS
+        return positions >= FEWEST_FILTERED[kind_of(dtype)]
+
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Count two 4-byte entries a tile and two fp32 rows of D; make blocks of about one size.
 
@@ -124,6 +135,7 @@ class TritonBackend:
         with _on(inputs.labels.device):
             return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
+    @with_default("columns")
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
@@ -137,6 +149,7 @@ class TritonBackend:
         fitting = self.byte_budget // 2 // _screened_bytes(head) // size
         return size * max(1, fitting) if screen in EIGHT_BITS else size
 
+    @with_default("softmax", "expected")
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -159,6 +172,7 @@ class TritonBackend:
             raise ValueError(f"exact='blas': {refusal}; use exact='auto' or 'triton'.")
         return refusal is None
 
+    @with_default("screen")
     def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
         head, dtype = block.head, EIGHT_BITS.get(screen)
@@ -179,13 +193,18 @@ class TritonBackend:
         with _on(masses.log_mass.device):
             return route_pairs(block, masses, eps)
 
+    @with_default("refine")
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
         device = block.head.weight.device
-        sizes = {"launch": self._launch(block.head, "refine"), "programs": _programs(device)}
+        sizes = {
+            "launch": self._launch(block.head, "refine"),
+            "programs": _programs(device),
+            "byte_budget": self.byte_budget,
+        }
         with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
+                return refine_in_order(block, work, wanted, **sizes)
             return refine_pairs(block, work, wanted, **sizes)
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
@@ -193,6 +212,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
+    @with_default("softmax", "weight")
     def weight_gradients(
         self,
         block: Block,

@@ -137,18 +137,22 @@ class IndexSource:
     def _distrust(self) -> None:
         self._stale = True
 
-    def judge(self, live_share: Tensor, processes: Together = ALONE) -> None:
+    def judge(
+        self, live_share: Tensor, processes: Together = ALONE, *, filtered: bool = True
+    ) -> None:
         """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
 
-        The average is that of all ``processes``, so that all drop it or none.
+        The average is that of all ``processes``, so that all drop it or none. A loss that was not
+        ``filtered``, such as that of few positions, says nothing of an index.
         """
-        if not self._fresh:
+        if not self._fresh or not (filtered or processes.groups):
             return
-        self._fresh = False
         sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
         # the only synchronisation, once an index
-        total, count = processes.total(sums).tolist()
-        share = total / max(count, 1)
+        total, count = processes.total(sums * float(filtered)).tolist()
+        if not count:
+            return
+        self._fresh, share = False, total / count
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
@@ -165,8 +169,9 @@ class IndexSource:
         index, head = self._index, None if self._head is None else self._head.digest
         order = None if index is None else encode_order(index.order)
         columns = None if index is None or index.columns is None else index.columns.tolist()
-        kept = {"head": head, "order": order, "columns": columns, "fresh": self._fresh}
-        return {"automatic": True, **kept}
+        hot = 0 if index is None or index.hot is None else len(index.hot)
+        kept = {"order": order, "columns": columns, "hot": hot}
+        return {"automatic": True, "head": head, **kept, "fresh": self._fresh}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -198,7 +203,8 @@ class IndexSource:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
             columns = kept.get("columns")  # a checkpoint of 0.1 has none
             columns = None if columns is None else torch.tensor(columns, device=weight.device)
-            self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
+            hot = kept.get("hot", 0)
+            self._index = VocabularyIndex.of_order(weight.detach(), order, columns, hot)
         self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 

@@ -261,7 +261,8 @@ class Patch:
     def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
-        self._source.judge(loss.parts.live_share, processes)
+        filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
+        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         meter.add(loss.terms, loss.parts, rows=None if training else rows)
