@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
     backend: str
     launches: int | None  # so many launch sizes are tried; None: all
     queued: bool  # whether calls are timed in queues, too
+    hot: int  # tiles that are hot whatever the index found; 0: as it found
 
 
 FULL = Sizes(
@@ -60,6 +61,7 @@ FULL = Sizes(
     backend="auto",
     launches=None,
     queued=True,
+    hot=0,
 )
 # The same code on a CPU, in Triton's interpreter: a rehearsal, whose figures mean nothing.
 SMALL = Sizes(
@@ -74,4 +76,5 @@ SMALL = Sizes(
     backend="triton",
     launches=1,
     queued=False,
+    hot=1,
 )

@@ -59,6 +59,8 @@ class Run:
             case = synthetic(max(self.sizes.rows), *head, device=self.device)
             case = case.cast(torch.bfloat16)
             kept = VocabularyIndex.build(case.weight, case.calibration, screen="int8")
+            if self.sizes.hot:
+                kept = replace(kept, hot=torch.arange(self.sizes.hot, device=self.device))
             vars(case)["index"] = replace(kept, quantised=None, row_scales=None)
             self._kept[head] = case, kept
             self.settle()
