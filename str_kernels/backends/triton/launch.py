@@ -107,8 +107,8 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     },
     "sm_100": {
         **_THREE_STAGES,
-        # 128 rows spill with a softcap and its buffers
-        ("softmax", "half"): Launch(64, 64, stages=3),
+        # with a softcap and its buffers 128 rows spill, and 64 on fewer warps
+        ("softmax", "half"): Launch(64, 64, warps=16, stages=3),
         ("refine", "half"): Launch(64, 64, 128, stages=3),
         ("expected", "half"): Launch(128, 0, 128),
     },
@@ -118,6 +118,7 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     "gfx90a": {**_MATRIX_FP32, ("refine", "half"): Launch(128, 64, 64)},
 }
 
+_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 _FAMILY = {80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 _FAMILY |= {120: "sm_120", 121: "sm_120"}
 
@@ -135,6 +136,15 @@ def arch_of(device: torch.device) -> int | str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def has_eight_bits(arch: int | str, dtype: torch.dtype) -> bool:
+    """Whether the chip's matrix unit multiplies int8 or fp8 (e4m3); the interpreter does both."""
+    if dtype == torch.int8:
+        return arch != 103  # whose tcgen05 has no int8; the older instruction is slower than bf16
+    if isinstance(arch, int):
+        return arch == 0 or arch >= 89
+    return arch in _AMD_WITH_FP8
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
