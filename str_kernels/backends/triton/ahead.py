@@ -24,6 +24,7 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.hot import hot_kernel
 from str_kernels.backends.triton.launch import (
     ROWWISE,
     SCAN,
@@ -133,6 +134,8 @@ def cases(
     sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
+        hot = {"softcap": constants["softcap"], **SCAN}
+        yield Case("hot", hot_kernel, dtype, alone, hot, off)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
         kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
         yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
@@ -172,7 +175,7 @@ def _stages(choice: _Choice) -> Iterator[Case]:
         if not atomic or choice.arch != "gfx90a":  # which never uses the atomics
             yield choice.case("refine", refine_kernel, ATOMIC=atomic)
     yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
-    yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
+    yield choice.case("gradient", logit_gradient_kernel, GROUP=GROUP)
     yield choice.case("expected", expected_kernel)
     yield choice.case("weight", weight_kernel)
 

@@ -198,10 +198,14 @@ class TritonBackend:
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
         device = block.head.weight.device
-        sizes = {"launch": self._launch(block.head, "refine"), "programs": _programs(device)}
+        sizes = {
+            "launch": self._launch(block.head, "refine"),
+            "programs": _programs(device),
+            "byte_budget": self.byte_budget,
+        }
         with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
+                return refine_in_order(block, work, wanted, **sizes)
             return refine_pairs(block, work, wanted, **sizes)
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
@@ -209,7 +213,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
-    @with_default("softmax", "weight")
+    @with_default("gradient", "weight")
     def weight_gradients(
         self,
         block: Block,
@@ -228,7 +232,7 @@ class TritonBackend:
                 coefficients,
                 safety=safety,
                 needs=needs,
-                launches=(self._launch(head, "softmax"), self._launch(head, "weight")),
+                launches=(self._launch(head, "gradient"), self._launch(head, "weight")),
                 byte_budget=self.byte_budget,
             )
 

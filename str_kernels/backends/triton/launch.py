@@ -16,7 +16,7 @@ from str_kernels.options import TILE
 
 Exact = Literal["auto", "blas", "triton"]
 EXACT: tuple[Exact, ...] = get_args(Exact)
-Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight"]
+Stage = Literal["columns", "screen", "softmax", "refine", "expected", "gradient", "weight"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -70,6 +70,9 @@ DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "single"): Launch(64, 32),
     ("softmax", "half"): Launch(128, 64),
     ("softmax", "single"): Launch(32, 32, warps=4),
+    # the logits' gradient, which recomputes them
+    ("gradient", "half"): Launch(128, 64),
+    ("gradient", "single"): Launch(32, 32, warps=4),
     ("refine", "half"): Launch(64, 64, 64),
     ("refine", "single"): Launch(32, 32, 32),
     # this kernel has two sums in registers, so its tile is half as wide as a plain product's
@@ -83,12 +86,14 @@ _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "half"): Launch(128, 64, stages=3),
     ("screen", "byte"): Launch(128, 128, stages=3),
     ("softmax", "half"): Launch(128, 64, stages=3),
+    ("gradient", "half"): Launch(128, 64, stages=3),
 }
 
 # AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high. Eight warps would
 # compute 32 rows eight times, and spill.
 _MATRIX_FP32: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "single"): Launch(64, 32),
+    ("gradient", "single"): Launch(64, 32),
     ("refine", "single"): Launch(64, 32, 32),
     ("expected", "single"): Launch(64, 0, 64),
 }
@@ -107,8 +112,9 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     },
     "sm_100": {
         **_THREE_STAGES,
-        # with a softcap and its buffers 128 rows spill, and 64 on fewer warps
-        ("softmax", "half"): Launch(64, 64, warps=16, stages=3),
+        # 128 rows spill with a softcap and its buffers
+        ("softmax", "half"): Launch(64, 64, stages=3),
+        ("gradient", "half"): Launch(64, 64, warps=4, stages=3),
         ("refine", "half"): Launch(64, 64, 128, stages=3),
         ("expected", "half"): Launch(128, 0, 128),
     },
