@@ -72,6 +72,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    contiguous = True  # the kernels read rows of W that lie one after the other
 
     def __init__(
         self,
