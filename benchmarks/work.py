@@ -275,7 +275,7 @@ def _dead(stage: str, shape: Shape) -> Work:
 def _weight(
     shape: Shape, counts: Tensor, launches: dict[str, Launch], listed: int, *, ordered: bool
 ) -> list[Work]:
-    first, second = launches["softmax"], launches["weight"]
+    first, second = launches["gradient"], launches["weight"]
     live, dim, size = int(counts.sum()), shape.dim, shape.size
     chunks, wide = _chunks(counts, first.block_r), -(-dim // second.block_e)
     touched = int((counts > 0).sum()) * TILE * dim * size
