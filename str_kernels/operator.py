@@ -39,7 +39,7 @@ from str_kernels.vocabulary import VocabularyIndex
 
 _KNOWN = 5  # statistics that compiled code has too; the entropy follows them
 # The parts of a `VocabularyIndex`.
-_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales", "columns")
+_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales", "columns", "hot")
 
 
 class Outputs(NamedTuple):

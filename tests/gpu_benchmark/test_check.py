@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def block():
     """Rows of a small head, through the order of its index; the last tile is ragged."""
-    return block_of(synthetic(80, 1000, 32), 80)
+    return block_of(synthetic(80, 1000, 32), 80, TorchBackend())
 
 
 def test_right_and_wrong_screens(block):

@@ -108,6 +108,52 @@ def test_a_step_ends_at_its_limit(run):
     assert any(row["name"] == "installed" for row in record.rows_of(run.out))
 
 
+def done(code: int, out: str = "", err: str = "") -> subprocess.CompletedProcess:
+    """A process that ended."""
+    return subprocess.CompletedProcess([], code, out, err)
+
+
+def test_peers_are_asked_for_one_by_one(run, monkeypatch):
+    """A package that cannot be had is a note, and does not keep the others away."""
+    from benchmarks.gpu import install, steps
+
+    asked_for = []
+
+    def pip(command, **options):
+        asked_for.append(command[-1])
+        if command[-1] == "quack-kernels":
+            raise subprocess.TimeoutExpired(command, 1.0)
+        return done(command[-1] == "cut-cross-entropy", err="ERROR: no matching distribution")
+
+    monkeypatch.setattr(install.subprocess, "run", pip)
+    monkeypatch.setattr(
+        "str_kernels.bench.contenders.versions", lambda name: {name: None}
+    )  # nothing is installed
+    assert steps.run_step(run, "install", 10) == "done"
+    assert {"cut-cross-entropy", "liger-kernel", "quack-kernels"} <= set(asked_for)
+    reasons = {row["name"]: row.get("reason") for row in record.rows_of(run.out)}
+    assert reasons["cut-cross-entropy"] == "ERROR: no matching distribution"
+    assert reasons["quack-kernels"] == "pip was not done in time"
+    assert reasons["liger-kernel"] is None
+
+
+def test_tests_that_take_too_long_are_cut(run, monkeypatch):
+    """What had failed until then is kept."""
+    from benchmarks.gpu import steps, suite
+
+    def slow(command, **options):
+        assert "TRITON_INTERPRET" not in options["env"]
+        raise subprocess.TimeoutExpired(command, 1.0, output=b"FAILED a::b\n1 failed in 1s\n")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(suite.subprocess, "run", slow)
+    assert steps.run_step(run, "tests", 10) == "cut"
+    row = next(row for row in record.rows_of(run.out) if row["name"] == "tests")
+    assert (row["counts"], row["failed"]) == ({"failed": 1}, ["FAILED a::b"])
+    monkeypatch.setattr(suite.subprocess, "run", lambda command, **_: done(0, "3 passed in 1s"))
+    assert steps.run_step(run, "tests", 10) == "done"
+
+
 def test_a_worker_that_hangs_is_killed(tmp_path, monkeypatch):
     """Its step says so, and the run ends in time."""
     record.begin(tmp_path)

@@ -92,6 +92,7 @@ def route_kernel(
     count_ptr,
     rows,
     stride,
+    hot,
     BLOCK: tl.constexpr,
 ):
     """One program passes over all rows of one tile and alone reads and writes the tile's entries.
@@ -99,7 +100,8 @@ def route_kernel(
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
     ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
     ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
-    the first ``count [T]`` int32 entries are the tile's live rows, ascending.
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending. The first ``hot``
+    tiles are live for all rows, and list none.
     """
     tile, count = tl.program_id(0), 0
     base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
@@ -110,9 +112,10 @@ def route_kernel(
         threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
         label = tl.load(label_ptr + row, mask=inside, other=-1)
         live = inside & ((mass > threshold) | ((label >= 0) & (label // TILE == tile)))
-        chosen = live.to(tl.int32)
+        live |= inside & (label != ABSENT) & (tile < hot)
+        chosen = (live & (tile >= hot)).to(tl.int32)
         place = base + count + tl.cumsum(chosen, 0) - 1
-        tl.store(list_ptr + place, row, mask=live)
+        tl.store(list_ptr + place, row, mask=chosen != 0)
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
@@ -182,7 +185,17 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
     counts = torch.zeros(count, dtype=torch.int32, device=log_mass.device)
     route_kernel[(count,)](
-        log_mass, masses.anchor, shift, threshold, label, listed, counts, rows, stride, **SCAN
+        log_mass,
+        masses.anchor,
+        shift,
+        threshold,
+        label,
+        listed,
+        counts,
+        rows,
+        stride,
+        block.tiles.hot,
+        **SCAN,
     )
     return Worklist(listed, counts, shift, log_mass.T)
 
@@ -193,6 +206,11 @@ def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:
     C is an upper bound. The number of chunks stands in the first row and stays on the device; the
     rows after the last chunk are uninitialised. ``plan_kernel`` documents the columns.
     """
+    if len(counts) * rows >= 2**31:  # the plan's places in the lists have 32 bits
+        raise ValueError(
+            f"rows={rows} in one block of {len(counts)} tiles: must be fewer than 2^31 pairs; give "
+            "the backend a smaller byte_budget."
+        )
     most = len(counts) * -(-rows // block)
     plan = torch.empty(1 + most, 3, dtype=torch.int32, device=counts.device)
     plan_kernel[(len(counts),)](counts, plan, len(counts), rows, CHUNK=block, **SCAN)

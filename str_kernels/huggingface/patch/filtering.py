@@ -170,8 +170,9 @@ class IndexSource:
         index, head = self._index, None if self._head is None else self._head.digest
         order = None if index is None else encode_order(index.order)
         columns = None if index is None or index.columns is None else index.columns.tolist()
-        kept = {"head": head, "order": order, "columns": columns, "fresh": self._fresh}
-        return {"automatic": True, **kept}
+        hot = 0 if index is None or index.hot is None else len(index.hot)
+        kept = {"order": order, "columns": columns, "hot": hot}
+        return {"automatic": True, "head": head, **kept, "fresh": self._fresh}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -203,7 +204,8 @@ class IndexSource:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
             columns = kept.get("columns")  # a checkpoint of 0.1 has none
             columns = None if columns is None else torch.tensor(columns, device=weight.device)
-            self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
+            hot = kept.get("hot", 0)
+            self._index = VocabularyIndex.of_order(weight.detach(), order, columns, hot)
         self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 

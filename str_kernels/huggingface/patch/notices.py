@@ -51,7 +51,7 @@ class Notices:
         )
         self._warn(
             f"The first safety penalty is {penalty:.3g} a token, not 0; safety logits are "
-            f"{distance:.3g} (root mean square) from their reference: {why}."
+            f"{distance:.3g} (rms) from their reference: {why}."
         )
 
     def warn_transformed(self) -> None:
