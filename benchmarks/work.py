@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.operands`` launches them
 _ANCHORS = 16  # columns of the product with the anchors, half of them padding
+_IN_CACHE = 24 << 20  # bytes of a slice of the sums, as ``backends.triton.refine`` has it
 Unit = Literal["operands", "8 bits", "fp32"]
 
 
@@ -236,16 +237,21 @@ def _route(shape: Shape, counts: Tensor) -> Work:
 
 
 def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
+    """Count a kernel of logits, whose exponentials are kept, and one that adds slices of D."""
     live, chunks, dim = int(counts.sum()), _chunks(counts, launch.block_r), shape.dim
     forward = _product(chunks, launch.block_r, dim, launch.block_d)
-    back = _product(chunks, launch.block_r, dim, launch.block_e)
+    columns = min(64, launch.block_e)
+    back = _product(chunks, launch.block_r, dim, columns)
+    width = max(1, _IN_CACHE // (4 * shape.rows) // columns) * columns
+    slices, exponentials = -(-dim // width), chunks * launch.block_r * (TILE * shape.size + 4)
     loaded = chunks * (launch.block_r + 2 * TILE) * dim * shape.size
-    loaded += chunks * (8 * TILE + 12) + 12 * live
+    loaded += (1 + slices) * chunks * (8 * TILE + 12) + (12 + 4 * slices) * live
+    loaded += slices * exponentials
     touched = int((counts > 0).sum()) * TILE * dim * shape.size
-    memory = touched + shape.states + 8 * shape.rows * dim
+    memory = touched + shape.states + 8 * shape.rows * dim + 2 * exponentials
     added = live * (4 * dim + 8)
-    plan = 12 * chunks + 4
-    return Work("refine", "operands", forward + back, loaded, plan, added, memory)
+    stored = 12 * chunks + 4 + exponentials
+    return Work("refine", "operands", forward + back, loaded, stored, added, memory)
 
 
 def _hot(shape: Shape, tiles: int) -> Work:

@@ -38,7 +38,7 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
-from str_kernels.backends.triton.refine import refine_kernel
+from str_kernels.backends.triton.refine import refine_kernel, spread_kernel, spread_launch
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.shares import shares_kernel
@@ -171,9 +171,14 @@ class _Choice(NamedTuple):
 def _stages(choice: _Choice) -> Iterator[Case]:
     yield choice.case("columns", columns_kernel, ANCHORS=8, COLUMNS=64)
     yield choice.case("screen", screen_kernel, "hidden_scale_ptr", "weight_scale_ptr", GROUP=GROUP)
-    for atomic in (True, False):
-        if not atomic or choice.arch != "gfx90a":  # which never uses the atomics
-            yield choice.case("refine", refine_kernel, ATOMIC=atomic)
+    kept = ("p_ptr", "scale_ptr")
+    yield choice.case("refine", refine_kernel, *kept, ATOMIC=False)
+    if choice.arch != "gfx90a":  # which never uses the atomics
+        yield choice.case("refine", refine_kernel, *kept, ATOMIC=True)
+        yield choice.case("refine", refine_kernel, "expected_ptr", ATOMIC=True)
+        case = choice.case("refine", spread_kernel)
+        launch = spread_launch(case.launch)
+        yield case._replace(launch=launch, constants={**case.constants, **_blocks(launch)})
     yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
     yield choice.case("gradient", logit_gradient_kernel, GROUP=GROUP)
     yield choice.case("expected", expected_kernel)

@@ -8,7 +8,7 @@ import torch
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend
+from str_kernels.backends.triton import TritonBackend, refine
 from str_kernels.backends.triton.launch import launch_for
 from str_kernels.backends.triton.route import plan_chunks
 from str_kernels.engine.contract import Block, Coefficients, Head, SafetyTerm, Saved, Tiles, Wanted
@@ -78,6 +78,30 @@ def test_refine(setting, deterministic):
     without = backend.refine(setting, work, ALL._replace(hidden=False))
     assert without.expected is None
     torch.testing.assert_close(without.mass, want.mass, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [1, 3, 1000])
+def test_refine_by_slices(monkeypatch, dtype, held):
+    """One slice of D after the other, the last ragged; chunks beyond the budget are added at once.
+
+    Sums of 16-bit operands differ by the rounding of the exponentials to the last digit at most.
+    """
+    case = clustered_case(70, 300, 150).to(dtype)
+    index, labels = index_of(case), case.labels.masked_fill(case.labels < 0, -1)
+    tiles = Tiles(index.order, index.inverse, index.mean_rows)
+    block = Block(Head(case.hidden_states, case.weight, None), labels, tiles, LossOptions())
+    reference = TorchBackend()
+    want = reference.refine(
+        block, reference.route(block, reference.screen(block, "exact"), 1e-30), ALL
+    )
+    monkeypatch.setattr(refine, "_IN_CACHE", 1)
+    rows = launch_for(0, "refine", dtype).block_r
+    backend = TritonBackend(4 * held * rows * (TILE * dtype.itemsize + 4))
+    got = backend.refine(block, backend.route(block, reference.screen(block, "exact"), 1e-30), ALL)
+    tolerance = 2e-5 if dtype == torch.float32 else 2.0**-10
+    assert relative_error(got.expected, want.expected) < tolerance
+    assert relative_error(got.mass, want.mass) < 2e-5
 
 
 @pytest.mark.parametrize("products", ["blas", "triton"])
