@@ -140,6 +140,9 @@ def _join_group(rank: int, folder: Path) -> None:
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     import torch
 
+    from str_kernels.backends.torch import backend
+
+    backend.FEWEST_FILTERED = 1  # as tests/conftest.py does
     torch.set_num_threads(1)
     longer = datetime.timedelta(seconds=10 * HANGS)  # so that a hang is seen as one
     where = f"file://{folder}/store"
