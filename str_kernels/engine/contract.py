@@ -66,12 +66,14 @@ class Listed(NamedTuple):
 
     ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
     labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
-    as places in the order of the vocabulary.
+    as places in the order of the vocabulary. ``off []`` int32 counts the rows whose screen was
+    wrong; it begins with 0.
     """
 
     rows: Tensor
     labels: Tensor
     places: Tensor
+    off: Tensor
 
 
 class RowPlan(NamedTuple):
@@ -235,6 +237,14 @@ class Refined(NamedTuple):
     maximum: Tensor
 
 
+class Routed(NamedTuple):
+    """The results of screen, routing and refinement of one block."""
+
+    masses: TileMasses
+    work: Worklist
+    refined: Refined
+
+
 class OpenRows(NamedTuple):
     """The opened gradient ``[R, D]``: ``Σ_{v ≠ y} p_v · slope_v · w_v``.
 
@@ -388,6 +398,21 @@ class Prepares(Protocol):
         self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
     ) -> RowPlan:
         """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """Compute rows again, from an exact screen on, whose screen was wrong by ``most`` nats.
+
+        ``routed`` is corrected in place, and their number is added to ``number``.
+        """
 
 
 @runtime_checkable

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from str_kernels import waits
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
-    ABSENT,
     Block,
     Dense,
     Head,
     Kept,
     Resolved,
+    Routed,
     RowInputs,
     RowTerms,
     Statistics,
@@ -94,7 +96,8 @@ def forward_rows(
 class _Finished(NamedTuple):
     """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
 
-    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path.
+    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path, and where
+    the backend judges it.
     """
 
     dense: Dense
@@ -159,18 +162,16 @@ class _Work:
         """
         if self.tiles is None or self.screen == "exact":
             return []
+        if self.plan.listed is not None:  # the backend has computed such rows again
+            waits.judge_later(self.plan.listed.off, partial(_say_too_coarse, self.screen))
+            return []
         # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
         return torch.stack(off).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
-        say_once(
-            f"str_kernels: the logits are too large for the {self.screen} screen, which was wrong "
-            f"by more than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened "
-            "exactly",
-            logging.WARNING,
-        )
+        _say_too_coarse(self.screen)
         for place in places:
             self.blocks[place] = None  # frees its memory first
             part = self.parts[place]
@@ -207,15 +208,23 @@ class _Work:
     def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
         """Compute one block, from its masses (None: exactly) to row gradients."""
         block, backend, error = self._given(part), self.resolved.backend, None
+        listed = self.plan.listed
         if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
+            if listed is not None and self.screen != "exact":
+                backend.mend(
+                    block,
+                    Routed(masses, work, refined),
+                    self.wanted,
+                    eps=self.resolved.eps,
+                    most=_SCREEN_ERROR,
+                    number=listed.off,
+                )
             dense = join_pairs(block, masses, work, refined, self.wanted)
-            error = (dense.statistics.lse - work.shift).abs()
-            if self.plan.listed is not None:
-                error = error.masked_fill_(block.labels == ABSENT, 0.0)
+            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
@@ -284,6 +293,14 @@ class _Work:
         }
         head = self.head
         return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
+
+def _say_too_coarse(screen: str) -> None:
+    say_once(
+        f"str_kernels: the logits are too large for the {screen} screen, which was wrong by more "
+        f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+        logging.WARNING,
+    )
 
 
 def _joined(values: list[Tensor | None]) -> Tensor | None:

@@ -79,10 +79,11 @@ def judge_values_later(
     plan: RowPlan, inputs: RowInputs, options: LossOptions, vocab_size: int
 ) -> None:
     """Have a later call raise ValueError if this one's labels or weights were out of range."""
+    labels, _, position_weights = inputs
 
     def judge() -> None:
         try:
-            validate_values(inputs.labels, inputs.position_weights, vocab_size, options)
+            validate_values(labels, position_weights, vocab_size, options)
         except ValueError as error:
             what = str(error)
         else:

@@ -25,7 +25,8 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine", "prepare")
+WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine")
+WITHOUT_PRODUCTS += ("prepare", "guard", "reset")
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
+from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
@@ -55,7 +56,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-_FLOATS = ("logit_scale", "log_eps", "strength")
+_FLOATS = ("logit_scale", "log_eps", "strength", "most")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -121,13 +122,17 @@ def cases(
     sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
+        yield Case("reset", reset_kernel, dtype, ROWWISE, sizes)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
     for name, kernel, blocks in (
-        ("threshold", threshold_kernel, THRESHOLD),
-        ("route", route_kernel, SCAN),
+        ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
+        ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
         ("live", live_kernel, SCAN),
+        ("threshold", threshold_kernel, {"AGAIN": True, **THRESHOLD}),
+        ("route", route_kernel, {"AGAIN": True, **SCAN}),
         ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
+        ("guard", guard_kernel, THRESHOLD),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

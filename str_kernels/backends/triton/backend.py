@@ -13,10 +13,16 @@ from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.mend import reset_rows, rows_off
 from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
-from str_kernels.backends.triton.route import route_pairs
-from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
+from str_kernels.backends.triton.route import route_again, route_pairs
+from str_kernels.backends.triton.screen import (
+    screen_again,
+    screen_kernel,
+    screen_quantised,
+    screen_tiles,
+)
 from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
@@ -26,6 +32,7 @@ from str_kernels.engine.contract import (
     Head,
     OpenRows,
     Refined,
+    Routed,
     RowInputs,
     RowPlan,
     RowShares,
@@ -151,12 +158,38 @@ class TritonBackend:
 
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
+        return self._refine(block, work, wanted)
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """See ``Prepares.mend``; the masses had become ``dead``, and are masses again meanwhile."""
+        (_, slope, anchor), work, sums = routed
+        with _on(block.head.weight.device):
+            again = block._replace(places=rows_off(block, routed, most, number))
+            masses = TileMasses(work.dead, slope, anchor)
+            screen_again(again, masses, self._launch(block.head, "screen"))
+            route_again(again, anchor, work, eps)
+            reset_rows(sums, again.places)
+        self._refine(again, work, wanted, sums)
+
+    def _refine(
+        self, block: Block, work: Worklist, wanted: Wanted, sums: Refined | None = None
+    ) -> Refined:
         device = block.head.weight.device
         sizes = {"launch": self._launch(block.head, "refine"), "programs": _programs(device)}
         with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
-            return refine_pairs(block, work, wanted, **sizes)
+                sizes["byte_budget"] = self.byte_budget
+                return refine_in_order(block, work, wanted, sums, **sizes)
+            return refine_pairs(block, work, wanted, sums, **sizes)
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
         """See ``Backend.combine``; the opened rows are left unchanged."""

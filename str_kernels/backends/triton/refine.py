@@ -111,11 +111,17 @@ def refine_kernel(
 
 
 def refine_pairs(
-    block: Block, work: Worklist, wanted: Wanted, *, launch: Launch, programs: int
+    block: Block,
+    work: Worklist,
+    wanted: Wanted,
+    sums: Refined | None = None,
+    *,
+    launch: Launch,
+    programs: int,
 ) -> Refined:
-    """Refine the live pairs and add them up with atomics."""
+    """Refine the live pairs and add them up with atomics, to ``sums`` if there are any."""
     pairs = _pairs(block, work, launch, programs)
-    sums = pairs.empty_sums(pairs.given.rows, wanted)
+    sums = pairs.empty_sums(pairs.given.rows, wanted) if sums is None else sums
     pairs.refine(pairs.plan(), sums, atomic=True)
     return sums
 
@@ -124,6 +130,7 @@ def refine_in_order(
     block: Block,
     work: Worklist,
     wanted: Wanted,
+    sums: Refined | None = None,
     *,
     launch: Launch,
     programs: int,
@@ -135,7 +142,8 @@ def refine_in_order(
     ``torch.use_deterministic_algorithms``.
     """
     pairs = _pairs(block, work, launch, programs)
-    plan, sums = pairs.plan(), pairs.empty_sums(pairs.given.rows, wanted)
+    plan = pairs.plan()
+    sums = pairs.empty_sums(pairs.given.rows, wanted) if sums is None else sums
     chunks = int(plan[0, 0])  # the one number that is read back, to allocate the slots
     step = max(1, byte_budget // (4 * pairs.given.dim * launch.block_r))
     for part in plan[1 : 1 + chunks].split(step):
