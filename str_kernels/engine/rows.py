@@ -150,7 +150,8 @@ def silence(values: Tensor, silent: Tensor) -> Tensor:
 
     A CPU first checks whether there are any, which is cheaper than a pass over all values.
     """
-    if values.device.type == "cpu" and not silent.any():
+    device = values.device
+    if device.type == "cpu" and waits.allowed(device) and not silent.any():
         return values
     return values.masked_fill_(silent[:, None], 0.0)
 
