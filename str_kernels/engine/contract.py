@@ -399,6 +399,14 @@ class Prepares(Protocol):
     ) -> RowPlan:
         """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
 
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """Put loss and statistics of blocks ``[R]`` in their places ``[N]``.
+
+        A row that is absent has a loss of 0, and the statistics of ``engine.forward``.
+        """
+
     def mend(
         self,
         block: Block,

@@ -235,28 +235,30 @@ class _Work:
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
-        of_blocks = [block.dense.statistics for block in self.blocks]
-        statistics = Statistics(
-            **{
-                name: self._scatter([getattr(block, name) for block in of_blocks], fill)
-                for name, fill in _ABSENT.items()
-            },
-            safety_logits=self.columns.safety,
-        )
-        losses = self._scatter([block.loss for block in self.blocks], 0.0)
-        losses = torch.where(self.plan.labelled, losses, 0.0)
+        of_blocks = [(block.loss, block.dense.statistics) for block in self.blocks]
+        if self.plan.listed is None:
+            losses, statistics = self._scattered(of_blocks)
+        else:
+            losses, statistics = self.resolved.backend.scatter(self.plan, of_blocks)
+        statistics = statistics._replace(safety_logits=self.columns.safety)
         terms = RowTerms(losses, self._penalty(losses, statistics), statistics)
         return terms, self._kept(statistics)
+
+    def _scattered(self, blocks: list[tuple[Tensor, Statistics]]) -> tuple[Tensor, Statistics]:
+        """Implement `Prepares.scatter` for rows that the host has listed."""
+        losses = self._scatter([loss for loss, _ in blocks], 0.0)
+        found = {
+            name: self._scatter([getattr(block, name) for _, block in blocks], fill)
+            for name, fill in _ABSENT.items()
+        }
+        return torch.where(self.plan.labelled, losses, 0.0), Statistics(**found)
 
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
         if values is None or self.every:
             return values
-        if self.plan.listed is None:
-            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
-        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
-        return scattered.masked_fill_(~self.plan.dense, fill)
+        return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""

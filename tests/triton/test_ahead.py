@@ -26,7 +26,7 @@ INSTRUCTION = {
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
 WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine")
-WITHOUT_PRODUCTS += ("prepare", "guard", "reset")
+WITHOUT_PRODUCTS += ("prepare", "guard", "reset", "scatter")
 
 
 @pytest.fixture(autouse=True)

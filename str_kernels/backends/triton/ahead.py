@@ -32,6 +32,7 @@ from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
+from str_kernels.backends.triton.scatter import scatter_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
@@ -133,6 +134,7 @@ def cases(
         ("route", route_kernel, {"AGAIN": True, **SCAN}),
         ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
         ("guard", guard_kernel, THRESHOLD),
+        ("scatter", scatter_kernel, {"BLOCK": 256}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

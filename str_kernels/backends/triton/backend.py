@@ -17,6 +17,7 @@ from str_kernels.backends.triton.mend import reset_rows, rows_off
 from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_again, route_pairs
+from str_kernels.backends.triton.scatter import scatter_rows
 from str_kernels.backends.triton.screen import (
     screen_again,
     screen_kernel,
@@ -38,6 +39,7 @@ from str_kernels.engine.contract import (
     RowShares,
     SafetyTerm,
     Saved,
+    Statistics,
     TileMasses,
     Tiles,
     Wanted,
@@ -179,6 +181,13 @@ class TritonBackend:
             route_again(again, anchor, work, eps)
             reset_rows(sums, again.places)
         self._refine(again, work, wanted, sums)
+
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """See ``Prepares.scatter``."""
+        with _on(plan.labels.device):
+            return scatter_rows(plan, blocks)
 
     def _refine(
         self, block: Block, work: Worklist, wanted: Wanted, sums: Refined | None = None
