@@ -51,6 +51,8 @@ class Tiles(NamedTuple):
     ``order [V]`` int64 or None for token order, its ``inverse [V]``, and the tiles' ``mean_rows
     [T, D]`` fp32. For 8-bit screens: ``quantised [V, D]`` and ``row_scales [V]`` in tile
     order, and ``columns [D]``, which multiply W and divide H before they are rounded; None: all 1.
+    The first ``hot`` tiles are those of `VocabularyIndex.hot`; a backend may compute all their
+    pairs exactly, which are live then.
     """
 
     order: Tensor | None
@@ -59,6 +61,7 @@ class Tiles(NamedTuple):
     quantised: Tensor | None = None
     row_scales: Tensor | None = None
     columns: Tensor | None = None
+    hot: int = 0
 
 
 class Listed(NamedTuple):
@@ -207,11 +210,11 @@ class Worklist(NamedTuple):
     """The router's result: the live pairs, sorted by tile.
 
     ``rows [L]`` int64: the live rows of tile 0, then those of tile 1, and so on. A backend that
-    leaves L on the device may pad each tile's to ``[T, R]``, since only its own refinement reads
-    them. ``counts [T]``: how many rows each tile has. ``shift [R]``: the screened log-sum-exp,
-    which exponentials are taken relative to. ``dead [R, T]``: the pair's probability mass relative
-    to ``exp(shift)``. A live pair has -0.0 there: it adds nothing to sums, and its sign
-    distinguishes it from a dead mass that underflowed to zero.
+    leaves L on the device may pad each tile's to ``[T, R]``, and leave those of hot tiles out,
+    since only its own refinement reads them. ``counts [T]``: how many rows each tile has. ``shift
+    [R]``: the screened log-sum-exp, which exponentials are taken relative to. ``dead [R, T]``: the
+    pair's probability mass relative to ``exp(shift)``. A live pair has -0.0 there: it adds nothing
+    to sums, and its sign distinguishes it from a dead mass that underflowed to zero.
     """
 
     rows: Tensor
@@ -448,6 +451,9 @@ class Backend(Protocol):
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """Return the screen that ``"auto"`` means for R = ``rows``."""
+
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """Whether ``filter_eps="auto"`` pays for a loss of N = ``positions``."""
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""

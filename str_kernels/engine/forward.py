@@ -31,7 +31,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, log_probabilities
+from str_kernels.engine.logits import accumulator, kept_dtype, log_probabilities
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -72,7 +72,8 @@ def tiles_of(
         return Tiles(None, None, tile_means(weight, None, operands))
     means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
     eight_bits = index.quantised, index.row_scales, index.columns
-    return Tiles(index.order, index.inverse, means, *eight_bits)
+    hot = 0 if index.hot is None else len(index.hot)
+    return Tiles(index.order, index.inverse, means, *eight_bits, hot)
 
 
 def forward_rows(
@@ -153,7 +154,10 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        if len(self.rows) or (self.trained and self.tiles is not None):
+            self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        else:  # another process has all the labels, or this is the reference of a constraint
+            self.blocks = [self._no_rows()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -232,6 +236,18 @@ class _Work:
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
         return _Finished(dense, loss, ce, by_lse, error)
+
+    def _no_rows(self) -> _Finished:
+        """Make a block of no rows, for which the vocabulary is not read."""
+        hidden = self.head.hidden_states
+        none, gradient, by_lse = hidden.new_empty(0, dtype=self.dtype), None, None
+        if self.wanted.hidden:
+            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept_dtype(self.resolved.dtype))
+            by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
+        entropy = none if self.wanted.entropy else None
+        statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        dense = Dense(statistics, none, none, none, None, None, None)
+        return _Finished(dense, none, gradient, by_lse, none)
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""

@@ -25,8 +25,10 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine")
-WITHOUT_PRODUCTS += ("prepare", "guard", "reset", "scatter")
+WITHOUT_PRODUCTS = (
+    *("threshold", "route", "plan", "live", "quantise", "combine", "shares", "prepare", "hot"),
+    *("guard", "reset", "scatter"),
+)
 
 
 @pytest.fixture(autouse=True)

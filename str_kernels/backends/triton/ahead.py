@@ -24,7 +24,8 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
-from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
+from str_kernels.backends.triton.hot import hot_kernel
+from str_kernels.backends.triton.launch import ROWWISE, SCAN, SHARES, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
@@ -34,6 +35,7 @@ from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.scatter import scatter_kernel
 from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
 
@@ -124,7 +126,11 @@ def cases(
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
         yield Case("reset", reset_kernel, dtype, ROWWISE, sizes)
+        hot = {"softcap": constants["softcap"], **SCAN}
+        yield Case("hot", hot_kernel, dtype, alone, hot, off)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
+        kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
+        yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
         ("route", route_kernel, {"AGAIN": False, **SCAN}),

@@ -95,6 +95,7 @@ def route_kernel(
     count_ptr,
     rows,
     stride,
+    hot,
     AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -103,8 +104,8 @@ def route_kernel(
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
     ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
     ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
-    the first ``count [T]`` int32 entries are the tile's live rows, ascending. With AGAIN absent
-    rows' shares stay as they are.
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending. The first ``hot``
+    tiles are live for all rows, and list none. With AGAIN absent rows' shares stay as they are.
     """
     tile, count = tl.program_id(0), 0
     base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
@@ -114,18 +115,19 @@ def route_kernel(
         mass = tl.load(masses + row, mask=inside, other=float("-inf"))
         threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
         label = tl.load(label_ptr + row, mask=inside, other=-1)
-        live = (mass > threshold) | ((label >= 0) & (label // TILE == tile))
-        live &= inside & (label != ABSENT)
-        chosen = live.to(tl.int32)
+        present = inside & (label != ABSENT)
+        live = (mass > threshold) | ((label >= 0) & (label // TILE == tile)) | (tile < hot)
+        live &= present
+        chosen = (live & (tile >= hot)).to(tl.int32)
         place = base + count + tl.cumsum(chosen, 0) - 1
-        tl.store(list_ptr + place, row, mask=live)
+        tl.store(list_ptr + place, row, mask=chosen != 0)
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
         share = tl.where(label == ABSENT, 0.0, share)
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
         if AGAIN:
-            inside &= label != ABSENT
+            inside = present
         tl.store(masses + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + tile, count)
@@ -217,6 +219,7 @@ def _route(
         work.counts,
         rows,
         stride,
+        block.tiles.hot,
         AGAIN=again,
         **SCAN,
     )

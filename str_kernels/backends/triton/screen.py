@@ -6,6 +6,7 @@ have 8 bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Block, TileMasses
 from str_kernels.engine.logits import columns_of
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 POINTERS = {
     "i64": ("order",),
@@ -83,12 +86,24 @@ def screen_kernel(
         precision,
         BLOCK_D,
     ).to(tl.float32)
+    inside = position < vocab
+    of_row, of_word = tl.full([BLOCK_R], 1.0, tl.float32), tl.full([TILE], 1.0, tl.float32)
     if hidden_scale_ptr is not None:
-        total *= tl.load(hidden_scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        total *= tl.load(weight_scale_ptr + position, mask=position < vocab, other=0.0)[None, :]
-    z = finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap)
-    top = tl.maximum(tl.max(z, 1), LOWEST)
-    p = tl.exp(z - top[:, None])
+        of_row = tl.load(hidden_scale_ptr + row, mask=row < rows, other=0.0)
+        of_word = tl.load(weight_scale_ptr + position, mask=inside, other=0.0)
+    if softcap is None and bias_ptr is None:
+        # a row's scale is positive, so that the largest logit is found without it
+        z = total * (of_word * logit_scale)[None, :]
+        if (tile + 1) * TILE > vocab:
+            z = tl.where(inside[None, :], z, float("-inf"))
+        top = tl.maximum(tl.max(z, 1), LOWEST)
+        p = tl.exp2((z - top[:, None]) * (of_row * LOG2_E)[:, None])
+        top *= of_row
+    else:
+        total *= of_row[:, None] * of_word[None, :]
+        z = finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap)
+        top = tl.maximum(tl.max(z, 1), LOWEST)
+        p = tl.exp(z - top[:, None])
     mass = tl.sum(p, 1)
     out = tile.to(tl.int64) * stride + row
     anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
