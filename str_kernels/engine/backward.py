@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
     Block,
     Coefficients,
@@ -22,11 +21,12 @@ from str_kernels.engine.contract import (
     SafetyTerm,
     Saved,
     Tiles,
+    Upstream,
 )
-from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
-from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
+from str_kernels.engine.logits import safety_ids
+from str_kernels.engine.rows import plan_rows, weight_coefficients
+from str_kernels.engine.stages import row_stages
 
-_SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -47,9 +47,8 @@ def backward_rows(
     # backward() may be called under the user's autocast, which would round the fp32 scratch
     with torch.autocast(kept.lse.device.type, enabled=False):
         backward = _Backward(kept, tiles, resolved, *upstream)
-        hidden = backward.hidden_gradient() if needs[0] else None
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
-    return hidden, weight, bias
+    return backward.found.hidden, weight, bias
 
 
 class _Backward:
@@ -69,45 +68,11 @@ class _Backward:
         self.plan = plan_rows(inputs, self.options, self.dtype, len(kept.weight))
         self.everything = len(kept.rows) == len(self.plan.labels)
         self.grad_cross_entropy = grad_cross_entropy
-        self.beta = self.d_lse = self.ids = None
+        penalty = None
         if self.options.constrained:
-            self._differentiate_penalty(grad_penalty * self.plan.penalty_scale)
-
-    def _differentiate_penalty(self, scale: Tensor) -> None:
-        """Set β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
-        safety, kept = self.options.safety, self.kept
-        values = kept.safety_logits
-        if needs_lse(safety):
-            values = log_probabilities(values, kept)
-        terms = constraint_terms(safety, values, kept.reference)
-        on = scale != 0
-        beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, self.options)
-        self.beta = torch.where(on[:, None], beta, 0.0)
-        if terms.d_lse is not None:
-            self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
-        self.ids = safety_ids(safety, kept.lse.device)
-
-    def hidden_gradient(self) -> Tensor:
-        """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""
-        kept, dtype = self.kept, self.resolved.dtype
-        make = torch.empty if self.everything else torch.zeros  # some rows may never be written
-        shape = (len(self.plan.labels), kept.weight.shape[1])
-        out = make(shape, dtype=dtype, device=kept.weight.device)
-        size = max(1, _SCRATCH // shape[1])
-        for block, rows in row_blocks(kept.rows, len(out), size):
-            gradient = _scaled(kept.ce_gradient[block], self.grad_cross_entropy[rows])
-            if self.d_lse is not None:
-                gradient += _scaled(kept.lse_gradient[block], self.d_lse[rows])
-            if self.beta is not None:
-                gradient += self._safety_part(rows)
-            out[rows] = gradient.to(dtype)
-        if self.beta is not None:
-            for rows in kept.safety_alone.split(size):
-                out[rows] = self._safety_part(rows).to(dtype)
-        return out
-
-    def _safety_part(self, rows: Tensor | slice) -> Tensor:
-        return self.beta[rows] @ self.kept.weight[self.ids].to(self.dtype)
+            penalty = grad_penalty * self.plan.penalty_scale
+        upstream = Upstream(grad_cross_entropy, penalty)
+        self.found = row_stages(resolved.backend).gradient(kept, upstream, resolved)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
@@ -117,7 +82,7 @@ class _Backward:
             self.plan,
             kept.lse,
             self.grad_cross_entropy,
-            self.d_lse,
+            self.found.d_lse,
             options=self.options,
             vocab_size=len(kept.weight),
         )
@@ -138,14 +103,9 @@ class _Backward:
         )
 
     def _safety_term(self) -> SafetyTerm | None:
-        if self.beta is None:
+        if self.found.beta is None:
             return None
+        ids = safety_ids(self.options.safety, self.kept.lse.device)
         rows = self.plan.safety.nonzero()[:, 0]
-        beta, hidden = self.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
-        return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Multiply rows ``[R, D]`` by their upstream gradients ``[R]``, in the dtype of the latter."""
-    # a row with an upstream gradient of zero adds nothing, even where its logits overflowed
-    return silence(gradient * upstream[:, None], upstream == 0)
+        beta, hidden = self.found.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+        return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))

@@ -12,7 +12,9 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
+from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.penalty import penalty_rows
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -23,16 +25,21 @@ from str_kernels.engine.contract import (
     Columns,
     Dense,
     Head,
+    Kept,
     OpenRows,
     Refined,
+    Resolved,
+    RowGradients,
     RowShares,
     SafetyTerm,
     Saved,
+    Statistics,
     TileMasses,
+    Upstream,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
@@ -102,6 +109,20 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return exact_columns(block, needed, self._launch(block.head, "columns"))
 
+    def penalty(
+        self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
+    ) -> Tensor:
+        """See ``RowStages.penalty``."""
+        with _on(scale.device):
+            return penalty_rows(options, statistics, reference, scale)
+
+    def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+        """See ``RowStages.gradient``."""
+        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
+        launch = self._launch_on(kept.weight.device, "gradient", resolved.dtype, wide)
+        with _on(kept.weight.device):
+            return gradient_rows(kept, upstream, resolved, launch)
+
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -168,10 +189,14 @@ class TritonBackend:
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
         """Return a stage's sizes; ``dtype`` is that of its operands where it is not H's."""
-        arch, operands = arch_of(head.weight.device), head.hidden_states.dtype
+        operands = head.hidden_states.dtype
         wide = dtype is None and head.weight.dtype.itemsize > operands.itemsize
-        dtype = operands if dtype is None else dtype
-        table = launch_for(arch, stage, dtype, wide_weight=wide)
+        return self._launch_on(head.weight.device, stage, dtype or operands, wide)
+
+    def _launch_on(
+        self, device: torch.device, stage: Stage, dtype: torch.dtype, wide: bool
+    ) -> Launch:
+        table = launch_for(arch_of(device), stage, dtype, wide_weight=wide)
         return self.launches.get((stage, kind_of(dtype)), table)
 
     def _require(self, head: Head, screen: str) -> None:

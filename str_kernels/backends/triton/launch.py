@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight"]
+Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight", "gradient"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -49,6 +49,8 @@ DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("expected", "single"): Launch(32, 0, 64),
     ("weight", "half"): Launch(64, 0, 128),
     ("weight", "single"): Launch(32, 0, 64),
+    ("gradient", "half"): Launch(32, 0, 64, warps=4),
+    ("gradient", "single"): Launch(32, 0, 64, warps=4),
 }
 
 _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
