@@ -64,12 +64,11 @@ def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
     for screen in ("exact", *EIGHT_BITS):
         chosen = launches_for(chip, case.hidden_states.dtype, EIGHT_BITS.get(screen))
         counts = live_counts(case, screen)
-        blocks = zip(counts, _shapes(case), strict=True)
-        stages = [
-            stage
-            for block, shape in blocks
-            for stage in work.routed(shape, block, chosen, eight_bits=screen in EIGHT_BITS)
-        ]
+        stages, eight_bits = [], screen in EIGHT_BITS
+        for block, shape in zip(counts, _shapes(case), strict=True):
+            # the blocks here are few enough to be screened as one, with W quantised once
+            kept = bool(stages)
+            stages += work.routed(shape, block, chosen, eight_bits=eight_bits, kept=kept)
         whole, every = _shape(case, len(case.labels)), torch.stack(counts).sum(0)
         live = every.sum().item() / whole.pairs
         yield _row("frozen", screen, stages, whole, live)

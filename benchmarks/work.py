@@ -101,7 +101,8 @@ def routed(
 ) -> list[Work]:
     """List a block's forward and backward with a frozen head; ``counts [T]`` are live rows.
 
-    ``eight_bits``: the screen has 8 bits; ``kept``: the index keeps W's quantised rows.
+    ``eight_bits``: the screen has 8 bits; ``kept``: W's quantised rows are there, by the index or
+    an earlier block of the same call.
     """
     return [
         _columns(shape, launches["columns"], _ANCHORS),
@@ -187,9 +188,10 @@ def _quantise(shape: Shape, kept: bool) -> Work:
     """Count that every row is read twice, the second time from a cache."""
     rows = shape.rows + (0 if kept else shape.vocab)
     read, stored = rows * shape.dim * shape.size, rows * (shape.dim + 4)
-    others = 0
-    if not kept:  # the order, and both passes' columns, once for four rows
-        others = 8 * shape.vocab + 8 * shape.dim * (-(-shape.rows // 4) + -(-shape.vocab // 4))
+    # both passes' columns, once for four rows, and the order
+    others = 8 * shape.dim * -(-shape.rows // 4)
+    if not kept:
+        others += 8 * shape.vocab + 8 * shape.dim * -(-shape.vocab // 4)
     return Work("quantise", "fp32", 0, 2 * read + others, stored, 0, read + others + stored)
 
 

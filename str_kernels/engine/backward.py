@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.engine.contract import (
+    ABSENT,
     Block,
     Coefficients,
     Head,
@@ -24,7 +25,7 @@ from str_kernels.engine.contract import (
     Upstream,
 )
 from str_kernels.engine.logits import safety_ids
-from str_kernels.engine.rows import plan_rows, weight_coefficients
+from str_kernels.engine.rows import plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -65,19 +66,20 @@ class _Backward:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
         inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
-        self.plan = plan_rows(inputs, self.options, self.dtype, len(kept.weight))
-        self.everything = len(kept.rows) == len(self.plan.labels)
+        self.plan = plan_for(resolved, inputs, len(kept.weight), tiles)
+        self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
         if self.options.constrained:
             penalty = grad_penalty * self.plan.penalty_scale
-        upstream = Upstream(grad_cross_entropy, penalty)
+        dense = None if self.plan.listed is None else self.plan.dense
+        upstream = Upstream(grad_cross_entropy, penalty, dense)
         self.found = row_stages(resolved.backend).gradient(kept, upstream, resolved)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        rows = slice(None) if self.everything else kept.rows
+        rows = slice(None) if self.every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
@@ -86,9 +88,12 @@ class _Backward:
             options=self.options,
             vocab_size=len(kept.weight),
         )
-        head = Head(kept.hidden_states[rows].contiguous(), kept.weight, kept.bias)
+        hidden = kept.hidden_states[rows].contiguous()
+        if self.plan.listed is not None:  # a factor of zero does not silence NaN
+            hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
+        head = Head(hidden, kept.weight, kept.bias)
         return self.resolved.backend.weight_gradients(
-            Block(head, self.plan.labels[rows], self.tiles, self.options),
+            self._block(head, rows),
             Saved(
                 kept.lse[rows],
                 kept.lse_rest[rows],
@@ -102,10 +107,20 @@ class _Backward:
             needs=self.resolved.needs[1:],
         )
 
+    def _block(self, head: Head, rows: Tensor | slice) -> Block:
+        listed = self.plan.listed
+        if listed is None:
+            return Block(head, self.plan.labels[rows], self.tiles, self.options)
+        return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
+
     def _safety_term(self) -> SafetyTerm | None:
         if self.found.beta is None:
             return None
-        ids = safety_ids(self.options.safety, self.kept.lse.device)
-        rows = self.plan.safety.nonzero()[:, 0]
-        beta, hidden = self.found.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+        ids, beta = safety_ids(self.options.safety, self.kept.lse.device), self.found.beta
+        if self.plan.listed is None:
+            rows = self.plan.safety.nonzero()[:, 0]
+            beta, hidden = beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+        else:
+            hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
+            hidden = hidden.to(self.dtype)
         return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))

@@ -21,6 +21,7 @@ that need the whole vocabulary; other shapes use the symbols of ``options``. Fou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 
 from str_kernels.options import LossOptions
+
+ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
 
 
 class Head(NamedTuple):
@@ -58,6 +61,38 @@ class Tiles(NamedTuple):
     columns: Tensor | None = None
 
 
+class Listed(NamedTuple):
+    """The rows that need the vocabulary, listed where the host does not count them.
+
+    ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
+    labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
+    as places in the order of the vocabulary.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+class RowPlan(NamedTuple):
+    """Which of N rows need which computation.
+
+    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
+    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]`` or None: rows that need the K
+    safety columns; ``penalty_scale [N]`` or None: λ w. ``bad []`` or None: how many labels and
+    weights are out of range, where they have not been checked before; their rows have NaN as the
+    loss. ``listed``: only where the host must not count the dense rows.
+    """
+
+    labels: Tensor
+    labelled: Tensor
+    dense: Tensor
+    safety: Tensor | None
+    penalty_scale: Tensor | None
+    bad: Tensor | None = None
+    listed: Listed | None = None
+
+
 class Columns(NamedTuple):
     """Logits of the few tokens that are always computed exactly; fp32 (fp64 for fp64 inputs).
 
@@ -75,15 +110,19 @@ class Columns(NamedTuple):
     difference: Tensor | None = None
 
     def part(self, rows: Tensor | slice) -> Columns:
-        """Those of some rows."""
-        return Columns(*(None if x is None else x[rows] for x in self))
+        """Those of some rows, but for the safety logits, which no block reads."""
+        kept = (None if x is None else x[rows] for x in self._replace(safety=None))
+        return Columns(*kept)
 
 
 class Block(NamedTuple):
     """The input of every stage: R rows, the head and the tiles.
 
-    ``labels [R]`` int64, -1 on rows without a label; ``tiles`` is None on the exact path;
-    ``columns`` are computed before the vocabulary is read, and None only until then.
+    ``labels [R]`` int64, -1 on rows without a label, ``ABSENT`` on rows that need no vocabulary and
+    stand in the block since the host has not counted them; the results of these are undefined.
+    ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
+    None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
+    they are known.
     """
 
     head: Head
@@ -91,6 +130,7 @@ class Block(NamedTuple):
     tiles: Tiles | None
     options: LossOptions
     columns: Columns | None = None
+    places: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -154,6 +194,12 @@ class TileMasses(NamedTuple):
     log_mass: Tensor
     slope: Tensor | None
     anchor: Tensor
+
+    def split(self, rows: int) -> Iterator[TileMasses]:
+        """Yield views of so many rows each; even R = 0 gives one."""
+        for start in range(0, max(1, len(self.anchor)), rows):
+            where = slice(start, start + rows)
+            yield TileMasses(*(None if x is None else x[where] for x in self))
 
 
 class Worklist(NamedTuple):
@@ -261,7 +307,8 @@ class Kept(NamedTuple):
 
     Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
     for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
+    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
+    `Listed.rows`, when R = N;
     ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
@@ -357,6 +404,19 @@ class SafetyTerm(NamedTuple):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """A backend that lists the dense rows on the device, so that the host need not wait for it.
+
+    Its stages skip rows whose label is ``ABSENT``, as far as they take time.
+    """
+
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
+
+
+@runtime_checkable
 class RowStages(Protocol):
     """The stages that read few columns of W, or only what other stages left of a row.
 
@@ -395,6 +455,9 @@ class Backend(Protocol):
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""
+
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Return how many rows to screen at once, a multiple of the ``size`` of a block."""
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """Compute every pair in one pass."""

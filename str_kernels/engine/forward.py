@@ -7,12 +7,14 @@ whole vocabulary are computed over it, in blocks, so that scratch memory does no
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from str_kernels.engine.contract import (
+    ABSENT,
     Block,
     Dense,
     Head,
@@ -21,6 +23,7 @@ from str_kernels.engine.contract import (
     RowInputs,
     RowTerms,
     Statistics,
+    TileMasses,
     Tiles,
     Wanted,
 )
@@ -29,7 +32,7 @@ from str_kernels.engine.logits import accumulator
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
-    plan_rows,
+    plan_for,
     row_blocks,
     row_gradients,
 )
@@ -110,20 +113,23 @@ class _Work:
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         vocab_size = len(head.weight)
-        self.plan = plan_rows(inputs, self.options, self.dtype, vocab_size)
+        self.plan = plan_for(resolved, inputs, vocab_size, tiles)
         judge_values_later(self.plan, inputs, self.options, vocab_size)
-        self.rows = self.plan.dense.nonzero()[:, 0]
+        listed = self.plan.listed
+        self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
+        self.every = listed is None and len(self.rows) == len(self.plan.labels)
         self.safety_alone, needed = None, self.plan.dense
         if self.options.safety is not None:
-            needed = self.plan.safety
+            needed, self.safety_alone = self.plan.safety, self.rows[:0]
+        if self.options.safety is not None and listed is None:  # else every row is in a block
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
         every = Block(head, self.plan.labels, tiles, self.options)
         self.columns = row_stages(resolved.backend).columns(every, needed)
-        size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
-        count = len(self.plan.labels)
-        self.parts = [part for _, part in row_blocks(self.rows, count, size)]
+        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
+        self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        self.parts = self._parts(self.size)
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -143,7 +149,7 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, self.screen) for part in self.parts]
+        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -166,23 +172,50 @@ class _Work:
         )
         for place in places:
             self.blocks[place] = None  # frees its memory first
-            self.blocks[place] = self._block(self.parts[place], "exact")
+            part = self.parts[place]
+            masses = self.resolved.backend.screen(self._given(part), "exact")
+            self.blocks[place] = self._block(part, masses)
 
-    def _block(self, part: Tensor | slice, screen: str) -> _Finished:
-        """Compute one block, from hidden states to row gradients."""
-        head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
-        columns = self.columns.part(part)
-        block = Block(head, self.plan.labels[part], self.tiles, self.options, columns)
-        backend, error = self.resolved.backend, None
+    def _parts(self, size: int) -> list[slice]:
+        """Cut the R rows into parts of so many."""
+        return [part for part, _ in row_blocks(self.rows, size, every=self.every)]
+
+    def _given(self, part: slice) -> Block:
+        """Gather a block of the R rows."""
+        rows = part if self.every else self.rows[part]
+        head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
+        columns, listed = self.columns_of_rows.part(part), self.plan.listed
+        if listed is None:
+            return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
+        labels, places = listed.labels[part], listed.places[part]
+        return Block(head, labels, self.tiles, self.options, columns, places)
+
+    def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
+        """Yield each block's rows and its masses, which are views where blocks are screened as one.
+
+        On the exact path there are no masses.
+        """
         if self.tiles is None:
+            yield from ((part, None) for part in self.parts)
+            return
+        parts, backend = iter(self.parts), self.resolved.backend
+        for several in self._parts(backend.screen_rows(self.head, self.size, self.screen)):
+            for masses in backend.screen(self._given(several), self.screen).split(self.size):
+                yield next(parts), masses
+
+    def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
+        """Compute one block, from its masses (None: exactly) to row gradients."""
+        block, backend, error = self._given(part), self.resolved.backend, None
+        if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
-            masses = backend.screen(block, screen)
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
             dense = join_pairs(block, masses, work, refined, self.wanted)
             error = (dense.statistics.lse - work.shift).abs()
-        loss = cross_entropy(dense, self.options, len(head.weight))
+            if self.plan.listed is not None:
+                error = error.masked_fill_(block.labels == ABSENT, 0.0)
+        loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
             ce, by_lse = row_gradients(backend, block, dense)
@@ -208,9 +241,12 @@ class _Work:
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
-        if values is None or len(self.rows) == len(self.plan.labels):
+        if values is None or self.every:
             return values
-        return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
+        if self.plan.listed is None:
+            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
+        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
+        return scattered.masked_fill_(~self.plan.dense, fill)
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""

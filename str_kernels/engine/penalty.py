@@ -51,13 +51,14 @@ def _hidden_gradient(
     kept: Kept, upstream: Upstream, found: RowGradients, resolved: Resolved
 ) -> Tensor:
     count, dtype = len(kept.lse), resolved.dtype
-    make = torch.empty if len(kept.rows) == count else torch.zeros  # a row may be in no block
+    whole = len(kept.rows) == count
+    make = torch.empty if whole else torch.zeros  # a row may be in no block
     out = make((count, kept.weight.shape[1]), dtype=dtype, device=kept.weight.device)
     size, safety_rows = max(1, _SCRATCH // out.shape[1]), None
     if found.beta is not None:
         ids = safety_ids(resolved.options.safety, kept.weight.device)
         safety_rows = kept.weight[ids].to(dtype).to(found.beta.dtype)  # rounded as the forward does
-    for block, rows in row_blocks(kept.rows, count, size):
+    for block, rows in row_blocks(kept.rows, size, every=whole and upstream.dense is None):
         gradient = _scaled(kept.ce_gradient[block], upstream.cross_entropy[rows])
         if found.d_lse is not None:
             gradient += _scaled(kept.lse_gradient[block], found.d_lse[rows])

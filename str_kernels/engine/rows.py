@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,30 +28,27 @@ from str_kernels.engine.contract import (
     Coefficients,
     Dense,
     OpenRows,
+    Prepares,
+    Resolved,
     RowInputs,
+    RowPlan,
     RowShares,
     Saved,
+    Tiles,
 )
-from str_kernels.engine.logits import kept_dtype, logit_slope, weight_rows
+from str_kernels.engine.logits import accumulator, kept_dtype, logit_slope, weight_rows
 from str_kernels.options import LossOptions
 from str_kernels.validation import labels_outside, validate_values, wrong_weights
 
 
-class RowPlan(NamedTuple):
-    """Which of N rows need which computation.
-
-    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
-    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]``: rows that need the K safety
-    columns; ``penalty_scale [N]`` or None: λ w. ``bad [1]`` or None: how many labels and weights
-    are out of range, where they have not been checked before; their rows have NaN as the loss.
-    """
-
-    labels: Tensor
-    labelled: Tensor
-    dense: Tensor
-    safety: Tensor
-    penalty_scale: Tensor | None
-    bad: Tensor | None = None
+def plan_for(
+    resolved: Resolved, inputs: RowInputs, vocab_size: int, tiles: Tiles | None
+) -> RowPlan:
+    """Return the backend's plan where the host must not wait, and else `plan_rows`."""
+    backend, options = resolved.backend, resolved.options
+    if isinstance(backend, Prepares) and not waits.allowed(inputs.labels.device):
+        return backend.prepare(inputs, options, vocab_size, tiles)
+    return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
 
 
 def plan_rows(
@@ -71,7 +67,7 @@ def plan_rows(
             position_weights = position_weights.to(dtype).masked_fill(wrong, math.nan)
     labels = labels.masked_fill(none, -1)
     if options.safety is None:
-        return RowPlan(labels, labelled, labelled, torch.zeros_like(labelled), None, bad)
+        return RowPlan(labels, labelled, labelled, None, None, bad)
     weights = labelled if position_weights is None else position_weights
     constrained = weights != 0
     dense = labelled | constrained if needs_lse(options.safety) else labelled
@@ -158,14 +154,14 @@ def silence(values: Tensor, silent: Tensor) -> Tensor:
     return values.masked_fill_(silent[:, None], 0.0)
 
 
-def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor | slice]]:
+def row_blocks(rows: Tensor, size: int, *, every: bool) -> Iterator[tuple[slice, Tensor | slice]]:
     """Yield each block's slice of ``rows [R]``, and its rows; even R = 0 gives one block.
 
-    If R = N = ``total`` both are the same slice, and indexing with it copies nothing.
+    If the rows are ``every`` row in order both are the same slice: indexing with it copies nothing.
     """
     for start in range(0, max(1, len(rows)), size):
         block = slice(start, min(start + size, len(rows)))
-        yield block, block if len(rows) == total else rows[block]
+        yield block, block if every else rows[block]
 
 
 def factor_of_logits(saved: Saved, coefficients: Coefficients) -> Tensor:

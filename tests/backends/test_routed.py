@@ -173,6 +173,30 @@ def test_only_the_block_that_is_off_is_screened_again():
     assert_close(got, exactly, 1e-3)
 
 
+class Together(Recorder):
+    """Screens two blocks as one."""
+
+    def screen_rows(self, head, size, screen):
+        return 2 * size
+
+    def screen(self, block, screen):
+        self.screens.append(len(block.labels))
+        return TorchBackend.screen(self, block, screen)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3], ids=["every row", "some rows"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "bias": True}], ids=str)
+def test_blocks_that_are_screened_as_one(options, ignored):
+    """Each block has its own rows' masses and slopes: the results of blocks screened alone."""
+    case = clustered_case(70, ignored=ignored, **options)
+    arguments = {"filter_eps": DEFAULT_EPS, "index": index_of(case), "screen": "exact"}
+    backend, alone = Together(), Recorder()
+    got, want = (case.run(backend=one, **arguments) for one in (backend, alone))
+    assert len(backend.screens) == -(-len(alone.screens) // 2) < len(alone.screens)
+    assert sum(backend.screens) == (case.labels >= 0).sum()
+    assert_close(got, want, 1e-12)
+
+
 @pytest.mark.parametrize("filter_eps", [0.0, DEFAULT_EPS])
 @pytest.mark.parametrize("kind", ["mse", "logprob"])
 def test_one_term_alone_has_its_gradient(kind, filter_eps):

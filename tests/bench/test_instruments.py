@@ -71,7 +71,7 @@ def test_one_gemm_is_the_whole_product():
 def test_ratios_are_paired(monkeypatch):
     """A call is compared with the units before and after it; the median is reported."""
     times = iter([1.0, 4.0, 3.0, 30.0, 7.0, 10.0, 3.0])  # unit, call, unit, call, …
-    monkeypatch.setattr(clock, "_timed", lambda call, device: next(times))
+    monkeypatch.setattr(clock, "elapsed", lambda call, device: next(times))
     timing = clock.paired(lambda: None, lambda: None, device=CPU, repeats=3)
     assert timing.ratios == [2.0, 6.0, 2.0]
     assert timing.ratio == 2.0
@@ -85,7 +85,7 @@ def test_queued_calls_are_paired_too(monkeypatch):
         counts.append(count)
         return call() * count
 
-    monkeypatch.setattr(clock, "_timed", timed)
+    monkeypatch.setattr(clock, "elapsed", timed)
     timing = clock.paired(lambda: 0.01, lambda: 0.002, device=CPU, repeats=2, queued=True)
     assert counts == [1] * 5 + [5] * 5  # 50 ms of calls a queue
     row = timing.as_row()

@@ -25,7 +25,16 @@ INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine", "penalty")
+WITHOUT_PRODUCTS = (
+    "threshold",
+    "route",
+    "plan",
+    "live",
+    "quantise",
+    "combine",
+    "prepare",
+    "penalty",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,10 @@ class TorchBackend:
         """See ``Backend.row_block``."""
         return blocks.row_block(self.byte_budget, head, rows, routed=routed)
 
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Screen a block at a time, for W is small beside its masses."""
+        return size
+
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         return exact_pass(block, wanted, self._columns(block))

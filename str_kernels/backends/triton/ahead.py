@@ -29,6 +29,7 @@ from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, lau
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
+from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
@@ -56,7 +57,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-FLOATS = ("logit_scale", "log_eps", "temperature")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -131,6 +132,7 @@ def cases(
         ("route", route_kernel, SCAN),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
         ("live", live_kernel, SCAN),
+        ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

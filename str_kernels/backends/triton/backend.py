@@ -15,6 +15,7 @@ from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
 from str_kernels.backends.triton.penalty import penalty_rows
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -30,11 +31,14 @@ from str_kernels.engine.contract import (
     Refined,
     Resolved,
     RowGradients,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     Statistics,
     TileMasses,
+    Tiles,
     Upstream,
     Wanted,
     Worklist,
@@ -54,8 +58,7 @@ class TritonBackend:
 
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
-            Gradients need more, and an 8-bit screen a quarter more for W's rows. Block sizes follow
-            from the budget alone, never from free memory.
+            Gradients need more. Block sizes follow from the budget alone, never from free memory.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
@@ -104,6 +107,13 @@ class TritonBackend:
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
 
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
+
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
@@ -122,6 +132,14 @@ class TritonBackend:
         launch = self._launch_on(kept.weight.device, "gradient", resolved.dtype, wide)
         with _on(kept.weight.device):
             return gradient_rows(kept, upstream, resolved, launch)
+
+    def screen_rows(self, head: Head, size: int, screen: str) -> int:
+        """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
+
+        Without 8 bits nothing is gained by that.
+        """
+        fitting = self.byte_budget // 2 // _screened_bytes(head) // size
+        return size * max(1, fitting) if screen in EIGHT_BITS else size
 
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
@@ -143,8 +161,9 @@ class TritonBackend:
         with _on(head.weight.device):
             if dtype is None:
                 return screen_tiles(block, launch)
-            # the quantised rows of W come on top of the block's own scratch
-            return screen_quantised(block, launch, dtype, self.byte_budget // 4)
+            # W's rows have what H's rows and the masses leave; no sums have been allocated yet
+            budget = self.byte_budget - len(head.hidden_states) * _screened_bytes(head)
+            return screen_quantised(block, launch, dtype, max(budget, self.byte_budget // 4))
 
     def route(self, block: Block, masses: TileMasses, eps: float) -> Worklist:
         """See ``Backend.route``; the memory of the log-masses is reused for ``dead``."""
@@ -203,6 +222,12 @@ class TritonBackend:
         refusal = self.refuses(screen, head.hidden_states.dtype, head.weight.device)
         if refusal is not None:
             raise ValueError(f"backend='triton': {refusal}.")
+
+
+def _screened_bytes(head: Head) -> int:
+    """Bytes of a row of H in 8 bits and its masses."""
+    vocab, dim = head.weight.shape
+    return dim + 4 * -(-vocab // TILE)
 
 
 def interpreted() -> bool:

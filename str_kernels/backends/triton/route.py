@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import label_places
-from str_kernels.backends.triton.tiles import LOWEST, TILE
+from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE
 from str_kernels.engine.contract import Block, TileMasses, Worklist
 from str_kernels.engine.tiles import LEAST_OPEN
 
@@ -38,6 +38,7 @@ def threshold_kernel(
     shift_ptr,
     threshold_ptr,
     rows,
+    stride,
     tiles,
     log_eps,
     BLOCK_R: tl.constexpr,
@@ -45,9 +46,10 @@ def threshold_kernel(
 ):
     """One program passes over all tiles of BLOCK_R rows and alone writes these rows of the outputs.
 
-    In: ``log_mass [T, R]`` fp32, relative to ``anchor [R]`` fp32; ``label [R]`` int32, a place in
-    the order or -1. Out: ``shift [R]`` fp32, the log-sum-exp over tiles, 0 where it is infinite,
-    not relative; ``threshold [R]`` fp32, the log-mass that a live pair must exceed.
+    In: ``log_mass [T, R]`` fp32, relative to ``anchor [R]`` fp32, its tiles ``stride`` numbers
+    apart; ``label [R]`` int32, a place in the order or -1. Out: ``shift [R]`` fp32, the log-sum-exp
+    over tiles, 0 where it is infinite, not relative; ``threshold [R]`` fp32, the log-mass that a
+    live pair must exceed.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
@@ -58,7 +60,7 @@ def threshold_kernel(
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
         mass = tl.load(
-            log_mass_ptr + tile.to(tl.int64)[:, None] * rows + row[None, :],
+            log_mass_ptr + tile.to(tl.int64)[:, None] * stride + row[None, :],
             mask=(tile < tiles)[:, None] & inside[None, :],
             other=float("-inf"),
         )
@@ -71,9 +73,12 @@ def threshold_kernel(
         top = higher
     lse = top + tl.log(whole)
     least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
-    tl.store(threshold_ptr + row, least + log_eps, mask=inside)
+    absent = label == ABSENT  # its masses are undefined
+    threshold = tl.where(absent, float("inf"), least + log_eps)
+    tl.store(threshold_ptr + row, threshold, mask=inside)
     shift = tl.load(anchor_ptr + row, mask=inside, other=0.0) + lse
-    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, shift), mask=inside)
+    shift = tl.where(absent | (tl.abs(lse) == float("inf")), 0.0, shift)
+    tl.store(shift_ptr + row, shift, mask=inside)
 
 
 @triton.jit
@@ -86,21 +91,22 @@ def route_kernel(
     list_ptr,
     count_ptr,
     rows,
+    stride,
     BLOCK: tl.constexpr,
 ):
     """One program passes over all rows of one tile and alone reads and writes the tile's entries.
 
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
-    ``log_mass [T, R]`` fp32, which becomes the dead share of ``exp(shift)``, and -0.0 on live
-    pairs. Out: ``list [T, R]`` int32, of which the first ``count [T]`` int32 entries are the tile's
-    live rows, ascending.
+    ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
+    ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending.
     """
     tile, count = tl.program_id(0), 0
-    base = tile.to(tl.int64) * rows
+    base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < rows
-        mass = tl.load(log_mass_ptr + base + row, mask=inside, other=float("-inf"))
+        mass = tl.load(masses + row, mask=inside, other=float("-inf"))
         threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
         label = tl.load(label_ptr + row, mask=inside, other=-1)
         live = inside & ((mass > threshold) | ((label >= 0) & (label // TILE == tile)))
@@ -110,8 +116,9 @@ def route_kernel(
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
+        share = tl.where(label == ABSENT, 0.0, share)
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
-        tl.store(log_mass_ptr + base + row, bits.to(tl.float32, bitcast=True), mask=inside)
+        tl.store(masses + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + tile, count)
 
@@ -153,18 +160,29 @@ def plan_kernel(
 
 def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     """List the live pairs; the memory of the log-masses is reused for ``dead``."""
-    log_mass = masses.log_mass.T.contiguous()
-    count, rows = log_mass.shape
+    log_mass = masses.log_mass.T
+    if log_mass.stride(1) != 1:
+        log_mass = log_mass.contiguous()
+    (count, rows), stride = log_mass.shape, log_mass.stride(0)
     label = label_places(block)
     shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
     log_eps = math.log(eps) if eps else -math.inf
     threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
-        log_mass, masses.anchor, label, shift, threshold, rows, count, log_eps, **THRESHOLD
+        log_mass,
+        masses.anchor,
+        label,
+        shift,
+        threshold,
+        rows,
+        stride,
+        count,
+        log_eps,
+        **THRESHOLD,
     )
     listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
     counts = torch.zeros(count, dtype=torch.int32, device=log_mass.device)
     route_kernel[(count,)](
-        log_mass, masses.anchor, shift, threshold, label, listed, counts, rows, **SCAN
+        log_mass, masses.anchor, shift, threshold, label, listed, counts, rows, stride, **SCAN
     )
     return Worklist(listed, counts, shift, log_mass.T)
 

@@ -19,6 +19,7 @@ from str_kernels.backends.triton.quantise import quantised
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
+    all_absent,
     finish_logits,
     grouped,
     products,
@@ -30,6 +31,7 @@ from str_kernels.engine.logits import columns_of
 
 POINTERS = {
     "i64": ("order",),
+    "i32": ("label",),
     "fp32": ("hidden_scale", "weight_scale", "anchor", "log_mass", "slope"),
 }
 
@@ -43,6 +45,7 @@ def screen_kernel(
     order_ptr,
     bias_ptr,
     anchor_ptr,
+    label_ptr,
     log_mass_ptr,
     slope_ptr,
     rows,
@@ -59,12 +62,15 @@ def screen_kernel(
 
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order
-    [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32. Out: ``log_mass
+    [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32, ``label [R]``
+    int32, or None where no row is absent. Out: ``log_mass
     [T, R]`` fp32, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
     softcap's derivative, or None.
     """
     block, tile = grouped(rows, tl.cdiv(vocab, TILE), BLOCK_R, GROUP)
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    if all_absent(label_ptr, row, rows):
+        return
     position = tile * TILE + tl.arange(0, TILE)
     total = products(
         hidden_ptr,
@@ -157,6 +163,7 @@ def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch)
         given.order,
         given.bias,
         found.anchor,
+        given.places,
         found.log_mass,
         found.slope,
         given.rows,

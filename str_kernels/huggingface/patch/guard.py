@@ -34,6 +34,11 @@ class AccuracyGuard:
         self._every, self._losses, self._notices = every, 0, notices
         self.last_report: AccuracyReport | None = None
 
+    @property
+    def due(self) -> bool:
+        """Whether the next training loss will be checked."""
+        return self._every is not None and self._losses % self._every == 0
+
     def after_loss(
         self, operands: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
     ) -> dict[str, Any]:
@@ -42,8 +47,9 @@ class AccuracyGuard:
         The first fallback is an exact screen, the second the exact pass. The arguments are those of
         ``check_accuracy``.
         """
+        due = self.due
         self._losses += 1
-        if self._every is None or (self._losses - 1) % self._every:
+        if not due:
             return {}
         report = check_accuracy(*operands, options, **inputs)
         self.last_report = report or self.last_report

@@ -7,13 +7,14 @@ import torch
 
 from str_kernels import VocabularyIndex
 from str_kernels.backends.torch import TorchBackend
-from str_kernels.backends.triton import TritonBackend
+from str_kernels.backends.triton import TritonBackend, screen
 from str_kernels.backends.triton.quantise import quantised
 from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from tests.backends.test_routed import clustered_case
+from tests.oracle import assert_close
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS.values(), ids=str)
@@ -78,6 +79,37 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.2], ids=["every row", "some rows"])
+def test_w_is_quantised_once_a_call(monkeypatch, ignored):
+    """Blocks of rows are screened together, some tiles at a time, and routed one by one."""
+    case = clustered_case(300, 2 * TILE + 19, 32, ignored=ignored, softcap=5.0).to(torch.bfloat16)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    counted, real = [], screen.quantised
+    monkeypatch.setattr(screen, "quantised", lambda *a, **k: counted.append(k) or real(*a, **k))
+    backend = TritonBackend(byte_budget=1 << 14)
+    monkeypatch.setattr(TritonBackend, "screen_rows", lambda *_: 512)
+    arguments = {"index": index, "screen": "int8", "filter_eps": 2.0**-11}
+    got = case.run(backend=backend, **arguments)
+    places = [k["places"] for k in counted if "places" in k]
+    groups = -(-int((case.labels >= 0).sum()) // 512)
+    assert len(places) > groups  # some tiles at a time
+    assert sum(map(len, places)) == groups * len(case.weight)
+    monkeypatch.setattr(TritonBackend, "screen_rows", lambda self, head, size, screen: size)
+    assert_close(got, case.run(backend=backend, **arguments), 1e-6)
+
+
+def test_rows_screened_together_stay_within_the_budget():
+    """Their masses and rows of H take half of it at most; without 8 bits a block is screened."""
+    head = Head(torch.empty(8192, 4096), torch.empty(128256, 4096, device="meta"), None)
+    backend = TritonBackend()
+    size = backend.row_block(head, 8192, routed=True)
+    assert backend.screen_rows(head, size, "exact") == size < 8192
+    together = backend.screen_rows(head, size, "int8")
+    assert together >= 8192  # all of them at the shape that the launch table is made for
+    assert together % size == 0
+    assert together * (4096 + 4 * 1002) <= backend.byte_budget / 2
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
