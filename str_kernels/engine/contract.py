@@ -115,8 +115,9 @@ class Columns(NamedTuple):
     difference: Tensor | None = None
 
     def part(self, rows: Tensor | slice) -> Columns:
-        """Those of some rows."""
-        return Columns(*(None if x is None else x[rows] for x in self))
+        """Those of some rows, but for the safety logits, which no block reads."""
+        kept = (None if x is None else x[rows] for x in self._replace(safety=None))
+        return Columns(*kept)
 
 
 class Block(NamedTuple):
@@ -379,6 +380,31 @@ class Saved(NamedTuple):
     probabilities: Tensor | None
 
 
+class Upstream(NamedTuple):
+    """The upstream gradients of N rows.
+
+    ``cross_entropy [N]``, of any stride; ``penalty [N]`` or None: that of the penalty times λ w,
+    zero on rows without a constraint; ``dense [N]`` bool or None for all: which of the rows in
+    `Kept` have row gradients.
+    """
+
+    cross_entropy: Tensor
+    penalty: Tensor | None = None
+    dense: Tensor | None = None
+
+
+class RowGradients(NamedTuple):
+    """What the backward of N rows makes: ``hidden [N, D]`` if the hidden states need a gradient.
+
+    With a constraint also ``beta [N, K]``, the penalty's derivatives by ``H Wᵀ + b`` at the safety
+    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it.
+    """
+
+    hidden: Tensor | None = None
+    beta: Tensor | None = None
+    d_lse: Tensor | None = None
+
+
 class SafetyTerm(NamedTuple):
     """The constraint's part of a weight's gradient: ``ids [K]``, ``weight [K, D]``, ``bias [K]``.
 
@@ -437,6 +463,17 @@ class RowStages(Protocol):
         """Compute the logits of the label, the safety tokens and the anchors of N rows.
 
         ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        """
+
+    def penalty(
+        self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Compute ``scale · C [N]``, zero where ``scale [N]``, λ w, is zero."""
+
+    def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+        """Scale the row gradients and add the constraint's K columns.
+
+        A row with an upstream gradient of zero adds nothing, even where its logits overflowed.
         """
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from str_kernels import waits
-from str_kernels.constraint import constraint_terms, needs_lse
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Block,
     Dense,
@@ -31,7 +31,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, kept_dtype, log_probabilities
+from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -281,11 +281,8 @@ class _Work:
         scale = self.plan.penalty_scale
         if scale is None:
             return torch.zeros_like(losses)
-        safety, values = self.options.safety, statistics.safety_logits
-        if needs_lse(safety):
-            values = log_probabilities(values, statistics)
-        value = constraint_terms(safety, values, self.inputs.reference).value
-        return torch.where(scale != 0, scale * value, 0.0)
+        stages = row_stages(self.resolved.backend)
+        return stages.penalty(self.options, statistics, self.inputs.reference, scale)
 
     def _kept(self, statistics: Statistics) -> Kept:
         # the returned tensors themselves are kept: autograd then notices an in-place change

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from str_kernels.engine.contract import Backend, RowStages
 from str_kernels.engine.logits import exact_columns
+from str_kernels.engine.penalty import gradient_rows, penalty_rows
 
 
 class TorchStages:
     """``RowStages`` documents the stages."""
 
     columns = staticmethod(exact_columns)
+    penalty = staticmethod(penalty_rows)
+    gradient = staticmethod(gradient_rows)
 
 
 def row_stages(backend: Backend) -> RowStages:

@@ -24,11 +24,13 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.gradient import TOKENS, gradient_kernel
 from str_kernels.backends.triton.hot import hot_kernel
 from str_kernels.backends.triton.launch import ROWWISE, SCAN, SHARES, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
+from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
@@ -59,7 +61,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-_FLOATS = ("logit_scale", "log_eps", "strength", "most")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -131,7 +133,10 @@ def cases(
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
         kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
         yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
+    penalty = {"softcap": constants["softcap"], **PENALTY}
     for name, kernel, blocks in (
+        ("penalty", penalty_kernel, {"KL": True, **penalty}),
+        ("penalty", penalty_kernel, {"KL": False, **penalty}),
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
         ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
@@ -174,6 +179,7 @@ def _stages(choice: _Choice) -> Iterator[Case]:
     yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
     yield choice.case("expected", expected_kernel)
     yield choice.case("weight", weight_kernel)
+    yield choice.case("gradient", gradient_kernel, TOKENS=TOKENS)
 
 
 def _blocks(launch: Launch) -> dict[str, int]:
@@ -191,7 +197,7 @@ def compile_case(case: Case, arch: int | str) -> Compiled:
         elif name in case.constants:
             signature[name], constants[name] = "constexpr", case.constants[name]
         else:
-            signature[name] = "fp32" if name in _FLOATS else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(case.kernel.arg_names)

@@ -15,6 +15,7 @@ from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
 from str_kernels.backends.triton.fitting import with_default
+from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import (
     EXACT,
     FEWEST_FILTERED,
@@ -28,6 +29,7 @@ from str_kernels.backends.triton.launch import (
     launch_for,
 )
 from str_kernels.backends.triton.mend import reset_rows, rows_off
+from str_kernels.backends.triton.penalty import penalty_rows
 from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_again, route_pairs
@@ -45,9 +47,12 @@ from str_kernels.engine.contract import (
     Columns,
     Dense,
     Head,
+    Kept,
     OpenRows,
     Refined,
+    Resolved,
     Routed,
+    RowGradients,
     RowInputs,
     RowPlan,
     RowShares,
@@ -56,6 +61,7 @@ from str_kernels.engine.contract import (
     Statistics,
     TileMasses,
     Tiles,
+    Upstream,
     Wanted,
     Worklist,
 )
@@ -149,6 +155,20 @@ class TritonBackend:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
             return exact_columns(block, needed, self._launch(block.head, "columns"))
+
+    def penalty(
+        self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
+    ) -> Tensor:
+        """See ``RowStages.penalty``."""
+        with _on(scale.device):
+            return penalty_rows(options, statistics, reference, scale)
+
+    def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+        """See ``RowStages.gradient``."""
+        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
+        launch = self._launch_on(kept.weight.device, "gradient", resolved.dtype, wide)
+        with _on(kept.weight.device):
+            return gradient_rows(kept, upstream, resolved, launch)
 
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
@@ -283,10 +303,14 @@ class TritonBackend:
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
         """Return a stage's sizes; ``dtype`` is that of its operands where it is not H's."""
-        arch, operands = arch_of(head.weight.device), head.hidden_states.dtype
+        operands = head.hidden_states.dtype
         wide = dtype is None and head.weight.dtype.itemsize > operands.itemsize
-        dtype = operands if dtype is None else dtype
-        table = launch_for(arch, stage, dtype, wide_weight=wide)
+        return self._launch_on(head.weight.device, stage, dtype or operands, wide)
+
+    def _launch_on(
+        self, device: torch.device, stage: Stage, dtype: torch.dtype, wide: bool
+    ) -> Launch:
+        table = launch_for(arch_of(device), stage, dtype, wide_weight=wide)
         return self.launches.get((stage, kind_of(dtype)), table)
 
     def _require(self, head: Head, screen: str) -> None:
