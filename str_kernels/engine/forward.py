@@ -97,8 +97,8 @@ def forward_rows(
 class _Finished(NamedTuple):
     """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
 
-    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path, and where
-    the backend judges it.
+    These are None where they stand among those of all rows. ``error [R]``: the screen's error in
+    the log-sum-exp, in nats; None on the exact path, and where the backend judges it.
     """
 
     dense: Dense
@@ -135,6 +135,7 @@ class _Work:
         self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
         self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         self.parts = self._parts(self.size)
+        self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -235,6 +236,7 @@ class _Work:
             ce, by_lse = row_gradients(backend, block, dense)
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
+        ce, by_lse = self._in_place(0, part, ce), self._in_place(1, part, by_lse)
         return _Finished(dense, loss, ce, by_lse, error)
 
     def _no_rows(self) -> _Finished:
@@ -248,6 +250,18 @@ class _Work:
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
         dense = Dense(statistics, none, none, none, None, None, None)
         return _Finished(dense, none, gradient, by_lse, none)
+
+    def _in_place(self, which: int, part: slice, gradient: Tensor | None) -> Tensor | None:
+        """Move a block's row gradients into those of all rows, so that none is there twice.
+
+        The only block's stay as they are.
+        """
+        if gradient is None or len(self.parts) == 1:
+            return gradient
+        if self.gradients[which] is None:
+            self.gradients[which] = gradient.new_empty(len(self.rows), gradient.shape[1])
+        self.gradients[which][part] = gradient
+        return None
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
@@ -284,6 +298,9 @@ class _Work:
         stages = row_stages(self.resolved.backend)
         return stages.penalty(self.options, statistics, self.inputs.reference, scale)
 
+    def _gradient(self, which: int, of_one: Tensor | None) -> Tensor | None:
+        return of_one if self.gradients[which] is None else self.gradients[which]
+
     def _kept(self, statistics: Statistics) -> Kept:
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
@@ -296,8 +313,8 @@ class _Work:
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,
-            ce_gradient=_joined([block.ce_gradient for block in self.blocks]),
-            lse_gradient=_joined([block.lse_gradient for block in self.blocks]),
+            ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
+            lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
             open_mass=None,
         )
         if not self.trained:

@@ -80,7 +80,8 @@ class TritonBackend:
 
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
-            Gradients need more. Block sizes follow from the budget alone, never from free memory.
+            Gradients need more: a row of H keeps one of D numbers, and up to 256 bytes, whether it
+            has a label or not. Block sizes follow from the budget alone, never from free memory.
         exact: the products of the exact pass: "blas" is the vendor's, in fp32 and bf16; "triton"
             is in every dtype; "auto" is the vendor's wherever they can run.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
