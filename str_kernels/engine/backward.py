@@ -26,7 +26,7 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.logits import safety_ids
 from str_kernels.engine.rows import plan_for, weight_coefficients
-from str_kernels.engine.stages import row_stages
+from str_kernels.engine.stages import row_stages, whole_head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -91,7 +91,7 @@ class _Backward:
         hidden = kept.hidden_states[rows].contiguous()
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
-        head = Head(hidden, kept.weight, kept.bias)
+        head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
         return self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(

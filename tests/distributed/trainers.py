@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,8 +24,10 @@ class First(TrainerCallback):
 
     def __init__(self) -> None:
         self.gradients: dict | None = None
+        self.sharded = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.sharded = isinstance(model, FSDPModule)
         self.gradients = self.gradients or gradients(model)
 
 
@@ -62,7 +67,7 @@ def run(case: Case, trainer: Any, first: First) -> Found:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return Found(log["loss"], first.gradients, log)
+    return Found(log["loss"], first.gradients, {**log, "sharded": first.sharded})
 
 
 def rows_of(case: Case) -> list[dict[str, Any]]:
@@ -76,6 +81,41 @@ def fresh_state() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
+
+
+@contextmanager
+def fsdp_on_cpus() -> Iterator[None]:
+    """Let accelerate shard on CPUs too; by itself it does so on accelerators alone."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    real = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None:
+            AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = plugin
+
+    AcceleratorState.__init__ = init
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = real
+
+
+def train_sharded(
+    case: Case, config: dict[str, Any], *, by_trl: bool = False, **more: Any
+) -> Found:
+    """One step of a trainer with accelerate's FSDP2."""
+    layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    layers["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
+    with fsdp_on_cpus():
+        by = train_by_trl if by_trl else train
+        found = by(case, fsdp=True, fsdp_config={"version": 2, **layers, **config}, **more)
+    assert found.more["sharded"]
+    return found
 
 
 def train(case: Case, *, reference: str = "adapter_off", **more: Any) -> Found:
