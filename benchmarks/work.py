@@ -116,6 +116,7 @@ def routed(
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
         _combine(shape, parts=2),
+        _gradient(shape, launches["backward"]),
     ]
 
 
@@ -162,7 +163,8 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         logits + shape.head + 2 * sums,
     )
     columns = _columns(shape, launches["columns"], 0)
-    return [columns, softmax, expected, _combine(shape, parts=1)]
+    gradient = _gradient(shape, launches["backward"])
+    return [columns, softmax, expected, _combine(shape, parts=1), gradient]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
@@ -201,6 +203,12 @@ def _combine(shape: Shape, parts: int) -> Work:
     """Count expected rows, the label's, and with two parts the dead pairs', in one pass."""
     loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
     return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
+
+
+def _gradient(shape: Shape, launch: Launch) -> Work:
+    """Count the row gradients, which are read once, and each row's upstream gradient."""
+    loaded = shape.states + 4 * shape.rows * -(-shape.dim // launch.block_e)
+    return Work("gradient", "fp32", 0, loaded, shape.states, 0, 2 * shape.states)
 
 
 def _screen(shape: Shape, launch: Launch, eight_bits: bool) -> Work:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
     ABSENT,
     Block,
@@ -23,12 +22,12 @@ from str_kernels.engine.contract import (
     SafetyTerm,
     Saved,
     Tiles,
+    Upstream,
 )
-from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
-from str_kernels.engine.rows import plan_for, row_blocks, silence, weight_coefficients
-from str_kernels.engine.stages import whole_head
+from str_kernels.engine.logits import safety_ids
+from str_kernels.engine.rows import plan_for, weight_coefficients
+from str_kernels.engine.stages import row_stages, whole_head
 
-_SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -43,15 +42,14 @@ def backward_rows(
 
     An upstream gradient of None means zero.
     """
-    upstream = (grad_cross_entropy, grad_penalty)
-    upstream = [torch.zeros_like(kept.lse) if grad is None else grad for grad in upstream]
+    if grad_cross_entropy is None:
+        grad_cross_entropy = torch.zeros_like(kept.lse)
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
     with torch.autocast(kept.lse.device.type, enabled=False):
-        backward = _Backward(kept, tiles, resolved, *upstream)
-        hidden = backward.hidden_gradient() if needs[0] else None
+        backward = _Backward(kept, tiles, resolved, grad_cross_entropy, grad_penalty)
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
-    return hidden, weight, bias
+    return backward.found.hidden, weight, bias
 
 
 class _Backward:
@@ -63,54 +61,20 @@ class _Backward:
         tiles: Tiles | None,
         resolved: Resolved,
         grad_cross_entropy: Tensor,
-        grad_penalty: Tensor,
+        grad_penalty: Tensor | None,
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
         inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
         self.plan = plan_for(resolved, inputs, len(kept.weight), tiles)
-        whole = len(kept.rows) == len(self.plan.labels)
-        self.every = whole and self.plan.listed is None
-        self.make = torch.empty if whole else torch.zeros  # some rows may never be written
+        self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
-        self.beta = self.d_lse = self.ids = None
-        if self.options.constrained:
-            self._differentiate_penalty(grad_penalty * self.plan.penalty_scale)
-
-    def _differentiate_penalty(self, scale: Tensor) -> None:
-        """Set β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
-        safety, kept = self.options.safety, self.kept
-        values = kept.safety_logits
-        if needs_lse(safety):
-            values = log_probabilities(values, kept)
-        terms = constraint_terms(safety, values, kept.reference)
-        on = scale != 0
-        beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, self.options)
-        self.beta = torch.where(on[:, None], beta, 0.0)
-        if terms.d_lse is not None:
-            self.d_lse = torch.where(on, scale * terms.d_lse, 0.0)
-        self.ids = safety_ids(safety, kept.lse.device)
-
-    def hidden_gradient(self) -> Tensor:
-        """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""
-        kept, dtype = self.kept, self.resolved.dtype
-        shape = (len(self.plan.labels), kept.weight.shape[1])
-        out = self.make(shape, dtype=dtype, device=kept.weight.device)
-        size = max(1, _SCRATCH // shape[1])
-        for block, rows in row_blocks(kept.rows, size, every=self.every):
-            gradient = _scaled(kept.ce_gradient[block], self.grad_cross_entropy[rows])
-            if self.d_lse is not None:
-                gradient += _scaled(kept.lse_gradient[block], self.d_lse[rows])
-            if self.beta is not None:
-                gradient += self._safety_part(rows)
-            out[rows] = gradient.to(dtype)
-        if self.beta is not None:
-            for rows in kept.safety_alone.split(size):
-                out[rows] = self._safety_part(rows).to(dtype)
-        return out
-
-    def _safety_part(self, rows: Tensor | slice) -> Tensor:
-        return self.beta[rows] @ self.kept.weight[self.ids].to(self.dtype)
+        penalty = None
+        if self.options.constrained and grad_penalty is not None:
+            penalty = grad_penalty * self.plan.penalty_scale
+        dense = None if self.plan.listed is None else self.plan.dense
+        upstream = Upstream(grad_cross_entropy, penalty, dense)
+        self.found = row_stages(resolved.backend).gradient(kept, upstream, resolved)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
@@ -120,7 +84,7 @@ class _Backward:
             self.plan,
             kept.lse,
             self.grad_cross_entropy,
-            self.d_lse,
+            self.found.d_lse,
             options=self.options,
             vocab_size=len(kept.weight),
         )
@@ -147,22 +111,16 @@ class _Backward:
         listed = self.plan.listed
         if listed is None:
             return Block(head, self.plan.labels[rows], self.tiles, self.options)
-        return Block(head, listed.labels, self.tiles, self.options, listed.places)
+        return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
 
     def _safety_term(self) -> SafetyTerm | None:
-        if self.beta is None:
+        if self.found.beta is None:
             return None
+        ids, beta = safety_ids(self.options.safety, self.kept.lse.device), self.found.beta
         if self.plan.listed is None:
             rows = self.plan.safety.nonzero()[:, 0]
-            beta, hidden = self.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+            beta, hidden = beta[rows], self.kept.hidden_states[rows].to(self.dtype)
         else:
-            beta = self.beta
             hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
             hidden = hidden.to(self.dtype)
-        return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Multiply rows ``[R, D]`` by their upstream gradients ``[R]``, in the dtype of the latter."""
-    # a row with an upstream gradient of zero adds nothing, even where its logits overflowed
-    return silence(gradient * upstream[:, None], upstream == 0)
+        return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))

@@ -69,12 +69,14 @@ class Listed(NamedTuple):
 
     ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
     labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
-    as places in the order of the vocabulary.
+    as places in the order of the vocabulary. ``off []`` int32 counts the rows whose screen was
+    wrong; it begins with 0.
     """
 
     rows: Tensor
     labels: Tensor
     places: Tensor
+    off: Tensor
 
 
 class RowPlan(NamedTuple):
@@ -113,8 +115,9 @@ class Columns(NamedTuple):
     difference: Tensor | None = None
 
     def part(self, rows: Tensor | slice) -> Columns:
-        """Those of some rows."""
-        return Columns(*(None if x is None else x[rows] for x in self))
+        """Those of some rows, but for the safety logits, which no block reads."""
+        kept = (None if x is None else x[rows] for x in self._replace(safety=None))
+        return Columns(*kept)
 
 
 class Block(NamedTuple):
@@ -236,6 +239,14 @@ class Refined(NamedTuple):
     mass: Tensor
     expected: Tensor | None
     maximum: Tensor
+
+
+class Routed(NamedTuple):
+    """The results of screen, routing and refinement of one block."""
+
+    masses: TileMasses
+    work: Worklist
+    refined: Refined
 
 
 class OpenRows(NamedTuple):
@@ -369,6 +380,31 @@ class Saved(NamedTuple):
     probabilities: Tensor | None
 
 
+class Upstream(NamedTuple):
+    """The upstream gradients of N rows.
+
+    ``cross_entropy [N]``, of any stride; ``penalty [N]`` or None: that of the penalty times λ w,
+    zero on rows without a constraint; ``dense [N]`` bool or None for all: which of the rows in
+    `Kept` have row gradients.
+    """
+
+    cross_entropy: Tensor
+    penalty: Tensor | None = None
+    dense: Tensor | None = None
+
+
+class RowGradients(NamedTuple):
+    """What the backward of N rows makes: ``hidden [N, D]`` if the hidden states need a gradient.
+
+    With a constraint also ``beta [N, K]``, the penalty's derivatives by ``H Wᵀ + b`` at the safety
+    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it.
+    """
+
+    hidden: Tensor | None = None
+    beta: Tensor | None = None
+    d_lse: Tensor | None = None
+
+
 class SafetyTerm(NamedTuple):
     """The constraint's part of a weight's gradient: ``ids [K]``, ``weight [K, D]``, ``bias [K]``.
 
@@ -392,6 +428,29 @@ class Prepares(Protocol):
     ) -> RowPlan:
         """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
 
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """Put loss and statistics of blocks ``[R]`` in their places ``[N]``.
+
+        A row that is absent has a loss of 0, and the statistics of ``engine.forward``.
+        """
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """Compute rows again, from an exact screen on, whose screen was wrong by ``most`` nats.
+
+        ``routed`` is corrected in place, and their number is added to ``number``.
+        """
+
 
 @runtime_checkable
 class RowStages(Protocol):
@@ -404,6 +463,17 @@ class RowStages(Protocol):
         """Compute the logits of the label, the safety tokens and the anchors of N rows.
 
         ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        """
+
+    def penalty(
+        self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Compute ``scale · C [N]``, zero where ``scale [N]``, λ w, is zero."""
+
+    def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+        """Scale the row gradients and add the constraint's K columns.
+
+        A row with an upstream gradient of zero adds nothing, even where its logits overflowed.
         """
 
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from str_kernels.constraint import constraint_terms, needs_lse
+from str_kernels import waits
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
-    ABSENT,
     Block,
     Dense,
     Head,
     Kept,
     Resolved,
+    Routed,
     RowInputs,
     RowTerms,
     Statistics,
@@ -29,7 +31,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, kept_dtype, log_probabilities
+from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -95,7 +97,8 @@ def forward_rows(
 class _Finished(NamedTuple):
     """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
 
-    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path.
+    These are None where they stand among those of all rows. ``error [R]``: the screen's error in
+    the log-sum-exp, in nats; None on the exact path, and where the backend judges it.
     """
 
     dense: Dense
@@ -133,6 +136,7 @@ class _Work:
         self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
         self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         self.parts = self._parts(self.size)
+        self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -164,18 +168,16 @@ class _Work:
         """
         if self.tiles is None or self.screen == "exact":
             return []
+        if self.plan.listed is not None:  # the backend has computed such rows again
+            waits.judge_later(self.plan.listed.off, partial(_say_too_coarse, self.screen))
+            return []
         # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
         return torch.stack(off).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
-        say_once(
-            f"str_kernels: the logits are too large for the {self.screen} screen, which was wrong "
-            f"by more than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened "
-            "exactly",
-            logging.WARNING,
-        )
+        _say_too_coarse(self.screen)
         for place in places:
             self.blocks[place] = None  # frees its memory first
             part = self.parts[place]
@@ -212,21 +214,30 @@ class _Work:
     def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
         """Compute one block, from its masses (None: exactly) to row gradients."""
         block, backend, error = self._given(part), self.resolved.backend, None
+        listed = self.plan.listed
         if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
+            if listed is not None and self.screen != "exact":
+                backend.mend(
+                    block,
+                    Routed(masses, work, refined),
+                    self.wanted,
+                    eps=self.resolved.eps,
+                    most=_SCREEN_ERROR,
+                    number=listed.off,
+                )
             dense = join_pairs(block, masses, work, refined, self.wanted)
-            error = (dense.statistics.lse - work.shift).abs()
-            if self.plan.listed is not None:
-                error = error.masked_fill_(block.labels == ABSENT, 0.0)
+            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
             ce, by_lse = row_gradients(backend, block, dense)
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
+        ce, by_lse = self._in_place(0, part, ce), self._in_place(1, part, by_lse)
         return _Finished(dense, loss, ce, by_lse, error)
 
     def _no_rows(self) -> _Finished:
@@ -241,41 +252,55 @@ class _Work:
         dense = Dense(statistics, none, none, none, None, None, None)
         return _Finished(dense, none, gradient, by_lse, none)
 
+    def _in_place(self, which: int, part: slice, gradient: Tensor | None) -> Tensor | None:
+        """Move a block's row gradients into those of all rows, so that none is there twice.
+
+        The only block's stay as they are.
+        """
+        if gradient is None or len(self.parts) == 1:
+            return gradient
+        if self.gradients[which] is None:
+            self.gradients[which] = gradient.new_empty(len(self.rows), gradient.shape[1])
+        self.gradients[which][part] = gradient
+        return None
+
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
-        of_blocks = [block.dense.statistics for block in self.blocks]
-        statistics = Statistics(
-            **{
-                name: self._scatter([getattr(block, name) for block in of_blocks], fill)
-                for name, fill in _ABSENT.items()
-            },
-            safety_logits=self.columns.safety,
-        )
-        losses = self._scatter([block.loss for block in self.blocks], 0.0)
-        losses = torch.where(self.plan.labelled, losses, 0.0)
+        of_blocks = [(block.loss, block.dense.statistics) for block in self.blocks]
+        if self.plan.listed is None:
+            losses, statistics = self._scattered(of_blocks)
+        else:
+            losses, statistics = self.resolved.backend.scatter(self.plan, of_blocks)
+        statistics = statistics._replace(safety_logits=self.columns.safety)
         terms = RowTerms(losses, self._penalty(losses, statistics), statistics)
         return terms, self._kept(statistics)
+
+    def _scattered(self, blocks: list[tuple[Tensor, Statistics]]) -> tuple[Tensor, Statistics]:
+        """Implement `Prepares.scatter` for rows that the host has listed."""
+        losses = self._scatter([loss for loss, _ in blocks], 0.0)
+        found = {
+            name: self._scatter([getattr(block, name) for _, block in blocks], fill)
+            for name, fill in _ABSENT.items()
+        }
+        return torch.where(self.plan.labelled, losses, 0.0), Statistics(**found)
 
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
         if values is None or self.every:
             return values
-        if self.plan.listed is None:
-            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
-        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
-        return scattered.masked_fill_(~self.plan.dense, fill)
+        return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""
         scale = self.plan.penalty_scale
         if scale is None:
             return torch.zeros_like(losses)
-        safety, values = self.options.safety, statistics.safety_logits
-        if needs_lse(safety):
-            values = log_probabilities(values, statistics)
-        value = constraint_terms(safety, values, self.inputs.reference).value
-        return torch.where(scale != 0, scale * value, 0.0)
+        stages = row_stages(self.resolved.backend)
+        return stages.penalty(self.options, statistics, self.inputs.reference, scale)
+
+    def _gradient(self, which: int, of_one: Tensor | None) -> Tensor | None:
+        return of_one if self.gradients[which] is None else self.gradients[which]
 
     def _kept(self, statistics: Statistics) -> Kept:
         # the returned tensors themselves are kept: autograd then notices an in-place change
@@ -289,8 +314,8 @@ class _Work:
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,
-            ce_gradient=_joined([block.ce_gradient for block in self.blocks]),
-            lse_gradient=_joined([block.lse_gradient for block in self.blocks]),
+            ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
+            lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
             open_mass=None,
         )
         if not self.trained:
@@ -301,6 +326,14 @@ class _Work:
         }
         head = self.head
         return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
+
+def _say_too_coarse(screen: str) -> None:
+    say_once(
+        f"str_kernels: the logits are too large for the {screen} screen, which was wrong by more "
+        f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+        logging.WARNING,
+    )
 
 
 def _joined(values: list[Tensor | None]) -> Tensor | None:

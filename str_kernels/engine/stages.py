@@ -6,6 +6,7 @@ import logging
 
 from str_kernels.engine.contract import Backend, Head, RowStages
 from str_kernels.engine.logits import exact_columns
+from str_kernels.engine.penalty import gradient_rows, penalty_rows
 from str_kernels.notices import say_once
 
 
@@ -13,6 +14,8 @@ class TorchStages:
     """``RowStages`` documents the stages."""
 
     columns = staticmethod(exact_columns)
+    penalty = staticmethod(penalty_rows)
+    gradient = staticmethod(gradient_rows)
 
 
 def whole_head(head: Head, backend: Backend) -> Head:

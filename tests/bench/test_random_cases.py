@@ -13,7 +13,7 @@ from benchmarks.random_cases import check as checking
 from benchmarks.random_cases.check import check
 from benchmarks.random_cases.draw import OPTIONS, draw, draw_options
 from str_kernels.constraint import constraint_terms
-from str_kernels.engine import finish, forward
+from str_kernels.engine import finish, penalty
 
 # what `python -m benchmarks.random_cases` does at length
 SEEDS = [seed for seed in range(70) if draw_options(seed)["backend"] != "triton"]
@@ -66,7 +66,7 @@ def test_a_constraint_that_is_off_is_found(monkeypatch):
         terms = constraint_terms(safety, values, reference)
         return terms._replace(value=terms.value * (1 + 1e-4))
 
-    monkeypatch.setattr(forward, "constraint_terms", wrong)
+    monkeypatch.setattr(penalty, "constraint_terms", wrong)
     assert found()
 
 

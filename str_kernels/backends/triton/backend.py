@@ -15,6 +15,7 @@ from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
 from str_kernels.backends.triton.fitting import with_default
+from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import (
     EXACT,
     FEWEST_FILTERED,
@@ -28,10 +29,18 @@ from str_kernels.backends.triton.launch import (
     kind_of,
     launch_for,
 )
+from str_kernels.backends.triton.mend import reset_rows, rows_off
+from str_kernels.backends.triton.penalty import penalty_rows
 from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
-from str_kernels.backends.triton.route import route_pairs
-from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
+from str_kernels.backends.triton.route import route_again, route_pairs
+from str_kernels.backends.triton.scatter import scatter_rows
+from str_kernels.backends.triton.screen import (
+    screen_again,
+    screen_kernel,
+    screen_quantised,
+    screen_tiles,
+)
 from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
@@ -39,15 +48,21 @@ from str_kernels.engine.contract import (
     Columns,
     Dense,
     Head,
+    Kept,
     OpenRows,
     Refined,
+    Resolved,
+    Routed,
+    RowGradients,
     RowInputs,
     RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
+    Statistics,
     TileMasses,
     Tiles,
+    Upstream,
     Wanted,
     Worklist,
 )
@@ -65,7 +80,8 @@ class TritonBackend:
 
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
-            Gradients need more. Block sizes follow from the budget alone, never from free memory.
+            Gradients need more: a row of H keeps one of D numbers, and up to 256 bytes, whether it
+            has a label or not. Block sizes follow from the budget alone, never from free memory.
         exact: the products of the exact pass: "blas" is the vendor's, in fp32 and bf16; "triton"
             is in every dtype; "auto" is the vendor's wherever they can run.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
@@ -143,6 +159,20 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return exact_columns(block, needed, self._launch(block.head, "columns"))
 
+    def penalty(
+        self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
+    ) -> Tensor:
+        """See ``RowStages.penalty``."""
+        with _on(scale.device):
+            return penalty_rows(options, statistics, reference, scale)
+
+    def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+        """See ``RowStages.gradient``."""
+        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
+        launch = self._launch_on(kept.weight.device, "backward", resolved.dtype, wide)
+        with _on(kept.weight.device):
+            return gradient_rows(kept, upstream, resolved, launch)
+
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
 
@@ -198,6 +228,43 @@ class TritonBackend:
     @with_default("refine")
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
+        return self._refine(block, work, wanted)
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """See ``Prepares.mend``; the masses had become ``dead``, and are masses again meanwhile."""
+        (_, slope, anchor), work, sums = routed
+        with _on(block.head.weight.device):
+            # few rows are no reason to multiply all with the hot tiles again
+            tiles = block.tiles._replace(hot=0)
+            again = block._replace(places=rows_off(block, routed, most, number), tiles=tiles)
+            self._screen_again(again, TileMasses(work.dead, slope, anchor))
+            route_again(again, anchor, work, eps)
+            reset_rows(sums, again.places)
+        self._refine(again, work, wanted, sums)
+
+    @with_default("screen")
+    def _screen_again(self, block: Block, masses: TileMasses) -> None:
+        screen_again(block, masses, self._launch(block.head, "screen"))
+
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """See ``Prepares.scatter``."""
+        with _on(plan.labels.device):
+            return scatter_rows(plan, blocks)
+
+    def _refine(
+        self, block: Block, work: Worklist, wanted: Wanted, sums: Refined | None = None
+    ) -> Refined:
         device = block.head.weight.device
         sizes = {
             "launch": self._launch(block.head, "refine"),
@@ -206,8 +273,8 @@ class TritonBackend:
         }
         with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return refine_in_order(block, work, wanted, **sizes)
-            return refine_pairs(block, work, wanted, **sizes)
+                return refine_in_order(block, work, wanted, sums, **sizes)
+            return refine_pairs(block, work, wanted, sums, **sizes)
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
         """See ``Backend.combine``; the opened rows are left unchanged."""
@@ -239,10 +306,14 @@ class TritonBackend:
 
     def _launch(self, head: Head, stage: Stage, dtype: torch.dtype | None = None) -> Launch:
         """Return a stage's sizes; ``dtype`` is that of its operands where it is not H's."""
-        arch, operands = arch_of(head.weight.device), head.hidden_states.dtype
+        operands = head.hidden_states.dtype
         wide = dtype is None and head.weight.dtype.itemsize > operands.itemsize
-        dtype = operands if dtype is None else dtype
-        table = launch_for(arch, stage, dtype, wide_weight=wide)
+        return self._launch_on(head.weight.device, stage, dtype or operands, wide)
+
+    def _launch_on(
+        self, device: torch.device, stage: Stage, dtype: torch.dtype, wide: bool
+    ) -> Launch:
+        table = launch_for(arch_of(device), stage, dtype, wide_weight=wide)
         return self.launches.get((stage, kind_of(dtype)), table)
 
     def _require(self, head: Head, screen: str) -> None:

@@ -16,7 +16,9 @@ from str_kernels.options import TILE
 
 Exact = Literal["auto", "blas", "triton"]
 EXACT: tuple[Exact, ...] = get_args(Exact)
-Stage = Literal["columns", "screen", "softmax", "refine", "expected", "gradient", "weight"]
+Stage = Literal[
+    "columns", "screen", "softmax", "refine", "expected", "gradient", "weight", "backward"
+]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -80,6 +82,8 @@ DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("expected", "single"): Launch(32, 0, 64),
     ("weight", "half"): Launch(64, 0, 128),
     ("weight", "single"): Launch(32, 0, 64),
+    ("backward", "half"): Launch(32, 0, 64, warps=4),
+    ("backward", "single"): Launch(32, 0, 64, warps=4),
 }
 
 _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {

@@ -184,15 +184,17 @@ def refine_pairs(
     block: Block,
     work: Worklist,
     wanted: Wanted,
+    sums: Refined | None = None,
     *,
     launch: Launch,
     programs: int,
     byte_budget: int,
 ) -> Refined:
-    """Refine the live pairs and add them up with atomics."""
+    """Refine the live pairs and add them up with atomics, to ``sums`` if there are any."""
     pairs = _pairs(block, work, launch, programs)
-    plan, sums = pairs.plan(), pairs.first_sums(block.tiles.hot, wanted, byte_budget)
-    pairs.add(plan, sums, byte_budget // 4)
+    if sums is None:
+        sums = pairs.first_sums(block.tiles.hot, wanted, byte_budget)
+    pairs.add(pairs.plan(), sums, byte_budget // 4)
     return sums
 
 
@@ -200,6 +202,7 @@ def refine_in_order(
     block: Block,
     work: Worklist,
     wanted: Wanted,
+    sums: Refined | None = None,
     *,
     launch: Launch,
     programs: int,
@@ -211,7 +214,9 @@ def refine_in_order(
     ``torch.use_deterministic_algorithms``.
     """
     pairs = _pairs(block, work, launch, programs)
-    plan, sums = pairs.plan(), pairs.first_sums(block.tiles.hot, wanted, byte_budget)
+    plan = pairs.plan()
+    if sums is None:
+        sums = pairs.first_sums(block.tiles.hot, wanted, byte_budget)
     chunks = int(plan[0, 0])  # the one number that is read back, to allocate the slots
     step = max(1, byte_budget // (4 * pairs.given.dim * launch.block_r))
     for part in plan[1 : 1 + chunks].split(step):

@@ -18,6 +18,7 @@ from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import GROUP, Operands, common, operands, tuning
 from str_kernels.backends.triton.quantise import quantised
 from str_kernels.backends.triton.tiles import (
+    ABSENT,
     LOWEST,
     TILE,
     all_absent,
@@ -52,6 +53,7 @@ def screen_kernel(
     log_mass_ptr,
     slope_ptr,
     rows,
+    stride,
     vocab,
     logit_scale,
     dim: tl.constexpr,
@@ -66,9 +68,9 @@ def screen_kernel(
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order
     [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32, ``label [R]``
-    int32, or None where no row is absent. Out: ``log_mass
-    [T, R]`` fp32, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
-    softcap's derivative, or None.
+    int32, or None where no row is absent. Out: ``log_mass [T, R]`` fp32, its tiles ``stride``
+    numbers apart, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
+    softcap's derivative, or None. Absent rows are not written.
     """
     block, tile = grouped(rows, tl.cdiv(vocab, TILE), BLOCK_R, GROUP)
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -103,12 +105,15 @@ def screen_kernel(
         top = tl.maximum(tl.max(z, 1), LOWEST)
         p = tl.exp(z - top[:, None])
     mass = tl.sum(p, 1)
-    out = tile.to(tl.int64) * rows + row
+    out = tile.to(tl.int64) * stride + row
     anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
-    tl.store(log_mass_ptr + out, (top - anchor) + tl.log(mass), mask=row < rows)
+    here = row < rows
+    if label_ptr is not None:
+        here &= tl.load(label_ptr + row, mask=here, other=ABSENT) != ABSENT
+    tl.store(log_mass_ptr + out, (top - anchor) + tl.log(mass), mask=here)
     if slope_ptr is not None:
         slope = tl.sum(p * softcap_slope(z, softcap), 1) / tl.maximum(mass, 1e-30)
-        tl.store(slope_ptr + out, slope, mask=row < rows)
+        tl.store(slope_ptr + out, slope, mask=here)
 
 
 class _Scales(NamedTuple):
@@ -124,6 +129,12 @@ def screen_tiles(block: Block, launch: Launch) -> TileMasses:
     found = _empty_masses(block, given)
     _screen(given, _Scales(), found, launch)
     return _by_rows(found)
+
+
+def screen_again(block: Block, masses: TileMasses, launch: Launch) -> None:
+    """Screen the rows that are not absent once more, with the operands' own dtype, in place."""
+    found = TileMasses(*(None if x is None else x.T for x in masses[:2]), masses.anchor)
+    _screen(operands(block), _Scales(), found, launch)
 
 
 def screen_quantised(
@@ -182,6 +193,7 @@ def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch)
         found.log_mass,
         found.slope,
         given.rows,
+        found.log_mass.stride(0),
         **common(given),
         GROUP=GROUP,
         **tuning(launch, "RD"),

@@ -54,7 +54,7 @@ def _case():
 
 
 def _launches(screen=DTYPE):
-    stages = ("columns", "softmax", "gradient", "refine", "expected", "weight")
+    stages = ("columns", "softmax", "gradient", "refine", "expected", "weight", "backward")
     chosen = {stage: launch_for(0, stage, DTYPE) for stage in stages}
     return chosen | {"screen": launch_for(0, "screen", screen)}
 
