@@ -98,17 +98,20 @@ def routed(
     *,
     eight_bits: bool = False,
     kept: bool = False,
+    hot: int = 0,
 ) -> list[Work]:
     """List a block's forward and backward with a frozen head; ``counts [T]`` are live rows.
 
     ``eight_bits``: the screen has 8 bits; ``kept``: W's quantised rows are there, by the index or
-    an earlier block of the same call.
+    an earlier block of the same call; ``hot``: so many tiles, the first ones, take all rows.
     """
+    counts = counts[hot:]
     return [
         _columns(shape, launches["columns"], _ANCHORS),
         *([_quantise(shape, kept)] if eight_bits else []),
         _screen(shape, launches["screen"], eight_bits),
         _route(shape, counts),
+        *([_hot(shape, hot)] if hot else []),
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
         _combine(shape, parts=2),
@@ -243,6 +246,21 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
     added = live * (4 * dim + 8)
     plan = 12 * chunks + 4
     return Work("refine", "operands", forward + back, loaded, plan, added, memory)
+
+
+def _hot(shape: Shape, tiles: int) -> Work:
+    """Count torch's two products with the gathered rows of W, and the kernel between them."""
+    words, sums = tiles * TILE, 4 * shape.rows * shape.dim
+    rows, pairs = words * shape.dim * shape.size, shape.rows * words
+    loaded = 3 * rows + shape.states + (2 * 4 + shape.size) * pairs + sums
+    stored = rows + (4 + shape.size) * pairs + 2 * sums
+    memory = 2 * rows + shape.states + sums
+    return Work("hot tiles", "operands", 4 * pairs * shape.dim, loaded, stored, 0, memory)
+
+
+def padded(counts: Tensor, launch: Launch) -> int:
+    """Count the pairs of chunks of live rows ``counts [T]``, padding included."""
+    return _chunks(counts, launch.block_r) * launch.block_r
 
 
 def _dead(stage: str, shape: Shape) -> Work:

@@ -79,8 +79,8 @@ def stages(run: Run) -> None:
         if run.todo(name, case):
             run.add(name, case, **_by_stage(run, case, name))
     for name, screen, index in (
-        ("screen int8", "int8", case.index),
-        ("screen int8, W kept in int8", "int8", run.kept_index(run.sizes.heads[0])),
+        (f"screen {run.cheap}", run.cheap, case.index),
+        (f"screen {run.cheap}, W kept", run.cheap, run.kept_index(run.sizes.heads[0])),
         ("screen, 16 bits", "exact", case.index),
     ):
         _screen(run, case, name, screen=screen, index=index)
@@ -161,7 +161,7 @@ def _refine(run: Run, case: Case, index: VocabularyIndex, suffix: str) -> None:
     part = case.first(len(block.labels))
 
     def routed() -> Worklist:
-        return backend.route(block, backend.screen(block, "int8"), DEFAULT_EPS)
+        return backend.route(block, backend.screen(block, run.cheap), DEFAULT_EPS)
 
     name = f"screen and route{suffix}"
     if run.todo(name, part):  # together, for routing reuses the screen's memory
@@ -203,6 +203,6 @@ def _quantise(run: Run, case: Case) -> None:
     def call() -> None:
         for first in range(0, len(case.weight), slice_rows):
             places = range(first, min(first + slice_rows, len(case.weight)))
-            quantised(case.weight, EIGHT_BITS["int8"], order=index.order, places=places)
+            quantised(case.weight, EIGHT_BITS[run.cheap], order=index.order, places=places)
 
     run.add("quantise W", case, **run.timed(call, case).as_row())

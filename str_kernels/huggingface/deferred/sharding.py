@@ -6,10 +6,10 @@ loss. Nothing here gathers by itself; the framework that split the weight does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 _OF_TENSOR_PARALLELISM = "_hf_tp_plan"  # transformers' name of a module's part in its plan
@@ -36,7 +36,7 @@ def why_unusable(model: nn.Module, head: nn.Module) -> str | None:
         return "its weights are on the meta device"
     if any(map(is_sharded, model.parameters())) or _is_flat(head):
         return "its weights are sharded"
-    return "its weights are sharded" if any(map(_is_fsdp1, model.modules())) else None
+    return "its weights are sharded" if any(map(is_fsdp1, model.modules())) else None
 
 
 def row_count(head: nn.Module) -> int:
@@ -98,7 +98,7 @@ def is_freed(tensor: Tensor) -> bool:
 
 def _refuse_owner(head: nn.Module) -> None:
     refuse_zero3(head)
-    if any(map(_is_fsdp1, head.modules())):
+    if any(map(is_fsdp1, head.modules())):
         raise ValueError(
             "model: FSDP1 has wrapped its head as a unit of its own, whose weight is gone before "
             "the loss: leave the head in the root unit (out of the auto-wrap policy), or use FSDP2."
@@ -110,16 +110,18 @@ def _refuse_owner(head: nn.Module) -> None:
         )
 
 
-def _is_fsdp1(module: nn.Module) -> bool:
-    return torch.distributed.is_available() and isinstance(
-        module, torch.distributed.fsdp.FullyShardedDataParallel
-    )
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether this is a wrapper of FSDP1."""
+    return _is_fsdp(module, "FullyShardedDataParallel")
 
 
 def _is_fsdp2(module: nn.Module) -> bool:
-    return torch.distributed.is_available() and isinstance(
-        module, torch.distributed.fsdp.FSDPModule
-    )
+    return _is_fsdp(module, "FSDPModule")
+
+
+def _is_fsdp(module: nn.Module, kind: str) -> bool:
+    package = sys.modules.get("torch.distributed.fsdp")  # nothing is of a class nobody imported
+    return package is not None and isinstance(module, getattr(package, kind))
 
 
 def _is_flat(head: nn.Module) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from str_kernels.huggingface.deferred.sharding import is_fsdp1
+
 
 def is_first() -> bool:
     """Whether this process is the first, or the only one: it alone warns and writes files."""
@@ -60,7 +62,7 @@ def together(model: nn.Module) -> Together:
     if wrapper is not None:
         return Together((wrapper.process_group,))
     for module in model.modules():
-        if isinstance(module, distributed.fsdp.FullyShardedDataParallel):
+        if is_fsdp1(module):
             return Together((module.process_group,))
     meshes = (getattr(p, "device_mesh", None) for p in model.parameters())
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
