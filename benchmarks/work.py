@@ -134,7 +134,10 @@ def routed_weight(shape: Shape, counts: Tensor, launches: dict[str, Launch]) -> 
 
 
 def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[Work]:
-    """List forward and backward with a frozen head and every logit computed."""
+    """List forward and backward with a frozen head and every logit computed.
+
+    The first kernel reads each tile's labels twice: first to see whether any row is there.
+    """
     rows, _, dim, size = shape
     first, second = launches["softmax"], launches["expected"]
     logits, wide = shape.pairs * TILE * size, -(-dim // second.block_e)
@@ -144,7 +147,7 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         "softmax",
         "operands",
         _product(blocks * shape.tiles, first.block_r, dim, first.block_d),
-        blocks * shape.tiles * (first.block_r + TILE) * dim * size + 4 * shape.pairs,
+        blocks * shape.tiles * (first.block_r + TILE) * dim * size + 8 * shape.pairs,
         logits + 16 * shape.pairs,
         0,
         _from_memory(shape, first) + logits + 16 * shape.pairs,

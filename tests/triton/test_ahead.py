@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +134,35 @@ def test_pointer_types_name_parameters():
         stated = {f"{name}_ptr" for names in table.values() for name in names}
         taken = {name for k in kernels if k.__module__ == module for name in k.arg_names}
         assert stated <= taken, module
+
+
+# The oldest Triton that the code needs, that of the GPU which was measured, and the newest.
+VERSIONS = ("3.4", "3.6", "3.9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_versions_of_triton(version):
+    """Hopper's kernels compile without a spill with each of these versions.
+
+    The installed one is tested as it is; another one in the folder that STR_KERNELS_TRITON_3_4 (or
+    _3_6, _3_9) names, where ``pip install --target`` has put it. Without a folder the skip says
+    which version has not been run.
+    """
+    name = "STR_KERNELS_TRITON_" + version.replace(".", "_")
+    folder = os.environ.get(name)
+    if folder is None and not metadata.version("triton").startswith(version + "."):
+        pytest.skip(f"not run with Triton {version}: {name} names no folder that has it")
+    path = [*([folder] if folder else []), str(Path(__file__).parents[2]), *sys.path]
+    code = (
+        "import triton\n"
+        "from tests.triton.test_ahead import ahead, check\n"
+        f"assert triton.__version__.startswith('{version}.'), triton.__version__\n"
+        "for case in ahead.cases(90, full=True):\n"
+        "    check(90, case)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
