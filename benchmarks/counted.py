@@ -61,6 +61,7 @@ def main() -> None:
 def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each screen with a frozen head, the trainable head, and both exact paths."""
     launches = launches_for(chip, case.hidden_states.dtype)
+    hot = tiles_of(case.weight, case.index, fresh=False).hot
     for screen in ("exact", *EIGHT_BITS):
         chosen = launches_for(chip, case.hidden_states.dtype, EIGHT_BITS.get(screen))
         counts = live_counts(case, screen)
@@ -68,11 +69,19 @@ def counted(case: Case, chip: str) -> Iterator[dict[str, Any]]:
         for block, shape in zip(counts, _shapes(case), strict=True):
             # the blocks here are few enough to be screened as one, with W quantised once
             kept = bool(stages)
-            stages += work.routed(shape, block, chosen, eight_bits=eight_bits, kept=kept)
+            stages += work.routed(shape, block, chosen, eight_bits=eight_bits, kept=kept, hot=hot)
         whole, every = _shape(case, len(case.labels)), torch.stack(counts).sum(0)
         live = every.sum().item() / whole.pairs
-        yield _row("frozen", screen, stages, whole, live)
+        refined = sum(work.padded(block[hot:], chosen["refine"]) for block in counts)
+        facts = {"hot": hot, "hot_live": (every[:hot].sum() / every.sum()).item()}
+        facts["refined"] = refined / whole.pairs
+        yield _row("frozen", screen, stages, whole, live) | facts
         if screen == "exact":  # quantised rows of a weight that moves would go stale
+            stages = [
+                stage
+                for block, shape in zip(counts, _shapes(case), strict=True)
+                for stage in work.routed(shape, block, chosen)
+            ]
             stages += work.routed_weight(whole, every, launches)
             yield _row("trainable", screen, stages, whole, live)
     stages = [stage for shape in _exact_shapes(case) for stage in exact_stages(shape, launches)]
@@ -86,7 +95,7 @@ def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = Non
     from str_kernels.backends.triton.launch import launch_for
 
     arch = int(chip) if chip.isdecimal() else chip
-    stages = ("columns", "softmax", "refine", "expected", "weight")
+    stages = ("columns", "softmax", "gradient", "refine", "expected", "weight")
     chosen = {stage: launch_for(arch, stage, dtype) for stage in stages}
     return chosen | {"screen": launch_for(arch, "screen", screen or dtype)}
 
@@ -169,8 +178,10 @@ def text(rows: list[dict]) -> str:
     parts = [
         "Counted, not timed: a GEMM is `2·N·V·D` operations on the operands' type, one on 8 bits "
         "is half. *refine* has 2 · live and the padding of its chunks; *dead* is torch's "
-        f"product with the tiles' mean rows, 1/{TILE}. Bytes are as issued: most loads are served "
-        "by L2, *memory* is the least that is not.\n"
+        f"product with the tiles' mean rows, 1/{TILE}. *hot* are the products of all rows with "
+        "the index's hot tiles, which hold *in hot* of the live pairs; *refined* are the other "
+        "ones with their padding, of all pairs. Bytes are as issued: most loads are served by L2, "
+        "*memory* is the least that is not.\n"
     ]
     for (case, dtype, count, chip), mine in groups.items():
         vocab, dim = mine[0]["shape"][1:3]
@@ -182,7 +193,8 @@ def text(rows: list[dict]) -> str:
 
 
 def _table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    headings = ["head", "screen", "GEMMs", "live", "screen's", "refine's", "weight's", "dead's"]
+    headings = ["head", "screen", "GEMMs", "live", "in hot", "refined"]
+    headings += ["screen's", "hot's", "refine's", "weight's", "dead's"]
     headings += ["GiB loaded", "stored", "added", "memory"]
     return headings, [_line(row) for row in rows]
 
@@ -200,7 +212,9 @@ def _line(row: dict) -> list[str]:
         row["screen"],
         f"**{row['gemms']:.3f}**",
         f"{row['live']:.1%}",
+        *(f"{row[name]:.1%}" if row.get("hot") else "" for name in ("hot_live", "refined")),
         gemms("screen", "softmax"),
+        gemms("hot tiles"),
         gemms("refine", "expected"),
         gemms("logits again", "weight"),
         gemms("dead tiles", "weight, dead tiles"),

@@ -98,17 +98,20 @@ def routed(
     *,
     eight_bits: bool = False,
     kept: bool = False,
+    hot: int = 0,
 ) -> list[Work]:
     """List a block's forward and backward with a frozen head; ``counts [T]`` are live rows.
 
     ``eight_bits``: the screen has 8 bits; ``kept``: W's quantised rows are there, by the index or
-    an earlier block of the same call.
+    an earlier block of the same call; ``hot``: so many tiles, the first ones, take all rows.
     """
+    counts = counts[hot:]
     return [
         _columns(shape, launches["columns"], _ANCHORS),
         *([_quantise(shape, kept)] if eight_bits else []),
         _screen(shape, launches["screen"], eight_bits),
         _route(shape, counts),
+        *([_hot(shape, hot)] if hot else []),
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
         _combine(shape, parts=2),
@@ -245,6 +248,21 @@ def _refine(shape: Shape, counts: Tensor, launch: Launch) -> Work:
     return Work("refine", "operands", forward + back, loaded, plan, added, memory)
 
 
+def _hot(shape: Shape, tiles: int) -> Work:
+    """Count torch's two products with the gathered rows of W, and the kernel between them."""
+    words, sums = tiles * TILE, 4 * shape.rows * shape.dim
+    rows, pairs = words * shape.dim * shape.size, shape.rows * words
+    loaded = 3 * rows + shape.states + (2 * 4 + shape.size) * pairs + sums
+    stored = rows + (4 + shape.size) * pairs + 2 * sums
+    memory = 2 * rows + shape.states + sums
+    return Work("hot tiles", "operands", 4 * pairs * shape.dim, loaded, stored, 0, memory)
+
+
+def padded(counts: Tensor, launch: Launch) -> int:
+    """Count the pairs of chunks of live rows ``counts [T]``, padding included."""
+    return _chunks(counts, launch.block_r) * launch.block_r
+
+
 def _dead(stage: str, shape: Shape) -> Work:
     """Count ``[R, T] @ [T, D]``, torch's product, in bf16 if the operands have 16 bits."""
     sums = shape.states
@@ -257,7 +275,7 @@ def _dead(stage: str, shape: Shape) -> Work:
 def _weight(
     shape: Shape, counts: Tensor, launches: dict[str, Launch], listed: int, *, ordered: bool
 ) -> list[Work]:
-    first, second = launches["softmax"], launches["weight"]
+    first, second = launches["gradient"], launches["weight"]
     live, dim, size = int(counts.sum()), shape.dim, shape.size
     chunks, wide = _chunks(counts, first.block_r), -(-dim // second.block_e)
     touched = int((counts > 0).sum()) * TILE * dim * size

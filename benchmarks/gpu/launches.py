@@ -49,13 +49,13 @@ def screen(run: Run) -> None:
     """Time every size of the screen, the 8-bit ones first."""
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
     backend = TritonBackend()
-    block = block_of(case, rows_screened(backend, case, "int8"), backend)
+    block = block_of(case, rows_screened(backend, case, run.cheap), backend)
     part = case.first(len(block.labels))
     plain = plain_of(block)
     for key, name, variant in _variants(run, SCREENS):
         if not run.todo(name, part):
             continue
-        precision = "int8" if key[1] == "byte" else "exact"
+        precision = run.cheap if key[1] == "byte" else "exact"
         try:
             masses = variant.screen(block, precision)
             found = screen_error(plain, masses)
@@ -73,7 +73,7 @@ def refine(run: Run) -> None:
     backend = TritonBackend()
     block = block_of(case, rows_of_block(backend, case), backend)
     part = case.first(len(block.labels))
-    work = backend.route(block, backend.screen(block, "int8"), DEFAULT_EPS)
+    work = backend.route(block, backend.screen(block, run.cheap), DEFAULT_EPS)
     plain = plain_of(block)
     for _, name, variant in _variants(run, REFINES):
         if not run.todo(name, part):

@@ -29,7 +29,7 @@ def head(run: Run) -> None:
 
 
 def _kept(index: VocabularyIndex) -> Contender:
-    """Return ours with W's rows kept in int8, which takes half of W's memory again."""
+    """Return ours with W's rows kept in 8 bits, which takes half of W's memory again."""
 
     def loss(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total, parts = linear_cross_entropy(
@@ -37,7 +37,7 @@ def _kept(index: VocabularyIndex) -> Contender:
         )
         return total, parts.lse
 
-    return Contender("ours-kept", "the index keeps W's rows in int8", loss)
+    return Contender("ours-kept", "the index keeps W's rows in 8 bits", loss)
 
 
 def _inputs(case: Case, truth: Truth) -> dict:

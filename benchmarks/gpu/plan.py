@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 # Seconds of each step, 540 together. What a step leaves unused, the next ones may use.
 BUDGETS = {
-    "unit": 40,  # copy bandwidth, the bare product, clocks
-    "profile": 50,  # one call under torch's profiler: busy, idle, launches, waits
-    "stages": 45,  # events around each stage, and the refinement's variants
+    "unit": 60,  # imports, inputs, copy bandwidth, the bare product, clocks
+    "profile": 45,  # one call under torch's profiler: busy, idle, launches, waits
+    "stages": 50,  # events around each stage, and the refinement's variants
     "exact": 40,  # every logit, by cuBLAS and by Triton
-    "screen": 55,  # launch sizes of the screen
-    "refine": 55,  # launch sizes of the refinement
-    "head": 125,  # the head beside every peer
-    "lora": 55,  # LoRA steps of a whole model
+    "screen": 50,  # launch sizes of the screen
+    "refine": 50,  # launch sizes of the refinement
+    "head": 120,  # the head beside every peer
+    "lora": 50,  # LoRA steps of a whole model
     "tests": 75,  # pytest -m gpu
 }
 INSTALL_S = 90  # of ``--install``, on top
@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
     backend: str
     launches: int | None  # so many launch sizes are tried; None: all
     queued: bool  # whether calls are timed in queues, too
+    hot: int  # tiles that are hot whatever the index found; 0: as it found
 
 
 FULL = Sizes(
@@ -60,6 +61,7 @@ FULL = Sizes(
     backend="auto",
     launches=None,
     queued=True,
+    hot=0,
 )
 # The same code on a CPU, in Triton's interpreter: a rehearsal, whose figures mean nothing.
 SMALL = Sizes(
@@ -74,4 +76,5 @@ SMALL = Sizes(
     backend="triton",
     launches=1,
     queued=False,
+    hot=1,
 )

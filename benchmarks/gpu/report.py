@@ -163,10 +163,17 @@ def _stages(rows: list[Row]) -> str:
         ]
         table = markdown([f"{row['name']}, {shape(row)}", "ms", "units (single)"], lines)
         parts.append(f"{table}\nThe stages hold {row['in_stages']:.0%} of the whole.")
-    alone = [[f"{row['name']}, {shape(row)}", *times(row)] for row in mine if TIMED in row]
+    alone = [[f"{_live(row)}, {shape(row)}", *times(row)] for row in mine if TIMED in row]
     if alone:
         parts.append(f"By themselves:\n\n{markdown(['stage', *HEADINGS], alone)}")
     return "\n\n".join(parts)
+
+
+def _live(row: Row) -> str:
+    """Return the name, with how much of the vocabulary was computed exactly."""
+    if "live" not in row:
+        return row["name"]
+    return f"{row['name']} ({row['live']:.1%} of the pairs live, {row['hot']} tiles hot)"
 
 
 def _unit_ms(rows: list[Row]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,7 +50,7 @@ class Run:
         return self._inputs(head)[0].first(rows)
 
     def kept_index(self, head: tuple[int, int]) -> VocabularyIndex:
-        """Return the index of this head, with W's rows kept in int8."""
+        """Return the index of this head, with W's rows kept in 8 bits."""
         return self._inputs(head)[1]
 
     def _inputs(self, head: tuple[int, int]) -> tuple[Case, VocabularyIndex]:
@@ -58,11 +58,18 @@ class Run:
             self._kept = {}  # one head at a time
             case = synthetic(max(self.sizes.rows), *head, device=self.device)
             case = case.cast(torch.bfloat16)
-            kept = VocabularyIndex.build(case.weight, case.calibration, screen="int8")
+            kept = VocabularyIndex.build(case.weight, case.calibration, screen=self.cheap)
+            if self.sizes.hot:
+                kept = replace(kept, hot=torch.arange(self.sizes.hot, device=self.device))
             vars(case)["index"] = replace(kept, quantised=None, row_scales=None)
             self._kept[head] = case, kept
             self.settle()
         return self._kept[head]
+
+    @property
+    def cheap(self) -> Literal["int8", "fp8"]:
+        """The 8-bit screen that this chip has; every one has int8 or fp8."""
+        return "fp8" if self.ours().refuses("int8", torch.bfloat16, self.device) else "int8"
 
     def ours(self) -> Backend:
         """Return our backend, of its own, so that a step may change it."""

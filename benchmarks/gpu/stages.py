@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,16 +75,17 @@ def stages(run: Run) -> None:
     Two marks around each launch cost microseconds; what a stage waits for the host is in it.
     """
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
-    for name in ("ours", "ours-kept", "ours-str", "ours-exact"):
+    for name in ("ours", "ours-kept", "ours-cold", "ours-str", "ours-exact"):
         if run.todo(name, case):
             run.add(name, case, **_by_stage(run, case, name))
     for name, screen, index in (
-        ("screen int8", "int8", case.index),
-        ("screen int8, W kept in int8", "int8", run.kept_index(run.sizes.heads[0])),
+        (f"screen {run.cheap}", run.cheap, case.index),
+        (f"screen {run.cheap}, W kept", run.cheap, run.kept_index(run.sizes.heads[0])),
         ("screen, 16 bits", "exact", case.index),
     ):
         _screen(run, case, name, screen=screen, index=index)
-    _refine(run, case)
+    _refine(run, case, case.index, "")
+    _refine(run, case, cold(case.index), ", no tile hot")
     if run.todo("quantise W", case):
         _quantise(run, case)
 
@@ -95,8 +97,8 @@ def _by_stage(run: Run, case: Case, name: str) -> dict[str, Any]:
     if name == "ours-exact":
         settings["filter_eps"] = 0.0
     else:
-        head = run.sizes.heads[0]
-        settings["index"] = run.kept_index(head) if name == "ours-kept" else case.index
+        indices = {"ours-kept": run.kept_index(run.sizes.heads[0]), "ours-cold": cold(case.index)}
+        settings["index"] = indices.get(name, case.index)
     if name == "ours-str":
         settings["safety"], settings["reference"] = case.usual_constraint
     found = []
@@ -112,6 +114,11 @@ def _by_stage(run: Run, case: Case, name: str) -> dict[str, Any]:
     medians = {key: statistics.median(one[key] for one in found[1:]) for key in found[-1]}
     named = sum(ms for key, ms in medians.items() if key not in ("whole", "forward", "backward"))
     return {"ms": medians, "in_stages": named / medians["whole"]}
+
+
+def cold(index: VocabularyIndex) -> VocabularyIndex:
+    """Return the same order with no tile multiplied for every row."""
+    return replace(index, hot=None)
 
 
 def block_of(
@@ -147,31 +154,33 @@ def _screen(run: Run, case: Case, name: str, *, screen: str, index: VocabularyIn
         run.add(name, part, **timing.as_row())
 
 
-def _refine(run: Run, case: Case) -> None:
+def _refine(run: Run, case: Case, index: VocabularyIndex, suffix: str) -> None:
     """Time the refinement of one block, and how it adds up its sums."""
     backend = run.ours()
-    block = block_of(case, rows_of_block(backend, case), backend)
+    block = block_of(case, rows_of_block(backend, case), backend, index)
     part = case.first(len(block.labels))
 
     def routed() -> Worklist:
-        return backend.route(block, backend.screen(block, "int8"), DEFAULT_EPS)
+        return backend.route(block, backend.screen(block, run.cheap), DEFAULT_EPS)
 
-    if run.todo("screen and route", part):  # together, for routing reuses the screen's memory
-        run.add("screen and route", part, **run.timed(routed, part).as_row())
+    name = f"screen and route{suffix}"
+    if run.todo(name, part):  # together, for routing reuses the screen's memory
+        run.add(name, part, **run.timed(routed, part).as_row())
     work = routed()
     live = work.live().float().mean().item()
-    for name, wanted, ordered in (
+    for what, wanted, ordered in (
         ("refine, logits alone", LOGITS, False),
         ("refine, sums added by atomics", BOTH, False),
         ("refine, sums stored and added in order", BOTH, True),
     ):
+        name = f"{what}{suffix}"
         if run.todo(name, part):
 
             def refined(wanted=wanted, ordered=ordered):
                 with _deterministic(ordered):
                     return backend.refine(block, work, wanted)
 
-            run.add(name, part, live=live, **run.timed(refined, part).as_row())
+            run.add(name, part, live=live, hot=block.tiles.hot, **run.timed(refined, part).as_row())
 
 
 @contextmanager
@@ -194,6 +203,6 @@ def _quantise(run: Run, case: Case) -> None:
     def call() -> None:
         for first in range(0, len(case.weight), slice_rows):
             places = range(first, min(first + slice_rows, len(case.weight)))
-            quantised(case.weight, EIGHT_BITS["int8"], order=index.order, places=places)
+            quantised(case.weight, EIGHT_BITS[run.cheap], order=index.order, places=places)
 
     run.add("quantise W", case, **run.timed(call, case).as_row())

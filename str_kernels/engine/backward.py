@@ -26,6 +26,7 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
 from str_kernels.engine.rows import plan_for, row_blocks, silence, weight_coefficients
+from str_kernels.engine.stages import whole_head
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -126,7 +127,7 @@ class _Backward:
         hidden = kept.hidden_states[rows].contiguous()
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
-        head = Head(hidden, kept.weight, kept.bias)
+        head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
         return self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(

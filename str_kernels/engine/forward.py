@@ -37,7 +37,7 @@ from str_kernels.engine.rows import (
     row_blocks,
     row_gradients,
 )
-from str_kernels.engine.stages import row_stages
+from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
@@ -112,6 +112,7 @@ class _Work:
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
+        self.weight, head = head.weight, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         vocab_size = len(head.weight)
@@ -280,7 +281,7 @@ class _Work:
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
-            weight=self.head.weight,
+            weight=self.weight,
             hidden_states=None,
             bias=None,
             lse=statistics.lse,

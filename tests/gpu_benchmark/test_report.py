@@ -34,6 +34,7 @@ def folder(tmp_path):
         {"step": "profile", "name": "ours", **SHAPE, **profile},
         {"step": "stages", "name": "ours", **SHAPE, "in_stages": 0.75}
         | {"ms": {"screen": 5.55, "refine": 3.0, "forward": 11.0, "backward": 0.4, "whole": 11.4}},
+        {"step": "stages", "name": "refine", **SHAPE, **OURS, "live": 0.049, "hot": 31},
         {"step": "head", "name": "ours", **SHAPE, **OURS, **MEMORY, "contender": "ours"},
         {"step": "head", "name": "quack", **SHAPE, "reason": "not installed"},
         {"step": "screen", "name": "screen byte: a", **SHAPE, **OURS, "lse_error": 0.05},
@@ -65,6 +66,7 @@ def test_everything_is_in_the_tables(folder):
         in text
     )
     assert "| screen | 5.55 | 0.500 |" in text
+    assert "| refine (4.9% of the pairs live, 31 tiles hot), N 8,192" in text
     assert "The stages hold 75% of the whole." in text
     assert "| 33% | cudaStreamSynchronize 5 |" in text
     assert "screen\\|kernel" in text

@@ -54,6 +54,18 @@ def test_fp8_needs_a_chip_that_has_it(capability):
         assert backend.refuses("int8", torch.bfloat16, CUDA) is None
 
 
+def test_a_chip_without_int8(capability):
+    """sm_103 has no int8 tensor instruction: int8 is refused there, and fp8 offered."""
+    backend = selection._triton()
+    for major, minor, has in ((10, 0, True), (10, 3, False), (12, 1, True)):
+        capability(major, minor)
+        refusal = backend.refuses("int8", torch.bfloat16, CUDA)
+        assert (refusal is None) == has
+        assert has or "use 'fp8'" in refusal
+        assert backend.refuses("fp8", torch.bfloat16, CUDA) is None
+        assert backend.auto_screen(torch.bfloat16, CUDA, 8192) != "int8"
+
+
 def test_auto_screen(capability):
     """int8 where it was measured, on Hopper, and for rows that repay quantising W."""
     backend = selection._triton()

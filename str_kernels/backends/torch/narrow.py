@@ -29,7 +29,7 @@ from str_kernels.engine.products import multiplies_bf16
 
 MOST_ROWS = 128
 _CACHEFUL = 5 << 15  # numbers of the weight: 640 KiB of fp32, most of a core's second-level cache
-_PRODUCT = 1 << 24  # numbers of the weight in a bf16 product
+_PRODUCT, _PRODUCT_LOGITS = 1 << 24, 1 << 21  # numbers of the weight and of logits in a bf16 one
 _LARGE = 1 << 24  # numbers of a weight that leaves the cache; widening a smaller one costs nothing
 _LIKELY = 2.0**-7  # share of the mass so far above which a logit of a bf16 product is mended
 _LOGITS = 1 << 18  # numbers at most in the logits of one block, after which the shift is raised
@@ -75,8 +75,9 @@ class _Sums:
         self.head, self.labels, self.options = block.head, block.labels, block.options
         self.hidden = self.head.hidden_states.to(accumulator(self.head.hidden_states.dtype))
         self.rounded = _multiplies_as_such(self.head)
-        size = _PRODUCT if self.rounded else _CACHEFUL
-        self.size = max(1, size // self.hidden.shape[1])
+        rows, dim = self.hidden.shape
+        size = min(_PRODUCT // dim, _PRODUCT_LOGITS // rows) if self.rounded else _CACHEFUL // dim
+        self.size = max(1, size)
         self.widened = None
         if not self.rounded:
             self.widened = self.hidden.new_empty(self.size, self.hidden.shape[1])

@@ -25,7 +25,15 @@ from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.hot import hot_kernel
-from str_kernels.backends.triton.launch import ROWWISE, SCAN, SHARES, Launch, Stage, launch_for
+from str_kernels.backends.triton.launch import (
+    ROWWISE,
+    SCAN,
+    SHARES,
+    Launch,
+    Stage,
+    has_eight_bits,
+    launch_for,
+)
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.prepare import prepare_kernel
@@ -35,9 +43,9 @@ from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kern
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
-from str_kernels.quantise import LEAST, TOP
+from str_kernels.quantise import EIGHT_BITS, LEAST, TOP
 
-ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
+ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 103, 120, 121, "gfx90a", "gfx942")
 # The shared memory that one program may use, in KiB.
 SHARED_LIMIT: dict[int | str, int] = {
     80: 163,
@@ -45,7 +53,9 @@ SHARED_LIMIT: dict[int | str, int] = {
     89: 99,
     90: 227,
     100: 227,
+    103: 227,
     120: 99,
+    121: 99,
     "gfx90a": 64,
     "gfx942": 64,
 }
@@ -115,8 +125,9 @@ def cases(
         return
     for dtype in (torch.bfloat16, torch.float32):
         yield from _stages(_Choice(arch, dtype, constants, off))
-    eight = (torch.int8, torch.float8_e4m3fn) if arch in (89, 90, 100, 120) else (torch.int8,)
-    for dtype in eight:
+    for dtype in EIGHT_BITS.values():
+        if not has_eight_bits(arch, dtype):
+            continue
         choice = _Choice(arch, dtype, constants, off)
         yield choice.case("screen", screen_kernel, "order_ptr", GROUP=GROUP)
     alone = Launch(0, 0, warps=4)
@@ -164,7 +175,7 @@ def _stages(choice: _Choice) -> Iterator[Case]:
         if not atomic or choice.arch != "gfx90a":  # which never uses the atomics
             yield choice.case("refine", refine_kernel, ATOMIC=atomic)
     yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
-    yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
+    yield choice.case("gradient", logit_gradient_kernel, GROUP=GROUP)
     yield choice.case("expected", expected_kernel)
     yield choice.case("weight", weight_kernel)
 

@@ -24,6 +24,7 @@ from str_kernels.backends.triton.launch import (
     Launch,
     Stage,
     arch_of,
+    has_eight_bits,
     kind_of,
     launch_for,
 )
@@ -57,7 +58,6 @@ DEFAULT_BYTE_BUDGET = 160 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
 _ROWS_FOR_INT8: dict[Kind, int] = {"half": 3072, "single": 256}
-_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 
 
 class TritonBackend:
@@ -72,6 +72,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    contiguous = True  # the kernels read rows of W that lie one after the other
 
     def __init__(
         self,
@@ -98,8 +99,9 @@ class TritonBackend:
         arch = arch_of(device)
         if isinstance(arch, int) and 0 < arch < 80:
             return f"compute capability {arch / 10} lacks bf16 instructions"
-        if screen == "fp8" and not _has_fp8(device):
-            return "this GPU has no fp8 (e4m3) instructions; use 'int8', 'exact' or 'auto'"
+        if screen in EIGHT_BITS and not has_eight_bits(arch, EIGHT_BITS[screen]):
+            name, other = ("fp8 (e4m3)", "int8") if screen == "fp8" else ("int8", "fp8")
+            return f"this GPU has no {name} instructions; use '{other}', 'exact' or 'auto'"
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
@@ -212,7 +214,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
-    @with_default("softmax", "weight")
+    @with_default("gradient", "weight")
     def weight_gradients(
         self,
         block: Block,
@@ -231,7 +233,7 @@ class TritonBackend:
                 coefficients,
                 safety=safety,
                 needs=needs,
-                launches=(self._launch(head, "softmax"), self._launch(head, "weight")),
+                launches=(self._launch(head, "gradient"), self._launch(head, "weight")),
                 byte_budget=self.byte_budget,
             )
 
@@ -258,11 +260,6 @@ def _screened_bytes(head: Head) -> int:
 def interpreted() -> bool:
     """Whether the kernels were made for Triton's interpreter."""
     return not isinstance(screen_kernel, JITFunction)
-
-
-def _has_fp8(device: torch.device) -> bool:
-    arch = arch_of(device)
-    return arch == 0 or (arch >= 89 if isinstance(arch, int) else arch in _AMD_WITH_FP8)
 
 
 def _programs(device: torch.device) -> int:

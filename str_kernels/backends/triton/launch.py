@@ -16,7 +16,7 @@ from str_kernels.options import TILE
 
 Exact = Literal["auto", "blas", "triton"]
 EXACT: tuple[Exact, ...] = get_args(Exact)
-Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight"]
+Stage = Literal["columns", "screen", "softmax", "refine", "expected", "gradient", "weight"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -70,6 +70,9 @@ DEFAULT: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "single"): Launch(64, 32),
     ("softmax", "half"): Launch(128, 64),
     ("softmax", "single"): Launch(32, 32, warps=4),
+    # the logits' gradient, which recomputes them
+    ("gradient", "half"): Launch(128, 64),
+    ("gradient", "single"): Launch(32, 32, warps=4),
     ("refine", "half"): Launch(64, 64, 64),
     ("refine", "single"): Launch(32, 32, 32),
     # this kernel has two sums in registers, so its tile is half as wide as a plain product's
@@ -83,12 +86,14 @@ _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "half"): Launch(128, 64, stages=3),
     ("screen", "byte"): Launch(128, 128, stages=3),
     ("softmax", "half"): Launch(128, 64, stages=3),
+    ("gradient", "half"): Launch(128, 64, stages=3),
 }
 
 # AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high. Eight warps would
 # compute 32 rows eight times, and spill.
 _MATRIX_FP32: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "single"): Launch(64, 32),
+    ("gradient", "single"): Launch(64, 32),
     ("refine", "single"): Launch(64, 32, 32),
     ("expected", "single"): Launch(64, 0, 64),
 }
@@ -109,6 +114,7 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
         **_THREE_STAGES,
         # 128 rows spill with a softcap and its buffers
         ("softmax", "half"): Launch(64, 64, stages=3),
+        ("gradient", "half"): Launch(64, 64, warps=4, stages=3),
         ("refine", "half"): Launch(64, 64, 128, stages=3),
         ("expected", "half"): Launch(128, 0, 128),
     },
@@ -118,6 +124,7 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     "gfx90a": {**_MATRIX_FP32, ("refine", "half"): Launch(128, 64, 64)},
 }
 
+_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 _FAMILY = {80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 _FAMILY |= {120: "sm_120", 121: "sm_120"}
 
@@ -135,6 +142,15 @@ def arch_of(device: torch.device) -> int | str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def has_eight_bits(arch: int | str, dtype: torch.dtype) -> bool:
+    """Whether the chip's matrix unit multiplies int8 or fp8 (e4m3); the interpreter does both."""
+    if dtype == torch.int8:
+        return arch != 103  # whose tcgen05 has no int8; the older instruction is slower than bf16
+    if isinstance(arch, int):
+        return arch == 0 or arch >= 89
+    return arch in _AMD_WITH_FP8
 
 
 def kind_of(dtype: torch.dtype) -> Kind:

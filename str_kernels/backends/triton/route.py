@@ -206,6 +206,11 @@ def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:
     C is an upper bound. The number of chunks stands in the first row and stays on the device; the
     rows after the last chunk are uninitialised. ``plan_kernel`` documents the columns.
     """
+    if len(counts) * rows >= 2**31:  # the plan's places in the lists have 32 bits
+        raise ValueError(
+            f"rows={rows} in one block of {len(counts)} tiles: must be fewer than 2^31 pairs; give "
+            "the backend a smaller byte_budget."
+        )
     most = len(counts) * -(-rows // block)
     plan = torch.empty(1 + most, 3, dtype=torch.int32, device=counts.device)
     plan_kernel[(len(counts),)](counts, plan, len(counts), rows, CHUNK=block, **SCAN)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from str_kernels.backends.triton.tiles import LOWEST, finish_logits, softcap_slope
+from str_kernels.backends.triton.tiles import LOWEST, all_absent, finish_logits, softcap_slope
 
 # Sums over a vocabulary of terms below e^60, times entries of W, stay below fp32's e^88.
 HEADROOM = tl.constexpr(60.0)
@@ -49,6 +49,8 @@ def shares_kernel(
     ``expected [R, D]`` fp32 or None are rescaled; ``filled`` is D, or 0 while it is not written.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if all_absent(label_ptr, row, rows):
+        return
     inside, row = row < rows, tl.minimum(row, rows - 1)
     old, stop, place = row * 0 + first > 0, first + words, row.to(tl.int64)[:, None]
     logits, sums, its, share = logits_ptr + place * stride, sums_ptr + row, 0.0, share_ptr

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from str_kernels import waits
+from str_kernels.files import cache_folder
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.freshness import sampled_values
-from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
+from str_kernels.huggingface.patch.index_cache import cached_index
 from str_kernels.huggingface.patch.learned import (
     decode_order,
     encode_order,

@@ -150,6 +150,12 @@ def test_plan_covers_every_live_row_once():
     assert [len(rows) for rows in covered] == counts.tolist()
 
 
+def test_a_plan_of_too_many_pairs():
+    """Places in the lists have 32 bits: more pairs are refused, not overwritten."""
+    with pytest.raises(ValueError, match=r"rows=1048576 .* 2\^31 pairs; .* smaller byte_budget"):
+        plan_chunks(torch.zeros(2048, dtype=torch.int32), 1 << 20, 64)
+
+
 @pytest.mark.parametrize(("screen", "cost"), [("exact", 1.0), ("int8", 0.5)])
 def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     """Forward and backward are one screen and twice the live share, padding included.
