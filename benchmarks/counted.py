@@ -95,7 +95,7 @@ def launches_for(chip: str, dtype: torch.dtype, screen: torch.dtype | None = Non
     from str_kernels.backends.triton.launch import launch_for
 
     arch = int(chip) if chip.isdecimal() else chip
-    stages = ("softmax", "refine", "expected", "weight")
+    stages = ("columns", "softmax", "gradient", "refine", "expected", "weight")
     chosen = {stage: launch_for(arch, stage, dtype) for stage in stages}
     return chosen | {"screen": launch_for(arch, "screen", screen or dtype)}
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 GROUP = 8  # blocks of rows that share a tile of W, as ``backends.triton.operands`` launches them
 _IN_CACHE = 24 << 20  # bytes of a slice of the sums, as ``backends.triton.refine`` has it
+_ANCHORS = 16  # columns of the product with the anchors, half of them padding
 Unit = Literal["operands", "8 bits", "fp32"]
 
 
@@ -107,6 +108,7 @@ def routed(
     """
     counts = counts[hot:]
     return [
+        _columns(shape, launches["columns"], _ANCHORS),
         *([_quantise(shape, kept)] if eight_bits else []),
         _screen(shape, launches["screen"], eight_bits),
         _route(shape, counts),
@@ -159,13 +161,29 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         0,
         logits + shape.head + 2 * sums,
     )
-    return [softmax, expected, _combine(shape, parts=1)]
+    columns = _columns(shape, launches["columns"], 0)
+    return [columns, softmax, expected, _combine(shape, parts=1)]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
     """List what a trainable head adds to it: the logits again, and ``dzᵀ H``."""
     every = torch.full((shape.tiles,), shape.rows)
     return _weight(shape, every, launches, 0, ordered=False)
+
+
+def _columns(shape: Shape, launch: Launch, tokens: int) -> Work:
+    """Count the labels' rows, which are summed beside the product, and those of the anchors."""
+    blocks, read = -(-shape.rows // launch.block_r), 2 * shape.states + 9 * shape.rows
+    wide = -(-shape.dim // launch.block_d) * launch.block_d
+    return Work(
+        "columns",
+        "operands",
+        2 * blocks * launch.block_r * tokens * wide,
+        read + blocks * tokens * shape.dim * shape.size,
+        (8 if tokens else 4) * shape.rows,
+        0,
+        read,
+    )
 
 
 def _quantise(shape: Shape, kept: bool) -> Work:
@@ -263,7 +281,7 @@ def _dead(stage: str, shape: Shape) -> Work:
 def _weight(
     shape: Shape, counts: Tensor, launches: dict[str, Launch], listed: int, *, ordered: bool
 ) -> list[Work]:
-    first, second = launches["softmax"], launches["weight"]
+    first, second = launches["gradient"], launches["weight"]
     live, dim, size = int(counts.sum()), shape.dim, shape.size
     chunks, wide = _chunks(counts, first.block_r), -(-dim // second.block_e)
     touched = int((counts > 0).sum()) * TILE * dim * size

@@ -1,4 +1,4 @@
-"""What MkDocs cannot do by itself: pages of the repository that lie outside ``docs/``.
+"""What MkDocs cannot do by itself: pages from outside ``docs/``, and the list of all messages.
 
 The changelog and the results of the benchmarks join the site under their paths in the repository,
 and links between files of the repository become links of the site. The same Markdown therefore
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+import errors
 
 ROOT = Path(__file__).parents[1]
 DOCS = "docs/"
 OUTSIDE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/**/*.*")
 SERVED = {".md", ".png", ".jsonl"}
 
+_LITERAL = re.compile(r"<p>::</p>\s*|\s*::(?=</p>)")  # announces a block of code in a docstring
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^()\s#:]+)(?P<anchor>#[^()\s]*)?\)")
 
 
@@ -48,4 +53,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         relative = posixpath.relpath(name, here or ".")
         return f"{link['text']}({relative}{link['anchor'] or ''})"
 
-    return _LINK.sub(rewritten, markdown)
+    linked = _LINK.sub(rewritten, markdown)
+    return linked.replace(errors.MARK, errors.listing()) if errors.MARK in linked else linked
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Leave out the colons that announce a block of code in a docstring."""
+    return _LITERAL.sub("", html)

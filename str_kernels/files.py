@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+VARIABLE = "STR_KERNELS_INDEX_CACHE"  # names another cache folder; "off": none
 _ABANDONED = 3600.0  # seconds without a write after which a new file has no writer any more
 
 
@@ -40,6 +42,25 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(FileNotFoundError):  # another writer may remove it first
             if left.stat().st_mtime < before:
                 left.unlink()
+
+
+def cache_folder() -> Path | None:
+    """The folder of what is kept between runs, indices above all; None: nothing is kept."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        return None if chosen.strip().lower() in ("", "0", "off") else Path(chosen).expanduser()
+    try:
+        return _user_cache() / "str_kernels" / "indices"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def sha256_of(path: str | os.PathLike) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from str_kernels import oracle
+from str_kernels import oracle, waits
 from str_kernels.backends.selection import resolve
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
@@ -22,7 +22,7 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import LossOptions
-from str_kernels.validation import validate_loss_inputs
+from str_kernels.validation import validate_loss_inputs, validate_values
 from str_kernels.vocabulary import VocabularyIndex
 
 
@@ -51,10 +51,13 @@ def row_terms(
         indexed=index is not None,
         entropy=entropy,
         needs=gradients_needed(head),
+        positions=len(flat),
     )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(flat.device.type, enabled=False):
         if resolved.backend is None:
+            if not waits.checks_at_once(head.weight.device):
+                _check_values(head, inputs, options)  # autograd would index with them
             terms = _dense_terms(head, inputs, options)
         else:
             terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
@@ -64,13 +67,24 @@ def row_terms(
 def check_inputs(
     head: Head, inputs: RowInputs, options: LossOptions, index: VocabularyIndex | None
 ) -> None:
-    """Raise ValueError for bad input; see ``linear_cross_entropy``."""
+    """Raise ValueError for bad input; see ``linear_cross_entropy``.
+
+    Where the host may not wait, the values are checked on the device, and found bad by a later call
+    (`engine.rows.plan_rows`).
+    """
+    waits.judge_arrived()
     validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options)
+    if waits.checks_at_once(head.weight.device):
+        _check_values(head, inputs, options)
     if index is None:
         return
     if not isinstance(index, VocabularyIndex):
         raise ValueError(f"index={index!r}: must be a VocabularyIndex or None.")
     index.check(head.weight)
+
+
+def _check_values(head: Head, inputs: RowInputs, options: LossOptions) -> None:
+    validate_values(inputs.labels, inputs.position_weights, len(head.weight), options)
 
 
 def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:

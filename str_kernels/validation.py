@@ -79,12 +79,46 @@ def validate_loss_inputs(
     reference: Tensor | None,
     position_weights: Tensor | None,
 ) -> None:
-    """Raise ValueError for an argument of the loss of the wrong shape, dtype, device or range."""
+    """Raise ValueError for an argument of the loss of the wrong shape, dtype or device."""
     validate_weight(weight)
     _validate_operands(hidden_states, weight, bias)
-    _validate_labels(labels, hidden_states, weight.shape[0], options)
+    _validate_labels(labels, hidden_states)
     _validate_reference(reference, hidden_states, weight.shape[0], options)
     _validate_position_weights(position_weights, labels, hidden_states, options)
+
+
+def validate_values(
+    labels: Tensor, position_weights: Tensor | None, vocab_size: int, options: LossOptions
+) -> None:
+    """Raise ValueError for values out of range; the host waits for a device."""
+    labels = values_of(labels)
+    outside = labels_outside(labels, vocab_size, options)
+    if outside.any():
+        position = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{position}={int(labels[tuple(position)])}: must be a row of the head, 0 to "
+            f"{vocab_size - 1}, or ignore_index={options.ignore_index}."
+        )
+    if position_weights is None:
+        return
+    weights = values_of(position_weights)
+    wrong = wrong_weights(weights)
+    if wrong.any():
+        position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_weights{position}={weights[tuple(position)].item()}: must be finite and "
+            "0 or more."
+        )
+
+
+def labels_outside(labels: Tensor, vocab_size: int, options: LossOptions) -> Tensor:
+    """Tell, ``[...]`` bool, which labels are no row of the head and not ``ignore_index``."""
+    return ((labels < 0) | (labels >= vocab_size)) & (labels != options.ignore_index)
+
+
+def wrong_weights(position_weights: Tensor) -> Tensor:
+    """Tell, ``[...]`` bool, which weights are negative, infinite or NaN."""
+    return ~((position_weights >= 0) & (position_weights < math.inf))
 
 
 def _validate_operands(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -111,9 +145,7 @@ def _validate_operands(hidden_states: Tensor, weight: Tensor, bias: Tensor | Non
             )
 
 
-def _validate_labels(
-    labels: Tensor, hidden_states: Tensor, vocab_size: int, options: LossOptions
-) -> None:
+def _validate_labels(labels: Tensor, hidden_states: Tensor) -> None:
     _require_tensor("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{_facts('labels', labels)}: must be int64 or int32.")
@@ -123,14 +155,6 @@ def _validate_labels(
             f"{list(hidden_states.shape[:-1])}, one label a position, already shifted."
         )
     _require_same_device("labels", labels, hidden_states)
-    labels = values_of(labels)
-    outside = ((labels < 0) | (labels >= vocab_size)) & (labels != options.ignore_index)
-    if outside.any():
-        position = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"labels{position}={int(labels[tuple(position)])}: must be a row of the head, 0 to "
-            f"{vocab_size - 1}, or ignore_index={options.ignore_index}."
-        )
 
 
 def _validate_reference(
@@ -171,14 +195,6 @@ def _validate_position_weights(
             f"{list(labels.shape)}."
         )
     _require_constant("position_weights", weights, hidden_states)
-    weights = values_of(weights)
-    wrong = ~((weights >= 0) & (weights < math.inf))
-    if wrong.any():
-        position = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"position_weights{position}={weights[tuple(position)].item()}: must be finite and "
-            "0 or more."
-        )
 
 
 def validate_num_items(num_items_in_batch: object, reduction: str) -> None:

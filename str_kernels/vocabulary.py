@@ -19,11 +19,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from str_kernels import waits
 from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from str_kernels.tensor_files import SavedTensors, save_tensors
 from str_kernels.validation import validate_weight
+from str_kernels.waits import SameTensor
 
 SCHEMA = "str_kernels.vocabulary_index/1"
 _REQUIRED, _OPTIONAL = (
@@ -41,6 +44,8 @@ _HOT_SHARE = 0.25  # of the states: below it a product with all rows costs more 
 _LIVE = 2.0**-11  # of the open probability, the filter's default ε
 # Above the rounding of a cast to bf16 (2^-8), far below another weight's distance.
 _SAME_ROWS = 0.02
+# By the sample of an index, which compiled code makes anew from its tensors in every call.
+_CHECKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +143,9 @@ class VocabularyIndex:
 
         Args:
             weight: ``[V, D]``; its values are compared unless it is being trained, when only its
-                shape is, since an order stays right while the weight moves.
+                shape is, since an order stays right while the weight moves. On a GPU they are
+                compared at first, when torch counts a change, and every 100th call, and only the
+                first of these errors comes at once; a write through ``.data`` is found late.
 
         Raises:
             ValueError: another shape, device, or other rows.
@@ -152,14 +159,23 @@ class VocabularyIndex:
             raise ValueError(
                 f"index is on {self.order.device}, the weight on {weight.device}; use index.to()."
             )
-        if weight.requires_grad:
+        known = _CHECKED.setdefault(self.sample, SameTensor())
+        if weight.requires_grad or not known.due(weight):
             return
         distance = (_evenly(weight, _SAMPLES) - self.sample).norm()
-        if not distance <= _SAME_ROWS * self.sample.norm():
+        wrong = ~(distance <= _SAME_ROWS * self.sample.norm())  # NaN is wrong too
+
+        def refuse() -> None:
+            known.forget()
             raise ValueError(
                 "index: was built from another weight of this shape (sampled rows differ by "
                 f"{(distance / self.sample.norm()).item():.0%}); build it again."
             )
+
+        if not (known.first or waits.checks_at_once(weight.device)):
+            waits.judge_later(wrong, refuse)
+        elif wrong:
+            refuse()
 
     def to(self, device: torch.device | str) -> VocabularyIndex:
         """Return the same index on another device."""

@@ -1,17 +1,35 @@
 """When the host may wait for a device, and what it does where it may not.
 
 Work on a GPU is queued: to read a value there, the host waits until the queue is empty, and then
-the device is idle until the next work arrives. So constants are copied to a GPU once.
+the device is idle until the next work arrives. So the loss reads nothing there: constants are
+copied to a GPU once (`constant`), and values are checked on it, for a later call to judge
+(`judge_later`), unless ``STR_KERNELS_SYNC_CHECKS=1`` asks for errors at once.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+VARIABLE = "STR_KERNELS_SYNC_CHECKS"
 _CONSTANTS = 256  # so many small tensors are kept; the least used one leaves first
+
+
+def allowed(device: torch.device) -> bool:
+    """Whether the host may wait for this device: on all others than a GPU nothing is queued."""
+    return device.type != "cuda"
+
+
+def checks_at_once(device: torch.device) -> bool:
+    """Whether bad values are an error of the call that has them, not of a later one."""
+    return allowed(device) or os.environ.get(VARIABLE) == "1"
 
 
 @lru_cache(_CONSTANTS)
@@ -22,3 +40,78 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     """
     with torch.inference_mode(False):  # autograd cannot save a tensor made in it
         return torch.tensor(values, dtype=dtype, device=device)
+
+
+class _Late(NamedTuple):
+    """A number of bad values that is on its way to the host, and what to do if it is not zero."""
+
+    count: Tensor
+    arrived: Callable[[], bool]
+    judge: Callable[[], None]
+
+
+_waiting: deque[_Late] = deque()
+_lock = threading.Lock()
+
+
+def judge_later(bad: Tensor, judge: Callable[[], None]) -> None:
+    """Have a later call run ``judge`` if ``bad``, one number on the device, is not zero.
+
+    The number is copied without a wait. While a CUDA graph is captured nothing is judged.
+    """
+    if bad.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return
+        count = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=True)
+        count.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(bad.device))
+        late = _Late(count, event.query, judge)
+    else:
+        late = _Late(bad.clone(), lambda: True, judge)
+    with _lock:
+        _waiting.append(late)
+
+
+def judge_arrived() -> None:
+    """Judge all numbers of earlier calls that have arrived; what a judge raises is raised here."""
+    while True:
+        with _lock:
+            if not _waiting or not _waiting[0].arrived():
+                return
+            late = _waiting.popleft()
+        if late.count.item():
+            late.judge()
+
+
+class SameTensor:
+    """Says when the values of a tensor should be compared again with what they were.
+
+    Where the host may wait, each time. Elsewhere when torch knows of a change, and else every so
+    many times, since a write through ``.data`` moves no version counter.
+
+    Attributes:
+        first: whether the latest comparison was the first.
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        """Nothing has been compared."""
+        self._every = every
+        self.forget()
+
+    def forget(self) -> None:
+        """Compare the next time as if it were the first."""
+        self.first, self._key, self._calls = True, None, 0
+
+    def due(self, tensor: Tensor) -> bool:
+        """Count a call, and tell whether to compare in it."""
+        key, known = version_key(tensor), self._key
+        self.first, self._key = known is None, key
+        self._calls = 0 if key != known else self._calls + 1
+        return checks_at_once(tensor.device) or self._calls % self._every == 0
+
+
+def version_key(tensor: Tensor) -> tuple:
+    """Return where a tensor lies and what torch counts its writes by."""
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype

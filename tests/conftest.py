@@ -13,9 +13,11 @@ from tests import beside
 
 
 def pytest_configure():
-    """Believe in the CPU that the environment names."""
+    """Believe in the CPU that the environment names; filter small problems too."""
+    from str_kernels.backends.torch import backend
     from tests import cpus
 
+    backend.FEWEST_FILTERED = 1
     cpus.pretend(os.environ.get("STR_KERNELS_TEST_CPU"))
 
 
@@ -44,3 +46,14 @@ def aligned_model_dir(tmp_path_factory):
     from tests.tiny import save_aligned_model
 
     return save_aligned_model(tmp_path_factory.mktemp("aligned_llama"))
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Act on a CPU as on a GPU, for which the host must not wait; forget earlier late errors."""
+    from str_kernels import waits
+
+    monkeypatch.setattr(waits, "allowed", lambda device: False)
+    waits._waiting.clear()
+    yield
+    waits._waiting.clear()

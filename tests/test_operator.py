@@ -126,7 +126,7 @@ def test_opcheck():
             torch.ops.str_kernels.fused_terms.default,
             (
                 *(*tensors, case.labels, case.reference, None),
-                *(None, None, None, None, None),
+                *[None] * len(operator._INDEX),
                 operator._as_json(
                     operator.Settings(LossOptions(safety=safety), "torch", needs, "float64")
                 ),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels import VocabularyIndex, linear_cross_entropy, waits
+from str_kernels.bench.launches import counted_launches
 from str_kernels.options import TILE
 from str_kernels.quantise import balance
 from str_kernels.vocabulary import tile_means
@@ -207,3 +208,30 @@ def test_means_of_a_bf16_weight_are_fp32():
     weight = torch.randn(2 * TILE + 3, 8).bfloat16()
     want = weight[: 2 * TILE].double().view(2, TILE, 8).mean(1)
     torch.testing.assert_close(tile_means(weight, None)[:2].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_another_weight_is_found_late_where_the_host_must_not_wait(no_waits):
+    """At first at once; a change that torch counts, in the next call; ``.data`` within 100."""
+    weight, good = torch.randn(300, 8), torch.randn(300, 8)
+    index = VocabularyIndex.build(weight)
+    with pytest.raises(ValueError, match="another weight"):
+        VocabularyIndex.build(good).check(weight)
+    index.check(weight)
+    with counted_launches() as found:
+        for _ in range(99):
+            index.check(weight)
+    assert not found.torch
+    assert not found.waits
+    weight.mul_(2.0)
+    with counted_launches() as found:
+        index.check(weight)
+    assert not found.waits
+    with pytest.raises(ValueError, match=r"another weight of this shape .*100%"):
+        waits.judge_arrived()
+    weight.mul_(0.5)
+    index.check(weight)
+    weight.data.mul_(2.0)
+    for _ in range(100):
+        index.check(weight)
+    with pytest.raises(ValueError, match="another weight"):
+        waits.judge_arrived()

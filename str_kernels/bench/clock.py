@@ -99,17 +99,18 @@ def paired(
     """
     call()
     unit()
-    seconds, units = _in_turns(partial(_timed, device=device), call, unit, repeats, budget_s)
-    if queued is False or (queued is None and device.type != "cuda"):
-        return Timing(seconds, units)
-    count = max(_FEWEST, min(_MOST, int(_QUEUE_S / statistics.median(seconds))))
-    sensors: Sensors = {}
+    with _no_collection():
+        seconds, units = _in_turns(partial(elapsed, device=device), call, unit, repeats, budget_s)
+        if queued is False or (queued is None and device.type != "cuda"):
+            return Timing(seconds, units)
+        count = max(_FEWEST, min(_MOST, int(_QUEUE_S / statistics.median(seconds))))
+        sensors: Sensors = {}
 
-    def timed(function: Callable[[], object]) -> float:
-        return _timed(function, device, count, sensors if function is call else None) / count
+        def timed(function: Callable[[], object]) -> float:
+            return elapsed(function, device, count, sensors if function is call else None) / count
 
-    queues = min(repeats, _QUEUES)
-    return Timing(seconds, units, *_in_turns(timed, call, unit, queues, budget_s), sensors)
+        queues = min(repeats, _QUEUES)
+        return Timing(seconds, units, *_in_turns(timed, call, unit, queues, budget_s), sensors)
 
 
 def _in_turns(
@@ -128,33 +129,32 @@ def _in_turns(
     return seconds, [(before + after) / 2 for before, after in itertools.pairwise(units)]
 
 
-def _timed(
+def elapsed(
     call: Callable[[], object],
     device: torch.device,
     count: int = 1,
     sensors: Sensors | None = None,
 ) -> float:
     """Return the seconds of ``count`` calls on a device that was idle; fill ``sensors``."""
-    with _no_collection():
-        if device.type != "cuda":
-            started = time.perf_counter()
-            for _ in range(count):
-                call()
-            seconds = time.perf_counter() - started
-            if sensors is not None:
-                sensors.update(read_sensors(device))
-            return seconds
-        torch.cuda.synchronize(device)
-        stream = torch.cuda.current_stream(device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(stream)
+    if device.type != "cuda":
+        started = time.perf_counter()
         for _ in range(count):
             call()
-        end.record(stream)
-        if sensors is not None:  # while the device still works
+        seconds = time.perf_counter() - started
+        if sensors is not None:
             sensors.update(read_sensors(device))
-        torch.cuda.synchronize(device)
-        return begin.elapsed_time(end) / 1e3
+        return seconds
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(stream)
+    for _ in range(count):
+        call()
+    end.record(stream)
+    if sensors is not None:  # while the device still works
+        sensors.update(read_sensors(device))
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     lse: Tensor | None
 
 
+_CUTE = "nvidia-cutlass-dsl"
 Loss = Callable[[Case, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -42,6 +43,7 @@ class Contender:
     loss: Loss  # computes the loss of a case with these leaves and, if it can, the lse
     package: str | None = None  # the distribution it comes from; None for ours
     compiled: bool = False  # whether it needs a C++ compiler on a CPU
+    cute: bool = False  # whether it needs NVIDIA's CuTe, and so a GPU
 
     def missing(self) -> str | None:
         """Return why it cannot run here; None if it can."""
@@ -49,6 +51,10 @@ class Contender:
             return f"not installed (pip install {self.package})"
         if self.name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
             return f"torch {torch.__version__} has none yet: since 2.13"
+        if self.cute and versions(_CUTE)[_CUTE] is None:
+            return f"not installed (pip install {_CUTE})"
+        if self.cute and not torch.cuda.is_available():
+            return "needs an NVIDIA GPU"
         if self.compiled and not any(map(shutil.which, ("g++", "clang++", "cl"))):
             return "needs a C++ compiler"
         return None
@@ -115,6 +121,27 @@ def liger(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden_states, labels)
 
 
+def liger_hopper(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call Liger's CuTe head of Hopper, whose backward makes the weight's gradient in any case."""
+    from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as head
+
+    return head.LigerFusedLinearCrossEntropySM90Function.apply(hidden_states, weight, labels)
+
+
+def liger_scaled(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call Liger's other head of Hopper, which stores no logits and computes them twice."""
+    from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as head
+
+    return head.LigerFusedScaledCrossEntropySM90Function.apply(hidden_states, weight, labels).mean()
+
+
+def quack(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Call quack's chunked head, by the pipeline that it chooses for this GPU."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden_states, weight, labels)
+
+
 def trl(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Call the head that TRL's trainers put on a model, in their tiles of 32,768 columns."""
     from trl.kernels import ChunkedLogProbFunction
@@ -145,6 +172,9 @@ _ALL = (
     _peer("cce", "cut-cross-entropy", cce, "cut-cross-entropy", compiled=True),
     _peer("trl", "the head of TRL's trainers", trl, "trl"),
     _peer("liger", "Liger's fused head", liger, "liger-kernel"),
+    _peer("liger-hopper", "Liger's CuTe head", liger_hopper, "liger-kernel", cute=True),
+    _peer("liger-scaled", "Liger's other CuTe head", liger_scaled, "liger-kernel", cute=True),
+    _peer("quack", "quack's chunked head", quack, "quack-kernels", cute=True),
 )
 CONTENDERS = {contender.name: contender for contender in _ALL}
 

@@ -69,6 +69,14 @@ class Case:
         names = ("hidden_states", "weight", "labels", "calibration")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def first(self, rows: int) -> Case:
+        """Return the first rows alone, with the same index, which is built now."""
+        if rows >= len(self.labels):
+            return self
+        part = replace(self, hidden_states=self.hidden_states[:rows], labels=self.labels[:rows])
+        vars(part)["index"] = self.index  # where a cached property lies
+        return part
+
     def constraint(self, k: int, kind: str = "mse") -> tuple[SafetyConstraint, Tensor]:
         """Constrain K tokens, spread over the vocabulary, to a reference ``[N, K]`` near by.
 

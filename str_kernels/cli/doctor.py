@@ -96,13 +96,15 @@ def _devices() -> dict[str, str]:
     import torch
 
     from str_kernels.backends.torch.reduce import fused_reduction
+    from str_kernels.engine.cpu import this_cpu
     from str_kernels.options import LossOptions
 
     capability = torch.backends.cpu.get_cpu_capability()
+    measured = "" if this_cpu().known else ", screens chosen by measurement"
     loops = "as torch calls" if fused_reduction(LossOptions()) is None else "compiled"
     devices = {
         "cpu": f"{platform.processor() or platform.machine()}, {capability}, "
-        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, loops {loops}"
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, loops {loops}{measured}"
     }
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)

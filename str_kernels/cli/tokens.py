@@ -11,6 +11,10 @@ from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
 from str_kernels.safety.tokens import SafetyTokens
 
+ASKED = 20  # requests
+ANSWER_TOKENS = 32  # enough to see a refusal
+HARDLY = 0.25  # share of the requests; who refuses fewer has nothing to hold
+
 
 def tokens(
     model: ModelName,
@@ -51,6 +55,10 @@ def tokens(
         loaded, tokenizer = load_model_and_tokenizer(
             model, dtype=dtype, adapter=adapter, device=device
         )
+    with console.stage("asking what it refuses"):
+        refused = _refused(loaded, tokenizer, texts["prompts"], batch_size)
+    requests = "built-in requests" if prompts is None else f"requests of {prompts}"
+    console.say(_how_often(model, *refused, requests))
     with console.stage("identifying safety tokens"):
         found = SafetyTokens.identify(
             loaded, tokenizer, top_k=top_k, batch_size=batch_size, **texts
@@ -62,6 +70,32 @@ def tokens(
         _show(model, found)
     console.say(f"saved {out}")
     console.say(f"next: str-kernels train {model} DATA.jsonl --tokens {out} --out ADAPTER")
+
+
+def _refused(
+    model: Any, tokenizer: Any, prompts: list[Any] | None, batch_size: int
+) -> tuple[int, int]:
+    """Count the refusals among the model's own answers to the first requests."""
+    from str_kernels.evaluation.evaluation import answer_rows
+    from str_kernels.evaluation.judge import is_refusal
+    from str_kernels.safety.templates import REFUSED_REQUESTS
+
+    asked = list(REFUSED_REQUESTS if prompts is None else prompts)[:ASKED]
+    rows = [{"prompt": one} if isinstance(one, str) else {"messages": one} for one in asked]
+    answers = answer_rows(
+        model, tokenizer, rows, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size
+    )
+    return sum(map(is_refusal, answers)), len(answers)
+
+
+def _how_often(model: str, refused: int, asked: int, requests: str) -> str:
+    told = f"{model} refuses {refused} of {asked} {requests}"
+    if refused >= HARDLY * asked:
+        return told
+    return (
+        f"{told}: there is nothing to hold, for the constraint keeps the refusals that a model "
+        "has; align the model first, or give --prompts that it refuses."
+    )
 
 
 def _show(model: str, found: SafetyTokens) -> None:

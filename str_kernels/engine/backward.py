@@ -13,17 +13,20 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
+    ABSENT,
     Block,
     Coefficients,
     Head,
     Kept,
     Resolved,
+    RowInputs,
     SafetyTerm,
     Saved,
     Tiles,
 )
 from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
-from str_kernels.engine.rows import plan_rows, row_blocks, silence, weight_coefficients
+from str_kernels.engine.rows import plan_for, row_blocks, silence, weight_coefficients
+from str_kernels.engine.stages import whole_head
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]``
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -64,8 +67,11 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        self.plan = plan_rows(kept.labels, kept.position_weights, self.options, self.dtype)
-        self.everything = len(kept.rows) == len(self.plan.labels)
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        self.plan = plan_for(resolved, inputs, len(kept.weight), tiles)
+        whole = len(kept.rows) == len(self.plan.labels)
+        self.every = whole and self.plan.listed is None
+        self.make = torch.empty if whole else torch.zeros  # some rows may never be written
         self.grad_cross_entropy = grad_cross_entropy
         self.beta = self.d_lse = self.ids = None
         if self.options.constrained:
@@ -88,11 +94,10 @@ class _Backward:
     def hidden_gradient(self) -> Tensor:
         """Scale the row gradients and add the constraint's K columns: ``[N, D]``."""
         kept, dtype = self.kept, self.resolved.dtype
-        make = torch.empty if self.everything else torch.zeros  # some rows may never be written
         shape = (len(self.plan.labels), kept.weight.shape[1])
-        out = make(shape, dtype=dtype, device=kept.weight.device)
+        out = self.make(shape, dtype=dtype, device=kept.weight.device)
         size = max(1, _SCRATCH // shape[1])
-        for block, rows in row_blocks(kept.rows, len(out), size):
+        for block, rows in row_blocks(kept.rows, size, every=self.every):
             gradient = _scaled(kept.ce_gradient[block], self.grad_cross_entropy[rows])
             if self.d_lse is not None:
                 gradient += _scaled(kept.lse_gradient[block], self.d_lse[rows])
@@ -110,7 +115,7 @@ class _Backward:
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        rows = slice(None) if self.everything else kept.rows
+        rows = slice(None) if self.every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
@@ -119,9 +124,12 @@ class _Backward:
             options=self.options,
             vocab_size=len(kept.weight),
         )
-        head = Head(kept.hidden_states[rows].contiguous(), kept.weight, kept.bias)
+        hidden = kept.hidden_states[rows].contiguous()
+        if self.plan.listed is not None:  # a factor of zero does not silence NaN
+            hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
+        head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
         return self.resolved.backend.weight_gradients(
-            Block(head, self.plan.labels[rows], self.tiles, self.options),
+            self._block(head, rows),
             Saved(
                 kept.lse[rows],
                 kept.lse_rest[rows],
@@ -135,11 +143,22 @@ class _Backward:
             needs=self.resolved.needs[1:],
         )
 
+    def _block(self, head: Head, rows: Tensor | slice) -> Block:
+        listed = self.plan.listed
+        if listed is None:
+            return Block(head, self.plan.labels[rows], self.tiles, self.options)
+        return Block(head, listed.labels, self.tiles, self.options, listed.places)
+
     def _safety_term(self) -> SafetyTerm | None:
         if self.beta is None:
             return None
-        rows = self.plan.safety.nonzero()[:, 0]
-        beta, hidden = self.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+        if self.plan.listed is None:
+            rows = self.plan.safety.nonzero()[:, 0]
+            beta, hidden = self.beta[rows], self.kept.hidden_states[rows].to(self.dtype)
+        else:
+            beta = self.beta
+            hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
+            hidden = hidden.to(self.dtype)
         return SafetyTerm(self.ids, beta.T @ hidden, beta.sum(0))
 
 

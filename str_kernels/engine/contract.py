@@ -30,6 +30,8 @@ from torch import Tensor
 
 from str_kernels.options import LossOptions
 
+ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
+
 
 class Head(NamedTuple):
     """The operands of the logits: ``hidden_states [R, D]``, ``weight [V, D]``, ``bias [V]``.
@@ -62,16 +64,75 @@ class Tiles(NamedTuple):
     hot: int = 0
 
 
+class Listed(NamedTuple):
+    """The rows that need the vocabulary, listed where the host does not count them.
+
+    ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
+    labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
+    as places in the order of the vocabulary.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+class RowPlan(NamedTuple):
+    """Which of N rows need which computation.
+
+    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
+    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]`` or None: rows that need the K
+    safety columns; ``penalty_scale [N]`` or None: λ w. ``bad []`` or None: how many labels and
+    weights are out of range, where they have not been checked before; their rows have NaN as the
+    loss. ``listed``: only where the host must not count the dense rows.
+    """
+
+    labels: Tensor
+    labelled: Tensor
+    dense: Tensor
+    safety: Tensor | None
+    penalty_scale: Tensor | None
+    bad: Tensor | None = None
+    listed: Listed | None = None
+
+
+class Columns(NamedTuple):
+    """Logits of the few tokens that are always computed exactly; fp32 (fp64 for fp64 inputs).
+
+    ``label [R]`` is that of each row's label, NaN on rows without one; ``anchor [R]``, on the
+    routed path only, an offset of the row's logits, relative to which their masses are kept. The
+    logarithm of a mass is then as small as logits differ, and has as many decimals. It is the
+    largest logit of the label and a few other tokens, since one may be masked by -1e9. ``safety
+    [R, K]`` are those of the safety tokens, with a constraint only, NaN on rows that need none;
+    ``difference [R]`` is ``mean_v z_v - z_y``, with label smoothing on the routed path only.
+    """
+
+    label: Tensor
+    anchor: Tensor | None = None
+    safety: Tensor | None = None
+    difference: Tensor | None = None
+
+    def part(self, rows: Tensor | slice) -> Columns:
+        """Those of some rows."""
+        return Columns(*(None if x is None else x[rows] for x in self))
+
+
 class Block(NamedTuple):
     """The input of every stage: R rows, the head and the tiles.
 
-    ``labels [R]`` int64, -1 on rows without a label; ``tiles`` is None on the exact path.
+    ``labels [R]`` int64, -1 on rows without a label, ``ABSENT`` on rows that need no vocabulary and
+    stand in the block since the host has not counted them; the results of these are undefined.
+    ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
+    None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
+    they are known.
     """
 
     head: Head
     labels: Tensor
     tiles: Tiles | None
     options: LossOptions
+    columns: Columns | None = None
+    places: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -128,7 +189,7 @@ class Resolved:
 class TileMasses(NamedTuple):
     """The screen's result: ``log_mass [R, T]`` fp32, the log-sum-exp of each tile's ``z - anchor``.
 
-    ``anchor [R]``: see ``anchor_logits``. ``slope [R, T]``, with a softcap only: the tile's softmax
+    ``anchor [R]``: see ``Columns``. ``slope [R, T]``, with a softcap only: the tile's softmax
     mean of ``1 - (z/softcap)²``.
     """
 
@@ -248,7 +309,8 @@ class Kept(NamedTuple):
 
     Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
     for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows;
+    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
+    `Listed.rows`, when R = N;
     ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
@@ -319,6 +381,33 @@ class SafetyTerm(NamedTuple):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """A backend that lists the dense rows on the device, so that the host need not wait for it.
+
+    Its stages skip rows whose label is ``ABSENT``, as far as they take time.
+    """
+
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
+
+
+@runtime_checkable
+class RowStages(Protocol):
+    """The stages that read few columns of W, or only what other stages left of a row.
+
+    A backend that lacks them is served by `TorchStages`.
+    """
+
+    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+        """Compute the logits of the label, the safety tokens and the anchors of N rows.
+
+        ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        """
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A way to compute the stages that read the whole vocabulary."""
 
@@ -329,6 +418,9 @@ class Backend(Protocol):
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """Return the screen that ``"auto"`` means for R = ``rows``."""
+
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """Whether ``filter_eps="auto"`` pays for a loss of N = ``positions``."""
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""

@@ -39,12 +39,14 @@ class Cpu:
             oneDNN's product may saturate, and then it is wrong.
         amx: bf16 products run on AMX tiles, where they are as fast as int8 ones.
         onednn_fp32: oneDNN multiplies fp32 faster than MKL, torch's default.
+        known: which screen is fastest with these was measured before; else it is measured here.
     """
 
     bf16: bool = False
     int8: bool = False
     amx: bool = False
     onednn_fp32: bool = False
+    known: bool = True
 
 
 def this_cpu() -> Cpu:
@@ -57,11 +59,13 @@ def _ask() -> Cpu:
     # torch for macOS is built without oneDNN, and so without its operators
     if not torch.backends.mkldnn.is_available():
         return Cpu()
+    amx = _supported("_is_amx_tile_supported") and _allowed("AVX512_CORE_AMX")
     return Cpu(
         bf16=_has_bf16() and _allowed("AVX512_CORE_BF16"),
         int8=_supported("_is_vnni_supported") and _allowed("AVX512_CORE_VNNI"),
-        amx=_supported("_is_amx_tile_supported") and _allowed("AVX512_CORE_AMX"),
+        amx=amx,
         onednn_fp32=_mkl_is_held_back() and _allowed("AVX512_CORE"),
+        known=_on_x86() and not amx,  # int8 on AMX, and other kinds of CPU, were never measured
     )
 
 
@@ -86,10 +90,13 @@ def _supported(question: str) -> bool:
     return ask is not None and ask()
 
 
+def _on_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def _has_bf16() -> bool:
     # oneDNN's own answer is yes even where it only emulates the instructions, slower than fp32
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if on_x86 and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+    if _on_x86() and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -25,17 +25,17 @@ from str_kernels.engine.contract import (
     Wanted,
     Worklist,
 )
-from str_kernels.engine.logits import label_logits, mean_differences
+from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
-from str_kernels.options import TILE
 
 
 def join_pairs(
     block: Block, masses: TileMasses, work: Worklist, refined: Refined, wanted: Wanted
 ) -> Dense:
     """Return ``Dense`` of R rows after routing."""
-    head, labels, tiles, options = block
-    label_logit = label_logits(head, labels, options)
+    head, labels, tiles, options = block[:4]
+    columns = columns_of(block)
+    label_logit = columns.label
     dead = work.dead.sum(-1)
     others = refined.mass + dead
     sums = _log_sums(labels, label_logit, work.shift, others)
@@ -48,7 +48,10 @@ def join_pairs(
     kept_masses, live = None, work.live()
     if wanted.masses:
         kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
-    logit_sum, smooth_gradient = _whole_sums(block)
+    logit_sum = smooth_gradient = None
+    if options.label_smoothing:
+        logit_sum = len(head.weight) * columns.difference
+        smooth_gradient = options.logit_scale * column_sum(block)
     return Dense(
         statistics=Statistics(
             lse=sums.lse,
@@ -140,16 +143,3 @@ def _log_sums(labels: Tensor, label_logit: Tensor, shift: Tensor, mass: Tensor) 
     # -log(inf / inf)
     surprise = surprise.masked_fill(label_logit == float("inf"), float("nan"))
     return _LogSums(log_sum, lse, rest, surprise)
-
-
-def _whole_sums(block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """``Σ_v (z_v - z_y) [R]`` and ``∂(Σ_v z)/∂h [D]``, from one column sum without a softcap."""
-    head, labels, tiles, options = block
-    if not options.label_smoothing:
-        return None, None
-    vocab_size = head.weight.shape[0]
-    sizes = torch.full_like(tiles.mean_rows[:, :1], TILE)
-    sizes[-1] = vocab_size - TILE * (len(sizes) - 1)
-    total = (tiles.mean_rows * sizes).sum(0)
-    differences = mean_differences(head, labels, total / vocab_size, options)
-    return vocab_size * differences, options.logit_scale * total

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import (
+    ABSENT,
     Block,
     Dense,
     Head,
@@ -28,14 +29,20 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, log_probabilities, safety_ids, safety_logits
-from str_kernels.engine.rows import cross_entropy, plan_rows, row_blocks, row_gradients
+from str_kernels.engine.logits import accumulator, kept_dtype, log_probabilities
+from str_kernels.engine.rows import (
+    cross_entropy,
+    judge_values_later,
+    plan_for,
+    row_blocks,
+    row_gradients,
+)
+from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.notices import say_once
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 
 _SCREEN_ERROR = 1.0  # nats of a row's log-sum-exp; an 8-bit screen is wrong by tenths
 _KEPT = 2 << 20  # so many probabilities are kept for a trained weight; more are recomputed
-_SAFETY_ROWS = 4096  # rows of one block of safety logits
 # The statistics of a row that does not need the whole vocabulary.
 _NAN = float("nan")
 _ABSENT = {
@@ -105,16 +112,25 @@ class _Work:
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
+        self.weight, head = head.weight, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
-        self.plan = plan_rows(inputs.labels, inputs.position_weights, self.options, self.dtype)
-        self.rows = self.plan.dense.nonzero()[:, 0]
-        self.safety_rows = self.safety_alone = None
+        vocab_size = len(head.weight)
+        self.plan = plan_for(resolved, inputs, vocab_size, tiles)
+        judge_values_later(self.plan, inputs, self.options, vocab_size)
+        listed = self.plan.listed
+        self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
+        self.every = listed is None and len(self.rows) == len(self.plan.labels)
+        self.safety_alone, needed = None, self.plan.dense
         if self.options.safety is not None:
-            self.safety_rows = self.plan.safety.nonzero()[:, 0]
+            needed, self.safety_alone = self.plan.safety, self.rows[:0]
+        if self.options.safety is not None and listed is None:  # else every row is in a block
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
+        every = Block(head, self.plan.labels, tiles, self.options)
+        self.columns = row_stages(resolved.backend).columns(every, needed)
+        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
         self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         self.parts = self._parts(self.size)
 
@@ -136,7 +152,10 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        if len(self.rows) or (self.trained and self.tiles is not None):
+            self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        else:  # another process has all the labels, or this is the reference of a constraint
+            self.blocks = [self._no_rows()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -163,15 +182,21 @@ class _Work:
             masses = self.resolved.backend.screen(self._given(part), "exact")
             self.blocks[place] = self._block(part, masses)
 
-    def _parts(self, size: int) -> list[Tensor | slice]:
+    def _parts(self, size: int) -> list[slice]:
         """Cut the R rows into parts of so many."""
-        return [part for _, part in row_blocks(self.rows, len(self.plan.labels), size)]
+        return [part for part, _ in row_blocks(self.rows, size, every=self.every)]
 
-    def _given(self, part: Tensor | slice) -> Block:
-        head = self.head._replace(hidden_states=self.head.hidden_states[part].contiguous())
-        return Block(head, self.plan.labels[part], self.tiles, self.options)
+    def _given(self, part: slice) -> Block:
+        """Gather a block of the R rows."""
+        rows = part if self.every else self.rows[part]
+        head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
+        columns, listed = self.columns_of_rows.part(part), self.plan.listed
+        if listed is None:
+            return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
+        labels, places = listed.labels[part], listed.places[part]
+        return Block(head, labels, self.tiles, self.options, columns, places)
 
-    def _screened(self) -> Iterator[tuple[Tensor | slice, TileMasses | None]]:
+    def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
         """Yield each block's rows and its masses, which are views where blocks are screened as one.
 
         On the exact path there are no masses.
@@ -184,7 +209,7 @@ class _Work:
             for masses in backend.screen(self._given(several), self.screen).split(self.size):
                 yield next(parts), masses
 
-    def _block(self, part: Tensor | slice, masses: TileMasses | None) -> _Finished:
+    def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
         """Compute one block, from its masses (None: exactly) to row gradients."""
         block, backend, error = self._given(part), self.resolved.backend, None
         if masses is None:
@@ -194,6 +219,8 @@ class _Work:
             refined = backend.refine(block, work, self.wanted)
             dense = join_pairs(block, masses, work, refined, self.wanted)
             error = (dense.statistics.lse - work.shift).abs()
+            if self.plan.listed is not None:
+                error = error.masked_fill_(block.labels == ABSENT, 0.0)
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
@@ -201,6 +228,18 @@ class _Work:
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
         return _Finished(dense, loss, ce, by_lse, error)
+
+    def _no_rows(self) -> _Finished:
+        """Make a block of no rows, for which the vocabulary is not read."""
+        hidden = self.head.hidden_states
+        none, gradient, by_lse = hidden.new_empty(0, dtype=self.dtype), None, None
+        if self.wanted.hidden:
+            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept_dtype(self.resolved.dtype))
+            by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
+        entropy = none if self.wanted.entropy else None
+        statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        dense = Dense(statistics, none, none, none, None, None, None)
+        return _Finished(dense, none, gradient, by_lse, none)
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
@@ -210,7 +249,7 @@ class _Work:
                 name: self._scatter([getattr(block, name) for block in of_blocks], fill)
                 for name, fill in _ABSENT.items()
             },
-            safety_logits=self._safety_logits(),
+            safety_logits=self.columns.safety,
         )
         losses = self._scatter([block.loss for block in self.blocks], 0.0)
         losses = torch.where(self.plan.labelled, losses, 0.0)
@@ -220,21 +259,12 @@ class _Work:
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
-        if values is None or len(self.rows) == len(self.plan.labels):
+        if values is None or self.every:
             return values
-        return values.new_full((len(self.plan.labels),), fill).index_copy_(0, self.rows, values)
-
-    def _safety_logits(self) -> Tensor | None:
-        """``[N, K]``, NaN on rows that need none."""
-        if self.options.safety is None:
-            return None
-        ids = safety_ids(self.options.safety, self.head.weight.device)
-        shape = (len(self.plan.labels), len(ids))
-        out = torch.full(shape, float("nan"), dtype=self.dtype, device=ids.device)
-        for part in self.safety_rows.split(_SAFETY_ROWS):
-            block = self.head._replace(hidden_states=self.head.hidden_states[part])
-            out[part] = safety_logits(block, ids, self.options)
-        return out
+        if self.plan.listed is None:
+            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
+        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
+        return scattered.masked_fill_(~self.plan.dense, fill)
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""
@@ -245,13 +275,13 @@ class _Work:
         if needs_lse(safety):
             values = log_probabilities(values, statistics)
         value = constraint_terms(safety, values, self.inputs.reference).value
-        return torch.where(scale > 0, scale * value, 0.0)
+        return torch.where(scale != 0, scale * value, 0.0)
 
     def _kept(self, statistics: Statistics) -> Kept:
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
-            weight=self.head.weight,
+            weight=self.weight,
             hidden_states=None,
             bias=None,
             lse=statistics.lse,

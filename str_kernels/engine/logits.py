@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from str_kernels import waits
-from str_kernels.engine.contract import Head, Kept, Statistics
+from str_kernels.engine.contract import Block, Columns, Head, Kept, Statistics
 from str_kernels.engine.products import product
-from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.options import TILE, LossOptions, SafetyConstraint
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
-_ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row's logits
+ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row's logits
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -87,11 +87,10 @@ def safety_ids(safety: SafetyConstraint, device: torch.device) -> Tensor:
     return waits.constant(tuple(safety.token_ids), torch.int64, device)
 
 
-def safety_logits(head: Head, ids: Tensor, options: LossOptions) -> Tensor:
-    """Exact logits ``[R, K]`` of the tokens ``ids [K]``."""
-    dtype = accumulator(head.hidden_states.dtype)
-    bias = None if head.bias is None else head.bias[ids].to(dtype)
-    return block_logits(head.hidden_states.to(dtype), weight_rows(head, ids, dtype), bias, options)
+def anchor_ids(safety: SafetyConstraint | None, vocab: int, device: torch.device) -> Tensor:
+    """Return ``ANCHORS`` evenly spaced tokens, and the safety tokens after them; int64."""
+    spaced = tuple(place * vocab // ANCHORS for place in range(ANCHORS))
+    return waits.constant(spaced + (safety.token_ids if safety else ()), torch.int64, device)
 
 
 def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
@@ -113,27 +112,64 @@ def mean_differences(head: Head, labels: Tensor, mean_row: Tensor, options: Loss
     if head.bias is not None:
         bias = head.bias.to(products.dtype)
         products = products + (bias.mean() - bias[target])
-    return products.mul_(options.logit_scale)
+    return products.mul_(options.logit_scale).masked_fill(labels < 0, float("nan"))
 
 
-def anchor_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
-    """Return an offset ``[R]`` of each row's logits, relative to which their masses are kept.
+def column_sum(block: Block) -> Tensor:
+    """``Σ_v w_v [D]`` in fp32, from the tiles' mean rows."""
+    means, vocab = block.tiles.mean_rows, len(block.head.weight)
+    sizes = torch.full_like(means[:, :1], TILE)
+    sizes[-1] = vocab - TILE * (len(sizes) - 1)
+    return (means * sizes).sum(0)
 
-    The logarithm of a mass is then as small as logits differ, and has as many decimals. The offset
-    is the largest logit of the label and a few other tokens, since one may be masked by -1e9.
-    """
-    some = tuple(i * len(head.weight) // _ANCHORS for i in range(_ANCHORS))
-    if options.safety is not None:
-        some += tuple(options.safety.token_ids[:1])
-    ids = waits.constant(some, torch.int64, labels.device)
-    size = max(1, _SCRATCH // head.weight.shape[1])
-    parts = [
-        safety_logits(head._replace(hidden_states=hidden), ids, options).amax(-1)
-        for hidden in head.hidden_states.split(size)
-    ]
-    # fmax ignores the NaN of a row without a label
-    anchor = torch.fmax(torch.cat(parts), label_logits(head, labels, options))
-    return torch.where(anchor.isfinite(), anchor, 0.0)
+
+def columns_of(block: Block) -> Columns:
+    """Those of a block; a block that was made without them has them computed."""
+    return exact_columns(block, None) if block.columns is None else block.columns
+
+
+def exact_columns(block: Block, needed: Tensor | None) -> Columns:
+    """Implement `RowStages.columns` in torch calls, on the needed rows alone."""
+    count, dim = block.head.hidden_states.shape
+    rows = None if needed is None or bool(needed.all()) else needed.nonzero()[:, 0]
+    size = max(1, _SCRATCH // dim)
+    mean_row = None
+    if block.tiles is not None and block.options.label_smoothing:
+        mean_row = column_sum(block) / len(block.head.weight)
+    places = range(0, max(1, count if rows is None else len(rows)), size)
+    parts = [slice(at, at + size) for at in places]
+    parts = parts if rows is None else [rows[part] for part in parts]
+    found = [_columns_of(block, part, mean_row) for part in parts]
+    found = [None if xs[0] is None else torch.cat(xs) for xs in zip(*found, strict=True)]
+    if rows is not None:
+        fills = (float("nan"), 0.0, float("nan"), float("nan"))
+        found = [
+            None if x is None else x.new_full((count, *x.shape[1:]), fill).index_copy_(0, rows, x)
+            for x, fill in zip(found, fills, strict=True)
+        ]
+    return Columns(*found)
+
+
+def _columns_of(block: Block, part: Tensor | slice, mean_row: Tensor | None) -> Columns:
+    """`Columns` of a few rows."""
+    options, routed = block.options, block.tiles is not None
+    head = block.head._replace(hidden_states=block.head.hidden_states[part])
+    labels, device = block.labels[part], head.weight.device
+    label, anchor, safety = label_logits(head, labels, options), None, None
+    skipped = ANCHORS if routed else 0
+    if routed or options.safety is not None:
+        ids = anchor_ids(options.safety, len(head.weight), device)[ANCHORS - skipped :]
+        dtype = label.dtype
+        bias = None if head.bias is None else head.bias[ids].to(dtype)
+        rows = weight_rows(head, ids, dtype)
+        logits = block_logits(head.hidden_states.to(dtype), rows, bias, options)
+        safety = logits[:, skipped:] if options.safety is not None else None
+    if routed:
+        # fmax ignores the NaN of a row without a label
+        anchor = torch.fmax(logits[:, : ANCHORS + 1].amax(-1), label)
+        anchor = torch.where(anchor.isfinite(), anchor, 0.0)
+    apart = None if mean_row is None else mean_differences(head, labels, mean_row, options)
+    return Columns(label, anchor, safety, apart)
 
 
 def _row_products(head: Head, target: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

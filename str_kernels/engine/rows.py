@@ -14,12 +14,13 @@ the subtraction would lose every digit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from str_kernels import waits
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Backend,
@@ -27,41 +28,72 @@ from str_kernels.engine.contract import (
     Coefficients,
     Dense,
     OpenRows,
+    Prepares,
+    Resolved,
+    RowInputs,
+    RowPlan,
     RowShares,
     Saved,
+    Tiles,
 )
-from str_kernels.engine.logits import kept_dtype, logit_slope, weight_rows
+from str_kernels.engine.logits import accumulator, kept_dtype, logit_slope, weight_rows
 from str_kernels.options import LossOptions
+from str_kernels.validation import labels_outside, validate_values, wrong_weights
 
 
-class RowPlan(NamedTuple):
-    """Which of N rows need which computation.
-
-    ``labels [N]`` int64, -1 where there is none; ``labelled [N]``: rows with a cross-entropy;
-    ``dense [N]``: rows that need the whole vocabulary; ``safety [N]``: rows that need the K safety
-    columns; ``penalty_scale [N]`` or None: λ w.
-    """
-
-    labels: Tensor
-    labelled: Tensor
-    dense: Tensor
-    safety: Tensor
-    penalty_scale: Tensor | None
+def plan_for(
+    resolved: Resolved, inputs: RowInputs, vocab_size: int, tiles: Tiles | None
+) -> RowPlan:
+    """Return the backend's plan where the host must not wait, and else `plan_rows`."""
+    backend, options = resolved.backend, resolved.options
+    if isinstance(backend, Prepares) and not waits.allowed(inputs.labels.device):
+        return backend.prepare(inputs, options, vocab_size, tiles)
+    return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
 
 
 def plan_rows(
-    labels: Tensor, position_weights: Tensor | None, options: LossOptions, dtype: torch.dtype
+    inputs: RowInputs, options: LossOptions, dtype: torch.dtype, vocab_size: int
 ) -> RowPlan:
     """Decide what each of N rows needs; a position without a label usually needs no vocabulary."""
+    labels, _, position_weights = inputs
     labelled = labels != options.ignore_index
-    labels = labels.masked_fill(~labelled, -1)
+    bad, none = None, ~labelled
+    if not waits.checks_at_once(labels.device):
+        outside = labels_outside(labels, vocab_size, options)
+        bad, none = outside.sum(dtype=torch.int32), none | outside
+        if position_weights is not None:
+            wrong = wrong_weights(position_weights)
+            bad = bad + wrong.sum(dtype=torch.int32)
+            position_weights = position_weights.to(dtype).masked_fill(wrong, math.nan)
+    labels = labels.masked_fill(none, -1)
     if options.safety is None:
-        return RowPlan(labels, labelled, labelled, torch.zeros_like(labelled), None)
+        return RowPlan(labels, labelled, labelled, None, None, bad)
     weights = labelled if position_weights is None else position_weights
-    constrained = weights > 0
+    constrained = weights != 0
     dense = labelled | constrained if needs_lse(options.safety) else labelled
     scale = options.safety.strength * weights.to(dtype) if options.constrained else None
-    return RowPlan(labels, labelled, dense, labelled | constrained, scale)
+    return RowPlan(labels, labelled, dense, labelled | constrained, scale, bad)
+
+
+def judge_values_later(
+    plan: RowPlan, inputs: RowInputs, options: LossOptions, vocab_size: int
+) -> None:
+    """Have a later call raise ValueError if this one's labels or weights were out of range."""
+
+    def judge() -> None:
+        try:
+            validate_values(inputs.labels, inputs.position_weights, vocab_size, options)
+        except ValueError as error:
+            what = str(error)
+        else:
+            what = "labels or position_weights were out of range, and have been changed since."
+        raise ValueError(
+            f"an earlier call of the loss, which gave NaN: {what} Positions count all rows of the "
+            f"call. On a GPU this is found late; {waits.VARIABLE}=1 finds it at once."
+        )
+
+    if plan.bad is not None:
+        waits.judge_later(plan.bad, judge)
 
 
 def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor:
@@ -122,14 +154,14 @@ def silence(values: Tensor, silent: Tensor) -> Tensor:
     return values.masked_fill_(silent[:, None], 0.0)
 
 
-def row_blocks(rows: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor | slice]]:
+def row_blocks(rows: Tensor, size: int, *, every: bool) -> Iterator[tuple[slice, Tensor | slice]]:
     """Yield each block's slice of ``rows [R]``, and its rows; even R = 0 gives one block.
 
-    If R = N = ``total`` both are the same slice, and indexing with it copies nothing.
+    If the rows are ``every`` row in order both are the same slice: indexing with it copies nothing.
     """
     for start in range(0, max(1, len(rows)), size):
         block = slice(start, min(start + size, len(rows)))
-        yield block, block if len(rows) == total else rows[block]
+        yield block, block if every else rows[block]
 
 
 def factor_of_logits(saved: Saved, coefficients: Coefficients) -> Tensor:
@@ -147,7 +179,7 @@ def weight_coefficients(
     vocab_size: int,
 ) -> Coefficients:
     """`Coefficients` of N rows; ``d_lse [N]`` is the upstream gradient that the penalty adds."""
-    upstream = torch.where(plan.labelled, grad_cross_entropy, 0.0)
+    upstream = torch.where(plan.labels >= 0, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
         # where the upstream gradient is zero, an lse that overflowed would make 0 · inf = NaN

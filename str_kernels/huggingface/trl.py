@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from str_kernels.backends.selection import resolve
 from str_kernels.engine.contract import Head, RowInputs, RowTerms
 from str_kernels.huggingface.deferred.forward import PATCH, has_own_forward
-from str_kernels.huggingface.deferred.torch_functions import METADATA, name_of
+from str_kernels.huggingface.deferred.torch_functions import METADATA, is_framework_hook, name_of
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 
@@ -206,7 +206,8 @@ class SumOnly(Tensor):
         Raises:
             ValueError: anything else.
         """
-        if func not in _OF_SUMS and func not in METADATA:
+        known = func in _OF_SUMS or func in METADATA or is_framework_hook(func, args)
+        if not known:
             raise ValueError(
                 f"log_probs: {name_of(func)} was asked of the losses of a model with a safety "
                 "constraint, which contain the penalty; only their sum is a loss. SFTTrainer's "
@@ -215,17 +216,19 @@ class SumOnly(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
-        return found.as_subclass(SumOnly) if func in _NEGATIONS else found
+        return found.as_subclass(SumOnly) if func in _LOSSES_STILL else found
 
 
 _NEGATIONS = {torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__}
-_OF_SUMS = {*_NEGATIONS, torch.sum, Tensor.sum}
+_LOSSES_STILL = {*_NEGATIONS, torch.clone, Tensor.clone}  # DDP clones what a forward returns
+_OF_SUMS = {*_LOSSES_STILL, torch.sum, Tensor.sum}
 
 
 def entropy_is_free(states: Tensor, options: LossOptions, inputs: dict[str, Any]) -> bool:
     """Whether the loss's own pass computes every logit, and so the entropy as well."""
     where = {"dtype": states.dtype, "device": states.device, "indexed": inputs["index"] is not None}
-    return resolve(options, inputs["backend"], **where).eps == 0.0
+    positions = states.shape[:-1].numel()
+    return resolve(options, inputs["backend"], **where, positions=positions).eps == 0.0
 
 
 def entropy_of(

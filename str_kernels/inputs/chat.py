@@ -179,10 +179,10 @@ def _difference(prompt: str, text: str) -> str:
     pairs = enumerate(zip(prompt, text, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(text)))
     return (
-        "the chat template rewrites the prompt when an answer follows it, so that the answer "
-        f"cannot be told from the prompt: it asks with {prompt[same:][:40]!r} where it then writes "
-        f"{text[same:][:40]!r}. Change chat_template.jinja beside the tokenizer: write both alike, "
-        "or put {% generation %} and {% endgeneration %} around what is learned."
+        "the chat template rewrites the prompt when an answer follows it: it asks with "
+        f"{prompt[same:][:30]!r} where it then writes {text[same:][:30]!r}. In chat_template.jinja "
+        "beside the tokenizer write both alike, or put {% generation %} and {% endgeneration %} "
+        "around what is learned."
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from str_kernels.safety.inference import Prompt
 
 SCHEMA = "str_kernels.safety_tokens/1"
+_SHOWN = 6  # tokens in the representation
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class SafetyTokens:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self.tokens[:_SHOWN])) + ", …" * (len(self) > _SHOWN)
+        of = f" of {self.model}" if self.model else ""
+        return f"<SafetyTokens: {len(self)}{of}: {shown}>"
 
     @classmethod
     def identify(

@@ -155,9 +155,8 @@ def check_reference_file(
             line, length = file.lines[missing[0]], len(ids[missing[0]])
             raise ValueError(
                 f"reference={reference!r}: has no entry for {len(missing)} of {len(ids)} rows of "
-                f"{file.source}; the first is line {line}, of {length} tokens. "
-                "The file, the chat template or the maximal length changed since it was made; make "
-                "it again."
+                f"{file.source}; make it again, for the file, the chat template or the maximal "
+                f"length changed since. The first is line {line}, of {length} tokens."
             )
 
 

@@ -32,6 +32,7 @@ from str_kernels.training.callbacks import (
     StepTimer,
     show_clustering,
 )
+from str_kernels.training.card import CARD, write_card
 from str_kernels.training.checkpoints import Sealing, settle
 from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
@@ -99,7 +100,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    _save(model, prepared)
+    _save(model, prepared, tokens, result)
     write_description(prepared, tokens, result)
     return result
 
@@ -112,13 +113,16 @@ def _writing(name: str) -> Iterator[None]:
         raise OSError(f"{name} cannot be written ({error}); free some space.") from error
 
 
-def _save(model: torch.nn.Module, prepared: Prepared) -> None:
-    """Save tokenizer and adapter, the file last that makes the folder an adapter's."""
+def _save(
+    model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None, result: Result
+) -> None:
+    """Save tokenizer, adapter and card, the file last that makes the folder an adapter's."""
     folder = prepared.settings.folder
     beside = tempfile.TemporaryDirectory(dir=folder, prefix="saving-")
     with _writing(f"the adapter in {folder}"), beside as name:
         model.save_pretrained(name)
         prepared.tokenizer.save_pretrained(name)
+        write_card(Path(name) / CARD, prepared, tokens, result)
         files = sorted(Path(name).iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
         for file in files:
             os.replace(file, folder / file.name)

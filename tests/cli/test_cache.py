@@ -72,7 +72,7 @@ def test_computed_once_and_trained_with(capsys, aligned_model_dir, files, rows, 
     refused = call(capsys, *words, *TRAIN)
     assert refused.code == 2
     assert "has no entry for 1 of 3 rows of" in refused.err
-    assert "; the first is line 3, of" in refused.err
+    assert "The first is line 3, of" in refused.err
     assert "loading the model" not in refused.err
 
 

@@ -82,3 +82,27 @@ def test_a_broken_prompt_file_is_named(capsys, tmp_path, name, text, rule):
     )
     assert called.code == 2
     assert rule in called.err
+
+
+def test_it_says_first_how_often_the_model_refuses(capsys, aligned_model_dir, files, tmp_path):
+    """Its own answers are judged before its tokens are looked for."""
+    out = tmp_path / "tokens.json"
+    called = call(capsys, "tokens", aligned_model_dir, "--out", out, "--prompts", files[0])
+    told = f"refuses 12 of 12 requests of {files[0]}\n"
+    assert told in called.err
+    assert called.err.index(told) < called.err.index("identifying safety tokens")
+
+
+def test_a_model_that_does_not_refuse_has_nothing_to_hold(capsys, tiny_model_dir, files, tmp_path):
+    """It is said before anything else is, and the tokens are found all the same."""
+    out = tmp_path / "tokens.json"
+    called = call(capsys, "tokens", tiny_model_dir, "--out", out, "--prompts", files[0])
+    assert called.code == 0, called.err
+    assert f"refuses 0 of 12 requests of {files[0]}: there is nothing to hold" in called.err
+    assert out.is_file()
+
+
+def test_the_built_in_requests_are_named(capsys, tiny_model_dir, tmp_path):
+    """Without --prompts."""
+    called = call(capsys, "tokens", tiny_model_dir, "--out", tmp_path / "tokens.json")
+    assert "refuses 0 of 20 built-in requests: there is nothing to hold" in called.err

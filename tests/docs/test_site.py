@@ -35,6 +35,13 @@ def test_it_builds_without_a_warning(site):
     assert (site / "benchmarks/results/safety/REPORT/index.html").is_file()
 
 
+def test_every_message_is_listed(site):
+    """The page of errors has the list that is read from the code."""
+    page = (site / "troubleshooting/index.html").read_text(encoding="utf-8")
+    assert "such as AutoModelForCausalLM gives." in page
+    assert page.count("<li><code>") > 200
+
+
 def test_every_public_name_is_in_the_reference(site):
     """The API page shows what `str_kernels.__all__` lists."""
     import str_kernels

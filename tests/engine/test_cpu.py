@@ -22,7 +22,7 @@ def asked(monkeypatch):
 
 def test_each_answer_is_torchs(asked, monkeypatch):
     """One instruction set missing takes away its own answer and no other."""
-    everything = cpu.Cpu(bf16=True, int8=True, amx=True, onednn_fp32=True)
+    everything = cpu.Cpu(bf16=True, int8=True, amx=True, onednn_fp32=True, known=False)
     assert asked() == everything
     for name, field in (
         ("_is_vnni_supported", "int8"),
@@ -32,7 +32,15 @@ def test_each_answer_is_torchs(asked, monkeypatch):
         with monkeypatch.context() as without:
             without.setattr(torch.cpu, name, lambda: False)
             found = vars(asked())
-            assert found == vars(everything) | {field: False}
+            known = field == "amx"  # int8 on AMX is what nobody measured
+            assert found == vars(everything) | {field: False, "known": known}
+
+
+def test_other_kinds_of_cpu_are_unknown(asked, monkeypatch):
+    """What is fast on a CPU that is no x86 is measured."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not asked().known
 
 
 def test_without_onednn_nothing_is_fast(asked, monkeypatch):
@@ -55,7 +63,9 @@ def test_without_onednn_nothing_is_fast(asked, monkeypatch):
 def test_onednn_may_be_told_to_use_less(asked, monkeypatch, level, fast):
     """Instructions that ONEDNN_MAX_CPU_ISA forbids are not counted on."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level)
-    assert {name for name, value in vars(asked()).items() if value} == fast
+    found = vars(asked())
+    assert found.pop("known") == ("amx" not in fast)
+    assert {name for name, value in found.items() if value} == fast
 
 
 @pytest.mark.parametrize(

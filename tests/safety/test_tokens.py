@@ -252,3 +252,13 @@ def test_identify_on_a_patched_model(aligned_model_dir, found):
         )  # fmt: skip
     assert again.token_ids == found.token_ids
     assert again.scores == pytest.approx(found.scores, abs=1e-6)
+
+
+def test_the_representation_is_one_line():
+    """How many there are, of which model, and the first of them."""
+    few = SafetyTokens((1, 2), ("sorry", " no\n"))
+    assert repr(few) == "<SafetyTokens: 2: 'sorry', ' no\\n'>"
+    many = SafetyTokens(tuple(range(64)), tuple(f" t{i}" for i in range(64)), model="my-model")
+    assert repr(many).startswith("<SafetyTokens: 64 of my-model: ' t0', ' t1', ")
+    assert repr(many).endswith(", …>")
+    assert len(repr(many)) < 100

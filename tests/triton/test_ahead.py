@@ -20,12 +20,16 @@ INSTRUCTION = {
     89: "mma.sync",
     90: "wgmma",
     100: "tcgen05.mma",
+    103: "tcgen05.mma",
     120: "mma.sync",
+    121: "mma.sync",
     "gfx90a": "v_mfma",
     "gfx942": "v_mfma",
 }
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
-WITHOUT_PRODUCTS = ("threshold", "route", "plan", "live", "quantise", "combine", "hot")
+WITHOUT_PRODUCTS = (
+    *("threshold", "route", "plan", "live", "quantise", "combine", "shares", "prepare", "hot"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,7 @@ def check(arch, case):
     if case.name in WITHOUT_PRODUCTS or (plain_fp32 and case.constants["precision"] == "ieee"):
         return
     # products of fewer than 64 rows go to the older instruction of Hopper and Blackwell
-    short = plain_fp32 and case.launch.block_r < 64 and arch in (90, 100)
+    short = case.launch.block_r < 64 and arch in (90, 100, 103)
     wanted = "mma" if short else INSTRUCTION[arch]
     assert any(found.startswith(wanted) or short for found in made.instructions), facts
     if case.name in ("screen", "refine"):

@@ -74,7 +74,7 @@ class _Sums:
     """Each row's sums over its live pairs."""
 
     def __init__(self, block: Block, work: Worklist, wanted: Wanted) -> None:
-        head, labels, tiles, options = block
+        head, labels, tiles, options = block[:4]
         self.head, self.order, self.options, self.shift = head, tiles.order, options, work.shift
         self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
         self.positions = positions_of(labels, tiles.inverse)

@@ -13,7 +13,7 @@ from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
 from str_kernels.backends.torch.reduce import Products, fused_reduction, reduce_eagerly
 from str_kernels.engine.contract import Block, Head, TileMasses, Tiles
-from str_kernels.engine.logits import accumulator, anchor_logits, weight_rows
+from str_kernels.engine.logits import accumulator, columns_of, weight_rows
 from str_kernels.engine.products import integer_product, product, product_dtype
 from str_kernels.options import TILE
 from str_kernels.quantise import quantise_rows
@@ -24,11 +24,11 @@ COMPILED_FROM = 1 << 27  # logits: the loops gain 25 ms a screen, but compiling 
 
 def screen_tiles(given: Block, screen: str, columns: int) -> TileMasses:
     """Log-masses ``[R, T]``; ``screen``: ``"exact"`` (operands' dtype), ``"bf16"``, ``"int8"``."""
-    head, labels, tiles, options = given
+    head, _, tiles, options = given[:4]
     (rows, dtype), device = (len(head.hidden_states), head.hidden_states.dtype), head.weight.device
     log_mass = torch.empty(rows, len(tiles.mean_rows), dtype=accumulator(dtype), device=device)
     slope = None if options.softcap is None else torch.empty_like(log_mass)
-    anchor = anchor_logits(head, labels, options)
+    anchor = columns_of(given).anchor
     columns = min(columns, len(head.weight))
     large = rows * len(head.weight) >= COMPILED_FROM
     compiling = large and device.type == "cpu" and log_mass.dtype == torch.float32

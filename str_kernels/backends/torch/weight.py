@@ -67,7 +67,7 @@ class _Rows:
     """R rows, and the gradients of their logits."""
 
     def __init__(self, given: Block, saved: Saved, coefficients: Coefficients) -> None:
-        head, labels, tiles, self.options = given
+        head, labels, tiles, self.options = given[:4]
         self.head, self.saved, self.coefficients = head, saved, coefficients
         self.hidden = head.hidden_states.to(accumulator(head.hidden_states.dtype))
         self.routed = saved.masses is not None

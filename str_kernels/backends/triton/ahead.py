@@ -21,20 +21,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.hot import hot_kernel
-from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
+from str_kernels.backends.triton.launch import (
+    ROWWISE,
+    SCAN,
+    SHARES,
+    Launch,
+    Stage,
+    has_eight_bits,
+    launch_for,
+)
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
 from str_kernels.backends.triton.operands import GROUP
+from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel, spread_kernel, spread_launch
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
-from str_kernels.quantise import LEAST, TOP
+from str_kernels.quantise import EIGHT_BITS, LEAST, TOP
 
-ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942")
+ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 103, 120, 121, "gfx90a", "gfx942")
 # The shared memory that one program may use, in KiB.
 SHARED_LIMIT: dict[int | str, int] = {
     80: 163,
@@ -42,7 +53,9 @@ SHARED_LIMIT: dict[int | str, int] = {
     89: 99,
     90: 227,
     100: 227,
+    103: 227,
     120: 99,
+    121: 99,
     "gfx90a": 64,
     "gfx942": 64,
 }
@@ -54,7 +67,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-_FLOATS = ("logit_scale", "log_eps")
+_FLOATS = ("logit_scale", "log_eps", "strength")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -112,8 +125,9 @@ def cases(
         return
     for dtype in (torch.bfloat16, torch.float32):
         yield from _stages(_Choice(arch, dtype, constants, off))
-    eight = (torch.int8, torch.float8_e4m3fn) if arch in (89, 90, 100, 120) else (torch.int8,)
-    for dtype in eight:
+    for dtype in EIGHT_BITS.values():
+        if not has_eight_bits(arch, dtype):
+            continue
         choice = _Choice(arch, dtype, constants, off)
         yield choice.case("screen", screen_kernel, "order_ptr", GROUP=GROUP)
     alone = Launch(0, 0, warps=4)
@@ -123,11 +137,14 @@ def cases(
         hot = {"softcap": constants["softcap"], **SCAN}
         yield Case("hot", hot_kernel, dtype, alone, hot, off)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
+        kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
+        yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     for name, kernel, blocks in (
         ("threshold", threshold_kernel, THRESHOLD),
         ("route", route_kernel, SCAN),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
         ("live", live_kernel, SCAN),
+        ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 
@@ -152,6 +169,7 @@ class _Choice(NamedTuple):
 
 
 def _stages(choice: _Choice) -> Iterator[Case]:
+    yield choice.case("columns", columns_kernel, ANCHORS=8, COLUMNS=64)
     yield choice.case("screen", screen_kernel, "hidden_scale_ptr", "weight_scale_ptr", GROUP=GROUP)
     kept = ("p_ptr", "scale_ptr")
     yield choice.case("refine", refine_kernel, *kept, ATOMIC=False)
@@ -162,7 +180,7 @@ def _stages(choice: _Choice) -> Iterator[Case]:
         launch = spread_launch(case.launch)
         yield case._replace(launch=launch, constants={**case.constants, **_blocks(launch)})
     yield choice.case("softmax", softmax_kernel, GROUP=GROUP)
-    yield choice.case("softmax", logit_gradient_kernel, GROUP=GROUP)
+    yield choice.case("gradient", logit_gradient_kernel, GROUP=GROUP)
     yield choice.case("expected", expected_kernel)
     yield choice.case("weight", weight_kernel)
 

@@ -9,9 +9,26 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
-from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.exact_blas import blas_refusal
+from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
+from str_kernels.backends.triton.fitting import with_default
+from str_kernels.backends.triton.launch import (
+    EXACT,
+    FEWEST_FILTERED,
+    FEWEST_WITHOUT_BLAS,
+    Exact,
+    Kind,
+    Launch,
+    Stage,
+    arch_of,
+    has_eight_bits,
+    kind_of,
+    launch_for,
+)
+from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_pairs
 from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
@@ -19,25 +36,28 @@ from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
     Coefficients,
+    Columns,
     Dense,
     Head,
     OpenRows,
     Refined,
+    RowInputs,
+    RowPlan,
     RowShares,
     SafetyTerm,
     Saved,
     TileMasses,
+    Tiles,
     Wanted,
     Worklist,
 )
-from str_kernels.options import TILE
+from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS
 
 DEFAULT_BYTE_BUDGET = 160 << 20
 _MAX_ROWS = 16384
 _ROWS_OF_A_BLOCK = 256  # a multiple of every launch's rows
 _ROWS_FOR_INT8: dict[Kind, int] = {"half": 3072, "single": 256}
-_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 
 
 class TritonBackend:
@@ -46,18 +66,25 @@ class TritonBackend:
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
             Gradients need more. Block sizes follow from the budget alone, never from free memory.
+        exact: the products of the exact pass: "blas" is the vendor's, in fp32 and bf16; "triton"
+            is in every dtype; "auto" is the vendor's wherever they can run.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
     name = "triton"
+    contiguous = True  # the kernels read rows of W that lie one after the other
 
     def __init__(
         self,
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         launches: Mapping[tuple[Stage, Kind], Launch] | None = None,
+        exact: Exact = "auto",
     ) -> None:
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
             raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
+        if exact not in EXACT:
+            raise ValueError(f"exact={exact!r}: must be one of {', '.join(map(repr, EXACT))}.")
+        self.exact_by = exact
         self.byte_budget, self.launches = byte_budget, dict(launches or {})
 
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -72,14 +99,23 @@ class TritonBackend:
         arch = arch_of(device)
         if isinstance(arch, int) and 0 < arch < 80:
             return f"compute capability {arch / 10} lacks bf16 instructions"
-        if screen == "fp8" and not _has_fp8(device):
-            return "this GPU has no fp8 (e4m3) instructions; use 'int8', 'exact' or 'auto'"
+        if screen in EIGHT_BITS and not has_eight_bits(arch, EIGHT_BITS[screen]):
+            name, other = ("fp8 (e4m3)", "int8") if screen == "fp8" else ("int8", "fp8")
+            return f"this GPU has no {name} instructions; use '{other}', 'exact' or 'auto'"
         return None
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """Choose int8 on Hopper, where it was measured, for enough rows to repay quantising W."""
         enough = _ROWS_FOR_INT8[kind_of(dtype)]
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
+
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """See ``Backend.filters``; the interpreter, whose time tells nothing, always does."""
+        if device.type == "cpu":
+            return True
+        if self.exact_by == "triton" or blas_refusal(dtype, device, LossOptions()) is not None:
+            return positions >= FEWEST_WITHOUT_BLAS
+        return positions >= FEWEST_FILTERED[kind_of(dtype)]
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Count two 4-byte entries a tile and two fp32 rows of D; make blocks of about one size.
@@ -94,6 +130,19 @@ class TritonBackend:
         even = -(-rows // max(1, blocks * _ROWS_OF_A_BLOCK)) * _ROWS_OF_A_BLOCK
         return max(1, min(rows, even))
 
+    def prepare(
+        self, inputs: RowInputs, options: LossOptions, vocab_size: int, tiles: Tiles | None
+    ) -> RowPlan:
+        """See ``Prepares.prepare``."""
+        with _on(inputs.labels.device):
+            return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
+
+    @with_default("columns")
+    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+        """See ``RowStages.columns``."""
+        with _on(block.head.weight.device):
+            return exact_columns(block, needed, self._launch(block.head, "columns"))
+
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
 
@@ -102,6 +151,7 @@ class TritonBackend:
         fitting = self.byte_budget // 2 // _screened_bytes(head) // size
         return size * max(1, fitting) if screen in EIGHT_BITS else size
 
+    @with_default("softmax", "expected")
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -109,8 +159,22 @@ class TritonBackend:
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
         budget = self.byte_budget // 2  # the sums use the other half
         with _on(head.weight.device):
+            if self._by_blas(block):
+                return exact_pass_by_blas(block, wanted, budget)
             return exact_pass(block, wanted, launches, budget)
 
+    def _by_blas(self, block: Block) -> bool:
+        """Whether the exact pass of this block uses the vendor's products."""
+        if self.exact_by == "triton":
+            return False
+        refusal = blas_refusal(
+            block.head.hidden_states.dtype, block.head.weight.device, block.options
+        )
+        if refusal is not None and self.exact_by == "blas":
+            raise ValueError(f"exact='blas': {refusal}; use exact='auto' or 'triton'.")
+        return refusal is None
+
+    @with_default("screen")
     def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
         head, dtype = block.head, EIGHT_BITS.get(screen)
@@ -131,6 +195,7 @@ class TritonBackend:
         with _on(masses.log_mass.device):
             return route_pairs(block, masses, eps)
 
+    @with_default("refine")
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
         device = block.head.weight.device
@@ -149,6 +214,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
+    @with_default("gradient", "weight")
     def weight_gradients(
         self,
         block: Block,
@@ -167,7 +233,7 @@ class TritonBackend:
                 coefficients,
                 safety=safety,
                 needs=needs,
-                launches=(self._launch(head, "softmax"), self._launch(head, "weight")),
+                launches=(self._launch(head, "gradient"), self._launch(head, "weight")),
                 byte_budget=self.byte_budget,
             )
 
@@ -194,11 +260,6 @@ def _screened_bytes(head: Head) -> int:
 def interpreted() -> bool:
     """Whether the kernels were made for Triton's interpreter."""
     return not isinstance(screen_kernel, JITFunction)
-
-
-def _has_fp8(device: torch.device) -> bool:
-    arch = arch_of(device)
-    return arch == 0 or (arch >= 89 if isinstance(arch, int) else arch in _AMD_WITH_FP8)
 
 
 def _programs(device: torch.device) -> int:

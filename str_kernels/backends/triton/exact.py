@@ -18,6 +18,7 @@ from str_kernels.backends.triton.operands import GROUP, common, label_places, op
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
+    all_absent,
     finish_logits,
     grouped,
     multiply,
@@ -28,7 +29,7 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
-from str_kernels.engine.logits import label_logits
+from str_kernels.engine.logits import columns_of
 
 POINTERS = {"i32": ("label",), "fp32": ("label_logit", "sums", "scale", "rescale", "expected")}
 
@@ -68,6 +69,8 @@ def softmax_kernel(
     row, column = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
     position = (first_tile + slot) * TILE + column
     inside, past = row < rows, (position >= vocab)[None, :]
+    if all_absent(label_ptr, row, rows):
+        return
     weight_row = rows_at(None, position, vocab)
     row_in = tl.minimum(row, rows - 1)
     total = products(hidden_ptr, row_in, weight_ptr, weight_row, dim, precision, BLOCK_D)
@@ -102,6 +105,7 @@ def expected_kernel(
     scale_ptr,
     weight_ptr,
     rescale_ptr,
+    label_ptr,
     expected_ptr,
     rows,
     vocab,
@@ -115,13 +119,16 @@ def expected_kernel(
     """One program computes BLOCK_R × BLOCK_E of ``expected · rescale + Σ_tiles scale · share @ W``.
 
     In: ``share [C, R, TILE]``, ``scale [C, R]`` fp32 or None for 1, ``weight [V, D]``, ``rescale
-    [R]`` fp32. In and out: ``expected [R, D]`` fp32, of which no other program has this block.
+    [R]`` fp32, ``label [R]`` int32, or None where no row is absent. In and out: ``expected [R, D]``
+    fp32, of which no other program has this block.
     """
     wide = tl.cdiv(dim, BLOCK_E)
     row = tl.program_id(0) // wide * BLOCK_R + tl.arange(0, BLOCK_R)
     along = tl.program_id(0) % wide * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.arange(0, TILE)
     inside, within = row < rows, (along < dim)[None, :]
+    if all_absent(label_ptr, row, rows):
+        return
     total = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     for slot in range(0, tiles):
         weight_row = rows_at(None, (first_tile + slot) * TILE + column, vocab)
@@ -165,7 +172,7 @@ class _RunningTotals:
         self.block, self.wanted, self.launches = block, wanted, launches
         self.given = given = operands(block)
         self.place = label_places(block)
-        self.label_logit = label_logits(block.head, block.labels, block.options)
+        self.label_logit = columns_of(block).label
         sums = torch.zeros(given.rows, dtype=torch.float32, device=given.hidden.device)
         self.maximum = torch.full_like(sums, LOWEST.value)
         self.mass, self.ones = sums, torch.ones_like(sums)
@@ -240,6 +247,7 @@ class _RunningTotals:
             scale,
             given.weight,
             rescale,
+            given.places,
             out,
             given.rows,
             given.vocab,

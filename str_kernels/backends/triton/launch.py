@@ -8,11 +8,15 @@ taken, since a larger tile reads less from L2 for each operation. A tile has 128
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Stage = Literal["screen", "softmax", "refine", "expected", "weight"]
+from str_kernels.options import TILE
+
+Exact = Literal["auto", "blas", "triton"]
+EXACT: tuple[Exact, ...] = get_args(Exact)
+Stage = Literal["columns", "screen", "softmax", "refine", "expected", "gradient", "weight"]
 Kind = Literal["half", "byte", "single"]
 
 
@@ -31,14 +35,44 @@ ROWWISE = Launch(4, 1024, warps=4)
 # Kernels that pass over a tile's rows, or over the tiles, in one dimension use this size.
 SCAN = {"BLOCK": 1024}
 
+# The exact pass by BLAS gives each warp one row of logits.
+SHARES = Launch(4, 256, warps=4)
+
+
+class Product(NamedTuple):
+    """The logits that BLAS computes at once."""
+
+    rows: int
+    words: int
+
+
+# 35 MB of fp32, which stay in the L2 of sm_90 and later chips; 264 tiles of 128 x 256, two for each
+# multiprocessor of an H100. Fewer rows take as many more words.
+PRODUCT = Product(2048, 33 * TILE)
+
+# A filter pays from so many positions on. This was derived, and no GPU has confirmed it: in units
+# of one product, the exact pass by BLAS costs 2.07; the filter costs 1.15 for its 16-bit screen,
+# 0.09 for the rest, and 2.3 · (128 / N + 0.05) for its refinement, where a tile's 5 % of the rows
+# are padded to 128. The two meet at 410 rows; both read W twice, in some 140 launches. An int8
+# screen repays quantising an fp32 W from 256 rows on, where it was measured; so does a filter
+# beside the exact pass by Triton, at 3.1 units.
+FEWEST_FILTERED: dict[Kind, int] = {"half": 512, "single": 256}
+FEWEST_WITHOUT_BLAS = 256
+
 # These fit wherever a chip has 64 KiB of shared memory, with two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {
+    # this reads H once and multiply little: few rows make programs enough for every chip
+    ("columns", "half"): Launch(32, 64, warps=4),
+    ("columns", "single"): Launch(32, 32, warps=4),
     ("screen", "half"): Launch(128, 64),
     ("screen", "byte"): Launch(128, 128),
     # fp32 without a matrix unit is summed in registers, which a larger tile would spill
     ("screen", "single"): Launch(64, 32),
     ("softmax", "half"): Launch(128, 64),
     ("softmax", "single"): Launch(32, 32, warps=4),
+    # the logits' gradient, which recomputes them
+    ("gradient", "half"): Launch(128, 64),
+    ("gradient", "single"): Launch(32, 32, warps=4),
     ("refine", "half"): Launch(64, 64, 64),
     ("refine", "single"): Launch(32, 32, 32),
     # this kernel has two sums in registers, so its tile is half as wide as a plain product's
@@ -52,12 +86,14 @@ _THREE_STAGES: dict[tuple[Stage, Kind], Launch] = {
     ("screen", "half"): Launch(128, 64, stages=3),
     ("screen", "byte"): Launch(128, 128, stages=3),
     ("softmax", "half"): Launch(128, 64, stages=3),
+    ("gradient", "half"): Launch(128, 64, stages=3),
 }
 
 # AMD multiplies fp32 in its matrix units, whose instructions are 32 rows high. Eight warps would
 # compute 32 rows eight times, and spill.
 _MATRIX_FP32: dict[tuple[Stage, Kind], Launch] = {
     ("softmax", "single"): Launch(64, 32),
+    ("gradient", "single"): Launch(64, 32),
     ("refine", "single"): Launch(64, 32, 32),
     ("expected", "single"): Launch(64, 0, 64),
 }
@@ -78,6 +114,7 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
         **_THREE_STAGES,
         # 128 rows spill with a softcap and its buffers
         ("softmax", "half"): Launch(64, 64, stages=3),
+        ("gradient", "half"): Launch(64, 64, warps=4, stages=3),
         ("refine", "half"): Launch(64, 64, 128, stages=3),
         ("expected", "half"): Launch(128, 0, 128),
     },
@@ -87,6 +124,7 @@ TABLE: dict[str, dict[tuple[Stage, Kind], Launch]] = {
     "gfx90a": {**_MATRIX_FP32, ("refine", "half"): Launch(128, 64, 64)},
 }
 
+_AMD_WITH_FP8 = ("gfx950", "gfx1200", "gfx1201")  # gfx942 has another kind of e4m3
 _FAMILY = {80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 _FAMILY |= {120: "sm_120", 121: "sm_120"}
 
@@ -106,11 +144,30 @@ def arch_of(device: torch.device) -> int | str:
     return 10 * major + minor
 
 
+def has_eight_bits(arch: int | str, dtype: torch.dtype) -> bool:
+    """Whether the chip's matrix unit multiplies int8 or fp8 (e4m3); the interpreter does both."""
+    if dtype == torch.int8:
+        return arch != 103  # whose tcgen05 has no int8; the older instruction is slower than bf16
+    if isinstance(arch, int):
+        return arch == 0 or arch >= 89
+    return arch in _AMD_WITH_FP8
+
+
 def kind_of(dtype: torch.dtype) -> Kind:
     """Return the column of the table for operands of this dtype."""
     if dtype == torch.float32:
         return "single"
     return "byte" if dtype.itemsize == 1 else "half"
+
+
+_TOO_LARGE: set[tuple[int | str, Stage]] = set()
+
+
+def take_default(arch: int | str, stages: tuple[Stage, ...]) -> bool:
+    """Use the default for these stages on this chip from now on; whether that changes anything."""
+    found = {(arch, stage) for stage in stages} - _TOO_LARGE
+    _TOO_LARGE.update(found)
+    return bool(found)
 
 
 def launch_for(
@@ -119,9 +176,10 @@ def launch_for(
     """Return the table's choice, or the default where the chip has none of its own.
 
     With ``wide_weight`` W is wider than the operands (fp32 under autocast), and so are its tiles in
-    shared memory. The table's sizes might not fit there, and the default is taken.
+    shared memory. The table's sizes might not fit there, and the default is taken; so it is where a
+    launch of this stage has failed.
     """
     key = (stage, kind_of(dtype))
-    if wide_weight:
+    if wide_weight or (arch, stage) in _TOO_LARGE:
         return DEFAULT[key]
     return TABLE.get(family(arch), {}).get(key, DEFAULT[key])

@@ -17,6 +17,7 @@ from str_kernels.backends.triton.launch import SCAN, Launch
 from str_kernels.backends.triton.operands import GROUP, Operands, common, tuning
 from str_kernels.backends.triton.tiles import (
     TILE,
+    all_absent,
     finish_logits,
     grouped,
     products,
@@ -97,11 +98,15 @@ def logit_gradient_kernel(
     base = slot.to(tl.int64) * rows
     place = block * BLOCK_R + tl.arange(0, BLOCK_R)
     count = rows if count_ptr is None else tl.load(count_ptr + slot)
-    if block * BLOCK_R < count:
-        live = place < count
+    live = place < count
+    column = tl.arange(0, TILE)
+    out = dz_ptr + (base + place)[:, None] * TILE + column[None, :]
+    if all_absent(label_ptr if list_ptr is None else None, place, rows):
+        zero = tl.zeros([BLOCK_R, TILE], dz_ptr.dtype.element_ty)
+        tl.store(out, zero, mask=live[:, None])
+    elif block * BLOCK_R < count:
         row = place if list_ptr is None else tl.load(list_ptr + base + place, mask=live, other=0)
         row = tl.minimum(row, rows - 1)
-        column = tl.arange(0, TILE)
         position = (first_tile + slot) * TILE + column
         weight_row = rows_at(order_ptr, position, vocab)
         total = products(hidden_ptr, row, weight_ptr, weight_row, dim, precision, BLOCK_D)
@@ -118,7 +123,6 @@ def logit_gradient_kernel(
         if softcap is not None:
             dz *= softcap_slope(z, softcap)
         dz = tl.where((position < vocab)[None, :], dz * logit_scale, 0.0)
-        out = dz_ptr + (base + place)[:, None] * TILE + column[None, :]
         tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=live[:, None])
 
 

@@ -19,7 +19,7 @@ GROUP = 8  # blocks of rows that share a tile of W in L2
 
 
 class Operands(NamedTuple):
-    """The operands of the logits, contiguous; ``bias`` is in tile order."""
+    """The operands of the logits, contiguous; ``bias`` is in tile order, ``places`` `Block`'s."""
 
     hidden: Tensor
     weight: Tensor
@@ -27,6 +27,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     precision: str
     options: LossOptions
+    places: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -60,9 +61,15 @@ def operands(block: Block) -> Operands:
         head.weight.contiguous(),
         order,
         bias,
-        "tf32" if _tf32_allowed() else "ieee",
+        precision_of(),
         block.options,
+        block.places,
     )
+
+
+def precision_of() -> str:
+    """Return how fp32 operands are multiplied."""
+    return "tf32" if _tf32_allowed() else "ieee"
 
 
 def _tf32_allowed() -> bool:
@@ -95,5 +102,7 @@ def tuning(launch: Launch, blocks: str) -> dict[str, int]:
 
 
 def label_places(block: Block) -> Tensor:
-    """Return each label's place in the order, ``[R]`` int32; -1 where a row has no label."""
+    """Return each label's place in the order, ``[R]`` int32; negative where a row has no label."""
+    if block.places is not None:
+        return block.places
     return positions_of(block.labels, None if block.tiles is None else block.tiles.inverse).int()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import label_places
-from str_kernels.backends.triton.tiles import LOWEST, TILE
+from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE
 from str_kernels.engine.contract import Block, TileMasses, Worklist
 from str_kernels.engine.tiles import LEAST_OPEN
 
@@ -73,9 +73,12 @@ def threshold_kernel(
         top = higher
     lse = top + tl.log(whole)
     least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
-    tl.store(threshold_ptr + row, least + log_eps, mask=inside)
+    absent = label == ABSENT  # its masses are undefined
+    threshold = tl.where(absent, float("inf"), least + log_eps)
+    tl.store(threshold_ptr + row, threshold, mask=inside)
     shift = tl.load(anchor_ptr + row, mask=inside, other=0.0) + lse
-    tl.store(shift_ptr + row, tl.where(tl.abs(lse) == float("inf"), 0.0, shift), mask=inside)
+    shift = tl.where(absent | (tl.abs(lse) == float("inf")), 0.0, shift)
+    tl.store(shift_ptr + row, shift, mask=inside)
 
 
 @triton.jit
@@ -96,9 +99,9 @@ def route_kernel(
 
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
     ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
-    ``exp(shift)``, and -0.0 on live pairs. Out: ``list [T, R]`` int32, of which the first ``count
-    [T]`` int32 entries are the tile's live rows, ascending. The first ``hot`` tiles are live for
-    all rows, and list none.
+    ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending. The first ``hot``
+    tiles are live for all rows, and list none.
     """
     tile, count = tl.program_id(0), 0
     base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
@@ -109,13 +112,14 @@ def route_kernel(
         threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
         label = tl.load(label_ptr + row, mask=inside, other=-1)
         live = inside & ((mass > threshold) | ((label >= 0) & (label // TILE == tile)))
-        live |= inside & (tile < hot)
+        live |= inside & (label != ABSENT) & (tile < hot)
         chosen = (live & (tile >= hot)).to(tl.int32)
         place = base + count + tl.cumsum(chosen, 0) - 1
         tl.store(list_ptr + place, row, mask=chosen != 0)
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
+        share = tl.where(label == ABSENT, 0.0, share)
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
         tl.store(masses + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
@@ -202,6 +206,11 @@ def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:
     C is an upper bound. The number of chunks stands in the first row and stays on the device; the
     rows after the last chunk are uninitialised. ``plan_kernel`` documents the columns.
     """
+    if len(counts) * rows >= 2**31:  # the plan's places in the lists have 32 bits
+        raise ValueError(
+            f"rows={rows} in one block of {len(counts)} tiles: must be fewer than 2^31 pairs; give "
+            "the backend a smaller byte_budget."
+        )
     most = len(counts) * -(-rows // block)
     plan = torch.empty(1 + most, 3, dtype=torch.int32, device=counts.device)
     plan_kernel[(len(counts),)](counts, plan, len(counts), rows, CHUNK=block, **SCAN)

@@ -20,6 +20,7 @@ from str_kernels.backends.triton.quantise import quantised
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
+    all_absent,
     finish_logits,
     grouped,
     products,
@@ -27,12 +28,13 @@ from str_kernels.backends.triton.tiles import (
     softcap_slope,
 )
 from str_kernels.engine.contract import Block, TileMasses
-from str_kernels.engine.logits import anchor_logits
+from str_kernels.engine.logits import columns_of
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 POINTERS = {
     "i64": ("order",),
+    "i32": ("label",),
     "fp32": ("hidden_scale", "weight_scale", "anchor", "log_mass", "slope"),
 }
 
@@ -46,6 +48,7 @@ def screen_kernel(
     order_ptr,
     bias_ptr,
     anchor_ptr,
+    label_ptr,
     log_mass_ptr,
     slope_ptr,
     rows,
@@ -62,12 +65,15 @@ def screen_kernel(
 
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order
-    [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32. Out: ``log_mass
+    [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32, ``label [R]``
+    int32, or None where no row is absent. Out: ``log_mass
     [T, R]`` fp32, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
     softcap's derivative, or None.
     """
     block, tile = grouped(rows, tl.cdiv(vocab, TILE), BLOCK_R, GROUP)
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    if all_absent(label_ptr, row, rows):
+        return
     position = tile * TILE + tl.arange(0, TILE)
     total = products(
         hidden_ptr,
@@ -155,7 +161,7 @@ def _empty_masses(block: Block, given: Operands) -> TileMasses:
     """Allocate log-masses and slopes, ``[T, R]`` both; without a softcap there are no slopes."""
     log_mass = given.hidden.new_empty(given.tiles, given.rows, dtype=torch.float32)
     slope = None if given.options.softcap is None else torch.empty_like(log_mass)
-    return TileMasses(log_mass, slope, anchor_logits(block.head, block.labels, block.options))
+    return TileMasses(log_mass, slope, columns_of(block).anchor)
 
 
 def _by_rows(found: TileMasses) -> TileMasses:
@@ -172,6 +178,7 @@ def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch)
         given.order,
         given.bias,
         found.anchor,
+        given.places,
         found.log_mass,
         found.slope,
         given.rows,

@@ -6,7 +6,8 @@ These names are used in all kernels, beside the symbols of ``options``::
     row         [BLOCK_R] int32, rows of the hidden states, clamped to the range
     position    [TILE] int32, places in the order of the vocabulary; a tile's are neighbours
     weight_row  [TILE] int64, the rows of W at these places (V·D can pass 2³¹)
-    label       [BLOCK_R] int32, the place of each row's label, -1 where there is none
+    label       [BLOCK_R] int32, the place of each row's label, -1 where there is none, ``ABSENT``
+                on a row that needs no vocabulary, of which results are undefined
     z           [BLOCK_R, TILE] fp32, logits; -inf past the end of the vocabulary
     top         [BLOCK_R] fp32, a row's largest logit in a tile, at least ``LOWEST``
 
@@ -21,11 +22,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from str_kernels.engine.contract import ABSENT as _ABSENT
 from str_kernels.options import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
+ABSENT = tl.constexpr(_ABSENT)
 # This replaces the maximum of nothing: -inf minus it is -inf, where -inf minus -inf is NaN.
 LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def all_absent(label_ptr, row, rows):
+    """Whether none of these rows needs the vocabulary; never without labels."""
+    if label_ptr is None:
+        return False
+    else:
+        return tl.max(tl.load(label_ptr + row, mask=row < rows, other=ABSENT), 0) == ABSENT
 
 
 @triton.jit

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-_SHOWN = 3  # names in an error
 _OF_THE_BASE = {"base_layer", "original_module"}  # PEFT's names of what an adapter wraps
 
 
@@ -45,12 +44,11 @@ def require_fixed_base(model: nn.Module) -> None:
     """
     moving = trainable_base(model)
     if moving:
-        more = f", and {len(moving) - _SHOWN} more" if len(moving) > _SHOWN else ""
+        more = f" and {len(moving) - 1} more" if len(moving) > 1 else ""
         raise ValueError(
-            f"reference='adapter_off': parameters outside the adapters are trained "
-            f"({', '.join(moving[:_SHOWN])}{more}), and the reference would move with them; freeze "
-            "them, train copies of them (modules_to_save of peft), or pass reference=<a cache file "
-            "made before training>."
+            f"reference='adapter_off': parameters outside the adapters are trained ({moving[0]}"
+            f"{more}), and the reference would move with them; freeze them, train copies of them "
+            "(modules_to_save of peft), or pass reference=<a cache file made before training>."
         )
 
 

@@ -32,11 +32,10 @@ from str_kernels.tensor_files import SavedTensors, save_tensors
 
 SCHEMA = "str_kernels.reference_cache/1"
 
-_CHANGED = "packing, truncation or the data changed since it was made."
+_CHANGED = "make it again: packing, truncation or the data changed since it was made."
 _EVALUATING = (
-    "the model is in evaluation mode: the rows of the evaluation set need references as well. Make "
-    "the cache from the training and the evaluation rows together, use reference='adapter_off', or "
-    "train without evaluations; if the row was among those, packing or truncation changed since."
+    "make it from training and evaluation rows together, or use 'adapter_off': the model is in "
+    "evaluation mode. If the row was among those, packing or truncation changed since."
 )
 
 

@@ -42,10 +42,10 @@ class _Below:
         if not self.active:
             return type(None), ()
         raise pickle.PicklingError(
-            "a patched model cannot be pickled (torch.save(model), multiprocessing, Ray): it would "
-            "come back without its patch. To save it use model.save_pretrained(folder), or "
-            "torch.save(model.state_dict(), path); to send it elsewhere call unpatch_model(model) "
-            "first and patch_model there (patch.state_dict() is what the patch has learned)."
+            "save with model.save_pretrained(folder) or torch.save(model.state_dict(), path); to "
+            "send it elsewhere, call unpatch_model(model) first and patch_model there "
+            "(patch.state_dict() is what it has learned): a patched model cannot be pickled, for "
+            "it would come back without its patch."
         )
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from str_kernels.huggingface.deferred.sharding import is_freed
+
 
 class StepClock:
     """Counts the steps of every optimizer, by a global hook that is removed with the clock.
@@ -75,8 +77,13 @@ class Freshness:
             values: compare values as well, for which the host waits for the device.
 
         Raises:
-            RuntimeError: a tensor was written into or replaced, or an optimizer has stepped.
+            RuntimeError: a tensor was written into, replaced or freed, or an optimizer has stepped.
         """
+        if any(map(is_freed, self._tensors)):
+            raise RuntimeError(
+                "These logits were never computed, and FSDP has freed the head's weight since the "
+                "forward: let it keep the head whole (reshard_after_forward=False)."
+            )
         if self._versions() != self._seen or (values and not self._same_values()):
             raise RuntimeError(
                 "These logits were never computed, and the head or its input has changed since the "
@@ -91,9 +98,7 @@ class Freshness:
 
     def _same_values(self) -> bool:
         pairs = zip(self._tensors, self._values, strict=True)
-        return not any(map(_is_freed, self._tensors)) and all(
-            values is None or torch.equal(sampled_values(x), values) for x, values in pairs
-        )
+        return all(values is None or torch.equal(sampled_values(x), values) for x, values in pairs)
 
 
 def sampled_values(tensor: Tensor) -> Tensor | None:
@@ -112,8 +117,3 @@ def sampled_values(tensor: Tensor) -> Tensor | None:
 
 def _layout(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def _is_freed(tensor: Tensor) -> bool:
-    """Whether the storage was given back, as FSDP does between two uses of a weight."""
-    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0

@@ -25,6 +25,12 @@ from str_kernels.huggingface.deferred.forward import (
     remove_forward,
 )
 from str_kernels.huggingface.deferred.head_call import HeadCall, LossOwner
+from str_kernels.huggingface.deferred.sharding import (
+    is_gathered_later,
+    is_sharded,
+    refuse_zero3,
+    row_count,
+)
 from str_kernels.huggingface.deferred.tensor import defer_linear
 from str_kernels.validation import validate_weight
 
@@ -92,10 +98,7 @@ def deferrable_head(head: nn.Module) -> Iterator[None]:
 
 def vocabulary_size(head: nn.Module) -> int:
     """How many rows the head has: this counts as the vocabulary, whatever the config says."""
-    weight = getattr(head, "weight", None)
-    if weight is not None:
-        return weight.shape[0]
-    return max(p.shape[0] for p in head.parameters() if p.dim() == 2)
+    return row_count(head)
 
 
 def validate_tokens(token_ids: tuple[int, ...], head: nn.Module) -> None:
@@ -113,6 +116,8 @@ def validate_tokens(token_ids: tuple[int, ...], head: nn.Module) -> None:
 
 
 def _refuse_head(head: nn.Module) -> None:
+    if is_gathered_later(head):
+        return
     if not any(p.dim() == 2 and p.is_floating_point() for p in head.parameters()):
         raise ValueError(
             f"model: its head, a {type(head).__module__}.{type(head).__qualname__}, has no weight "
@@ -124,6 +129,12 @@ def _refuse_head(head: nn.Module) -> None:
 
 
 def _refuse_weight(weight: Tensor, name: str) -> None:
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name} is a {type(weight).__name__} in its product, split over processes (tensor "
+            "parallelism?), which is not supported: leave lm_head out of the plan, or use DDP or "
+            "FSDP2."
+        )
     validate_weight(weight, name)
     if type(weight) not in (Tensor, nn.Parameter):
         raise ValueError(
@@ -136,17 +147,18 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner, inner = _deferring.get(), inner_forward(head)
     if owner is None:
         return inner(*args, **kwargs)
+    refuse_zero3(head)
     states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    with _DeferLinear(vocabulary_size(head), states.shape[:-1], owner):
+    with _DeferLinear(vocabulary_size(head), states.shape[:-1], HeadCall(owner, head)):
         return inner(*args, **kwargs)
 
 
 class _DeferLinear(TorchFunctionMode):
     """While the head runs, its product with the vocabulary becomes a deferred tensor."""
 
-    def __init__(self, words: int, rows: torch.Size, owner: LossOwner) -> None:
+    def __init__(self, words: int, rows: torch.Size, call: HeadCall) -> None:
         super().__init__()
-        self._words, self._rows, self._call = words, rows, HeadCall(owner)
+        self._words, self._rows, self._call = words, rows, call
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None

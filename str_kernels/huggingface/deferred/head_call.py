@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.freshness import Freshness
@@ -40,14 +41,25 @@ class LossOwner(Protocol):
 
 @dataclass
 class HeadCall:
-    """What the tensors derived from one call of the head have in common."""
+    """What the tensors derived from one call of the head have in common.
+
+    ``hooks``: those of a framework on the gradients of the logits, which want to know when backward
+    begins.
+    """
 
     owner: LossOwner | None
+    head: nn.Module | None = None
+    hooks: list[Callable] = field(default_factory=list)
     members: list[weakref.ref] = field(default_factory=list)
     fresh: list[Freshness] = field(default_factory=list)
     fused: bool = False
     watched: bool = False
     written: bool = False
+
+    @property
+    def inside(self) -> bool:
+        """Whether the forward that the logits belong to is still running."""
+        return self.owner is not None and self.owner.running
 
     def materialise_all(self) -> None:
         """Compute the values of every tensor that is still alive."""

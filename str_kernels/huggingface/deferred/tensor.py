@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,11 +34,12 @@ from str_kernels.huggingface.deferred.freshness import Freshness
 from str_kernels.huggingface.deferred.head_call import HeadCall
 from str_kernels.huggingface.deferred.modes import Modes
 from str_kernels.huggingface.deferred.recording import extend, values_read
+from str_kernels.huggingface.deferred.sharding import whole_head
 from str_kernels.huggingface.deferred.torch_functions import (
     GRADIENT_WATCHERS,
     LOSSES,
     METADATA,
-    is_torch_hook,
+    is_framework_hook,
     loss_arguments,
     name_of,
     writes,
@@ -52,6 +54,7 @@ class DeferredLogits(Tensor):
     _call: HeadCall
     _modes: Modes
     _value: Tensor | None
+    _hooks: list[Callable]
 
     @property
     def fold(self) -> Fold | None:
@@ -72,6 +75,7 @@ class DeferredLogits(Tensor):
         if self._value is None:
             with self._modes.again():
                 self._value = self._replay()
+            _hook_all(self._value, self._hooks)
         return self._value
 
     def __repr__(self, **_: Any) -> str:
@@ -127,8 +131,11 @@ def defer_linear(
     call.fresh.append(fresh)
 
     def replay() -> Tensor:
-        fresh.require()
-        return F.linear(hidden_states, weight, bias)
+        # after the forward one process may read its logits alone, which must not wait for others
+        held = whole_head(call.head, weight) if call.inside else nullcontext()
+        with held:
+            fresh.require()
+            return F.linear(hidden_states, weight, bias)
 
     return _record(fold_linear(hidden_states, weight, bias), replay, call)
 
@@ -178,7 +185,7 @@ def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> Deferre
             DeferredLogits, fold.shape, dtype=fold.dtype, device=fold.device
         )
         logits._fold, logits._replay, logits._call = fold, replay, call
-        logits._modes, logits._value = modes, None
+        logits._modes, logits._value, logits._hooks = modes, None, []
         call.members.append(weakref.ref(logits))
         return logits
 
@@ -227,10 +234,10 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
         return None
     if target.is_floating_point() or target.shape != fold.hidden_states.shape[:-1]:
         return None
-    for fresh in call.fresh:
-        fresh.require(values=not call.owner.running)
     call.fused = True
-    with logits._modes.autocast_again():
+    with whole_head(call.head, fold.weight), logits._modes.autocast_again():
+        for fresh in call.fresh:
+            fresh.require(values=not call.owner.running)
         loss = call.owner.cross_entropy(
             fold,
             target,
@@ -238,7 +245,15 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
             reduction=given.get("reduction", "mean"),
             label_smoothing=given.get("label_smoothing", 0.0),
         )
-    return loss.to(fold.dtype)
+    # the logits have no gradient, so their hooks would never be called
+    return _hook_all(loss.to(fold.dtype), call.hooks)
+
+
+def _hook_all(tensor: Tensor, hooks: list[Callable]) -> Tensor:
+    if tensor.requires_grad:
+        for hook in hooks:
+            tensor.register_hook(hook)
+    return tensor
 
 
 def _with_real_logits(
@@ -249,7 +264,11 @@ def _with_real_logits(
     if logits is None:  # inside a list, as torch.cat has them
         logits = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits))
     call = logits._call
-    if is_torch_hook(func, args):
+    if is_framework_hook(func, args):
+        call.hooks.append(args[1])
+        logits._hooks.append(args[1])
+        if logits.is_materialised:
+            _hook_all(logits.materialise(), args[1:2])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in GRADIENT_WATCHERS:

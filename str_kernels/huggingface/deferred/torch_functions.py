@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ _LOSS_ARGUMENTS = (
 # functions that ask for a gradient of the logits, which a fused loss does not have
 GRADIENT_WATCHERS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 
+_FRAMEWORKS = ("torch.distributed.", "deepspeed.")
 _ATTRIBUTES = (
     *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn"),
     *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
@@ -54,8 +56,11 @@ def writes(function: Callable, kwargs: dict) -> bool:
     return name.endswith("_")
 
 
-def is_torch_hook(function: Callable, args: tuple) -> bool:
-    """Whether FSDP hooks an output to learn when backward begins, which reads no gradient."""
+def is_framework_hook(function: Callable, args: tuple) -> bool:
+    """Whether FSDP or DeepSpeed hooks an output to learn when backward begins."""
     if function is not Tensor.register_hook or len(args) < 2:
         return False
-    return (getattr(args[1], "__module__", None) or "").startswith("torch.distributed")
+    hook = args[1]
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").startswith(_FRAMEWORKS)

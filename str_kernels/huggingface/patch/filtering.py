@@ -15,24 +15,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from str_kernels import waits
+from str_kernels.files import cache_folder
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.freshness import sampled_values
-from str_kernels.huggingface.patch.index_cache import cache_folder, cached_index
+from str_kernels.huggingface.patch.index_cache import cached_index
 from str_kernels.huggingface.patch.learned import (
     decode_order,
     encode_order,
     order_digest,
     weight_digest,
 )
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
+from str_kernels.waits import SameTensor, version_key
 
 # Above this share of live tiles (a flat softmax, an untrained model) the refinement costs more than
 # the screen saves.
 LARGEST_LIVE_SHARE = 0.4
 # A smaller vocabulary has too few tiles for the screen to leave many out.
 SMALLEST_VOCABULARY = 8192
+# Twice as often as an index compares itself, whose error is then about an index that was given.
+_COMPARED_EVERY = 50
 _STATES = 2048  # enough hidden states for 32 directions
 _log = logging.getLogger("str_kernels")
 Index = VocabularyIndex | Literal["auto"] | None
@@ -72,8 +78,12 @@ class IndexSource:
         self._head: _Head | None = None  # the weight that the choice was made for
         self._kept: dict[str, Any] | None = None  # a choice of an earlier run, to be taken over
         self._fresh = False
+        self._compared = SameTensor(_COMPARED_EVERY)
+        self._stale = False  # found late to have been written into
 
-    def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
+    def find(
+        self, fold: Fold, options: LossOptions, processes: Together = ALONE
+    ) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay, or not stay right."""
         if not self._automatic:
             return self._index
@@ -93,14 +103,14 @@ class IndexSource:
                     "built again",
                     logging.WARNING,
                 )
-            states = _some_states(fold)
-            self._index = cached_index(weight, states, cache_folder(), _watcher.get())
-            self._head, self._fresh = _Head.of(weight), True
+            self._index = _built(weight, _some_states(fold), processes)
+            self._head, self._fresh, self._stale = _Head.of(weight), True, False
+            self._compared.due(weight)  # counts from here
         return self._index
 
     def _is_of(self, weight: Tensor) -> bool:
         """Whether the choice was made for this weight, as it is now."""
-        if self._head is None or not self._head.has_values_of(weight):
+        if self._head is None or not self._has_same_values(weight):
             return False
         key = _key_of(weight)
         if key == self._head.key:
@@ -113,12 +123,37 @@ class IndexSource:
         self._head = replace(self._head, key=key)
         return True
 
-    def judge(self, live_share: Tensor) -> None:
-        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
-        if not self._fresh:
+    def _has_same_values(self, weight: Tensor) -> bool:
+        """Whether sampled values are those of the weight that the choice was made for.
+
+        A GPU compares them seldom, and what it finds without a wait a later call learns.
+        """
+        if self._stale or not self._compared.due(weight):
+            return not self._stale
+        if waits.allowed(weight.device) or _key_of(weight) != self._head.key:
+            return self._head.has_values_of(weight)
+        waits.judge_later(self._head.differs_from(weight), self._distrust)
+        return True
+
+    def _distrust(self) -> None:
+        self._stale = True
+
+    def judge(
+        self, live_share: Tensor, processes: Together = ALONE, *, filtered: bool = True
+    ) -> None:
+        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
+
+        The average is that of all ``processes``, so that all drop it or none. A loss that was not
+        ``filtered``, such as that of few positions, says nothing of an index.
+        """
+        if not self._fresh or not (filtered or processes.groups):
             return
-        self._fresh = False
-        share = live_share.nanmean().item()  # the only synchronisation, once an index
+        sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
+        # the only synchronisation, once an index
+        total, count = processes.total(sums * float(filtered)).tolist()
+        if not count:
+            return
+        self._fresh, share = False, total / count
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
@@ -171,12 +206,15 @@ class IndexSource:
             columns = None if columns is None else torch.tensor(columns, device=weight.device)
             hot = kept.get("hot", 0)
             self._index = VocabularyIndex.of_order(weight.detach(), order, columns, hot)
-        self._head, self._fresh = head, kept["fresh"]
+        self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+    """What a weight ``[V, D]`` was: its version and form, some of its values, and its digest.
+
+    Where it lies says nothing: FSDP gathers it to another place for each step.
+    """
 
     key: tuple
     values: Tensor
@@ -191,9 +229,25 @@ class _Head:
         values, known = sampled_values(weight), self.values
         return values.device == known.device and torch.equal(values, known)
 
+    def differs_from(self, weight: Tensor) -> Tensor:
+        """Compare the sampled values on the device: one bool, for which the host does not wait."""
+        return (sampled_values(weight) != self.values).any()
+
 
 def _key_of(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype
+    return version_key(weight)[1:]  # without where it lies
+
+
+def _built(weight: Tensor, states: Tensor, processes: Together) -> VocabularyIndex:
+    """The leader's index, made from its states, in every process."""
+    if processes.leads:
+        index = cached_index(weight, states, cache_folder(), _watcher.get())
+        order, columns = index.order.contiguous(), index.columns.contiguous()
+    else:
+        order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+        columns = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device)
+    order, columns = processes.shared(order), processes.shared(columns)
+    return index if processes.leads else VocabularyIndex.of_order(weight.detach(), order, columns)
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,28 +25,8 @@ from torch import Tensor
 
 from str_kernels.vocabulary import SCHEMA, VocabularyIndex, state_columns, tile_means
 
-VARIABLE = "STR_KERNELS_INDEX_CACHE"
 _ROWS = 64  # rows of the weight in its digest
 _log = logging.getLogger("str_kernels")
-
-
-def cache_folder() -> Path | None:
-    """The folder of the indices; None: there is none."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen is not None:
-        return None if chosen.strip().lower() in ("", "0", "off") else Path(chosen).expanduser()
-    try:
-        return _user_cache() / "str_kernels" / "indices"
-    except RuntimeError:  # a user without a home
-        return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def cached_index(

@@ -93,7 +93,6 @@ class LabelledForward:
             softcap=fold.softcap,
             safety=safety,
         )
-        _require_whole(fold.weight)
         loss = self._fuse(fold, target.reshape(-1), options)
         return loss.reshape(target.shape) if reduction == "none" else loss
 
@@ -103,7 +102,10 @@ class LabelledForward:
         if options.safety is not None:
             constrained = constrained_rows(context, fold, labels, options.ignore_index)
             reference, weights = constrained
-        operands, index = (_states(fold), fold.weight, labels), context.index.find(fold, options)
+        operands, index = (
+            (_states(fold), fold.weight, labels),
+            context.index.find(fold, options, context.together),
+        )
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
         terms = row_terms(
             Head(*operands[:2], fold.bias),
@@ -148,12 +150,3 @@ def _states(fold: Fold) -> Tensor:
     if torch.is_autocast_enabled(states.device.type):
         return states
     return states.to(fold.weight.dtype)
-
-
-def _require_whole(weight: Tensor) -> None:
-    storage = weight.untyped_storage()
-    if weight.numel() and storage.size() == 0:
-        raise ValueError(
-            "the head's weight was freed between the head and the loss (a head in an FSDP group of "
-            "its own?): keep the head in the root group, or set reshard_after_forward=False for it."
-        )

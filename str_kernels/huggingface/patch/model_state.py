@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 
 # A larger buffer is a table or a quantised weight, which no forward writes.
 _LARGEST_BUFFER = 2**20
@@ -35,7 +37,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             for module, _ in modules:
-                module.training = False
+                module.training &= evaluates_otherwise(module)
             yield
     finally:
         for module, state in modules:
@@ -74,12 +76,3 @@ def _restore(module: nn.Module, state: dict[str, tuple[Any, dict | None]]) -> No
 
 def _same(value: dict, content: dict) -> bool:
     return list(value) == list(content) and all(value[k] is content[k] for k in content)
-
-
-def why_unusable(parameter: Tensor) -> str | None:
-    """Why nothing can be computed with this parameter, or None."""
-    if parameter.is_meta:
-        return "its weights are on the meta device"
-    if hasattr(parameter, "ds_id") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
-        return "its weights are sharded"
-    return None

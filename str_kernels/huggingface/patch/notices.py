@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+
+from str_kernels.huggingface.patch.processes import is_first
+
+_log = logging.getLogger("str_kernels")
 
 
 class Notices:
-    """Warns on behalf of one patch, never twice of the same thing."""
+    """Warns on behalf of one patch, never twice of the same thing; in one process alone."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -40,15 +45,13 @@ class Notices:
         why = (
             "the cache file was made from another model or state of it, or the model has dropout"
             if cached
-            else "the reference is the model without its trained adapters, and these had moved (a "
-            "checkpoint or a loaded adapter goes on: then this is right), or the model has dropout "
-            "of its own. An adapter that carries the alignment belongs to the reference: load it "
-            "with is_trainable=False and train another one beside it, or merge it first "
-            "(merge_and_unload)"
+            else "load an adapter that carries the alignment with is_trainable=False, or merge it "
+            "(merge_and_unload), and train another; dropout, and a training that goes on, do this "
+            "too"
         )
         self._warn(
-            f"The first safety penalty is {penalty:.3g} a token, not 0: the safety logits are "
-            f"{distance:.3g} (root mean square) from their reference before training: {why}."
+            f"The first safety penalty is {penalty:.3g} a token, not 0; safety logits are "
+            f"{distance:.3g} (rms) from their reference: {why}."
         )
 
     def warn_transformed(self) -> None:
@@ -69,4 +72,7 @@ class Notices:
         key = once_for or message
         if key not in self._given:
             self._given.add(key)
-            warnings.warn(message, stacklevel=4)
+            if is_first():
+                warnings.warn(message, stacklevel=4)
+            else:
+                _log.info(message)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -38,6 +39,7 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
+from str_kernels.huggingface.deferred.sharding import whole_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -46,6 +48,7 @@ from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.processes import Together, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
@@ -188,12 +191,14 @@ class Patch:
             return _undeferred(inner, args, kwargs)
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
-        forward = LabelledForward(self._context(inner, arguments, weights, tokens))
+        processes = together(self.model)
+        context = self._context(inner, arguments, weights, tokens)
+        forward = LabelledForward(replace(context, together=processes))
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0), len(_targets(arguments)))
+            self._observe(forward.losses.pop(0), len(_targets(arguments)), processes)
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -209,10 +214,10 @@ class Patch:
             return False
         if self.options.constrained:
             raise ValueError(
-                f"model={type(self.model).__name__}: torch.func (grad, vmap, jvp and the like) and "
-                "forward-mode AD cannot pass through a patched model with a safety constraint; "
-                "take derivatives by loss.backward(), patch with safety=None, or call "
-                "linear_cross_entropy(..., backend='dense') on the hidden states."
+                f"model={type(self.model).__name__}: take derivatives by loss.backward(), patch "
+                "with safety=None, or call linear_cross_entropy(..., backend='dense') on the "
+                "hidden states: torch.func (grad, vmap, jvp) and forward-mode AD cannot pass "
+                "through a patched model with a safety constraint."
             )
         self.notices.warn_transformed()
         return True
@@ -253,10 +258,11 @@ class Patch:
         require_fixed_base(self.model)
         return aligned
 
-    def _observe(self, loss: FusedLoss, rows: int) -> None:
+    def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
-        self._source.judge(loss.parts.live_share)
+        filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
+        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         meter.add(loss.terms, loss.parts, rows=None if training else rows)
@@ -266,7 +272,11 @@ class Patch:
             if training and torch.is_grad_enabled():
                 self._first.after_loss(*constrained)
         if training and torch.is_grad_enabled():
-            changed = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+            held = whole_head(self._head, loss.operands[1]) if self.guard.due else nullcontext()
+            with held:
+                changed = self.guard.after_loss(
+                    loss.operands, loss.options, processes, **loss.inputs
+                )
             self._fallback |= changed
             self.options = replace(self.options, **changed)
 
@@ -288,12 +298,10 @@ class Patch:
             self.notices.warn_bypassed()
             return
         raise ValueError(
-            f"model={type(self.model).__name__}: its forward was replaced, and the loss is "
-            "computed past the patch (fused_lm_head=True of TRL's trainers). DPO, GRPO, KTO and "
-            "the like have no cross-entropy that the constraint could join; for them patch with "
-            "safety=None or not at all. SFTTrainer has one: from TRL 1.15 on, its own loop trains "
-            "with the constraint if TRL was imported before the model was patched; in a loop of "
-            "yours call model.train() after the trainer is made."
+            f"model={type(self.model).__name__}: a replaced forward computes its loss past the "
+            "patch. For SFTTrainer (TRL 1.15 or later) import trl before patching; in a loop of "
+            "your own call model.train() after the trainer is made. DPO, GRPO and "
+            "KTO have no cross-entropy for the constraint: patch with safety=None."
         )
 
 

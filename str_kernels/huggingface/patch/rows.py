@@ -14,6 +14,7 @@ from torch import Tensor
 from str_kernels.huggingface.constraint.positions import position_weights
 from str_kernels.huggingface.constraint.reference_pass import safety_reference
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.splits import refuse_split
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
 from str_kernels.options import LossOptions
@@ -74,6 +75,8 @@ def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
                 f"head, {list(shape)}."
             )
         return given.to(labels.device, torch.float32).reshape(-1)
+    if context.positions != "labels":
+        refuse_split(sequences.packing, context.positions)
     every = labels.new_full((shape.numel(),), ignore_index)
     every[rows] = labels
     scored = torch.zeros_like(every, dtype=torch.bool)

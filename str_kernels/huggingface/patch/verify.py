@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.deferred.head import vocabulary_size
+from str_kernels.huggingface.deferred.sharding import why_unusable
 from str_kernels.huggingface.deferred.tensor import DeferredLogits
 from str_kernels.huggingface.patch.comparison import Run, Verification, compare
-from str_kernels.huggingface.patch.model_state import preserved_draws, preserved_state, why_unusable
+from str_kernels.huggingface.patch.model_state import preserved_draws, preserved_state
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.options import LossOptions
 
@@ -44,7 +45,7 @@ def verify_patch(model: nn.Module, head: nn.Module, backend: str | Backend) -> V
     Raises:
         ValueError: the patched model does not compute what the model computes.
     """
-    reason = next(filter(None, map(why_unusable, model.parameters())), None)
+    reason = why_unusable(model, head)
     if reason is not None:
         return Verification(skipped=reason)
     states: list[Tensor] = []

@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from str_kernels import SafetyConstraint, VocabularyIndex
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.huggingface import patch_model
+from str_kernels.huggingface.patch import filtering
 from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
 
 VOCAB = SMALLEST_VOCABULARY
@@ -79,6 +81,27 @@ def test_made_again_when_the_head_changes():
             parameter.requires_grad_("lora_" in name)
         model(**batch()).loss.backward()
         assert len(used_index(patch).order) == VOCAB + 64
+
+
+def test_made_again_late_where_the_host_must_not_wait(no_waits, monkeypatch):
+    """What torch counts is noticed at once; a write through ``.data`` soon, and never an error."""
+    monkeypatch.setattr(filtering, "_COMPARED_EVERY", 3)
+    model = model_of()
+    weight = model.base_model.model.lm_head.weight
+    with patch_model(model) as patch:
+        model(**batch())
+        first = used_index(patch)
+        weight.data.mul_(2.0)
+        for _ in range(3):
+            model(**batch())
+            assert used_index(patch) is first
+        model(**batch())
+        second = used_index(patch)
+        assert second is not first
+        with torch.no_grad():
+            weight.mul_(2.0)
+        model(**batch())
+        assert used_index(patch) is not second
 
 
 @pytest.mark.parametrize("why", ["trainable", "small", "eps", "none"])
@@ -163,3 +186,21 @@ def test_a_flat_softmax_is_computed_exactly():
         model(**batch()).loss.backward()
         assert used_index(patch) is None
         assert (patch.last_parts.dead_mass == 0).all()
+
+
+def test_an_index_is_judged_by_a_filtered_loss(monkeypatch):
+    """A loss of few positions computes every tile exactly, which is no reason to drop the index."""
+    model, few = model_of(), [True]
+    monkeypatch.setattr(TorchBackend, "filters", lambda self, *given: not few[0])
+    with torch.no_grad():
+        model.base_model.model.lm_head.weight.mul_(0.01)
+    with patch_model(model) as patch:
+        for _ in range(2):
+            model(**batch()).loss.backward()
+            assert (patch.last_parts.live_share.nan_to_num(1.0) == 1).all()
+            assert (patch.last_parts.dead_mass == 0).all()
+        assert used_index(patch) is not None
+        few[0] = False
+        model(**batch()).loss.backward()
+        model(**batch()).loss.backward()
+        assert used_index(patch) is None

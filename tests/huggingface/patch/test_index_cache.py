@@ -11,14 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from str_kernels.files import VARIABLE, cache_folder
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.patch.filtering import watching_index
-from str_kernels.huggingface.patch.index_cache import (
-    VARIABLE,
-    cache_folder,
-    cached_index,
-    fingerprint,
-)
+from str_kernels.huggingface.patch.index_cache import cached_index, fingerprint
 from str_kernels.options import TILE
 from str_kernels.vocabulary import VocabularyIndex, tile_means
 from tests.huggingface.patch.test_filtering import batch, model_of, used_index

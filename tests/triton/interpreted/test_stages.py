@@ -104,8 +104,10 @@ def test_refine_by_slices(monkeypatch, dtype, held):
     assert relative_error(got.mass, want.mass) < 2e-5
 
 
-def test_exact(setting, backend):
-    """Every field of ``Dense``."""
+@pytest.mark.parametrize("products", ["blas", "triton"])
+def test_exact(setting, products):
+    """Every field of ``Dense``, by either pass."""
+    backend = TritonBackend(exact=products)
     wanted = Wanted(hidden=True, masses=False, entropy=True)
     want = TorchBackend().exact(setting._replace(tiles=None), wanted)
     got = backend.exact(setting._replace(tiles=None), wanted)
@@ -125,7 +127,7 @@ def test_exact(setting, backend):
 @pytest.mark.parametrize("smoothed", [True, False])
 def test_weight_gradients(setting, routed, needs, smoothed):
     """From the same saved state, α, γ, σ and safety term; rows without a gradient stay silent."""
-    head, labels, tiles, options = setting
+    head, labels, tiles, options = setting[:4]
     if head.bias is None:
         head = head._replace(bias=torch.zeros(head.weight.shape[0]))
     reference, backend = TorchBackend(), TritonBackend(1 << 18)
@@ -172,6 +174,12 @@ def test_plan_covers_every_live_row_once():
     assert [len(rows) for rows in covered] == counts.tolist()
 
 
+def test_a_plan_of_too_many_pairs():
+    """Places in the lists have 32 bits: more pairs are refused, not overwritten."""
+    with pytest.raises(ValueError, match=r"rows=1048576 .* 2\^31 pairs; .* smaller byte_budget"):
+        plan_chunks(torch.zeros(2048, dtype=torch.int32), 1 << 20, 64)
+
+
 @pytest.mark.parametrize(("screen", "cost"), [("exact", 1.0), ("int8", 0.5)])
 def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     """Forward and backward are one screen and twice the live share, padding included.
@@ -192,12 +200,14 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     live = counts.sum().item() * TILE / (256 * 2048)
     assert live < padded <= live + chunk * len(counts) * TILE / (256 * 2048)
     arguments = {"screen": screen, "index": index, "filter_eps": DEFAULT_EPS}
-    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(cost + 2.0 * padded)
+    want = cost + 16 / 2048 + 2.0 * padded  # the anchors' columns
+    assert _work(case, backend, dot_flops, **arguments) == pytest.approx(want)
 
 
-def test_counted_work_of_the_exact_path(backend, dot_flops):
+def test_counted_work_of_the_exact_path(dot_flops):
     """Two GEMMs forward and backward with a frozen head: logits once, expected rows once."""
     case = clustered_case(128, 512, 64, ignored=0.0).to(torch.float16)
+    backend = TritonBackend(exact="triton")
     assert _work(case, backend, dot_flops, filter_eps=0.0) == pytest.approx(2.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels import VocabularyIndex, linear_cross_entropy
+from str_kernels import VocabularyIndex, linear_cross_entropy, notices
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton import TritonBackend, refine
 from str_kernels.engine.contract import Head, RowInputs
@@ -107,6 +107,31 @@ def test_non_contiguous_inputs(backend):
     strided = Case(case.hidden_states.T.contiguous().T, case.weight.T.contiguous().T, case.labels)
     got = strided.run(backend=backend)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("eps", [0.0, ALL_LIVE])
+def test_a_strided_weight_is_copied_once(eps, backend, monkeypatch, caplog):
+    """One copy in the forward and one in the backward of a trained head, and one warning."""
+    case, copies = make_case(20, 300, 24).to(torch.float32), []
+    real = torch.Tensor.contiguous
+
+    def contiguous(tensor, *given, **named):
+        if tensor.shape == (300, 24) and not tensor.is_contiguous():
+            copies.append(tensor)
+        return real(tensor, *given, **named)
+
+    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    weight = case.weight.T.contiguous().T.requires_grad_()
+    with caplog.at_level("WARNING", "str_kernels"):
+        loss = linear_cross_entropy(
+            case.hidden_states, weight, case.labels, backend=backend, filter_eps=eps
+        )
+        assert len(copies) == 1
+        loss.backward()
+    assert len(copies) == 2
+    assert [record.getMessage().count("is copied once") for record in caplog.records] == [1]
+    assert relative_error(weight.grad, case.truth()["weight"]) < 1e-5
 
 
 @pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])
