@@ -17,13 +17,13 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['case']}, {row['screen']}")
 def test_hot_tiles_spare_atomics(row):
-    """At most one tile in 32 is hot; they hold a third of the live pairs, or more, and those add
+    """At most one tile in 32 is hot; they hold a fifth of the live pairs, or more, and those add
     nothing by atomics; with 8 bits the whole stays within the goal of 0.75 products.
     """
     rows, vocab, dim, _ = row["shape"]
     tiles = -(-vocab // TILE)
     assert row["hot"] <= tiles // 32
-    assert row["hot_live"] > 1 / 3
+    assert row["hot_live"] > 0.2
     (refine,) = (stage for stage in row["stages"] if stage["stage"] == "refine")
     cold = row["live"] * (1 - row["hot_live"]) * rows * tiles
     assert refine["added"] == pytest.approx(cold * (4 * dim + 8), rel=1e-5)
