@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from str_kernels.backends.triton.exact_blas import multiply
 from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import Operands, common
 from str_kernels.backends.triton.tiles import LOWEST, TILE, finish_logits, softcap_slope
@@ -93,7 +94,9 @@ def hot_sums(
     step = max(1, byte_budget // (words * (4 + weight.element_size())))
     for start in range(0, given.rows, step):
         part = slice(start, start + step)
-        product = wide_product(given.hidden[part], weight.T)
+        hidden_part = given.hidden[part]
+        product = shift.new_empty(len(hidden_part), words)
+        multiply(hidden_part, weight.T, out=product)
         p = torch.empty_like(product, dtype=weight.dtype) if hidden else None
         of_kernels = {name: common(given)[name] for name in ("logit_scale", "softcap")}
         hot_kernel[(len(product),)](
@@ -110,14 +113,6 @@ def hot_sums(
             **SCAN,
         )
         if expected is not None:
-            torch.mul(wide_product(p, weight), scale[part, None], out=expected[part])
+            multiply(p, weight, out=expected[part])
+            expected[part].mul_(scale[part, None])
     return Refined(mass, expected, maximum)
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in fp32, of operands of 16 bits or fp32, which are not copied on CUDA."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
