@@ -111,6 +111,7 @@ def routed(
         _route(shape, counts),
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
+        _finish(shape, 4 * shape.pairs),
         _combine(shape, parts=2),
         _gradient(shape, launches["gradient"]),
     ]
@@ -140,7 +141,7 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
         "softmax",
         "operands",
         _product(blocks * shape.tiles, first.block_r, dim, first.block_d),
-        blocks * shape.tiles * (first.block_r + TILE) * dim * size + 4 * shape.pairs,
+        blocks * shape.tiles * (first.block_r + TILE) * dim * size + 8 * shape.pairs,
         logits + 16 * shape.pairs,
         0,
         _from_memory(shape, first) + logits + 16 * shape.pairs,
@@ -160,7 +161,8 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
     )
     columns = _columns(shape, launches["columns"], 0)
     gradient = _gradient(shape, launches["gradient"])
-    return [columns, softmax, expected, _combine(shape, parts=1), gradient]
+    rest = [_finish(shape, 0), _combine(shape, parts=1), gradient]
+    return [columns, softmax, expected, *rest]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
@@ -199,6 +201,12 @@ def _combine(shape: Shape, parts: int) -> Work:
     """Count expected rows, the label's, and with two parts the dead pairs', in one pass."""
     loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
     return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
+
+
+def _finish(shape: Shape, masses: int) -> Work:
+    """Count the sums and the results of rows, and the bytes of the dead masses."""
+    loaded, stored = 24 * shape.rows + masses, 45 * shape.rows
+    return Work("finish", "fp32", 0, loaded, stored, 0, loaded + stored)
 
 
 def _gradient(shape: Shape, launch: Launch) -> Work:

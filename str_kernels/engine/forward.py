@@ -211,7 +211,8 @@ class _Work:
         else:
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
-            dense = join_pairs(block, masses, work, refined, self.wanted)
+            join = row_stages(backend).join
+            dense = join_pairs(block, masses, work, refined, self.wanted, join)
             error = (dense.statistics.lse - work.shift).abs()
             if self.plan.listed is not None:
                 error = error.masked_fill_(block.labels == ABSENT, 0.0)

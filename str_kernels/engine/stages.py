@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from str_kernels.engine.contract import Backend, RowStages
+from str_kernels.engine.finish import join_rows
 from str_kernels.engine.logits import exact_columns
 from str_kernels.engine.penalty import gradient_rows, penalty_rows
 
@@ -11,6 +12,7 @@ class TorchStages:
     """``RowStages`` documents the stages."""
 
     columns = staticmethod(exact_columns)
+    join = staticmethod(join_rows)
     penalty = staticmethod(penalty_rows)
     gradient = staticmethod(gradient_rows)
 

@@ -34,6 +34,7 @@ WITHOUT_PRODUCTS = (
     "combine",
     "prepare",
     "penalty",
+    "finish",
 )
 
 

@@ -24,6 +24,7 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.finish import FINISH, finish_kernel
 from str_kernels.backends.triton.gradient import TOKENS, gradient_kernel
 from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
@@ -57,7 +58,8 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-FLOATS = ("logit_scale", "log_eps", "temperature", "strength")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "z_loss")
+FLOATS += ("smoothing", "smoothing_share")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -126,6 +128,7 @@ def cases(
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
     penalty = {"softcap": constants["softcap"], **PENALTY}
     for name, kernel, blocks in (
+        ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
         ("penalty", penalty_kernel, {"KL": True, **penalty}),
         ("penalty", penalty_kernel, {"KL": False, **penalty}),
         ("threshold", threshold_kernel, THRESHOLD),

@@ -12,6 +12,7 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
+from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
 from str_kernels.backends.triton.penalty import penalty_rows
@@ -26,6 +27,7 @@ from str_kernels.engine.contract import (
     Columns,
     Dense,
     Head,
+    Joined,
     Kept,
     OpenRows,
     Refined,
@@ -34,6 +36,7 @@ from str_kernels.engine.contract import (
     RowInputs,
     RowPlan,
     RowShares,
+    RowSums,
     SafetyTerm,
     Saved,
     Statistics,
@@ -118,6 +121,11 @@ class TritonBackend:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
             return exact_columns(block, needed, self._launch(block.head, "columns"))
+
+    def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
+        """See ``RowStages.join``."""
+        with _on(block.head.weight.device):
+            return join_rows(block, label_logit, sums)
 
     def penalty(
         self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor
