@@ -13,7 +13,7 @@ from benchmarks.common import RESULTS
 from benchmarks.judge import NEVER_READ
 from benchmarks.safety.findings import Group, read
 from benchmarks.safety.methods import HARSH, HARSHEST, plan_order
-from str_kernels.bench.report import SCHEMA, Row, read_rows
+from str_kernels.bench.report import SCHEMA, Row, milliseconds, read_rows
 from str_kernels.evaluation.rates import Rate
 
 README = Path(__file__).parents[1] / "README.md"
@@ -39,6 +39,9 @@ ON_GPU = {
     "cce": "CCE",
     "trl": "TRL",
     "liger": "Liger",
+    "liger-hopper": "Liger's CuTe head",
+    "liger-scaled": "Liger's other one",
+    "quack": "quack",
 }
 HELD = {
     "plain": "nothing (plain)",
@@ -162,18 +165,32 @@ def _cell(row: dict | None, name: str, form: str) -> str:
 
 
 def _gpu() -> str:
-    head, rows = _read("h200/head")
+    """Tell every GPU's figures: of `benchmarks.gpu` where it ran, else of `benchmarks.head`."""
+    return " ".join(_one_gpu(folder) for folder in sorted(_folders()))
+
+
+def _folders() -> set[Path]:
+    return {path.parent for name in ("gpu", "head") for path in RESULTS.glob(f"*/{name}.jsonl")}
+
+
+def _one_gpu(folder: Path) -> str:
+    name = "gpu" if (folder / "gpu.jsonl").exists() else "head"
+    head, rows = _read(f"{folder.name}/{name}")
+    rows = [row for row in rows if row.get("contender") in ON_GPU and row.get("gemms")]
+    most = max(row["N"] for row in rows)
     shapes: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("gemms") and row["contender"] in ON_GPU:
-            shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
-            cells = f"{row['gemms']:.2f} and {row['peak_bytes'] / 2**20:,.0f} MiB"
-            shapes.setdefault(shape, []).append(f"{ON_GPU[row['contender']]} {cells}")
+    for row in (row for row in rows if row["N"] == most):
+        shape = f"N {row['N']:,}, V {row['V']:,}, D {row['D']:,}"
+        time = f"{milliseconds(row['seconds'])} ({row['gemms']:.2f})"
+        cells = f"{time} and {row['peak_bytes'] / 2**20:,.0f}"
+        shapes.setdefault(shape, []).append(f"{ON_GPU[row['contender']]} {cells}")
     lists = "; ".join(f"{shape}: {', '.join(found)}" for shape, found in shapes.items())
+    notes = "NOTES" if (folder / "NOTES.md").exists() else "gpu"
     return (
         f"On one {head['circumstances']['device']}, bf16, synthetic states as uncertain as a "
-        f"trained model's, GEMMs and extra memory: {lists}. "
-        "[Errors, stages, few rows, LoRA steps](benchmarks/results/h200/NOTES.md)."
+        "trained model's, each call on an idle device: ms (in bare products timed beside it) and "
+        f"MiB of extra memory: {lists}. [Errors, stages, few rows, LoRA steps]"
+        f"(benchmarks/results/{folder.name}/{notes}.md)."
     )
 
 

@@ -19,6 +19,7 @@ DOCS = "docs/"
 OUTSIDE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/**/*.*")
 SERVED = {".md", ".png", ".jsonl"}
 
+_LITERAL = re.compile(r"<p>::</p>\s*|\s*::(?=</p>)")  # announces a block of code in a docstring
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^()\s#:]+)(?P<anchor>#[^()\s]*)?\)")
 
 
@@ -49,3 +50,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{link['text']}({relative}{link['anchor'] or ''})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Leave out the colons that announce a block of code in a docstring."""
+    return _LITERAL.sub("", html)

@@ -39,7 +39,7 @@ from str_kernels.vocabulary import VocabularyIndex
 
 _KNOWN = 5  # statistics that compiled code has too; the entropy follows them
 # The parts of a `VocabularyIndex`.
-_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales", "columns")
+_INDEX = ("order", "mean_rows", "sample", "quantised", "row_scales", "columns", "hot")
 
 
 class Outputs(NamedTuple):
@@ -95,7 +95,7 @@ class Settings:
         """Whether the weight or the bias needs a gradient."""
         return any(self.needs[1:])
 
-    def resolved(self, device: torch.device, *, indexed: bool) -> Resolved:
+    def resolved(self, device: torch.device, *, indexed: bool, positions: int) -> Resolved:
         """Resolve the settings; in compiled code a trainable head takes the exact pass."""
         options, dtype = self.options, getattr(torch, self.dtype)
         if self.trained:
@@ -103,7 +103,13 @@ class Settings:
                 say_once("str_kernels: in compiled code a trainable head takes the exact pass")
             options = replace(options, filter_eps=0.0, screen="auto")
         return resolve(
-            options, self.backend, dtype=dtype, device=device, indexed=indexed, needs=self.needs
+            options,
+            self.backend,
+            dtype=dtype,
+            device=device,
+            indexed=indexed,
+            needs=self.needs,
+            positions=positions,
         )
 
 
@@ -171,7 +177,9 @@ def _forward(*arguments: Any) -> Outputs:
         with torch.autocast(device.type, enabled=settings.autocast):
             check_inputs(head, inputs, settings.options, index)
         with torch.autocast(device.type, enabled=False):
-            resolved = settings.resolved(device, indexed=index is not None)
+            resolved = settings.resolved(
+                device, indexed=index is not None, positions=len(head.hidden_states)
+            )
             tiles = tiles_for(head.weight, index, resolved)
             terms, kept = forward_rows(head, inputs, tiles, resolved)
     return _padded(terms, kept, resolved)

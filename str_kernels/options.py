@@ -78,13 +78,11 @@ class SafetyConstraint:
     With logits ``z``, reference ``r``, token weights ``ω`` and ``τ = temperature``, its cost at a
     position is
 
-    ==========  =======================================  =======================
-    kind        C                                        reference r
-    ==========  =======================================  =======================
-    ``mse``     ``1/K Σ ω (z - r)²``                     logits
-    ``logprob`` ``1/K Σ ω (z - lse - r)²``               log-probabilities
-    ``kl``      ``τ² KL(q ‖ p)``                         logits
-    ==========  =======================================  =======================
+    | kind        | C                          | reference r       |
+    | ----------- | -------------------------- | ----------------- |
+    | ``mse``     | ``1/K Σ ω (z - r)²``       | logits            |
+    | ``logprob`` | ``1/K Σ ω (z - lse - r)²`` | log-probabilities |
+    | ``kl``      | ``τ² KL(q ‖ p)``           | logits            |
 
     where ``q ∝ ω · exp(r/τ)`` and ``p ∝ ω · exp(z/τ)`` sum to 1 over the safety tokens alone.
     ``mse`` is Safety Token Regularization (arXiv 2604.17210); ``kl`` is PACT's (arXiv 2603.07445),

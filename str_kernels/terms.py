@@ -51,6 +51,7 @@ def row_terms(
         indexed=index is not None,
         entropy=entropy,
         needs=gradients_needed(head),
+        positions=len(flat),
     )
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(flat.device.type, enabled=False):
@@ -114,8 +115,9 @@ def tiles_for(weight: Tensor, index: VocabularyIndex | None, resolved: Resolved)
         # label smoothing takes Σ_v z from the mean rows, which must be those of this weight
         fresh = trained or resolved.options.label_smoothing > 0
         tiles = tiles_of(weight, index, fresh=fresh, operands=resolved.dtype)
-    if trained:  # the index holds quantised rows of an earlier state of the weight
-        tiles = tiles._replace(quantised=None, row_scales=None)
+    if trained:
+        # quantised rows are those of an earlier weight; hot tiles cost its own gradient too much
+        tiles = tiles._replace(quantised=None, row_scales=None, hot=0)
     return tiles
 
 

@@ -29,12 +29,19 @@ from str_kernels.validation import validate_weight
 from str_kernels.waits import SameTensor
 
 SCHEMA = "str_kernels.vocabulary_index/1"
-_REQUIRED, _OPTIONAL = {"order", "mean_rows", "sample"}, {"columns", "quantised", "row_scales"}
+_REQUIRED, _OPTIONAL = (
+    {"order", "mean_rows", "sample"},
+    {"columns", "hot", "quantised", "row_scales"},
+)
 _DIRECTIONS = 32  # leading principal directions of the whitened rows that the splits look at
 _RIDGE = 1e-3  # share of the mean second moment added to its diagonal: few states, many dimensions
 _PROJECTION_ROWS = 32768  # enough to find the leading directions
 _BLOCK = 32 * TILE  # rows converted at once; there is no second copy of the weight
 _SAMPLES = 16
+_HOT_TILES = 32  # one tile in so many is hot at most
+_HOT_STATES = 256  # states that are looked at for it
+_HOT_SHARE = 0.25  # of the states: below it a product with all rows costs more than it saves
+_LIVE = 2.0**-11  # of the open probability, the filter's default ε
 # Above the rounding of a cast to bf16 (2^-8), far below another weight's distance.
 _SAME_ROWS = 0.02
 # By the sample of an index, which compiled code makes anew from its tensors in every call.
@@ -53,6 +60,8 @@ class VocabularyIndex:
             Their columns were multiplied by ``columns`` first.
         row_scales: ``[V]`` fp32, what a quantised row is multiplied by, or None.
         columns: ``[D]`` fp32, the factors of ``quantise.balance`` for an 8-bit screen; None: all 1.
+        hot: ``[H]`` int64, 0 to H - 1: the first H tiles are *hot*, live for so many rows that a
+            GPU multiplies all rows with them; None: none is.
     """
 
     order: Tensor
@@ -61,6 +70,7 @@ class VocabularyIndex:
     quantised: Tensor | None = None
     row_scales: Tensor | None = None
     columns: Tensor | None = None
+    hot: Tensor | None = None
     inverse: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,9 +110,11 @@ class VocabularyIndex:
             raise ValueError(f"screen={screen!r}: must be None, 'int8' or 'fp8'.")
         weight, report = weight.detach(), progress or (lambda done, total: None)
         report(0, len(weight))
-        order = _clustered_order(_whitened(weight, hidden_states), report)
-        columns = None if hidden_states is None else state_columns(hidden_states, weight)
-        index = cls.of_order(weight, order, columns)
+        order, columns, hot = _clustered_order(_whitened(weight, hidden_states), report), None, 0
+        if hidden_states is not None:
+            columns = state_columns(hidden_states, weight)
+            order, hot = _hot_first(weight, order, hidden_states.reshape(-1, weight.shape[1]))
+        index = cls.of_order(weight, order, columns, hot)
         if screen is None:
             return index
         quantised, scales = _quantise(weight, index, EIGHT_BITS[screen])
@@ -110,18 +122,21 @@ class VocabularyIndex:
 
     @classmethod
     def of_order(
-        cls, weight: Tensor, order: Tensor, columns: Tensor | None = None
+        cls, weight: Tensor, order: Tensor, columns: Tensor | None = None, hot: int = 0
     ) -> VocabularyIndex:
         """Return the index of ``weight [V, D]`` whose order ``[V]`` is known, without clustering.
 
-        ``columns [D]``: as ``state_columns`` made them; None: not balanced.
+        ``columns [D]``: as ``state_columns`` made them; None: not balanced. ``hot``: so many tiles
+        that come first are hot.
 
         Raises:
             ValueError: an order that is no permutation of the weight's rows.
         """
         if not torch.equal(order.sort().values, torch.arange(len(weight), device=order.device)):
             raise ValueError(f"order {list(order.shape)}: is no permutation of {len(weight)} rows.")
-        return cls(order, tile_means(weight, order), _evenly(weight, _SAMPLES), columns=columns)
+        means, sample = tile_means(weight, order), _evenly(weight, _SAMPLES)
+        places = torch.arange(hot, device=order.device) if hot else None
+        return cls(order, means, sample, columns=columns, hot=places)
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that this index was not built from.
@@ -190,7 +205,11 @@ class VocabularyIndex:
         order = saved["order"]
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise ValueError(f"{name}: its order is not a permutation; build it again.")
-        return cls(**{key: saved[key] for key in saved.names})
+        tensors = {key: saved[key] for key in saved.names}
+        hot = tensors.get("hot", torch.arange(0))
+        if not torch.equal(hot, torch.arange(len(hot))) or len(hot) * TILE > len(order):
+            raise ValueError(f"{name}: its hot tiles are not the first ones; build it again.")
+        return cls(**tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a file holds, by name."""
@@ -267,6 +286,30 @@ def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor
         middle = max(1, round(len(ids) / 2 / TILE)) * TILE
         todo += [ids[middle:], ids[:middle]]
     return torch.cat(done)
+
+
+def _hot_first(weight: Tensor, order: Tensor, states: Tensor) -> tuple[Tensor, int]:
+    """Return the order with the hot tiles before the others, and how many they are.
+
+    A tile is live for a state that gives it enough of what it does not give to its first tile,
+    which stands for that of the label.
+    """
+    whole = len(order) // TILE
+    if whole < _HOT_TILES:
+        return order, 0
+    states, masses = states[:_HOT_STATES].detach().float(), []
+    for start in range(0, len(order), _BLOCK):
+        rows = weight.index_select(0, order[start : start + _BLOCK]).float()
+        logits = torch.nn.functional.pad(states @ rows.T, (0, -len(rows) % TILE), value=-torch.inf)
+        masses.append(logits.unflatten(1, (-1, TILE)).logsumexp(-1))
+    shares = torch.softmax(torch.cat(masses, 1), 1)
+    live = (shares > _LIVE * (1 - shares.amax(1, keepdim=True))).float().mean(0)
+    most = live[:whole].topk(whole // _HOT_TILES)
+    hot = most.indices[most.values >= _HOT_SHARE]
+    is_hot = torch.zeros(whole, dtype=torch.bool, device=order.device).index_fill_(0, hot, True)
+    tiles = order[: whole * TILE].view(whole, TILE)
+    tail = order[whole * TILE :]
+    return torch.cat([tiles[is_hot].flatten(), tiles[~is_hot].flatten(), tail]), len(hot)
 
 
 def _quantise(weight: Tensor, index: VocabularyIndex, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

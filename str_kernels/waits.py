@@ -80,8 +80,13 @@ def judge_arrived() -> None:
             if not _waiting or not _waiting[0].arrived():
                 return
             late = _waiting.popleft()
-        if late.count.item():
+        if read_arrived(late.count):
             late.judge()
+
+
+def read_arrived(count: Tensor) -> int:
+    """Read a number that is on the host already."""
+    return int(count.item())
 
 
 class SameTensor:

@@ -12,6 +12,7 @@ import torch
 import str_kernels
 from str_kernels import LinearCrossEntropyLoss, SafetyConstraint, linear_cross_entropy
 from str_kernels.backends import TorchBackend
+from str_kernels.bench.launches import counted_launches
 from str_kernels.options import DEFAULT_STRENGTHS
 from str_kernels.training.settings import TrainSettings
 from tests.oracle import assert_close, make_case, relative_error
@@ -346,3 +347,15 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("count", [3, 2.5, 0, torch.tensor(3), torch.tensor([0])], ids=str)
+def test_the_denominator_is_not_copied_to_the_device(count):
+    """A number stays on the host; the mean is the sum over it, and zero over nothing."""
+    case = make_case(9, 40, 4)
+    total = case.run(reduction="sum")
+    with counted_launches() as found:
+        mean = case.run(num_items_in_batch=count)
+    assert not found.copies
+    for name, value in total.items():
+        torch.testing.assert_close(mean[name], value / float(count) if count else value * 0.0)

@@ -107,6 +107,28 @@ def test_kept_rows_are_balanced():
     assert (rows - want)[:, 3].norm() < 0.01 * want[:, 3].norm()  # the column that counts
 
 
+@pytest.mark.parametrize("ragged", [0, 5])
+def test_hot_tiles_come_first(tmp_path, ragged):
+    """Tiles that most states give enough of their probability to; at most one in 32, or none."""
+    case = clustered_case(400, 64 * TILE + ragged, 24).to(torch.float32)
+    case.hidden_states[:] = case.hidden_states[:1] + 0.1 * torch.randn(400, 24)
+    index = VocabularyIndex.build(case.weight, case.hidden_states)
+    assert torch.equal(index.hot, torch.arange(2))
+    assert torch.equal(index.order.sort().values, torch.arange(len(case.weight)))
+    means = index.mean_rows
+    torch.testing.assert_close(means, tile_means(case.weight, index.order))
+    logits = (case.hidden_states @ case.weight.T)[:, index.order]
+    shares = torch.softmax(logits, 1)[:, : 64 * TILE].unflatten(1, (64, TILE)).sum(-1)
+    live = (shares > 2.0**-11 * (1 - shares.amax(1, keepdim=True))).float().mean(0)
+    assert live[:2].min() >= live[2:].max() - 0.1  # 256 of the states were looked at
+    index.save(tmp_path / "index")
+    assert torch.equal(VocabularyIndex.load(tmp_path / "index").hot, index.hot)
+    replace(index, hot=torch.tensor([1, 3])).save(tmp_path / "index")
+    with pytest.raises(ValueError, match="hot tiles are not the first"):
+        VocabularyIndex.load(tmp_path / "index")
+    assert VocabularyIndex.build(case.weight).hot is None
+
+
 def test_another_weight_is_refused():
     """Another shape, other values: named errors; the same weight in bf16, or trained: fine."""
     case = clustered_case()

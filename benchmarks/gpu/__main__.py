@@ -6,6 +6,7 @@ Example: python -m benchmarks.gpu run --out gpu; python -m benchmarks.gpu report
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from benchmarks.common import RESULTS
@@ -30,7 +31,15 @@ def main() -> None:
     report = commands.add_parser("report", help="write tables and plots")
     report.add_argument("folder", type=Path, help="what run wrote")
     report.add_argument("--out", type=Path, help="default: benchmarks/results/GPU's name")
+    count = commands.add_parser("counts", help="count launches and waits, without a GPU")
+    count.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = made.parse_args()
+    if args.command == "counts":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        from benchmarks.gpu.counts import counts
+
+        say(f"saved {counts(args.out)}")
+        return
     if args.command == "run":
         from benchmarks.gpu.supervise import supervise
 

@@ -6,7 +6,7 @@ from triton.errors import TritonError
 
 from benchmarks.gpu.check import plain_of, refine_error, screen_error
 from benchmarks.gpu.run import Run, first_line
-from benchmarks.gpu.stages import BOTH, block_of, rows_of_block
+from benchmarks.gpu.stages import BOTH, block_of, rows_of_block, rows_screened
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.triton import TritonBackend
 from str_kernels.backends.triton.launch import Kind, Launch, Stage
@@ -48,18 +48,19 @@ REFINES: dict[Key, tuple[Launch, ...]] = {
 def screen(run: Run) -> None:
     """Time every size of the screen, the 8-bit ones first."""
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
-    block = block_of(case, rows_of_block(TritonBackend(), case))
+    backend = TritonBackend()
+    block = block_of(case, rows_screened(backend, case, "int8"), backend)
     part = case.first(len(block.labels))
     plain = plain_of(block)
-    for key, name, backend in _variants(run, SCREENS):
+    for key, name, variant in _variants(run, SCREENS):
         if not run.todo(name, part):
             continue
         precision = "int8" if key[1] == "byte" else "exact"
         try:
-            masses = backend.screen(block, precision)
+            masses = variant.screen(block, precision)
             found = screen_error(plain, masses)
             del masses
-            timing = run.timed(lambda b=backend, p=precision: b.screen(block, p), part)
+            timing = run.timed(lambda b=variant, p=precision: b.screen(block, p), part)
         except _REFUSED as error:
             run.add(name, part, reason=first_line(error))
             continue
@@ -70,7 +71,7 @@ def refine(run: Run) -> None:
     """Time every size of the refinement on the same live pairs."""
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
     backend = TritonBackend()
-    block = block_of(case, rows_of_block(backend, case))
+    block = block_of(case, rows_of_block(backend, case), backend)
     part = case.first(len(block.labels))
     work = backend.route(block, backend.screen(block, "int8"), DEFAULT_EPS)
     plain = plain_of(block)

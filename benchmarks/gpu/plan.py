@@ -12,9 +12,9 @@ BUDGETS = {
     "exact": 40,  # every logit, by cuBLAS and by Triton
     "screen": 55,  # launch sizes of the screen
     "refine": 55,  # launch sizes of the refinement
-    "head": 140,  # the head beside every peer
+    "head": 125,  # the head beside every peer
     "lora": 55,  # LoRA steps of a whole model
-    "tests": 60,  # pytest -m gpu
+    "tests": 75,  # pytest -m gpu
 }
 INSTALL_S = 90  # of ``--install``, on top
 GRACE_S = 15.0  # a step that does not stop by itself is killed so long after its limit

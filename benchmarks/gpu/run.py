@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from str_kernels.backends.selection import select_backend
 from str_kernels.bench.clock import Timing, bare_product, paired
 from str_kernels.bench.inputs import Case, synthetic
 from str_kernels.engine.contract import Backend
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class OutOfTime(Exception):
@@ -46,13 +47,22 @@ class Run:
 
     def case(self, rows: int, head: tuple[int, int]) -> Case:
         """Return synthetic rows in bf16; of one head all share the weight and the index."""
+        return self._inputs(head)[0].first(rows)
+
+    def kept_index(self, head: tuple[int, int]) -> VocabularyIndex:
+        """Return the index of this head, with W's rows kept in int8."""
+        return self._inputs(head)[1]
+
+    def _inputs(self, head: tuple[int, int]) -> tuple[Case, VocabularyIndex]:
         if head not in self._kept:
             self._kept = {}  # one head at a time
-            whole = synthetic(max(self.sizes.rows), *head, device=self.device)
-            self._kept[head] = whole.cast(torch.bfloat16)
-            del whole
+            case = synthetic(max(self.sizes.rows), *head, device=self.device)
+            case = case.cast(torch.bfloat16)
+            kept = VocabularyIndex.build(case.weight, case.calibration, screen="int8")
+            vars(case)["index"] = replace(kept, quantised=None, row_scales=None)
+            self._kept[head] = case, kept
             self.settle()
-        return self._kept[head].first(rows)
+        return self._kept[head]
 
     def ours(self) -> Backend:
         """Return our backend, of its own, so that a step may change it."""

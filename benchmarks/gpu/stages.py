@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.run import Run
+from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.bench.inputs import Case
-from str_kernels.engine.contract import Backend, Block, Head, Wanted
+from str_kernels.engine.contract import Backend, Block, Head, Wanted, Worklist
 from str_kernels.engine.forward import tiles_of
+from str_kernels.engine.stages import row_stages
 from str_kernels.functional import linear_cross_entropy
 from str_kernels.options import LossOptions
 from str_kernels.quantise import EIGHT_BITS
+from str_kernels.vocabulary import VocabularyIndex
 
 BOTH = Wanted(hidden=True, masses=False, entropy=False)
+_CHOICES = ("refuses", "auto_screen", "row_block", "screen_rows")  # they compute nothing
 LOGITS = Wanted(hidden=False, masses=False, entropy=False)
 
 
@@ -30,9 +34,8 @@ class StageTimes:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         self.device = device
         self.spans: list[tuple[str, Any, Any]] = []
-        for name, method in inspect.getmembers(backend, inspect.ismethod):
-            first = next(iter(inspect.signature(method).parameters), None)
-            if not name.startswith("_") and first == "block":
+        for name, method in inspect.getmembers(backend, inspect.isroutine):
+            if not name.startswith("_") and name not in _CHOICES:
                 setattr(backend, name, functools.partial(self._run, name, method))
 
     def _run(self, name: str, method, *arguments: Any, **options: Any) -> Any:
@@ -71,11 +74,16 @@ def stages(run: Run) -> None:
     Two marks around each launch cost microseconds; what a stage waits for the host is in it.
     """
     case = run.case(run.sizes.rows[0], run.sizes.heads[0])
-    for name in ("ours", "ours-str", "ours-exact"):
+    for name in ("ours", "ours-kept", "ours-str", "ours-exact"):
         if run.todo(name, case):
             run.add(name, case, **_by_stage(run, case, name))
-    for screen in ("int8", "exact"):
-        _alone(run, case, screen)
+    for name, screen, index in (
+        ("screen int8", "int8", case.index),
+        ("screen int8, W kept in int8", "int8", run.kept_index(run.sizes.heads[0])),
+        ("screen, 16 bits", "exact", case.index),
+    ):
+        _screen(run, case, name, screen=screen, index=index)
+    _refine(run, case)
     if run.todo("quantise W", case):
         _quantise(run, case)
 
@@ -87,7 +95,8 @@ def _by_stage(run: Run, case: Case, name: str) -> dict[str, Any]:
     if name == "ours-exact":
         settings["filter_eps"] = 0.0
     else:
-        settings["index"] = case.index
+        head = run.sizes.heads[0]
+        settings["index"] = run.kept_index(head) if name == "ours-kept" else case.index
     if name == "ours-str":
         settings["safety"], settings["reference"] = case.usual_constraint
     found = []
@@ -105,11 +114,14 @@ def _by_stage(run: Run, case: Case, name: str) -> dict[str, Any]:
     return {"ms": medians, "in_stages": named / medians["whole"]}
 
 
-def block_of(case: Case, rows: int, *, routed: bool = True) -> Block:
-    """Return a block of the first rows, as the engine makes it."""
+def block_of(
+    case: Case, rows: int, backend: Backend, index: VocabularyIndex | None = None
+) -> Block:
+    """Return a block of the first rows, as the engine makes it; ``index`` None: the case's."""
     head = Head(case.hidden_states[:rows].contiguous(), case.weight, None)
-    tiles = tiles_of(case.weight, case.index, fresh=False) if routed else None
-    return Block(head, case.labels[:rows], tiles, LossOptions())
+    tiles = tiles_of(case.weight, case.index if index is None else index, fresh=False)
+    block = Block(head, case.labels[:rows], tiles, LossOptions())
+    return block._replace(columns=row_stages(backend).columns(block, None))
 
 
 def rows_of_block(backend: Backend, case: Case) -> int:
@@ -118,28 +130,35 @@ def rows_of_block(backend: Backend, case: Case) -> int:
     return backend.row_block(head, len(case.labels), routed=True)
 
 
-def _alone(run: Run, case: Case, screen: str) -> None:
-    """Time screen, route and refine of one block, each by itself on the same inputs."""
-    from str_kernels.backends.selection import DEFAULT_EPS
+def rows_screened(backend: Backend, case: Case, screen: str) -> int:
+    """Return how many rows the engine screens at once, a few blocks where that pays."""
+    head = Head(case.hidden_states, case.weight, None)
+    most = backend.screen_rows(head, rows_of_block(backend, case), screen)
+    return min(most, len(case.labels))
 
+
+def _screen(run: Run, case: Case, name: str, *, screen: str, index: VocabularyIndex) -> None:
+    """Time the screen of as many rows as the engine screens at once."""
     backend = run.ours()
-    block = block_of(case, rows_of_block(backend, case))
+    block = block_of(case, rows_screened(backend, case, screen), backend, index)
+    part = case.first(len(block.labels))
+    if run.todo(name, part):
+        timing = run.timed(lambda: backend.screen(block, screen), part)
+        run.add(name, part, **timing.as_row())
+
+
+def _refine(run: Run, case: Case) -> None:
+    """Time the refinement of one block, and how it adds up its sums."""
+    backend = run.ours()
+    block = block_of(case, rows_of_block(backend, case), backend)
     part = case.first(len(block.labels))
 
-    def screened():
-        return backend.screen(block, screen)
+    def routed() -> Worklist:
+        return backend.route(block, backend.screen(block, "int8"), DEFAULT_EPS)
 
-    if run.todo(f"screen {screen}", part):
-        run.add(f"screen {screen}", part, **run.timed(screened, part).as_row())
-    if screen != "int8":
-        return
-    if run.todo("screen and route", part):
-
-        def routed():
-            return backend.route(block, screened(), DEFAULT_EPS)  # which reuses the screen's memory
-
+    if run.todo("screen and route", part):  # together, for routing reuses the screen's memory
         run.add("screen and route", part, **run.timed(routed, part).as_row())
-    work = backend.route(block, screened(), DEFAULT_EPS)
+    work = routed()
     live = work.live().float().mean().item()
     for name, wanted, ordered in (
         ("refine, logits alone", LOGITS, False),
@@ -169,11 +188,12 @@ def _deterministic(on: bool) -> Iterator[None]:
 def _quantise(run: Run, case: Case) -> None:
     from str_kernels.backends.triton.quantise import quantised
 
-    order, slice_rows = case.index.order, 8192
+    """Time what a kept index saves: the whole head in 8 bits, slice by slice."""
+    index, slice_rows = case.index, 8192
 
     def call() -> None:
         for first in range(0, len(case.weight), slice_rows):
             places = range(first, min(first + slice_rows, len(case.weight)))
-            quantised(case.weight, EIGHT_BITS["int8"], order=order, places=places)
+            quantised(case.weight, EIGHT_BITS["int8"], order=index.order, places=places)
 
     run.add("quantise W", case, **run.timed(call, case).as_row())

@@ -28,7 +28,8 @@ def tests(run: Run) -> None:
             command, cwd=_ROOT, env=names, capture_output=True, text=True, timeout=run.left()
         )
     except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
+        output = error.stdout or b""  # bytes, whatever was asked for
+        output = output.decode(errors="replace") if isinstance(output, bytes) else output
         run.add("tests", **read(output), reason="not done in time", last=output[-300:])
         raise OutOfTime from error
     run.add("tests", code=done.returncode, **read(done.stdout), errors=done.stderr[-1000:])

@@ -26,7 +26,7 @@ def unit(run: Run) -> None:
     """Add what is installed, the copy, the bare product at every shape, and it without a pause."""
     run.add("installed", **_installed(run))
     _copy(run)
-    for head in run.sizes.heads:
+    for head in reversed(run.sizes.heads):  # the next steps use the first one's inputs
         for rows in run.sizes.rows:
             case = run.case(rows, head)
             if run.todo("unit", case):

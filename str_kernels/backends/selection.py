@@ -63,11 +63,13 @@ def resolve(
     indexed: bool,
     entropy: bool = False,
     needs: tuple[bool, bool, bool] = (False, False, False),
+    positions: int = MANY_ROWS,
 ) -> Resolved:
     """Choose backend, filter and screen; ``indexed``: there is an index; the rest as `Resolved`.
 
     ``filter_eps="auto"`` is ``DEFAULT_EPS`` with a vocabulary index or a cheaper screen by name,
-    and 0 otherwise: in token order the filter's error can exceed that of a bf16 head.
+    and 0 otherwise: in token order the filter's error can exceed that of a bf16 head. With an index
+    it is 0 as well for so few ``positions`` that the exact pass is faster (``Backend.filters``).
 
     Raises:
         ValueError: as of ``select_backend``, or the backend cannot run the screen here.
@@ -81,9 +83,12 @@ def resolve(
             raise ValueError(f"screen={options.screen!r}: {refusal}.")
     eps, reason = options.filter_eps, "asked for"
     if eps == "auto":
-        filtered = indexed or options.screen not in ("auto", "exact")
+        cheaper = options.screen not in ("auto", "exact")
+        filtered = indexed or cheaper
         eps = DEFAULT_EPS if filtered else 0.0
         reason = "'auto' with an index" if filtered else "'auto' without a vocabulary index"
+        if filtered and not cheaper and not chosen.filters(dtype, device, positions):
+            eps, reason = 0.0, "'auto' with an index, and fewer positions than repay it"
     if eps and options.softcap is not None and options.label_smoothing:
         eps, reason = 0.0, "label smoothing under a softcap needs every logit"
     if eps and entropy:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from str_kernels import waits
+
 _ALLOCATIONS = {
     "empty",
     "empty_like",
@@ -80,7 +82,12 @@ def counted_launches() -> Iterator[Launches]:
     """Count what runs inside, into the record that this gives."""
     found = Launches()
     paused = [False]  # true inside a kernel, whose interpreter uses torch and numpy
-    with _Reads(found, paused), _Operations(found, paused), _kernels(found, paused):
+    with (
+        _Reads(found, paused),
+        _Operations(found, paused),
+        _kernels(found, paused),
+        _unseen(waits, "read_arrived", paused),
+    ):
         yield found
 
 
@@ -130,6 +137,25 @@ class _Reads(TorchFunctionMode):
             elif name in _FROM_DATA and _is_data(args, kwargs, name):
                 self.found.copies[name] += 1
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _unseen(module: Any, name: str, paused: list[bool]) -> Iterator[None]:
+    """Count nothing inside one function."""
+    real = getattr(module, name)
+
+    def call(*args: Any) -> Any:
+        before, paused[0] = paused[0], True
+        try:
+            return real(*args)
+        finally:
+            paused[0] = before
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        setattr(module, name, real)
 
 
 @contextmanager

@@ -42,12 +42,12 @@ def backward_rows(
 
     An upstream gradient of None means zero.
     """
-    upstream = (grad_cross_entropy, grad_penalty)
-    upstream = [torch.zeros_like(kept.lse) if grad is None else grad for grad in upstream]
+    if grad_cross_entropy is None:
+        grad_cross_entropy = torch.zeros_like(kept.lse)
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
     with torch.autocast(kept.lse.device.type, enabled=False):
-        backward = _Backward(kept, tiles, resolved, *upstream)
+        backward = _Backward(kept, tiles, resolved, grad_cross_entropy, grad_penalty)
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
     return backward.found.hidden, weight, bias
 
@@ -61,7 +61,7 @@ class _Backward:
         tiles: Tiles | None,
         resolved: Resolved,
         grad_cross_entropy: Tensor,
-        grad_penalty: Tensor,
+        grad_penalty: Tensor | None,
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
@@ -70,7 +70,7 @@ class _Backward:
         self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
-        if self.options.constrained:
+        if self.options.constrained and grad_penalty is not None:
             penalty = grad_penalty * self.plan.penalty_scale
         dense = None if self.plan.listed is None else self.plan.dense
         upstream = Upstream(grad_cross_entropy, penalty, dense)

@@ -51,6 +51,8 @@ class Tiles(NamedTuple):
     ``order [V]`` int64 or None for token order, its ``inverse [V]``, and the tiles' ``mean_rows
     [T, D]`` fp32. For 8-bit screens: ``quantised [V, D]`` and ``row_scales [V]`` in tile
     order, and ``columns [D]``, which multiply W and divide H before they are rounded; None: all 1.
+    The first ``hot`` tiles are those of `VocabularyIndex.hot`; a backend may compute all their
+    pairs exactly, which are live then.
     """
 
     order: Tensor | None
@@ -59,6 +61,7 @@ class Tiles(NamedTuple):
     quantised: Tensor | None = None
     row_scales: Tensor | None = None
     columns: Tensor | None = None
+    hot: int = 0
 
 
 class Listed(NamedTuple):
@@ -66,12 +69,14 @@ class Listed(NamedTuple):
 
     ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
     labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
-    as places in the order of the vocabulary.
+    as places in the order of the vocabulary. ``off []`` int32 counts the rows whose screen was
+    wrong; it begins with 0.
     """
 
     rows: Tensor
     labels: Tensor
     places: Tensor
+    off: Tensor
 
 
 class RowPlan(NamedTuple):
@@ -206,11 +211,11 @@ class Worklist(NamedTuple):
     """The router's result: the live pairs, sorted by tile.
 
     ``rows [L]`` int64: the live rows of tile 0, then those of tile 1, and so on. A backend that
-    leaves L on the device may pad each tile's to ``[T, R]``, since only its own refinement reads
-    them. ``counts [T]``: how many rows each tile has. ``shift [R]``: the screened log-sum-exp,
-    which exponentials are taken relative to. ``dead [R, T]``: the pair's probability mass relative
-    to ``exp(shift)``. A live pair has -0.0 there: it adds nothing to sums, and its sign
-    distinguishes it from a dead mass that underflowed to zero.
+    leaves L on the device may pad each tile's to ``[T, R]``, and leave those of hot tiles out,
+    since only its own refinement reads them. ``counts [T]``: how many rows each tile has. ``shift
+    [R]``: the screened log-sum-exp, which exponentials are taken relative to. ``dead [R, T]``: the
+    pair's probability mass relative to ``exp(shift)``. A live pair has -0.0 there: it adds nothing
+    to sums, and its sign distinguishes it from a dead mass that underflowed to zero.
     """
 
     rows: Tensor
@@ -239,6 +244,14 @@ class Refined(NamedTuple):
     mass: Tensor
     expected: Tensor | None
     maximum: Tensor
+
+
+class Routed(NamedTuple):
+    """The results of screen, routing and refinement of one block."""
+
+    masses: TileMasses
+    work: Worklist
+    refined: Refined
 
 
 class OpenRows(NamedTuple):
@@ -464,6 +477,29 @@ class Prepares(Protocol):
     ) -> RowPlan:
         """Decide what each of N rows needs; ``tiles`` is None on the exact path."""
 
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """Put loss and statistics of blocks ``[R]`` in their places ``[N]``.
+
+        A row that is absent has a loss of 0, and the statistics of ``engine.forward``.
+        """
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """Compute rows again, from an exact screen on, whose screen was wrong by ``most`` nats.
+
+        ``routed`` is corrected in place, and their number is added to ``number``.
+        """
+
 
 @runtime_checkable
 class RowStages(Protocol):
@@ -504,6 +540,9 @@ class Backend(Protocol):
 
     def auto_screen(self, dtype: torch.dtype, device: torch.device, rows: int) -> str:
         """Return the screen that ``"auto"`` means for R = ``rows``."""
+
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """Whether ``filter_eps="auto"`` pays for a loss of N = ``positions``."""
 
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Return how many of ``rows`` to hand over at once, from the byte budget alone."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from str_kernels import waits
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
-    ABSENT,
     Block,
     Dense,
     Head,
     Kept,
     Resolved,
+    Routed,
     RowInputs,
     RowTerms,
     Statistics,
@@ -28,7 +31,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator
+from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -69,7 +72,8 @@ def tiles_of(
         return Tiles(None, None, tile_means(weight, None, operands))
     means = tile_means(weight, index.order, operands) if fresh else index.mean_rows
     eight_bits = index.quantised, index.row_scales, index.columns
-    return Tiles(index.order, index.inverse, means, *eight_bits)
+    hot = 0 if index.hot is None else len(index.hot)
+    return Tiles(index.order, index.inverse, means, *eight_bits, hot)
 
 
 def forward_rows(
@@ -93,7 +97,8 @@ def forward_rows(
 class _Finished(NamedTuple):
     """A block of R rows: the loss ``[R]``, and row gradients ``[R, D]`` in ``kept_dtype``.
 
-    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path.
+    ``error [R]``: the screen's error in the log-sum-exp, in nats; None on the exact path, and where
+    the backend judges it.
     """
 
     dense: Dense
@@ -149,7 +154,10 @@ class _Work:
             self.screen = resolved.backend.auto_screen(resolved.dtype, device, len(self.rows))
             if self.screen != resolved.screen:
                 say_once(f"str_kernels: with few rows screen={self.screen}, not {resolved.screen}")
-        self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        if len(self.rows) or (self.trained and self.tiles is not None):
+            self.blocks = [self._block(part, masses) for part, masses in self._screened()]
+        else:  # another process has all the labels, or this is the reference of a constraint
+            self.blocks = [self._no_rows()]
 
     def too_coarse(self) -> list[int]:
         """Find blocks whose screen was wrong by more than rounding, as large logits make it.
@@ -158,18 +166,16 @@ class _Work:
         """
         if self.tiles is None or self.screen == "exact":
             return []
+        if self.plan.listed is not None:  # the backend has computed such rows again
+            waits.judge_later(self.plan.listed.off, partial(_say_too_coarse, self.screen))
+            return []
         # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
         return torch.stack(off).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
-        say_once(
-            f"str_kernels: the logits are too large for the {self.screen} screen, which was wrong "
-            f"by more than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened "
-            "exactly",
-            logging.WARNING,
-        )
+        _say_too_coarse(self.screen)
         for place in places:
             self.blocks[place] = None  # frees its memory first
             part = self.parts[place]
@@ -206,16 +212,24 @@ class _Work:
     def _block(self, part: slice, masses: TileMasses | None) -> _Finished:
         """Compute one block, from its masses (None: exactly) to row gradients."""
         block, backend, error = self._given(part), self.resolved.backend, None
+        listed = self.plan.listed
         if masses is None:
             dense = backend.exact(block, self.wanted)
         else:
             work = backend.route(block, masses, self.resolved.eps)
             refined = backend.refine(block, work, self.wanted)
+            if listed is not None and self.screen != "exact":
+                backend.mend(
+                    block,
+                    Routed(masses, work, refined),
+                    self.wanted,
+                    eps=self.resolved.eps,
+                    most=_SCREEN_ERROR,
+                    number=listed.off,
+                )
             join = row_stages(backend).join
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
-            error = (dense.statistics.lse - work.shift).abs()
-            if self.plan.listed is not None:
-                error = error.masked_fill_(block.labels == ABSENT, 0.0)
+            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
@@ -224,30 +238,44 @@ class _Work:
         dense = dense._replace(opened=None, smooth_gradient=None)
         return _Finished(dense, loss, ce, by_lse, error)
 
+    def _no_rows(self) -> _Finished:
+        """Make a block of no rows, for which the vocabulary is not read."""
+        hidden = self.head.hidden_states
+        none, gradient, by_lse = hidden.new_empty(0, dtype=self.dtype), None, None
+        if self.wanted.hidden:
+            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept_dtype(self.resolved.dtype))
+            by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
+        entropy = none if self.wanted.entropy else None
+        statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        dense = Dense(statistics, none, none, none, None, None, None)
+        return _Finished(dense, none, gradient, by_lse, none)
+
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
-        of_blocks = [block.dense.statistics for block in self.blocks]
-        statistics = Statistics(
-            **{
-                name: self._scatter([getattr(block, name) for block in of_blocks], fill)
-                for name, fill in _ABSENT.items()
-            },
-            safety_logits=self.columns.safety,
-        )
-        losses = self._scatter([block.loss for block in self.blocks], 0.0)
-        losses = torch.where(self.plan.labelled, losses, 0.0)
+        of_blocks = [(block.loss, block.dense.statistics) for block in self.blocks]
+        if self.plan.listed is None:
+            losses, statistics = self._scattered(of_blocks)
+        else:
+            losses, statistics = self.resolved.backend.scatter(self.plan, of_blocks)
+        statistics = statistics._replace(safety_logits=self.columns.safety)
         terms = RowTerms(losses, self._penalty(losses, statistics), statistics)
         return terms, self._kept(statistics)
+
+    def _scattered(self, blocks: list[tuple[Tensor, Statistics]]) -> tuple[Tensor, Statistics]:
+        """Implement `Prepares.scatter` for rows that the host has listed."""
+        losses = self._scatter([loss for loss, _ in blocks], 0.0)
+        found = {
+            name: self._scatter([getattr(block, name) for _, block in blocks], fill)
+            for name, fill in _ABSENT.items()
+        }
+        return torch.where(self.plan.labelled, losses, 0.0), Statistics(**found)
 
     def _scatter(self, blocks: list[Tensor | None], fill: float | bool) -> Tensor | None:
         """Scatter blocks of ``[R]`` to ``[N]``."""
         values = _joined(blocks)
         if values is None or self.every:
             return values
-        if self.plan.listed is None:
-            return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
-        scattered = torch.empty_like(values).index_copy_(0, self.rows, values)
-        return scattered.masked_fill_(~self.plan.dense, fill)
+        return values.new_full(self.plan.labels.shape, fill).index_copy_(0, self.rows, values)
 
     def _penalty(self, losses: Tensor, statistics: Statistics) -> Tensor:
         """λ w C ``[N]``; zero on rows without a constraint."""
@@ -281,6 +309,14 @@ class _Work:
         }
         head = self.head
         return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
+
+def _say_too_coarse(screen: str) -> None:
+    say_once(
+        f"str_kernels: the logits are too large for the {screen} screen, which was wrong by more "
+        f"than {_SCREEN_ERROR:g} nats in a block of rows; such blocks are screened exactly",
+        logging.WARNING,
+    )
 
 
 def _joined(values: list[Tensor | None]) -> Tensor | None:

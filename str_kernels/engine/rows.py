@@ -79,10 +79,11 @@ def judge_values_later(
     plan: RowPlan, inputs: RowInputs, options: LossOptions, vocab_size: int
 ) -> None:
     """Have a later call raise ValueError if this one's labels or weights were out of range."""
+    labels, _, position_weights = inputs
 
     def judge() -> None:
         try:
-            validate_values(inputs.labels, inputs.position_weights, vocab_size, options)
+            validate_values(labels, position_weights, vocab_size, options)
         except ValueError as error:
             what = str(error)
         else:
@@ -160,7 +161,8 @@ def silence(values: Tensor, silent: Tensor) -> Tensor:
 
     A CPU first checks whether there are any, which is cheaper than a pass over all values.
     """
-    if values.device.type == "cpu" and not silent.any():
+    device = values.device
+    if device.type == "cpu" and waits.allowed(device) and not silent.any():
         return values
     return values.masked_fill_(silent[:, None], 0.0)
 

@@ -227,7 +227,8 @@ _OF_SUMS = {*_LOSSES_STILL, torch.sum, Tensor.sum}
 def entropy_is_free(states: Tensor, options: LossOptions, inputs: dict[str, Any]) -> bool:
     """Whether the loss's own pass computes every logit, and so the entropy as well."""
     where = {"dtype": states.dtype, "device": states.device, "indexed": inputs["index"] is not None}
-    return resolve(options, inputs["backend"], **where).eps == 0.0
+    positions = states.shape[:-1].numel()
+    return resolve(options, inputs["backend"], **where, positions=positions).eps == 0.0
 
 
 def entropy_of(

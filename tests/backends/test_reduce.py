@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from str_kernels import VocabularyIndex
+from str_kernels import VocabularyIndex, notices
 from str_kernels.backends.torch import compiled as compiling
 from str_kernels.backends.torch import screen as screening
 from str_kernels.backends.torch.compiled import compiled
@@ -151,12 +151,14 @@ def test_no_compiler_is_said_once(monkeypatch, caplog):
         return call
 
     monkeypatch.setattr(compiling, "_made", {})
+    monkeypatch.setattr(notices, "_said", set())
     monkeypatch.setattr(torch, "compile", broken)
     with caplog.at_level(logging.INFO, logger="str_kernels"):
         assert compiled(twice, torch.ones(2)) is None
         assert compiled(twice, torch.ones(2)) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "str_kernels: torch.compile failed, loops run as torch calls (no C++ compiler)"
+        "str_kernels: compiles its loops for this CPU, some seconds once in a process",
+        "str_kernels: torch.compile failed, loops run as torch calls (no C++ compiler)",
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -96,6 +98,74 @@ def test_queued_calls_are_paired_too(monkeypatch):
         "queued_gemms"
         not in clock.paired(lambda: 1.0, lambda: 1.0, device=CPU, queued=False).as_row()
     )
+
+
+class FakeCuda:
+    """Writes down what is asked of ``torch.cuda``; an event's time is its place in the log."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def install(self, monkeypatch):
+        """Stand in for torch's."""
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self, stream=None):
+                self.at = len(outer.log)
+                outer.log.append("event")
+
+            def elapsed_time(self, end):
+                assert outer.log[-1] == "wait"
+                return 1000.0 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
+
+
+def test_a_gpu_is_timed_between_events(monkeypatch):
+    """It is idle before, sensors are read before the host waits, and times are of the device."""
+    log, found = [], {}
+    FakeCuda(log).install(monkeypatch)
+    monkeypatch.setattr(clock, "read_sensors", lambda device: log.append("sensors") or {"w": 1.0})
+    seconds = clock.elapsed(lambda: log.append("call"), torch.device("cuda"), 2, found)
+    assert log == ["wait", "event", "call", "call", "event", "sensors", "wait"]
+    assert seconds == 3.0
+    assert found == {"w": 1.0}
+    timing = clock.paired(lambda: None, lambda: None, device=torch.device("cuda"), repeats=1)
+    assert timing.as_row()["queued_gemms"] == 1.0  # a GPU is also timed in queues
+    assert timing.sensors == {"w": 1.0}
+
+
+def test_nvml_is_asked_for_what_it_has(monkeypatch):
+    """What a driver refuses is left out; milliwatts are watts."""
+
+    class NVMLError(Exception):
+        pass
+
+    def refuse(handle, what):
+        raise NVMLError
+
+    nvml = types.SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetClockInfo=lambda handle, what: 1000 * what,
+        nvmlDeviceGetTemperature=refuse,
+        nvmlDeviceGetPowerUsage=lambda handle: 650_500,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    about = types.SimpleNamespace(uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    found = sensors.read_sensors(torch.device("cuda"))
+    assert found == {"sm_mhz": 1000.0, "memory_mhz": 2000.0, "watts": 650.5}
 
 
 def test_sensors_that_are_hidden_are_left_out(monkeypatch):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.docs.reading import load
 
 
 @pytest.fixture(scope="module")
 def generator():
-    """The module ``docs/cli.py``, which is not part of a package."""
-    spec = importlib.util.spec_from_file_location("docs_cli", ROOT / "docs/cli.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module ``docs/cli.py``."""
+    return load("cli")
 
 
 def test_the_page_is_up_to_date(generator):

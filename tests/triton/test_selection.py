@@ -13,7 +13,8 @@ import torch
 
 from str_kernels import linear_cross_entropy
 from str_kernels.backends import selection
-from str_kernels.backends.selection import select_backend
+from str_kernels.backends.selection import DEFAULT_EPS, select_backend
+from str_kernels.options import LossOptions
 
 triton = pytest.importorskip("triton")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -103,3 +104,32 @@ def test_importing_the_package_does_not_import_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_few_positions_are_computed_exactly(capability, monkeypatch):
+    """By itself the filter begins at a number of positions; by name it always runs."""
+    capability(9, 0)
+    backend = selection._triton()
+
+    def eps(positions, dtype=torch.bfloat16, chosen=backend, **options):
+        where = {"dtype": dtype, "device": CUDA, "indexed": True, "positions": positions}
+        return selection.resolve(LossOptions(**options), chosen, **where).eps
+
+    monkeypatch.setattr("str_kernels.backends.triton.backend.blas_refusal", lambda *a: None)
+    assert [eps(n) for n in (0, 1, 511, 512, 8192)] == [0, 0, 0, DEFAULT_EPS, DEFAULT_EPS]
+    assert [eps(n, torch.float32) for n in (255, 256)] == [0, DEFAULT_EPS]
+    assert eps(8, filter_eps=0.25) == 0.25
+    assert eps(8, screen="int8") == DEFAULT_EPS
+    assert eps(8, screen="exact") == 0
+    assert eps(8192, filter_eps=0.0) == 0
+    by_triton = type(backend)(exact="triton")
+    assert [eps(n, chosen=by_triton) for n in (255, 256)] == [0, DEFAULT_EPS]
+    monkeypatch.setattr("str_kernels.backends.triton.backend.blas_refusal", lambda *a: "no")
+    assert [eps(n) for n in (255, 256)] == [0, DEFAULT_EPS]
+    assert eps(8, chosen="torch") == DEFAULT_EPS
+    assert (
+        "fewer"
+        in selection.resolve(
+            LossOptions(), backend, dtype=torch.bfloat16, device=CUDA, indexed=True, positions=8
+        ).reason
+    )

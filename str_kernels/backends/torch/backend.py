@@ -63,6 +63,10 @@ class TorchBackend:
             return "int8"
         return "bf16" if dtype == torch.float32 and cpu.bf16 else "exact"
 
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """See ``Backend.filters``; a filter always pays here."""
+        return True
+
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """See ``Backend.row_block``."""
         return blocks.row_block(self.byte_budget, head, rows, routed=routed)

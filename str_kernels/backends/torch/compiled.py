@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from str_kernels.notices import say_once
+
 _log = logging.getLogger("str_kernels")
 _made: dict[Callable[..., Any], Callable[..., Any] | None] = {}
 
@@ -26,6 +28,7 @@ def compiled(function: Callable[..., Any], *trial: Tensor) -> Callable[..., Any]
     if torch._dynamo.config.disable:  # uncompiled it is many times slower than blocked calls
         return None
     if function not in _made:
+        say_once("str_kernels: compiles its loops for this CPU, some seconds once in a process")
         _made[function] = torch.compile(function, dynamic=True, options=_options())
         with torch.no_grad():
             _call(function, trial)

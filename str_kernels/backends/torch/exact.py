@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from str_kernels.backends.torch.blocks import head_rows, in_block, spans
+from str_kernels.backends.torch.narrow import is_narrow, narrow_pass
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
 from str_kernels.engine.logits import accumulator, block_logits, columns_of, softcap_slope
@@ -18,6 +19,10 @@ from str_kernels.engine.products import product
 
 def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
     """Return ``Dense`` of R rows, from ``columns`` of the vocabulary at a time."""
+    if is_narrow(block, wanted):
+        dense = narrow_pass(block, wanted)
+        if dense is not None:
+            return dense
     head, options = block.head, block.options
     dtype = accumulator(head.hidden_states.dtype)
     hidden = head.hidden_states.to(dtype)

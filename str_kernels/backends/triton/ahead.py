@@ -26,15 +26,19 @@ from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
 from str_kernels.backends.triton.finish import FINISH, finish_kernel
 from str_kernels.backends.triton.gradient import TOKENS, gradient_kernel
-from str_kernels.backends.triton.launch import ROWWISE, SCAN, Launch, Stage, launch_for
+from str_kernels.backends.triton.hot import hot_kernel
+from str_kernels.backends.triton.launch import ROWWISE, SCAN, SHARES, Launch, Stage, launch_for
 from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradient_kernel
+from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.refine import refine_kernel
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
+from str_kernels.backends.triton.scatter import scatter_kernel
 from str_kernels.backends.triton.screen import screen_kernel
+from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
 from str_kernels.quantise import LEAST, TOP
 
@@ -58,7 +62,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "z_loss")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most", "z_loss")
 FLOATS += ("smoothing", "smoothing_share")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
@@ -125,17 +129,26 @@ def cases(
     sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
+        yield Case("reset", reset_kernel, dtype, ROWWISE, sizes)
+        hot = {"softcap": constants["softcap"], **SCAN}
+        yield Case("hot", hot_kernel, dtype, alone, hot, off)
         yield Case("combine", combine_kernel, dtype, ROWWISE, sizes, () if full else ("also_ptr",))
+        kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
+        yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     penalty = {"softcap": constants["softcap"], **PENALTY}
     for name, kernel, blocks in (
         ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
         ("penalty", penalty_kernel, {"KL": True, **penalty}),
         ("penalty", penalty_kernel, {"KL": False, **penalty}),
-        ("threshold", threshold_kernel, THRESHOLD),
-        ("route", route_kernel, SCAN),
+        ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
+        ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
         ("live", live_kernel, SCAN),
+        ("threshold", threshold_kernel, {"AGAIN": True, **THRESHOLD}),
+        ("route", route_kernel, {"AGAIN": True, **SCAN}),
         ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
+        ("guard", guard_kernel, THRESHOLD),
+        ("scatter", scatter_kernel, {"BLOCK": 256}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

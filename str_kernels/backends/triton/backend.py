@@ -12,14 +12,35 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import exact_columns
 from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
+from str_kernels.backends.triton.exact_blas import blas_refusal
+from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
 from str_kernels.backends.triton.finish import join_rows
+from str_kernels.backends.triton.fitting import with_default
 from str_kernels.backends.triton.gradient import gradient_rows
-from str_kernels.backends.triton.launch import Kind, Launch, Stage, arch_of, kind_of, launch_for
+from str_kernels.backends.triton.launch import (
+    EXACT,
+    FEWEST_FILTERED,
+    FEWEST_WITHOUT_BLAS,
+    Exact,
+    Kind,
+    Launch,
+    Stage,
+    arch_of,
+    kind_of,
+    launch_for,
+)
+from str_kernels.backends.triton.mend import reset_rows, rows_off
 from str_kernels.backends.triton.penalty import penalty_rows
 from str_kernels.backends.triton.prepare import prepare
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
-from str_kernels.backends.triton.route import route_pairs
-from str_kernels.backends.triton.screen import screen_kernel, screen_quantised, screen_tiles
+from str_kernels.backends.triton.route import route_again, route_pairs
+from str_kernels.backends.triton.scatter import scatter_rows
+from str_kernels.backends.triton.screen import (
+    screen_again,
+    screen_kernel,
+    screen_quantised,
+    screen_tiles,
+)
 from str_kernels.backends.triton.weight import weight_gradients
 from str_kernels.engine.contract import (
     Block,
@@ -32,6 +53,7 @@ from str_kernels.engine.contract import (
     OpenRows,
     Refined,
     Resolved,
+    Routed,
     RowGradients,
     RowInputs,
     RowPlan,
@@ -62,6 +84,8 @@ class TritonBackend:
     Args:
         byte_budget: bytes for the scratch of one block of rows (tile masses, live lists, sums).
             Gradients need more. Block sizes follow from the budget alone, never from free memory.
+        exact: the products of the exact pass: "blas" is the vendor's, in fp32 and bf16; "triton"
+            is in every dtype; "auto" is the vendor's wherever they can run.
         launches: sizes that replace the table's, by stage and kind of operand; see ``launch``.
     """
 
@@ -71,9 +95,13 @@ class TritonBackend:
         self,
         byte_budget: int = DEFAULT_BYTE_BUDGET,
         launches: Mapping[tuple[Stage, Kind], Launch] | None = None,
+        exact: Exact = "auto",
     ) -> None:
         if isinstance(byte_budget, bool) or not isinstance(byte_budget, int) or byte_budget < 1:
             raise ValueError(f"byte_budget={byte_budget!r}: must be a positive number of bytes.")
+        if exact not in EXACT:
+            raise ValueError(f"exact={exact!r}: must be one of {', '.join(map(repr, EXACT))}.")
+        self.exact_by = exact
         self.byte_budget, self.launches = byte_budget, dict(launches or {})
 
     def refuses(self, screen: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -97,6 +125,14 @@ class TritonBackend:
         enough = _ROWS_FOR_INT8[kind_of(dtype)]
         return "int8" if arch_of(device) == 90 and rows >= enough else "exact"
 
+    def filters(self, dtype: torch.dtype, device: torch.device, positions: int) -> bool:
+        """See ``Backend.filters``; the interpreter, whose time tells nothing, always does."""
+        if device.type == "cpu":
+            return True
+        if self.exact_by == "triton" or blas_refusal(dtype, device, LossOptions()) is not None:
+            return positions >= FEWEST_WITHOUT_BLAS
+        return positions >= FEWEST_FILTERED[kind_of(dtype)]
+
     def row_block(self, head: Head, rows: int, *, routed: bool) -> int:
         """Count two 4-byte entries a tile and two fp32 rows of D; make blocks of about one size.
 
@@ -117,6 +153,7 @@ class TritonBackend:
         with _on(inputs.labels.device):
             return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
+    @with_default("columns")
     def columns(self, block: Block, needed: Tensor | None) -> Columns:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
@@ -149,6 +186,7 @@ class TritonBackend:
         fitting = self.byte_budget // 2 // _screened_bytes(head) // size
         return size * max(1, fitting) if screen in EIGHT_BITS else size
 
+    @with_default("softmax", "expected")
     def exact(self, block: Block, wanted: Wanted) -> Dense:
         """See ``Backend.exact``."""
         head = block.head
@@ -156,8 +194,22 @@ class TritonBackend:
         launches = (self._launch(head, "softmax"), self._launch(head, "expected"))
         budget = self.byte_budget // 2  # the sums use the other half
         with _on(head.weight.device):
+            if self._by_blas(block):
+                return exact_pass_by_blas(block, wanted, budget)
             return exact_pass(block, wanted, launches, budget)
 
+    def _by_blas(self, block: Block) -> bool:
+        """Whether the exact pass of this block uses the vendor's products."""
+        if self.exact_by == "triton":
+            return False
+        refusal = blas_refusal(
+            block.head.hidden_states.dtype, block.head.weight.device, block.options
+        )
+        if refusal is not None and self.exact_by == "blas":
+            raise ValueError(f"exact='blas': {refusal}; use exact='auto' or 'triton'.")
+        return refusal is None
+
+    @with_default("screen")
     def screen(self, block: Block, screen: str) -> TileMasses:
         """See ``Backend.screen``."""
         head, dtype = block.head, EIGHT_BITS.get(screen)
@@ -178,20 +230,63 @@ class TritonBackend:
         with _on(masses.log_mass.device):
             return route_pairs(block, masses, eps)
 
+    @with_default("refine")
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """See ``Backend.refine``."""
+        return self._refine(block, work, wanted)
+
+    def mend(
+        self,
+        block: Block,
+        routed: Routed,
+        wanted: Wanted,
+        *,
+        eps: float,
+        most: float,
+        number: Tensor,
+    ) -> None:
+        """See ``Prepares.mend``; the masses had become ``dead``, and are masses again meanwhile."""
+        (_, slope, anchor), work, sums = routed
+        with _on(block.head.weight.device):
+            # few rows are no reason to multiply all with the hot tiles again
+            tiles = block.tiles._replace(hot=0)
+            again = block._replace(places=rows_off(block, routed, most, number), tiles=tiles)
+            self._screen_again(again, TileMasses(work.dead, slope, anchor))
+            route_again(again, anchor, work, eps)
+            reset_rows(sums, again.places)
+        self._refine(again, work, wanted, sums)
+
+    @with_default("screen")
+    def _screen_again(self, block: Block, masses: TileMasses) -> None:
+        screen_again(block, masses, self._launch(block.head, "screen"))
+
+    def scatter(
+        self, plan: RowPlan, blocks: list[tuple[Tensor, Statistics]]
+    ) -> tuple[Tensor, Statistics]:
+        """See ``Prepares.scatter``."""
+        with _on(plan.labels.device):
+            return scatter_rows(plan, blocks)
+
+    def _refine(
+        self, block: Block, work: Worklist, wanted: Wanted, sums: Refined | None = None
+    ) -> Refined:
         device = block.head.weight.device
-        sizes = {"launch": self._launch(block.head, "refine"), "programs": _programs(device)}
+        sizes = {
+            "launch": self._launch(block.head, "refine"),
+            "programs": _programs(device),
+            "byte_budget": self.byte_budget,
+        }
         with _on(device):
             if torch.are_deterministic_algorithms_enabled() or arch_of(device) == "gfx90a":
-                return refine_in_order(block, work, wanted, **sizes, byte_budget=self.byte_budget)
-            return refine_pairs(block, work, wanted, **sizes)
+                return refine_in_order(block, work, wanted, sums, **sizes)
+            return refine_pairs(block, work, wanted, sums, **sizes)
 
     def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
         """See ``Backend.combine``; the opened rows are left unchanged."""
         with _on(block.head.weight.device):
             return combine_rows(block, opened, shares)
 
+    @with_default("softmax", "weight")
     def weight_gradients(
         self,
         block: Block,

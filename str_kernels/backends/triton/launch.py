@@ -8,10 +8,14 @@ taken, since a larger tile reads less from L2 for each operation. A tile has 128
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from str_kernels.options import TILE
+
+Exact = Literal["auto", "blas", "triton"]
+EXACT: tuple[Exact, ...] = get_args(Exact)
 Stage = Literal["columns", "screen", "softmax", "refine", "expected", "weight", "gradient"]
 Kind = Literal["half", "byte", "single"]
 
@@ -30,6 +34,30 @@ class Launch(NamedTuple):
 ROWWISE = Launch(4, 1024, warps=4)
 # Kernels that pass over a tile's rows, or over the tiles, in one dimension use this size.
 SCAN = {"BLOCK": 1024}
+
+# The exact pass by BLAS gives each warp one row of logits.
+SHARES = Launch(4, 256, warps=4)
+
+
+class Product(NamedTuple):
+    """The logits that BLAS computes at once."""
+
+    rows: int
+    words: int
+
+
+# 35 MB of fp32, which stay in the L2 of sm_90 and later chips; 264 tiles of 128 x 256, two for each
+# multiprocessor of an H100. Fewer rows take as many more words.
+PRODUCT = Product(2048, 33 * TILE)
+
+# A filter pays from so many positions on. This was derived, and no GPU has confirmed it: in units
+# of one product, the exact pass by BLAS costs 2.07; the filter costs 1.15 for its 16-bit screen,
+# 0.09 for the rest, and 2.3 · (128 / N + 0.05) for its refinement, where a tile's 5 % of the rows
+# are padded to 128. The two meet at 410 rows; both read W twice, in some 140 launches. An int8
+# screen repays quantising an fp32 W from 256 rows on, where it was measured; so does a filter
+# beside the exact pass by Triton, at 3.1 units.
+FEWEST_FILTERED: dict[Kind, int] = {"half": 512, "single": 256}
+FEWEST_WITHOUT_BLAS = 256
 
 # These fit wherever a chip has 64 KiB of shared memory, with two stages everywhere.
 DEFAULT: dict[tuple[Stage, Kind], Launch] = {
@@ -118,15 +146,26 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "byte" if dtype.itemsize == 1 else "half"
 
 
+_TOO_LARGE: set[tuple[int | str, Stage]] = set()
+
+
+def take_default(arch: int | str, stages: tuple[Stage, ...]) -> bool:
+    """Use the default for these stages on this chip from now on; whether that changes anything."""
+    found = {(arch, stage) for stage in stages} - _TOO_LARGE
+    _TOO_LARGE.update(found)
+    return bool(found)
+
+
 def launch_for(
     arch: int | str, stage: Stage, dtype: torch.dtype, *, wide_weight: bool = False
 ) -> Launch:
     """Return the table's choice, or the default where the chip has none of its own.
 
     With ``wide_weight`` W is wider than the operands (fp32 under autocast), and so are its tiles in
-    shared memory. The table's sizes might not fit there, and the default is taken.
+    shared memory. The table's sizes might not fit there, and the default is taken; so it is where a
+    launch of this stage has failed.
     """
     key = (stage, kind_of(dtype))
-    if wide_weight:
+    if wide_weight or (arch, stage) in _TOO_LARGE:
         return DEFAULT[key]
     return TABLE.get(family(arch), {}).get(key, DEFAULT[key])

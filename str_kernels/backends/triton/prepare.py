@@ -18,7 +18,7 @@ from str_kernels.options import LossOptions
 
 POINTERS = {
     "i64": ("labels", "inverse", "label", "row", "listed_label"),
-    "i32": ("listed_place", "bad"),
+    "i32": ("listed_place", "off", "bad"),
     "fp32": ("weights", "scale"),
     "i1": ("labelled", "dense", "safety"),
 }
@@ -37,6 +37,7 @@ def prepare_kernel(
     row_ptr,
     listed_label_ptr,
     listed_place_ptr,
+    off_ptr,
     bad_ptr,
     rows,
     vocab,
@@ -50,7 +51,8 @@ def prepare_kernel(
     In: ``labels [N]`` int64, ``weights [N]`` or None for 1 on labelled rows, ``inverse [V]`` int64
     or None, the places of the order. Out, as in ``RowPlan``: ``label [N]`` int64, ``labelled [N]``
     and ``dense [N]`` bool, ``safety [N]`` bool or None, ``scale [N]`` fp32 or None, ``bad [1]``
-    int32; as in ``Listed``: ``row [N]`` and ``listed_label [N]`` int64, ``listed_place [N]`` int32.
+    int32; as in ``Listed``: ``row [N]`` and ``listed_label [N]`` int64, ``listed_place [N]`` and
+    ``off []`` int32.
     With LSE constrained rows are dense too.
     """
     count, bad = 0, 0
@@ -90,6 +92,7 @@ def prepare_kernel(
         tl.store(listed_place_ptr + at, listed.to(tl.int32), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(bad_ptr, bad)
+    tl.store(off_ptr, 0)
 
 
 def prepare(
@@ -110,7 +113,12 @@ def prepare(
         safety=constrained,
         penalty_scale=empty(torch.float32) if options.constrained else None,
         bad=torch.empty((), dtype=torch.int32, device=device),
-        listed=Listed(empty(torch.int64), empty(torch.int64), empty(torch.int32)),
+        listed=Listed(
+            empty(torch.int64),
+            empty(torch.int64),
+            empty(torch.int32),
+            torch.empty((), dtype=torch.int32, device=device),
+        ),
     )
     prepare_kernel[(1,)](
         labels.contiguous(),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from str_kernels.backends.triton.hot import hot_sums
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import Operands, common, label_places, operands, tuning
 from str_kernels.backends.triton.route import plan_chunks
@@ -111,11 +112,19 @@ def refine_kernel(
 
 
 def refine_pairs(
-    block: Block, work: Worklist, wanted: Wanted, *, launch: Launch, programs: int
+    block: Block,
+    work: Worklist,
+    wanted: Wanted,
+    sums: Refined | None = None,
+    *,
+    launch: Launch,
+    programs: int,
+    byte_budget: int,
 ) -> Refined:
-    """Refine the live pairs and add them up with atomics."""
+    """Refine the live pairs and add them up with atomics, to ``sums`` if there are any."""
     pairs = _pairs(block, work, launch, programs)
-    sums = pairs.empty_sums(pairs.given.rows, wanted)
+    if sums is None:
+        sums = pairs.first_sums(block.tiles.hot, wanted, byte_budget)
     pairs.refine(pairs.plan(), sums, atomic=True)
     return sums
 
@@ -124,6 +133,7 @@ def refine_in_order(
     block: Block,
     work: Worklist,
     wanted: Wanted,
+    sums: Refined | None = None,
     *,
     launch: Launch,
     programs: int,
@@ -135,7 +145,9 @@ def refine_in_order(
     ``torch.use_deterministic_algorithms``.
     """
     pairs = _pairs(block, work, launch, programs)
-    plan, sums = pairs.plan(), pairs.empty_sums(pairs.given.rows, wanted)
+    plan = pairs.plan()
+    if sums is None:
+        sums = pairs.first_sums(block.tiles.hot, wanted, byte_budget)
     chunks = int(plan[0, 0])  # the one number that is read back, to allocate the slots
     step = max(1, byte_budget // (4 * pairs.given.dim * launch.block_r))
     for part in plan[1 : 1 + chunks].split(step):
@@ -172,6 +184,15 @@ class _Pairs(NamedTuple):
         first, stop = chunks[:, 1:2], chunks[:, 2:]
         place = first + torch.arange(self.launch.block_r, device=chunks.device)
         return self.work.rows.flatten()[torch.where(place < stop, place, first)].flatten().long()
+
+    def first_sums(self, hot: int, wanted: Wanted, byte_budget: int) -> Refined:
+        """Return the sums of all rows over the hot tiles."""
+        if not hot:
+            return self.empty_sums(self.given.rows, wanted)
+        shift, budget = self.work.shift, byte_budget // 8
+        return hot_sums(
+            self.given, self.label, shift, hot, hidden=wanted.hidden, byte_budget=budget
+        )
 
     def empty_sums(self, rows: int, wanted: Wanted) -> Refined:
         """Allocate the sums of so many rows or slots, to which no pair has been added."""

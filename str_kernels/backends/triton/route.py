@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import label_places
-from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE
+from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE, all_absent
 from str_kernels.engine.contract import Block, TileMasses, Worklist
 from str_kernels.engine.tiles import LEAST_OPEN
 
@@ -41,6 +41,7 @@ def threshold_kernel(
     stride,
     tiles,
     log_eps,
+    AGAIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -49,11 +50,15 @@ def threshold_kernel(
     In: ``log_mass [T, R]`` fp32, relative to ``anchor [R]`` fp32, its tiles ``stride`` numbers
     apart; ``label [R]`` int32, a place in the order or -1. Out: ``shift [R]`` fp32, the log-sum-exp
     over tiles, 0 where it is infinite, not relative; ``threshold [R]`` fp32, the log-mass that a
-    live pair must exceed.
+    live pair must exceed. With AGAIN absent rows are not written.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
     label = tl.load(label_ptr + row, mask=inside, other=-1)
+    if AGAIN:
+        if all_absent(label_ptr, row, rows):
+            return
+        inside &= label != ABSENT
     label_tile = tl.where(label >= 0, label // TILE, -1)
     top = tl.full([BLOCK_R], LOWEST, tl.float32)
     whole, opened = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
@@ -73,11 +78,9 @@ def threshold_kernel(
         top = higher
     lse = top + tl.log(whole)
     least = tl.maximum(top + tl.log(opened), lse + LOG_LEAST_OPEN)
-    absent = label == ABSENT  # its masses are undefined
-    threshold = tl.where(absent, float("inf"), least + log_eps)
-    tl.store(threshold_ptr + row, threshold, mask=inside)
+    tl.store(threshold_ptr + row, least + log_eps, mask=inside)
     shift = tl.load(anchor_ptr + row, mask=inside, other=0.0) + lse
-    shift = tl.where(absent | (tl.abs(lse) == float("inf")), 0.0, shift)
+    shift = tl.where((label == ABSENT) | (tl.abs(lse) == float("inf")), 0.0, shift)
     tl.store(shift_ptr + row, shift, mask=inside)
 
 
@@ -92,6 +95,8 @@ def route_kernel(
     count_ptr,
     rows,
     stride,
+    hot,
+    AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program passes over all rows of one tile and alone reads and writes the tile's entries.
@@ -99,7 +104,8 @@ def route_kernel(
     In: ``anchor [R]``, ``shift [R]``, ``threshold [R]`` fp32, ``label [R]`` int32. In and out:
     ``log_mass [T, R]`` fp32, its tiles ``stride`` numbers apart, which becomes the dead share of
     ``exp(shift)``, -0.0 on live pairs and 0 on absent rows. Out: ``list [T, R]`` int32, of which
-    the first ``count [T]`` int32 entries are the tile's live rows, ascending.
+    the first ``count [T]`` int32 entries are the tile's live rows, ascending. The first ``hot``
+    tiles are live for all rows, and list none. With AGAIN absent rows' shares stay as they are.
     """
     tile, count = tl.program_id(0), 0
     base, masses = tile.to(tl.int64) * rows, log_mass_ptr + tile.to(tl.int64) * stride
@@ -109,15 +115,19 @@ def route_kernel(
         mass = tl.load(masses + row, mask=inside, other=float("-inf"))
         threshold = tl.load(threshold_ptr + row, mask=inside, other=float("inf"))
         label = tl.load(label_ptr + row, mask=inside, other=-1)
-        live = inside & ((mass > threshold) | ((label >= 0) & (label // TILE == tile)))
-        chosen = live.to(tl.int32)
+        present = inside & (label != ABSENT)
+        live = (mass > threshold) | ((label >= 0) & (label // TILE == tile)) | (tile < hot)
+        live &= present
+        chosen = (live & (tile >= hot)).to(tl.int32)
         place = base + count + tl.cumsum(chosen, 0) - 1
-        tl.store(list_ptr + place, row, mask=live)
+        tl.store(list_ptr + place, row, mask=chosen != 0)
         # adding the anchor has rounded the shift; subtracting it again is exact
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         share = tl.exp(mass - (shift - tl.load(anchor_ptr + row, mask=inside, other=0.0)))
         share = tl.where(label == ABSENT, 0.0, share)
         bits = tl.where(live, NEGATIVE_ZERO, share.to(tl.int32, bitcast=True))
+        if AGAIN:
+            inside = present
         tl.store(masses + row, bits.to(tl.float32, bitcast=True), mask=inside)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + tile, count)
@@ -163,28 +173,56 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     log_mass = masses.log_mass.T
     if log_mass.stride(1) != 1:
         log_mass = log_mass.contiguous()
-    (count, rows), stride = log_mass.shape, log_mass.stride(0)
-    label = label_places(block)
+    count, rows = log_mass.shape
     shift, threshold = torch.empty(2, rows, dtype=torch.float32, device=log_mass.device)
+    counts = torch.empty(count, dtype=torch.int32, device=log_mass.device)
+    listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
+    work = Worklist(listed, counts, shift, log_mass.T)
+    _route(block, masses.anchor, work, threshold, eps=eps, again=False)
+    return work
+
+
+def route_again(block: Block, anchor: Tensor, work: Worklist, eps: float) -> None:
+    """List the live pairs of the rows that are not absent, in place, from their masses in ``dead``.
+
+    The other rows keep their shift and their dead shares.
+    """
+    _route(block, anchor, work, torch.empty_like(work.shift), eps=eps, again=True)
+
+
+def _route(
+    block: Block, anchor: Tensor, work: Worklist, threshold: Tensor, *, eps: float, again: bool
+) -> None:
+    log_mass, label = work.dead.T, label_places(block)
+    (count, rows), stride = log_mass.shape, log_mass.stride(0)
     log_eps = math.log(eps) if eps else -math.inf
     threshold_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
         log_mass,
-        masses.anchor,
+        anchor,
         label,
-        shift,
+        work.shift,
         threshold,
         rows,
         stride,
         count,
         log_eps,
+        AGAIN=again,
         **THRESHOLD,
     )
-    listed = torch.empty(count, rows, dtype=torch.int32, device=log_mass.device)
-    counts = torch.zeros(count, dtype=torch.int32, device=log_mass.device)
     route_kernel[(count,)](
-        log_mass, masses.anchor, shift, threshold, label, listed, counts, rows, stride, **SCAN
+        log_mass,
+        anchor,
+        work.shift,
+        threshold,
+        label,
+        work.rows,
+        work.counts,
+        rows,
+        stride,
+        block.tiles.hot,
+        AGAIN=again,
+        **SCAN,
     )
-    return Worklist(listed, counts, shift, log_mass.T)
 
 
 def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:

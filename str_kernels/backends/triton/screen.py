@@ -6,6 +6,7 @@ have 8 bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import GROUP, Operands, common, operands, tuning
 from str_kernels.backends.triton.quantise import quantised
 from str_kernels.backends.triton.tiles import (
+    ABSENT,
     LOWEST,
     TILE,
     all_absent,
@@ -28,6 +30,8 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Block, TileMasses
 from str_kernels.engine.logits import columns_of
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 POINTERS = {
     "i64": ("order",),
@@ -49,6 +53,7 @@ def screen_kernel(
     log_mass_ptr,
     slope_ptr,
     rows,
+    stride,
     vocab,
     logit_scale,
     dim: tl.constexpr,
@@ -63,9 +68,9 @@ def screen_kernel(
     In: ``hidden [R, D]`` fp or int8, ``hidden_scale [R]`` fp32 or None, ``weight [V, D]`` (through
     the order, or already in tile order), ``weight_scale [V]`` fp32 in tile order or None, ``order
     [V]`` int64 or None, ``bias [V]`` in tile order or None, ``anchor [R]`` fp32, ``label [R]``
-    int32, or None where no row is absent. Out: ``log_mass
-    [T, R]`` fp32, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
-    softcap's derivative, or None.
+    int32, or None where no row is absent. Out: ``log_mass [T, R]`` fp32, its tiles ``stride``
+    numbers apart, relative to the anchor; ``slope [T, R]`` fp32, the tile's softmax mean of the
+    softcap's derivative, or None. Absent rows are not written.
     """
     block, tile = grouped(rows, tl.cdiv(vocab, TILE), BLOCK_R, GROUP)
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -81,19 +86,34 @@ def screen_kernel(
         precision,
         BLOCK_D,
     ).to(tl.float32)
+    inside = position < vocab
+    of_row, of_word = tl.full([BLOCK_R], 1.0, tl.float32), tl.full([TILE], 1.0, tl.float32)
     if hidden_scale_ptr is not None:
-        total *= tl.load(hidden_scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        total *= tl.load(weight_scale_ptr + position, mask=position < vocab, other=0.0)[None, :]
-    z = finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap)
-    top = tl.maximum(tl.max(z, 1), LOWEST)
-    p = tl.exp(z - top[:, None])
+        of_row = tl.load(hidden_scale_ptr + row, mask=row < rows, other=0.0)
+        of_word = tl.load(weight_scale_ptr + position, mask=inside, other=0.0)
+    if softcap is None and bias_ptr is None:
+        # a row's scale is positive, so that the largest logit is found without it
+        z = total * (of_word * logit_scale)[None, :]
+        if (tile + 1) * TILE > vocab:
+            z = tl.where(inside[None, :], z, float("-inf"))
+        top = tl.maximum(tl.max(z, 1), LOWEST)
+        p = tl.exp2((z - top[:, None]) * (of_row * LOG2_E)[:, None])
+        top *= of_row
+    else:
+        total *= of_row[:, None] * of_word[None, :]
+        z = finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap)
+        top = tl.maximum(tl.max(z, 1), LOWEST)
+        p = tl.exp(z - top[:, None])
     mass = tl.sum(p, 1)
-    out = tile.to(tl.int64) * rows + row
+    out = tile.to(tl.int64) * stride + row
     anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
-    tl.store(log_mass_ptr + out, (top - anchor) + tl.log(mass), mask=row < rows)
+    here = row < rows
+    if label_ptr is not None:
+        here &= tl.load(label_ptr + row, mask=here, other=ABSENT) != ABSENT
+    tl.store(log_mass_ptr + out, (top - anchor) + tl.log(mass), mask=here)
     if slope_ptr is not None:
         slope = tl.sum(p * softcap_slope(z, softcap), 1) / tl.maximum(mass, 1e-30)
-        tl.store(slope_ptr + out, slope, mask=row < rows)
+        tl.store(slope_ptr + out, slope, mask=here)
 
 
 class _Scales(NamedTuple):
@@ -109,6 +129,12 @@ def screen_tiles(block: Block, launch: Launch) -> TileMasses:
     found = _empty_masses(block, given)
     _screen(given, _Scales(), found, launch)
     return _by_rows(found)
+
+
+def screen_again(block: Block, masses: TileMasses, launch: Launch) -> None:
+    """Screen the rows that are not absent once more, with the operands' own dtype, in place."""
+    found = TileMasses(*(None if x is None else x.T for x in masses[:2]), masses.anchor)
+    _screen(operands(block), _Scales(), found, launch)
 
 
 def screen_quantised(
@@ -167,6 +193,7 @@ def _screen(given: Operands, scales: _Scales, found: TileMasses, launch: Launch)
         found.log_mass,
         found.slope,
         given.rows,
+        found.log_mass.stride(0),
         **common(given),
         GROUP=GROUP,
         **tuning(launch, "RD"),

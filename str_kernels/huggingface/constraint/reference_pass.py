@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Backend, Head, RowInputs
 from str_kernels.engine.logits import log_probabilities
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.head import deferring
+from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 from str_kernels.huggingface.deferred.tensor import DeferredLogits
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
@@ -108,9 +110,10 @@ def _logits(outputs: Any) -> DeferredLogits | None:
 def _evaluating(modules: list[nn.Module], device: torch.device, owner: _NoLoss) -> Iterator[None]:
     """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
 
-    This is ``eval()``, except that every module gets its own mode back.
+    This is ``eval()``, except that every module gets its own mode back, and that a 4-bit layer of
+    bitsandbytes stays in its own.
     """
-    training = [module for module in modules if module.training]
+    training = [m for m in modules if m.training and not evaluates_otherwise(m)]
     devices = [] if device.type == "cpu" else [device]
     dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
     with (
@@ -151,6 +154,8 @@ def safety_reference(
         filter_eps=options.filter_eps,
         screen=options.screen,
     )
+    if not needs_lse(safety):  # no row has a label, so there is nothing to filter either
+        options = replace(options, filter_eps=0.0, screen="auto")
     states = fold.hidden_states.reshape(-1, fold.hidden_states.shape[-1])
     wanted = constrained[rows]
     with torch.no_grad():
@@ -159,7 +164,7 @@ def safety_reference(
         inputs = RowInputs(labels, reference, wanted.float())
         terms = row_terms(Head(states, fold.weight, fold.bias), inputs, options, backend=backend)
         values = terms.statistics.safety_logits
-        if safety.kind == "logprob":
+        if needs_lse(safety):
             values = log_probabilities(values, terms.statistics)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values

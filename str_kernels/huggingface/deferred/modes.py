@@ -1,4 +1,4 @@
-"""Grad mode and autocast under which a deferred value was recorded."""
+"""Grad mode and autocast under which a deferred value was recorded, and modes of modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+_PACKER = "bitsandbytes."
+
+
+def evaluates_otherwise(module: nn.Module) -> bool:
+    """Whether evaluation mode changes the module for good, so that it must stay in its mode.
+
+    On a CPU bitsandbytes packs the weight of a 4-bit layer in its first evaluation, and training
+    is wrong from then on.
+    """
+    kinds = type(module).__mro__
+    return any(k.__name__ == "Linear4bit" and k.__module__.startswith(_PACKER) for k in kinds)
 
 
 @dataclass(frozen=True)

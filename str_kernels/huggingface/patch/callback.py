@@ -26,9 +26,10 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
     that it is the uninterrupted one. With several processes all take over the first one's.
 
     ``cross_entropy``, ``safety_penalty``, ``token_accuracy``, ``dead_mass`` and ``live_share`` are
-    per labelled token, averaged over this process's tokens since the last log, accumulation steps
-    included. For one optimizer step ``cross_entropy + safety_penalty`` is the
-    loss (without a router's); over several the trainer weighs steps alike, these weigh tokens.
+    per labelled token, averaged over the tokens of all processes since the last log, accumulation
+    steps included; every process needs the callback. For one optimizer step ``cross_entropy +
+    safety_penalty`` is the loss (without a router's); over several the trainer weighs steps alike,
+    these weigh tokens.
 
     With a constraint also ``safety_drift``, ``Σ w (1/K) Σ (z - r)² / Σ w`` over the same span: how
     far the safety logits (``logprob``: log-probabilities) are from their reference, whatever the
@@ -94,7 +95,7 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         if prefix is not None:
             totals = self._take_evaluation(args, prefix)
         elif "loss" in logs:
-            totals = self._patch.meter.take()
+            totals = self._patch.meter.take(args.device)
         else:
             return
         logs.update(totals)

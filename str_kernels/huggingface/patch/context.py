@@ -13,6 +13,7 @@ from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
 from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.huggingface.trl import TokenTerms
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
@@ -37,6 +38,7 @@ class LossContext:
         aligned: the reference pass of this batch, if there was one.
         position_weights: ``[B, T]``, the weight of each position's logits in the constraint,
             instead of ``positions``; None: those.
+        together: the processes that make the same forwards.
         tokens: receives the terms of every token, if TRL asks for them.
     """
 
@@ -51,4 +53,5 @@ class LossContext:
     evaluating: bool = False
     aligned: Fold | None = None
     position_weights: Tensor | None = None
+    together: Together = ALONE
     tokens: TokenTerms | None = None

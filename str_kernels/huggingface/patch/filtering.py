@@ -25,6 +25,7 @@ from str_kernels.huggingface.patch.learned import (
     order_digest,
     weight_digest,
 )
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions
 from str_kernels.vocabulary import VocabularyIndex, tile_means
@@ -79,7 +80,9 @@ class IndexSource:
         self._compared = SameTensor(_COMPARED_EVERY)
         self._stale = False  # found late to have been written into
 
-    def find(self, fold: Fold, options: LossOptions) -> VocabularyIndex | None:
+    def find(
+        self, fold: Fold, options: LossOptions, processes: Together = ALONE
+    ) -> VocabularyIndex | None:
         """The index for this call of the head; None where it would not pay, or not stay right."""
         if not self._automatic:
             return self._index
@@ -99,8 +102,7 @@ class IndexSource:
                     "built again",
                     logging.WARNING,
                 )
-            states = _some_states(fold)
-            self._index = cached_index(weight, states, cache_folder(), _watcher.get())
+            self._index = _built(weight, _some_states(fold), processes)
             self._head, self._fresh, self._stale = _Head.of(weight), True, False
             self._compared.due(weight)  # counts from here
         return self._index
@@ -109,7 +111,7 @@ class IndexSource:
         """Whether the choice was made for this weight, as it is now."""
         if self._head is None or not self._has_same_values(weight):
             return False
-        key = version_key(weight)
+        key = _key_of(weight)
         if key == self._head.key:
             return True
         # written into or moved, perhaps by the same values: averaged weights were swapped out again
@@ -127,7 +129,7 @@ class IndexSource:
         """
         if self._stale or not self._compared.due(weight):
             return not self._stale
-        if waits.allowed(weight.device) or version_key(weight) != self._head.key:
+        if waits.allowed(weight.device) or _key_of(weight) != self._head.key:
             return self._head.has_values_of(weight)
         waits.judge_later(self._head.differs_from(weight), self._distrust)
         return True
@@ -135,12 +137,22 @@ class IndexSource:
     def _distrust(self) -> None:
         self._stale = True
 
-    def judge(self, live_share: Tensor) -> None:
-        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``."""
-        if not self._fresh:
+    def judge(
+        self, live_share: Tensor, processes: Together = ALONE, *, filtered: bool = True
+    ) -> None:
+        """Drop a new index if in its first loss too many tiles mattered: ``live_share [...]``.
+
+        The average is that of all ``processes``, so that all drop it or none. A loss that was not
+        ``filtered``, such as that of few positions, says nothing of an index.
+        """
+        if not self._fresh or not (filtered or processes.groups):
             return
-        self._fresh = False
-        share = live_share.nanmean().item()  # the only synchronisation, once an index
+        sums = torch.stack([live_share.nansum(), live_share.isfinite().sum()]).float()
+        # the only synchronisation, once an index
+        total, count = processes.total(sums * float(filtered)).tolist()
+        if not count:
+            return
+        self._fresh, share = False, total / count
         if share > LARGEST_LIVE_SHARE:
             self._index = None
             _log.info(
@@ -157,8 +169,9 @@ class IndexSource:
         index, head = self._index, None if self._head is None else self._head.digest
         order = None if index is None else encode_order(index.order)
         columns = None if index is None or index.columns is None else index.columns.tolist()
-        kept = {"head": head, "order": order, "columns": columns, "fresh": self._fresh}
-        return {"automatic": True, **kept}
+        hot = 0 if index is None or index.hot is None else len(index.hot)
+        kept = {"order": order, "columns": columns, "hot": hot}
+        return {"automatic": True, "head": head, **kept, "fresh": self._fresh}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the choice of ``state_dict`` before the next forward.
@@ -190,13 +203,17 @@ class IndexSource:
             order = decode_order(kept["order"], len(weight)).to(weight.device)
             columns = kept.get("columns")  # a checkpoint of 0.1 has none
             columns = None if columns is None else torch.tensor(columns, device=weight.device)
-            self._index = VocabularyIndex.of_order(weight.detach(), order, columns)
+            hot = kept.get("hot", 0)
+            self._index = VocabularyIndex.of_order(weight.detach(), order, columns, hot)
         self._head, self._fresh, self._stale = head, kept["fresh"], False
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a weight ``[V, D]`` was: where it lay, some of its values, and its digest."""
+    """What a weight ``[V, D]`` was: its version and form, some of its values, and its digest.
+
+    Where it lies says nothing: FSDP gathers it to another place for each step.
+    """
 
     key: tuple
     values: Tensor
@@ -204,7 +221,7 @@ class _Head:
 
     @classmethod
     def of(cls, weight: Tensor) -> _Head:
-        return cls(version_key(weight), sampled_values(weight), weight_digest(weight))
+        return cls(_key_of(weight), sampled_values(weight), weight_digest(weight))
 
     def has_values_of(self, weight: Tensor) -> bool:
         """Whether the sampled values are this weight's; a write through ``.data`` changes them."""
@@ -214,6 +231,22 @@ class _Head:
     def differs_from(self, weight: Tensor) -> Tensor:
         """Compare the sampled values on the device: one bool, for which the host does not wait."""
         return (sampled_values(weight) != self.values).any()
+
+
+def _key_of(weight: Tensor) -> tuple:
+    return version_key(weight)[1:]  # without where it lies
+
+
+def _built(weight: Tensor, states: Tensor, processes: Together) -> VocabularyIndex:
+    """The leader's index, made from its states, in every process."""
+    if processes.leads:
+        index = cached_index(weight, states, cache_folder(), _watcher.get())
+        order, columns = index.order.contiguous(), index.columns.contiguous()
+    else:
+        order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+        columns = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device)
+    order, columns = processes.shared(order), processes.shared(columns)
+    return index if processes.leads else VocabularyIndex.of_order(weight.detach(), order, columns)
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from str_kernels.accuracy import AccuracyReport, check_accuracy
 from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.processes import ALONE, Together
 from str_kernels.options import LossOptions
 
 
@@ -40,12 +41,16 @@ class AccuracyGuard:
         return self._every is not None and self._losses % self._every == 0
 
     def after_loss(
-        self, operands: tuple[Tensor, Tensor, Tensor], options: LossOptions, **inputs: Any
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        options: LossOptions,
+        processes: Together = ALONE,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Count one training loss; returns the options to change from now on, most often none.
 
-        The first fallback is an exact screen, the second the exact pass. The arguments are those of
-        ``check_accuracy``.
+        The first fallback is an exact screen, the second the exact pass; what one of ``processes``
+        has to change, all change. The other arguments are those of ``check_accuracy``.
         """
         due = self.due
         self._losses += 1
@@ -53,10 +58,11 @@ class AccuracyGuard:
             return {}
         report = check_accuracy(*operands, options, **inputs)
         self.last_report = report or self.last_report
-        if report is None or report.acceptable:
+        bad = report is not None and not report.acceptable
+        if not processes.any(bad, operands[0].device):
             return {}
         exact_screen = options.screen != "exact"
-        self._notices.warn_inaccurate(report, exact_screen=exact_screen)
+        self._notices.warn_inaccurate(report or "in another process", exact_screen=exact_screen)
         return {"screen": "exact"} if exact_screen else {"screen": "auto", "filter_eps": 0.0}
 
     def state_dict(self) -> dict[str, Any]:

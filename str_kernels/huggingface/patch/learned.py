@@ -2,9 +2,9 @@
 
 Stage: an index, a frozen head's weight → strings that tell them again in another process.
 
-An index is kept by its order and its columns' factors, which are no functions of the weight: they
-depend on the first training batch as well. All else in an index is computed from the weight and the
-order, to the same bits.
+An index is kept by its order, its columns' factors and its number of hot tiles, which are no
+functions of the weight: they depend on the first training batch as well. All else in an index is
+computed from the weight and the order, to the same bits.
 """
 
 from __future__ import annotations

@@ -102,7 +102,10 @@ class LabelledForward:
         if options.safety is not None:
             constrained = constrained_rows(context, fold, labels, options.ignore_index)
             reference, weights = constrained
-        operands, index = (_states(fold), fold.weight, labels), context.index.find(fold, options)
+        operands, index = (
+            (_states(fold), fold.weight, labels),
+            context.index.find(fold, options, context.together),
+        )
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
         terms = row_terms(
             Head(*operands[:2], fold.bias),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from str_kernels.huggingface.deferred.modes import evaluates_otherwise
+
 # A larger buffer is a table or a quantised weight, which no forward writes.
 _LARGEST_BUFFER = 2**20
 
@@ -35,7 +37,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             for module, _ in modules:
-                module.training = False
+                module.training &= evaluates_otherwise(module)
             yield
     finally:
         for module, state in modules:

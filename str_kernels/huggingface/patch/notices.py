@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+
+from str_kernels.huggingface.patch.processes import is_first
+
+_log = logging.getLogger("str_kernels")
 
 
 class Notices:
-    """Warns on behalf of one patch, never twice of the same thing."""
+    """Warns on behalf of one patch, never twice of the same thing; in one process alone."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -46,7 +51,7 @@ class Notices:
         )
         self._warn(
             f"The first safety penalty is {penalty:.3g} a token, not 0; safety logits are "
-            f"{distance:.3g} (root mean square) from their reference: {why}."
+            f"{distance:.3g} (rms) from their reference: {why}."
         )
 
     def warn_transformed(self) -> None:
@@ -67,4 +72,7 @@ class Notices:
         key = once_for or message
         if key not in self._given:
             self._given.add(key)
-            warnings.warn(message, stacklevel=4)
+            if is_first():
+                warnings.warn(message, stacklevel=4)
+            else:
+                _log.info(message)

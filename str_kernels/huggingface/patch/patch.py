@@ -48,6 +48,7 @@ from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
+from str_kernels.huggingface.patch.processes import Together, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
@@ -190,12 +191,14 @@ class Patch:
             return _undeferred(inner, args, kwargs)
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
-        forward = LabelledForward(self._context(inner, arguments, weights, tokens))
+        processes = together(self.model)
+        context = self._context(inner, arguments, weights, tokens)
+        forward = LabelledForward(replace(context, together=processes))
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0), len(_targets(arguments)))
+            self._observe(forward.losses.pop(0), len(_targets(arguments)), processes)
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -255,10 +258,11 @@ class Patch:
         require_fixed_base(self.model)
         return aligned
 
-    def _observe(self, loss: FusedLoss, rows: int) -> None:
+    def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
-        self._source.judge(loss.parts.live_share)
+        filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
+        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         meter.add(loss.terms, loss.parts, rows=None if training else rows)
@@ -270,7 +274,9 @@ class Patch:
         if training and torch.is_grad_enabled():
             held = whole_head(self._head, loss.operands[1]) if self.guard.due else nullcontext()
             with held:
-                changed = self.guard.after_loss(loss.operands, loss.options, **loss.inputs)
+                changed = self.guard.after_loss(
+                    loss.operands, loss.options, processes, **loss.inputs
+                )
             self._fallback |= changed
             self.options = replace(self.options, **changed)
 

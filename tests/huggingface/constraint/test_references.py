@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from str_kernels import SafetyConstraint
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.huggingface import build_reference_cache, patch_model
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from tests.huggingface.adapters import SAFETY, wrap
@@ -111,3 +112,21 @@ def test_a_model_with_a_cache_can_be_copied(tmp_path):
     with patch_model(build(), SAFETY, reference=path) as patch:
         twin = copy.deepcopy(patch.model)
         assert twin(**batch()).loss == patch.model(**batch()).loss
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_the_reference_pass_reads_its_columns_alone(kind):
+    """The training loss reads the vocabulary once, the reference never."""
+
+    class Counting(TorchBackend):
+        calls = 0
+
+        def exact(self, *arguments):
+            self.calls += 1
+            return super().exact(*arguments)
+
+    backend, model = Counting(), wrap(build())
+    safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind=kind)
+    with patch_model(model, safety, backend=backend, verify=False):
+        model(**batch()).loss.backward()
+    assert backend.calls == 1

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from str_kernels import SafetyConstraint, VocabularyIndex
+from str_kernels.backends.torch import TorchBackend
 from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.patch import filtering
 from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
@@ -185,3 +186,21 @@ def test_a_flat_softmax_is_computed_exactly():
         model(**batch()).loss.backward()
         assert used_index(patch) is None
         assert (patch.last_parts.dead_mass == 0).all()
+
+
+def test_an_index_is_judged_by_a_filtered_loss(monkeypatch):
+    """A loss of few positions computes every tile exactly, which is no reason to drop the index."""
+    model, few = model_of(), [True]
+    monkeypatch.setattr(TorchBackend, "filters", lambda self, *given: not few[0])
+    with torch.no_grad():
+        model.base_model.model.lm_head.weight.mul_(0.01)
+    with patch_model(model) as patch:
+        for _ in range(2):
+            model(**batch()).loss.backward()
+            assert (patch.last_parts.live_share.nan_to_num(1.0) == 1).all()
+            assert (patch.last_parts.dead_mass == 0).all()
+        assert used_index(patch) is not None
+        few[0] = False
+        model(**batch()).loss.backward()
+        model(**batch()).loss.backward()
+        assert used_index(patch) is None

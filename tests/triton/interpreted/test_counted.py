@@ -10,6 +10,7 @@ from triton.runtime import interpreter
 from benchmarks import work
 from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
+from str_kernels.backends.triton import TritonBackend
 from str_kernels.backends.triton.backend import DEFAULT_BYTE_BUDGET
 from str_kernels.backends.triton.launch import launch_for
 from str_kernels.engine import products
@@ -105,9 +106,10 @@ def test_routed_work(screen, kept, trainable, backend, dot_flops, traffic):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_exact_work(trainable, backend, dot_flops, traffic):
-    """Every logit: two products with a frozen head, four with a trainable one, and their bytes."""
+def test_exact_work(trainable, dot_flops, traffic):
+    """Every logit by Triton: two products with a frozen head, four with a trainable one; bytes."""
     case, shape = _case(), work.Shape(200, 2000, 96, 2)
+    backend = TritonBackend(exact="triton")
     operations = _run(case, backend, dot_flops, trainable, filter_eps=0.0)
     stages = work.exact(shape, _launches(), DEFAULT_BYTE_BUDGET // 2)
     if trainable:

@@ -13,7 +13,7 @@ from str_kernels.engine.contract import Block, Head, Tiles
 from str_kernels.engine.forward import tiles_of
 from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
-from tests.backends.test_routed import clustered_case
+from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import assert_close
 
 
@@ -110,6 +110,19 @@ def test_rows_screened_together_stay_within_the_budget():
     assert together >= 8192  # all of them at the shape that the launch table is made for
     assert together % size == 0
     assert together * (4096 + 4 * 1002) <= backend.byte_budget / 2
+
+
+@pytest.mark.parametrize("name", ["exact", "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [3.0, -0.7])
+def test_scaled_logits(scale, bias, name, backend):
+    """A scale of either sign, which the screen multiplies into the words' own; the end of V."""
+    case = clustered_case(40, 2 * TILE + 19, 32, bias=bias).to(torch.bfloat16)
+    tiles = tiles_of(case.weight, index_of(case), fresh=False)
+    head = Head(case.hidden_states, case.weight, case.bias)
+    block = Block(head, case.labels.clamp(min=-1), tiles, LossOptions(logit_scale=scale))
+    got, want = (one.screen(block, name).log_mass for one in (backend, TorchBackend()))
+    torch.testing.assert_close(got, want, rtol=0.0, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)

@@ -80,8 +80,10 @@ def test_refine(setting, deterministic):
     torch.testing.assert_close(without.mass, want.mass, rtol=1e-4, atol=1e-6)
 
 
-def test_exact(setting, backend):
-    """Every field of ``Dense``."""
+@pytest.mark.parametrize("products", ["blas", "triton"])
+def test_exact(setting, products):
+    """Every field of ``Dense``, by either pass."""
+    backend = TritonBackend(exact=products)
     wanted = Wanted(hidden=True, masses=False, entropy=True)
     want = TorchBackend().exact(setting._replace(tiles=None), wanted)
     got = backend.exact(setting._replace(tiles=None), wanted)
@@ -172,9 +174,10 @@ def test_counted_work_of_a_frozen_head(screen, cost, backend, dot_flops):
     assert _work(case, backend, dot_flops, **arguments) == pytest.approx(want)
 
 
-def test_counted_work_of_the_exact_path(backend, dot_flops):
+def test_counted_work_of_the_exact_path(dot_flops):
     """Two GEMMs forward and backward with a frozen head: logits once, expected rows once."""
     case = clustered_case(128, 512, 64, ignored=0.0).to(torch.float16)
+    backend = TritonBackend(exact="triton")
     assert _work(case, backend, dot_flops, filter_eps=0.0) == pytest.approx(2.0)
 
 

@@ -1,0 +1,91 @@
+"""DeepSpeed's ZeRO, on its CPU accelerator; without DeepSpeed, hooks of the shape of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from str_kernels import patch_model
+from tests.distributed.models import KINDS, Case, Found, assert_right
+from tests.distributed.pool import WORLD
+from tests.huggingface.adapters import SAFETY, wrap
+from tests.huggingface.models import assert_same, batch, build, gradients
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+
+
+def engine_for(case: Case, stage: int, model: torch.nn.Module):
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = {
+        "train_micro_batch_size_per_gpu": len(case.labels) // WORLD,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+    }
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def sharded(case: Case, stage: int) -> Found:
+    model = case.model()
+    patch_model(model, case.safety)
+    engine = engine_for(case, stage, model)
+    from deepspeed.utils import safe_get_full_grad
+
+    loss = engine(**case.share(torch.distributed.get_rank())).loss * WORLD
+    engine.backward(loss)
+    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    mean = loss.detach().clone() / WORLD
+    torch.distributed.all_reduce(mean)
+    return Found(mean.item(), {n: g.float() for n, g in found.items() if g is not None})
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_and_optimizer_are_sharded(ranks, kind, stage):
+    case = Case(kind)
+    assert_right(ranks.run(sharded, case, stage), case.truth())
+
+
+@needs_deepspeed
+def test_zero_3_is_refused(ranks):
+    for error in ranks.errors(sharded, Case(), 3):
+        assert "ZeRO-3 has split its head" in error
+        assert "use ZeRO-1 or ZeRO-2, or FSDP2" in error
+
+
+def test_a_hook_of_the_shape_of_deepspeed_s():
+    """A stand-in: a closure of its module that scales the gradient of every output."""
+
+    def backward_hook(grad: torch.Tensor) -> torch.Tensor:
+        return grad * 0.5
+
+    backward_hook.__module__ = "deepspeed.runtime.utils"
+    model, inputs = wrap(build()), batch()
+    with patch_model(model, SAFETY):
+        want = gradients(model, model(**inputs).loss)
+        outputs = model(**inputs)
+        for output in (outputs.loss, outputs.logits):
+            output.register_hook(backward_hook)
+        found = gradients(model, outputs.loss)
+    assert_same(found, {n: x if n == "loss" else x / 2 for n, x in want.items()})
+
+
+def test_a_weight_of_zero_3_s_is_refused():
+    """A stand-in: its parameters have an id, and no elements between two uses."""
+    model = build()
+    weight = model.get_output_embeddings().weight
+    weight.ds_id, weight.ds_shape = 7, weight.shape
+    with pytest.raises(ValueError, match=r"ZeRO-3 has split its head.*or FSDP2"):
+        patch_model(model)
