@@ -115,6 +115,7 @@ def routed(
         *([_hot(shape, hot)] if hot else []),
         _refine(shape, counts, launches["refine"]),
         _dead("dead tiles", shape),
+        _finish(shape, 4 * shape.pairs),
         _combine(shape, parts=2),
         _gradient(shape, launches["backward"]),
     ]
@@ -167,7 +168,8 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
     )
     columns = _columns(shape, launches["columns"], 0)
     gradient = _gradient(shape, launches["backward"])
-    return [columns, softmax, expected, _combine(shape, parts=1), gradient]
+    rest = [_finish(shape, 0), _combine(shape, parts=1), gradient]
+    return [columns, softmax, expected, *rest]
 
 
 def exact_weight(shape: Shape, launches: dict[str, Launch]) -> list[Work]:
@@ -206,6 +208,12 @@ def _combine(shape: Shape, parts: int) -> Work:
     """Count expected rows, the label's, and with two parts the dead pairs', in one pass."""
     loaded = (4 + shape.size * parts) * shape.rows * shape.dim + 17 * shape.rows
     return Work("combine", "fp32", 0, loaded, shape.states, 0, loaded + shape.states)
+
+
+def _finish(shape: Shape, masses: int) -> Work:
+    """Count the sums and the results of rows, and the bytes of the dead masses."""
+    loaded, stored = 24 * shape.rows + masses, 45 * shape.rows
+    return Work("finish", "fp32", 0, loaded, stored, 0, loaded + stored)
 
 
 def _gradient(shape: Shape, launch: Launch) -> Work:

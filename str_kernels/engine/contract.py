@@ -225,7 +225,12 @@ class Worklist(NamedTuple):
 
     def live(self) -> Tensor:
         """``[R, T]`` bool."""
-        return self.dead.signbit() & (self.dead == 0)
+        return live_pairs(self.dead)
+
+
+def live_pairs(dead: Tensor) -> Tensor:
+    """``[R, T]`` bool: the pairs whose dead mass is -0.0."""
+    return dead.signbit() & (dead == 0)
 
 
 class Refined(NamedTuple):
@@ -279,6 +284,48 @@ class Statistics(NamedTuple):
     safety_logits: Tensor | None = None
 
 
+class RowSums(NamedTuple):
+    """A row's sums over the vocabulary without the label, relative to ``exp(shift)``.
+
+    ``mass [R]``, that of pairs computed exactly; ``maximum [R]``, their largest logit; ``dead
+    [R, T]`` or None as in `Worklist`; ``weighted [R]`` Σ exp(z - shift) · (z - shift), for the
+    entropy only; ``logit_sum [R]`` as in `Dense`.
+    """
+
+    shift: Tensor
+    mass: Tensor
+    maximum: Tensor
+    dead: Tensor | None = None
+    weighted: Tensor | None = None
+    logit_sum: Tensor | None = None
+
+
+class Factors(NamedTuple):
+    """The loss ``[R]``, NaN on rows without a label, and the factors ``[R]`` of row gradients.
+
+    ``opened`` is that of the opened sums and ``label`` that of the label's row in ``∂CE/∂h``;
+    ``lse_label`` is the latter in ``∂lse/∂h``.
+    """
+
+    loss: Tensor
+    opened: Tensor
+    label: Tensor
+    lse_label: Tensor
+
+
+class Joined(NamedTuple):
+    """What follows from `RowSums`: fields of `Dense`, and ``rescale [R]``, exp(shift - lse).
+
+    ``factors``: only where they are computed together; `engine.rows` has them otherwise.
+    """
+
+    statistics: Statistics
+    surprise: Tensor
+    open_mass: Tensor
+    rescale: Tensor
+    factors: Factors | None = None
+
+
 class Dense(NamedTuple):
     """The results for R rows over the whole vocabulary, fp32 (fp64 for fp64 inputs).
 
@@ -293,6 +340,7 @@ class Dense(NamedTuple):
         masses: ``[R, T]`` dead masses as probabilities, -1 on live pairs; only when wanted.
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
         probabilities: ``[R, V]``, undefined at the label; only when wanted.
+        factors: see `Joined`.
     """
 
     statistics: Statistics
@@ -305,6 +353,7 @@ class Dense(NamedTuple):
     masses: Tensor | None = None
     slope: Tensor | None = None
     probabilities: Tensor | None = None
+    factors: Factors | None = None
 
 
 class RowTerms(NamedTuple):
@@ -348,11 +397,11 @@ class Kept(NamedTuple):
 class RowShares(NamedTuple):
     """The factors of a row gradient: ``opened · (opened gradient) + label · w_label + also``.
 
-    ``opened [R]``; ``label [R]``, 0 where there is none; ``also [D]`` or ``[R, D]``; ``silent [R]``
-    bool, the rows that become zero.
+    ``opened [R]``, or None where the opened gradient has this factor; ``label [R]``, 0 where there
+    is none; ``also [D]`` or ``[R, D]``; ``silent [R]`` bool, the rows that become zero.
     """
 
-    opened: Tensor
+    opened: Tensor | None
     label: Tensor
     also: Tensor | None = None
     silent: Tensor | None = None
@@ -464,6 +513,9 @@ class RowStages(Protocol):
 
         ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
         """
+
+    def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
+        """Add the label to the sums of R rows; the loss and statistics follow from both."""
 
     def penalty(
         self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor

@@ -10,6 +10,7 @@ have their rounding, which may exceed the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,57 +19,82 @@ from torch import Tensor
 from str_kernels.engine.contract import (
     Block,
     Dense,
+    Joined,
     OpenRows,
     Refined,
+    RowSums,
     Statistics,
     TileMasses,
     Wanted,
     Worklist,
+    live_pairs,
 )
 from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
 
+Join = Callable[[Block, Tensor, RowSums], Joined]
+
+
+def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
+    """Implement `RowStages.join` in torch calls."""
+    mass, dead = sums.mass, torch.zeros_like(sums.mass)
+    live_share = torch.ones_like(mass)
+    if sums.dead is not None:
+        dead = sums.dead.sum(-1)
+        live_share = live_pairs(sums.dead).mean(-1, dtype=mass.dtype)
+    others = mass + dead
+    found = _log_sums(block.labels, label_logit, sums.shift, others)
+    rescale, entropy = torch.exp(-found.log_sum), None
+    if sums.weighted is not None:
+        # Σ p (-log p): no term is negative, so that none cancels
+        of_label = torch.exp(-found.surprise) * found.surprise
+        entropy = (mass * found.log_sum - sums.weighted) * rescale
+        entropy = torch.where(block.labels >= 0, entropy + of_label, entropy)
+    statistics = Statistics(
+        lse=found.lse,
+        lse_rest=found.lse_rest,
+        correct=label_logit >= sums.maximum,
+        dead_mass=dead * rescale,
+        live_share=live_share,
+        entropy=entropy,
+    )
+    return Joined(statistics, found.surprise, others * rescale, rescale)
+
 
 def join_pairs(
-    block: Block, masses: TileMasses, work: Worklist, refined: Refined, wanted: Wanted
+    block: Block,
+    masses: TileMasses,
+    work: Worklist,
+    refined: Refined,
+    wanted: Wanted,
+    join: Join = join_rows,
 ) -> Dense:
     """Return ``Dense`` of R rows after routing."""
-    head, labels, tiles, options = block[:4]
-    columns = columns_of(block)
-    label_logit = columns.label
-    dead = work.dead.sum(-1)
-    others = refined.mass + dead
-    sums = _log_sums(labels, label_logit, work.shift, others)
-    rescale = torch.exp(-sums.log_sum)
-    opened = None
-    if wanted.hidden:
-        share = work.dead if masses.slope is None else work.dead * masses.slope
-        dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
-        opened = OpenRows(refined.expected, dead_part, options.logit_scale * rescale)
-    kept_masses, live = None, work.live()
-    if wanted.masses:
-        kept_masses = torch.where(live, -1.0, work.dead * rescale[:, None])
-    logit_sum = smooth_gradient = None
+    head, _, tiles, options = block[:4]
+    columns, logit_sum, smooth_gradient = columns_of(block), None, None
     if options.label_smoothing:
         logit_sum = len(head.weight) * columns.difference
         smooth_gradient = options.logit_scale * column_sum(block)
+    sums = RowSums(work.shift, refined.mass, refined.maximum, work.dead, None, logit_sum)
+    joined = join(block, columns.label, sums)
+    opened = kept_masses = None
+    if wanted.hidden:
+        share = work.dead if masses.slope is None else work.dead * masses.slope
+        dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
+        opened = OpenRows(refined.expected, dead_part, options.logit_scale * joined.rescale)
+    if wanted.masses:
+        kept_masses = torch.where(work.live(), -1.0, work.dead * joined.rescale[:, None])
     return Dense(
-        statistics=Statistics(
-            lse=sums.lse,
-            lse_rest=sums.lse_rest,
-            correct=label_logit >= refined.maximum,
-            dead_mass=dead * rescale,
-            live_share=live.mean(-1, dtype=rescale.dtype),
-            entropy=None,
-        ),
-        label_logit=label_logit,
-        surprise=sums.surprise,
-        open_mass=others * rescale,
+        statistics=joined.statistics,
+        label_logit=columns.label,
+        surprise=joined.surprise,
+        open_mass=joined.open_mass,
         opened=opened,
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
         masses=kept_masses,
         slope=masses.slope if wanted.masses else None,
+        factors=joined.factors,
     )
 
 
@@ -83,39 +109,27 @@ def join_sums(
     weighted: Tensor | None,
     logit_sum: Tensor | None,
     smooth_gradient: Tensor | None,
+    join: Join = join_rows,
 ) -> Dense:
     """Return ``Dense`` of an exact pass from sums that leave the label out.
 
     ``mass [R]`` is Σ exp(z - shift), ``expected [R, D]`` Σ exp(z - shift) · slope · w and
-    ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The last
-    two arguments go into ``Dense`` unchanged.
+    ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The next
+    two arguments go into ``Dense`` unchanged; ``join`` is the backend's.
     """
-    sums = _log_sums(block.labels, label_logit, shift, mass)
-    rescale = torch.exp(-sums.log_sum)
+    joined = join(block, label_logit, RowSums(shift, mass, maximum, None, weighted, logit_sum))
     opened = None
     if expected is not None:
-        opened = OpenRows(expected, None, block.options.logit_scale * rescale)
-    entropy = None
-    if weighted is not None:
-        # Σ p (-log p): no term is negative, so that none cancels
-        of_label = torch.exp(-sums.surprise) * sums.surprise
-        entropy = (mass * sums.log_sum - weighted) * rescale
-        entropy = torch.where(block.labels >= 0, entropy + of_label, entropy)
+        opened = OpenRows(expected, None, block.options.logit_scale * joined.rescale)
     return Dense(
-        statistics=Statistics(
-            lse=sums.lse,
-            lse_rest=sums.lse_rest,
-            correct=label_logit >= maximum,
-            dead_mass=torch.zeros_like(rescale),
-            live_share=torch.ones_like(rescale),
-            entropy=entropy,
-        ),
+        statistics=joined.statistics,
         label_logit=label_logit,
-        surprise=sums.surprise,
-        open_mass=mass * rescale,
+        surprise=joined.surprise,
+        open_mass=joined.open_mass,
         opened=opened,
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
+        factors=joined.factors,
     )
 
 

@@ -229,7 +229,8 @@ class _Work:
                     most=_SCREEN_ERROR,
                     number=listed.off,
                 )
-            dense = join_pairs(block, masses, work, refined, self.wanted)
+            join = row_stages(backend).join
+            dense = join_pairs(block, masses, work, refined, self.wanted, join)
             error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None

@@ -99,6 +99,8 @@ def judge_values_later(
 
 def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor:
     """``[R]``; NaN on rows without a label."""
+    if dense.factors is not None:
+        return dense.factors.loss
     loss = dense.surprise
     if options.z_loss:
         loss = loss + options.z_loss * dense.statistics.lse.square()
@@ -115,17 +117,25 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
     """
     options, lse = block.options, dense.statistics.lse
     epsilon, unlabelled = options.label_smoothing, block.labels < 0
+    smooth, by_lse = None, None
+    if epsilon:
+        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
+    reads_lse = options.safety is not None and needs_lse(options.safety)
+    if dense.factors is not None:
+        _, opened, label, lse_label = dense.factors
+        if reads_lse:
+            shares = RowShares(None, lse_label)
+            by_lse = backend.combine(block, dense.opened, shares, spare=False)
+        whole = RowShares(None, label, smooth, unlabelled)
+        scaled = dense.opened._replace(scale=opened)
+        return backend.combine(block, scaled, whole, spare=True), by_lse
     slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
-    by_lse = None
-    if options.safety is not None and needs_lse(options.safety):
+    if reads_lse:
         shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
         by_lse = backend.combine(block, dense.opened, shares, spare=False)
     alpha = 1.0 + 2.0 * options.z_loss * lse
     # α p_y - (1 - ε), where p_y = 1 - open mass
     share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
-    smooth = None
-    if epsilon:
-        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
     whole = RowShares(alpha, share, smooth, unlabelled)
     return backend.combine(block, dense.opened, whole, spare=True), by_lse
 
@@ -135,7 +145,8 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bo
     total = opened.live if spare else opened.live.clone()
     if opened.dead is not None:
         total.add_(opened.dead.to(total.dtype))
-    total.mul_((opened.scale * shares.opened)[:, None])
+    scale = opened.scale if shares.opened is None else opened.scale * shares.opened
+    total.mul_(scale[:, None])
     rows = weight_rows(block.head, block.labels.clamp(min=0), total.dtype)
     total.addcmul_(shares.label[:, None], rows)
     if shares.also is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from str_kernels.engine.contract import Backend, Head, RowStages
+from str_kernels.engine.finish import join_rows
 from str_kernels.engine.logits import exact_columns
 from str_kernels.engine.penalty import gradient_rows, penalty_rows
 from str_kernels.notices import say_once
@@ -14,6 +15,7 @@ class TorchStages:
     """``RowStages`` documents the stages."""
 
     columns = staticmethod(exact_columns)
+    join = staticmethod(join_rows)
     penalty = staticmethod(penalty_rows)
     gradient = staticmethod(gradient_rows)
 

@@ -24,6 +24,7 @@ from triton.runtime import JITFunction
 from str_kernels.backends.triton.columns import columns_kernel
 from str_kernels.backends.triton.combine import combine_kernel
 from str_kernels.backends.triton.exact import expected_kernel, softmax_kernel
+from str_kernels.backends.triton.finish import FINISH, finish_kernel
 from str_kernels.backends.triton.gradient import TOKENS, gradient_kernel
 from str_kernels.backends.triton.hot import hot_kernel
 from str_kernels.backends.triton.launch import (
@@ -71,7 +72,8 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most", "z_loss")
+FLOATS += ("smoothing", "smoothing_share")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
 
@@ -146,6 +148,7 @@ def cases(
         yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     penalty = {"softcap": constants["softcap"], **PENALTY}
     for name, kernel, blocks in (
+        ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
         ("penalty", penalty_kernel, {"KL": True, **penalty}),
         ("penalty", penalty_kernel, {"KL": False, **penalty}),
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),

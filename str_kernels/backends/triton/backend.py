@@ -14,6 +14,7 @@ from str_kernels.backends.triton.combine import combine_rows
 from str_kernels.backends.triton.exact import exact_pass
 from str_kernels.backends.triton.exact_blas import blas_refusal
 from str_kernels.backends.triton.exact_blas import exact_pass as exact_pass_by_blas
+from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.fitting import with_default
 from str_kernels.backends.triton.gradient import gradient_rows
 from str_kernels.backends.triton.launch import (
@@ -48,6 +49,7 @@ from str_kernels.engine.contract import (
     Columns,
     Dense,
     Head,
+    Joined,
     Kept,
     OpenRows,
     Refined,
@@ -57,6 +59,7 @@ from str_kernels.engine.contract import (
     RowInputs,
     RowPlan,
     RowShares,
+    RowSums,
     SafetyTerm,
     Saved,
     Statistics,
@@ -158,6 +161,11 @@ class TritonBackend:
         """See ``RowStages.columns``."""
         with _on(block.head.weight.device):
             return exact_columns(block, needed, self._launch(block.head, "columns"))
+
+    def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
+        """See ``RowStages.join``."""
+        with _on(block.head.weight.device):
+            return join_rows(block, label_logit, sums)
 
     def penalty(
         self, options: LossOptions, statistics: Statistics, reference: Tensor, scale: Tensor

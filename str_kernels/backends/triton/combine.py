@@ -77,7 +77,7 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares) -> Tensor:
         opened.live,
         opened.dead,
         also,
-        opened.scale * shares.opened,
+        opened.scale if shares.opened is None else opened.scale * shares.opened,
         shares.label,
         shares.silent,
         head.hidden_states,

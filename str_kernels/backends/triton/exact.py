@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import GROUP, common, label_places, operands, tuning
 from str_kernels.backends.triton.tiles import (
@@ -272,4 +273,5 @@ class _RunningTotals:
             weighted=self.weighted,
             logit_sum=self.logit_sum,
             smooth_gradient=self.smooth_gradient,
+            join=join_rows,
         )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.launch import PRODUCT, SHARES
 from str_kernels.backends.triton.operands import label_places, operands, tuning
 from str_kernels.backends.triton.shares import shares_kernel
@@ -133,12 +134,15 @@ class _Work:
             weighted=sums.weighted if self.wanted.entropy else None,
             logit_sum=sums.logit_sum if options.label_smoothing else None,
             smooth_gradient=smooth,
+            join=join_rows,
         )
         if dense.opened is None:
             return dense
         # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
         keep = torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
-        return dense._replace(opened=dense.opened._replace(scale=dense.opened.scale * keep))
+        opened = dense.opened._replace(scale=dense.opened.scale * keep)
+        factors = dense.factors._replace(opened=dense.factors.opened * keep)
+        return dense._replace(opened=opened, factors=factors)
 
 
 def multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:
