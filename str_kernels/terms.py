@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from str_kernels import oracle, waits
-from str_kernels.backends.selection import resolve
+from str_kernels.backends.selection import resolve, select_backend
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
     Backend,
+    Block,
     Head,
     Resolved,
     RowInputs,
@@ -21,6 +22,7 @@ from str_kernels.engine.contract import (
     Tiles,
 )
 from str_kernels.engine.forward import tiles_of
+from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.options import LossOptions
 from str_kernels.validation import validate_loss_inputs, validate_values
 from str_kernels.vocabulary import VocabularyIndex
@@ -62,6 +64,25 @@ def row_terms(
         else:
             terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
     return unflatten(terms, shape)
+
+
+def safety_logits(
+    head: Head, inputs: RowInputs, options: LossOptions, *, backend: str | Backend = "auto"
+) -> Tensor:
+    """Compute the safety tokens' logits ``[N, K]`` where a position weight is above 0; else NaN.
+
+    They are the training loss's own to the last bit. The vocabulary is not read, unless
+    ``backend="dense"`` materialises it, and nothing is kept for a gradient.
+    """
+    check_inputs(head, inputs, options, None)
+    flat, rows = flatten(head, inputs)
+    chosen, _ = select_backend(backend, flat.weight.device, flat.hidden_states.dtype)
+    if chosen is None:
+        return row_terms(head, inputs, options, backend=backend).statistics.safety_logits
+    with torch.no_grad(), torch.autocast(flat.weight.device.type, enabled=False):
+        labels = torch.full_like(rows.labels, -1)
+        block = Block(whole_head(flat, chosen), labels, None, options)
+        return row_stages(chosen).columns(block, rows.position_weights > 0).safety
 
 
 def check_inputs(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from str_kernels import patch_model
+from str_kernels import patch_model, vocabulary
 from str_kernels.huggingface.patch import filtering, guard
 from str_kernels.vocabulary import VocabularyIndex
 from tests.distributed.models import Case, assert_right
@@ -46,6 +46,8 @@ def indexed(case: Case, wrapper: str) -> dict[str, Any]:
 
     VocabularyIndex.build, filtering.tile_means = counted_build, counted_means
     filtering.SMALLEST_VOCABULARY, filtering.LARGEST_LIVE_SHARE = 32, 1.0
+    few, hot = vocabulary._HOT_TILES, vocabulary._HOT_SHARE
+    vocabulary._HOT_TILES, vocabulary._HOT_SHARE = 4, 0.0  # some tiles are hot
     try:
         model = case.model()
         patch = patch_model(model, case.safety)
@@ -55,8 +57,9 @@ def indexed(case: Case, wrapper: str) -> dict[str, Any]:
     finally:
         VocabularyIndex.build, filtering.tile_means = build, means
         filtering.SMALLEST_VOCABULARY, filtering.LARGEST_LIVE_SHARE = small, share
-    index = patch._source._index
-    return {**counts, "order": index.order.tolist(), "columns": index.columns.tolist()}
+        vocabulary._HOT_TILES, vocabulary._HOT_SHARE = few, hot
+    parts = {name: getattr(patch._source._index, name) for name in ("order", "columns", "hot")}
+    return {**counts, **{name: part.tolist() for name, part in parts.items()}}
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "root", "alone", "norm"])
@@ -65,6 +68,7 @@ def test_one_index(ranks, wrapper):
     first, second = ranks.run(indexed, Case(vocab=1000), wrapper)
     assert first["order"] == second["order"] != sorted(first["order"])
     assert first["columns"] == second["columns"]
+    assert first["hot"] == second["hot"] == [0]
     assert (first["builds"], second["builds"]) == (1, 0)
     assert (first["passes"], second["passes"]) == (0, 0)
 

@@ -25,7 +25,7 @@ from str_kernels.huggingface.deferred.head import deferring
 from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 from str_kernels.huggingface.deferred.tensor import DeferredLogits
 from str_kernels.options import LossOptions
-from str_kernels.terms import row_terms
+from str_kernels.terms import row_terms, safety_logits
 
 _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -162,10 +162,12 @@ def safety_reference(
         labels = torch.full_like(rows, options.ignore_index)
         reference = states.new_zeros(len(safety.token_ids))
         inputs = RowInputs(labels, reference, wanted.float())
-        terms = row_terms(Head(states, fold.weight, fold.bias), inputs, options, backend=backend)
-        values = terms.statistics.safety_logits
+        head = Head(states, fold.weight, fold.bias)
         if needs_lse(safety):
-            values = log_probabilities(values, terms.statistics)
+            found = row_terms(head, inputs, options, backend=backend).statistics
+            values = log_probabilities(found.safety_logits, found)
+        else:
+            values = safety_logits(head, inputs, options, backend=backend)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table

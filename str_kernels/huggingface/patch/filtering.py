@@ -240,14 +240,19 @@ def _key_of(weight: Tensor) -> tuple:
 
 def _built(weight: Tensor, states: Tensor, processes: Together) -> VocabularyIndex:
     """The leader's index, made from its states, in every process."""
+    if not processes.groups:
+        return cached_index(weight, states, cache_folder(), _watcher.get())
+    device = weight.device
+    order = torch.empty(len(weight), dtype=torch.int64, device=device)
+    columns = torch.empty(weight.shape[1], dtype=torch.float32, device=device)
+    hot = torch.empty(1, dtype=torch.int64, device=device)
     if processes.leads:
         index = cached_index(weight, states, cache_folder(), _watcher.get())
-        order, columns = index.order.contiguous(), index.columns.contiguous()
-    else:
-        order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
-        columns = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device)
-    order, columns = processes.shared(order), processes.shared(columns)
-    return index if processes.leads else VocabularyIndex.of_order(weight.detach(), order, columns)
+        order.copy_(index.order)
+        columns.copy_(index.columns)
+        hot.fill_(0 if index.hot is None else len(index.hot))
+    order, columns, hot = map(processes.shared, (order, columns, hot))
+    return VocabularyIndex.of_order(weight.detach(), order, columns, int(hot))
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
