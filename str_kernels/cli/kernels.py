@@ -117,11 +117,12 @@ def _name(chip: int | str) -> str:
 def _row(made: Any) -> dict[str, Any]:
     launch = made.case.launch
     sizes = [launch.block_r, launch.block_d, launch.block_e]
+    blocks = [value for value in made.case.constants.values() if type(value) is int]  # no flags
     return {
         "chip": _name(made.arch),
         "kernel": made.case.name,
         "operands": str(made.case.dtype).removeprefix("torch."),
-        "tile": [size for size in sizes if size] or list(made.case.constants.values()),
+        "tile": [size for size in sizes if size] or blocks,
         "warps": launch.warps,
         "stages": launch.stages,
         "registers": made.registers,

@@ -288,7 +288,7 @@ def test_preferences_are_refused_by_name(tmp_path):
             with pytest.warns(UserWarning, match="computes its loss past it"):
                 trainer.train()
         else:
-            with pytest.raises(ValueError, match="DPO, GRPO, KTO"):
+            with pytest.raises(ValueError, match="DPO, GRPO and KTO"):
                 trainer.train()
 
 

@@ -92,7 +92,7 @@ def test_other_heads(head, first):
             assert want is None or got.log_probs.equal(want.log_probs)
             assert (got.mean_logits is None) == ("mean_logits" not in head["outputs"])
         else:
-            with pytest.raises(ValueError, match="DPO, GRPO, KTO"):
+            with pytest.raises(ValueError, match="DPO, GRPO and KTO"):
                 model(**inputs, fused_lm_head=True)
 
 
