@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from importlib.util import find_spec
@@ -32,11 +33,22 @@ def model(aligned_model_dir, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def logging_as_before():
+    """A page may turn logging on for its program."""
+    root, ours = logging.getLogger(), logging.getLogger("str_kernels")
+    handlers, level = list(root.handlers), ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
 def test_there_is_something_to_run():
     """The blocks are found at all."""
     assert sum(len(blocks(page, "sh", "python")) for page in PAGES) > 15
 
 
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "sh", "python")], ids=lambda p: p.stem
 )

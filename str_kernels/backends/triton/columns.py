@@ -159,7 +159,7 @@ def exact_columns(block: Block, needed: Tensor | None, launch: Launch) -> Column
     columns_kernel[(-(-rows // launch.block_r) * columns,)](
         head.hidden_states.contiguous(),
         head.weight.contiguous(),
-        head.bias,
+        None if head.bias is None else head.bias.contiguous(),
         tokens,
         labels,
         needed,
