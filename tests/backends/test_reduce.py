@@ -281,6 +281,7 @@ print((got[0].int() - want[0].int()).abs().max().item(), (got[1] / want[1] - 1).
 """
 
 
+@pytest.mark.slow
 def test_cpus_may_share_the_folder_of_compiled_code(tmp_path):
     """What one with wide vectors has compiled is not run by one with narrow ones, which is wrong:
     the rows of an 8-bit screen are the same on both, up to a rounding.

@@ -36,6 +36,8 @@ WITHOUT_PRODUCTS = (
     *("guard", "reset", "scatter", "penalty", "finish"),
 )
 
+SLOW_80 = pytest.param(80, marks=pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
@@ -60,7 +62,7 @@ def check(arch, case):
         assert re.search(wide, made.assembly), facts
 
 
-@pytest.mark.parametrize("arch", [80, 90, "gfx942"])
+@pytest.mark.parametrize("arch", [SLOW_80, 90, "gfx942"])
 def test_sixteen_and_eight_bits_compile(arch):
     """bf16 and 8-bit kernels with bias and softcap, on Ampere, Hopper and CDNA3, do not spill."""
     for case in ahead.cases(arch, full=True):
@@ -68,7 +70,7 @@ def test_sixteen_and_eight_bits_compile(arch):
             check(arch, case)
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("arch", [SLOW_80, 86])
 def test_a_wide_weight_fits(arch):
     """W in fp32 under bf16 autocast, whose tiles take twice the shared memory."""
     for case in ahead.cases(arch, wide_weight=True):

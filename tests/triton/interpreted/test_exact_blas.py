@@ -19,7 +19,7 @@ from tests.triton.interpreted.test_truth import check as check_case
 BLAS = [options for options in OPTIONS if not {"softcap", "label_smoothing"} <= set(options)]
 
 
-@pytest.fixture(params=["whole", "blocks"])
+@pytest.fixture(params=[pytest.param("whole", marks=pytest.mark.slow), "blocks"])
 def backend(request, monkeypatch):
     """The pass by BLAS in one block, and cut into as many as the code can make."""
     if request.param == "whole":

@@ -81,7 +81,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "trained", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["frozen", "trained"]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("screen", BOUNDS, ids=str)
 def test_no_wait_and_no_copy(screen, options, trained, no_waits):
