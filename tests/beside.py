@@ -7,6 +7,7 @@ first product. The processes begin before the other tests of a session.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ class Job:
         """Run them; some have logits of -inf, and numpy warns about the logarithm of 0."""
         options = ("-q", "-p", "no:cacheprovider", "-W", "ignore")
         return subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *self.files],
+            [*_PATIENT, sys.executable, "-m", "pytest", *options, *self.files],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **dict([self.setting])},
             capture_output=True,
@@ -52,8 +53,9 @@ CPUS = [
     Job("AMX", _BY_CPU, ("STR_KERNELS_TEST_CPU", "bf16,int8,amx")),
 ]
 RUNS: dict[Job, Future] = {}
-# one core is left to the session itself
-_POOL = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+# a job for each core, which the session itself comes before: none idles while it waits for them
+_POOL = ThreadPoolExecutor(os.cpu_count() or 1)
+_PATIENT = ("nice", "-n", "5") if shutil.which("nice") else ()
 
 
 def start(items: list[pytest.Item]) -> None:
