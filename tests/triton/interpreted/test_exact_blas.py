@@ -8,12 +8,11 @@ import torch
 from str_kernels.backends.triton import TritonBackend, exact_blas
 from str_kernels.backends.triton.exact_blas import _even, blas_refusal
 from str_kernels.backends.triton.launch import Launch, Product
-from str_kernels.engine.contract import Block, Head, RowInputs, Wanted
+from str_kernels.engine.contract import Block, Head, Wanted
 from str_kernels.options import LossOptions
-from str_kernels.terms import row_terms
 from tests.backends.test_exact import OPTIONS
 from tests.oracle import Case, assert_close, make_case, relative_error
-from tests.triton.interpreted.test_truth import TOLERANCE
+from tests.triton.interpreted.test_truth import TOLERANCE, check_statistics
 from tests.triton.interpreted.test_truth import check as check_case
 
 BLAS = [options for options in OPTIONS if not {"softcap", "label_smoothing"} <= set(options)]
@@ -125,19 +124,8 @@ def test_no_rows(hidden, backend):
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
 def test_statistics(softcap, backend):
-    """Entropy, log-sum-exp and accuracy, with and without gradients."""
-    case, options = make_case(40, 300, 24, bias=True), LossOptions(softcap=softcap)
-
-    def run(case, chosen):
-        head, inputs = Head(case.hidden_states, case.weight, case.bias), RowInputs(case.labels)
-        return row_terms(head, inputs, options, backend=chosen, entropy=True).statistics
-
-    got, want = run(case.to(torch.float32), backend), run(case, "dense")
-    labelled = case.labels >= 0
-    for name in ("entropy", "lse"):
-        error = relative_error(getattr(got, name)[labelled], getattr(want, name)[labelled])
-        assert error < 1e-5, name
-    assert torch.equal(got.correct, want.correct)
+    """Entropy, log-sum-exp and accuracy, with and without a softcap."""
+    check_statistics(backend, softcap)
 
 
 def test_a_weight_in_fp32_under_autocast(backend):
