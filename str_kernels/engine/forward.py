@@ -21,6 +21,7 @@ from str_kernels.engine.contract import (
     Dense,
     Head,
     Kept,
+    Present,
     Resolved,
     Routed,
     RowInputs,
@@ -81,7 +82,8 @@ def forward_rows(
 ) -> tuple[RowTerms, Kept]:
     """Compute both terms of N rows; ``tiles`` is None on the exact path.
 
-    The host waits for the device before the first block and after the last, never in between.
+    The host waits for the device before the first block and after the last, if it may, and in
+    between only where a backend reads `Block.present`.
     """
     work = _Work(head, inputs, tiles, resolved)
     work.run()
@@ -136,6 +138,7 @@ class _Work:
         self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
         self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         self.parts = self._parts(self.size)
+        self.present = None if listed is None else Present(listed)
         self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
 
     def _wanted(self) -> Wanted:
@@ -196,7 +199,9 @@ class _Work:
         if listed is None:
             return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
         labels, places = listed.labels[part], listed.places[part]
-        return Block(head, labels, self.tiles, self.options, columns, places)
+        return Block(
+            head, labels, self.tiles, self.options, columns, places, self.present, part.start
+        )
 
     def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
         """Yield each block's rows and its masses, which are views where blocks are screened as one.
