@@ -367,11 +367,13 @@ class RowTerms(NamedTuple):
 class Kept(NamedTuple):
     """The tensors kept from forward to backward, the same in eager and in compiled code.
 
-    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
-    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
-    `Listed.rows`, when R = N;
-    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
+    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`); for a
+    trainable head also ``hidden_states``, ``weight`` and ``bias``. A frozen head's ``weight`` is
+    ``[V, 0]``, which says its size alone: whoever gathered the weight may free it before backward.
+    Outputs: ``lse [N]``, ``lse_rest [N]`` and ``safety_logits [N, K]``. Made by the forward:
+    ``rows [R]``, the indices of the R rows, or `Listed.rows`, when R = N;
+    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``safety_rows [K, D]``,
+    the weight's at the safety tokens in the dtype of the hidden states; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
 
@@ -386,6 +388,7 @@ class Kept(NamedTuple):
     safety_logits: Tensor | None
     rows: Tensor
     safety_alone: Tensor | None
+    safety_rows: Tensor | None
     ce_gradient: Tensor | None
     lse_gradient: Tensor | None
     open_mass: Tensor | None

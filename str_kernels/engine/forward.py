@@ -31,7 +31,7 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.logits import accumulator, kept_dtype, safety_ids, weight_rows
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -55,6 +55,11 @@ _ABSENT = {
     "live_share": _NAN,
     "entropy": _NAN,
 }
+
+
+def kept_weight(weight: Tensor, *, trained: bool) -> Tensor:
+    """Return `Kept.weight`: the weight of a trained head, and the size of a frozen one's."""
+    return weight if trained else weight.new_empty(len(weight), 0)
 
 
 def tiles_of(
@@ -307,7 +312,7 @@ class _Work:
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
-            weight=self.weight,
+            weight=kept_weight(self.weight, trained=self.trained),
             hidden_states=None,
             bias=None,
             lse=statistics.lse,
@@ -315,6 +320,7 @@ class _Work:
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,
+            safety_rows=self._safety_rows(),
             ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
             lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
             open_mass=None,
@@ -327,6 +333,12 @@ class _Work:
         }
         head = self.head
         return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
+    def _safety_rows(self) -> Tensor | None:
+        if not self.resolved.needs[0] or not self.options.constrained:
+            return None
+        ids = safety_ids(self.options.safety, self.weight.device)
+        return weight_rows(self.head, ids, self.resolved.dtype)
 
 
 def _say_too_coarse(screen: str) -> None:

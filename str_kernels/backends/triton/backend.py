@@ -176,9 +176,9 @@ class TritonBackend:
 
     def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
         """See ``RowStages.gradient``."""
-        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
-        launch = self._launch_on(kept.weight.device, "backward", resolved.dtype, wide)
-        with _on(kept.weight.device):
+        device = kept.lse.device
+        launch = self._launch_on(device, "backward", resolved.dtype, False)
+        with _on(device):
             return gradient_rows(kept, upstream, resolved, launch)
 
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
