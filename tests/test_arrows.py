@@ -19,7 +19,7 @@ LAYERS = [
     {"engine"},
     {"backends"},
     {"terms"},
-    {"operator"},
+    {"operator", "split"},
     {"functional"},
     {"accuracy"},
     {"inputs"},

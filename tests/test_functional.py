@@ -331,6 +331,7 @@ def test_public_names():
         "SafetyConstraint",
         "SafetyTokens",
         "VocabularyIndex",
+        "VocabularyShard",
         "__version__",
         "linear_cross_entropy",
         "patch_model",

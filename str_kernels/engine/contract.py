@@ -28,6 +28,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import LossOptions
 
 ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
@@ -127,7 +128,8 @@ class Block(NamedTuple):
     stand in the block since the host has not counted them; the results of these are undefined.
     ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
-    they are known.
+    they are known. Where the vocabulary is split over processes, the head and the labels are this
+    process's own: a label that another has is -1 here, and true in ``elsewhere [R]`` bool.
     """
 
     head: Head
@@ -136,6 +138,19 @@ class Block(NamedTuple):
     options: LossOptions
     columns: Columns | None = None
     places: Tensor | None = None
+    elsewhere: Tensor | None = None
+    shards: Shards = ALONE
+
+    @property
+    def vocab(self) -> int:
+        """V, the rows of the head on all processes."""
+        return self.shards.total or len(self.head.weight)
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """``[R]`` bool: rows without a label on any process."""
+        none = self.labels < 0
+        return none if self.elsewhere is None else none & ~self.elsewhere
 
 
 class Wanted(NamedTuple):
@@ -175,6 +190,8 @@ class Resolved:
         entropy: whether each row's entropy is computed.
         backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
+        shards: the processes over which the vocabulary is split.
+        most_rows: rows of a block, where these processes have agreed on it; 0: the backend's.
     """
 
     backend: Backend | None
@@ -187,6 +204,8 @@ class Resolved:
     entropy: bool = False
     backend_reason: str = ""
     reason: str = ""
+    shards: Shards = ALONE
+    most_rows: int = 0
 
 
 class TileMasses(NamedTuple):

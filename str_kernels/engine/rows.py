@@ -46,7 +46,9 @@ def plan_for(
 ) -> RowPlan:
     """Return the backend's plan where the host must not wait, and else `plan_rows`."""
     backend, options = resolved.backend, resolved.options
-    if isinstance(backend, Prepares) and not waits.allowed(inputs.labels.device):
+    # rows that the host lists are fewer to exchange with other processes
+    listing = resolved.shards.alone and not waits.allowed(inputs.labels.device)
+    if listing and isinstance(backend, Prepares):
         return backend.prepare(inputs, options, vocab_size, tiles)
     return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
 
@@ -116,10 +118,10 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
     ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
-    epsilon, unlabelled = options.label_smoothing, block.labels < 0
+    epsilon, unlabelled = options.label_smoothing, block.unlabelled
     smooth, by_lse = None, None
     if epsilon:
-        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
+        smooth = dense.smooth_gradient.mul_(-epsilon / block.vocab)
     reads_lse = options.safety is not None and needs_lse(options.safety)
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
@@ -129,7 +131,7 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
         whole = RowShares(None, label, smooth, unlabelled)
         scaled = dense.opened._replace(scale=opened)
         return backend.combine(block, scaled, whole, spare=True), by_lse
-    slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
+    slope = logit_slope(dense.label_logit, options).masked_fill_(block.labels < 0, 0.0)
     if reads_lse:
         shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
         by_lse = backend.combine(block, dense.opened, shares, spare=False)
@@ -153,7 +155,7 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bo
         total.add_(shares.also)
     if shares.silent is not None:
         silence(total, shares.silent)
-    return total.to(kept_dtype(block.head.hidden_states.dtype))
+    return total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:

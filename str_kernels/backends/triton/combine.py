@@ -72,7 +72,7 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares) -> Tensor:
     """Return a row gradient ``[R, D]`` in ``kept_dtype``."""
     head, rows, dim = block.head, *opened.live.shape
     weight, also = head.weight.contiguous(), shares.also
-    out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+    out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype, block.shards))
     combine_kernel[(-(-rows // ROWWISE.block_r) * -(-dim // ROWWISE.block_d),)](
         opened.live,
         opened.dead,
