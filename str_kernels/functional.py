@@ -17,7 +17,7 @@ from str_kernels.engine.contract import Backend, Head, RowInputs, RowTerms
 from str_kernels.engine.shards import VocabularyShard
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
-from str_kernels.split import own_part
+from str_kernels.split import is_split
 from str_kernels.terms import row_terms
 from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
@@ -86,7 +86,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: ``[..., D]`` bf16, fp16, fp32 or fp64.
-        weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes.
+        weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes. A
+            ``DTensor`` that is split by rows needs no ``shard``.
         labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
         bias: ``[V]``.
         safety: the constraint, or None.
@@ -134,12 +135,15 @@ def linear_cross_entropy(
         safety=safety,
     )
     validate_num_items(num_items_in_batch, reduction)
-    inputs = RowInputs(labels, reference, position_weights)
-    head, shard = own_part(Head(hidden_states, weight, bias), shard)
-    if torch.compiler.is_compiling() and backend != "dense" and shard is None:
+    head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
+    if shard is not None or is_split(weight):
+        from str_kernels.untraced import split_terms
+
+        rows = split_terms(head, inputs, options, index=index, backend=backend, shard=shard)
+    elif torch.compiler.is_compiling() and backend != "dense":
         rows = traced_terms(head, inputs, options, index, backend)
     else:
-        rows = row_terms(head, inputs, options, index=index, backend=backend, shard=shard)
+        rows = row_terms(head, inputs, options, index=index, backend=backend)
     loss, parts = reduce_terms(rows, labels, options, num_items_in_batch)
     return (loss, parts) if return_parts else loss
 

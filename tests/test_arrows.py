@@ -20,6 +20,7 @@ LAYERS = [
     {"backends"},
     {"terms"},
     {"operator", "split"},
+    {"untraced"},
     {"functional"},
     {"accuracy"},
     {"inputs"},

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from str_kernels import SafetyConstraint, VocabularyIndex
-from tests.distributed.vocabulary import cut, losses, whole
+from benchmarks.traffic import Loss
+from str_kernels import SafetyConstraint, VocabularyIndex, linear_cross_entropy
+from tests.distributed.vocabulary import apart, counted, cut, losses, of_dtensor, own, unlike, whole
 from tests.oracle import Case, assert_close, filtered_truth, make_case
 
 N, VOCAB, DIM = 24, 501, 16
@@ -127,6 +128,21 @@ def test_sixteen_bits(ranks, dtype):
             assert errors[0] <= 1.1 * errors[1] + 1e-6 * want.norm(), (name, errors)
 
 
+@pytest.mark.parametrize("placement", ["rows", "whole"])
+def test_a_dtensor(ranks, placement):
+    """It says itself which rows a process has, and its gradients are placed as it is."""
+    case = make_case(N, VOCAB, DIM, k=5, kind="kl", bias=True)
+    for got in ranks.run(of_dtensor, case, placement):
+        assert_close(got, case.truth(), 1e-9)
+
+
+def test_a_dtensor_of_columns_is_refused(ranks):
+    case = make_case(N, VOCAB, DIM)
+    for error in ranks.errors(of_dtensor, case, "columns"):
+        assert "weight has placements=(Shard(dim=1)" in error
+        assert "split by rows" in error
+
+
 def test_backward_twice(ranks):
     """Kept tensors are not changed by what is exchanged."""
     case = make_case(N, VOCAB, DIM, k=4, kind="logprob")
@@ -136,11 +152,7 @@ def test_backward_twice(ranks):
 
 
 def twice(case: Case):
-    from tests.distributed.vocabulary import own
-
     part, shard = own(case, cut(VOCAB, 2))
-    from str_kernels import linear_cross_entropy
-
     hidden = part.hidden_states.clone().requires_grad_()
     loss = linear_cross_entropy(
         hidden, part.weight, part.labels, reference=part.reference, shard=shard, **part.settings
@@ -149,3 +161,54 @@ def twice(case: Case):
         torch.autograd.grad(loss, hidden, retain_graph=True)[0],
         torch.autograd.grad(loss, hidden, retain_graph=True)[0],
     ]
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["few positions", "no index", "another screen", "smaller blocks", "a coarse screen"],
+)
+def test_no_process_goes_another_way(ranks, how):
+    """What one process alone would choose, all choose, and none waits for the others for ever."""
+    case = make_case(N, VOCAB, DIM, scale=1.5, k=5, kind="logprob").to(torch.float32)
+    answers = ranks.run(apart, case, [0, 256, VOCAB], how)
+    got = whole([found for found, _ in answers])
+    exactly = how in ("few positions", "no index")
+    assert_close(got, case.truth(), 1e-5 if exactly else 1e-2)
+    for _, screened in answers:
+        assert bool(screened) != exactly
+        if how == "a coarse screen":
+            assert screened.count("bf16") == screened.count("exact") > 0
+
+
+@pytest.mark.parametrize("what", ["labels", "positions", "settings", "first"])
+def test_processes_that_are_unlike_are_refused_together(ranks, what):
+    first, second = ranks.errors(unlike, make_case(N, VOCAB, DIM), cut(VOCAB, 2), what)
+    assert first == second
+    assert (f"other {what}" if what != "first" else "the next is on none, or on two") in first
+
+
+def test_a_narrow_pass_that_gives_up(ranks):
+    """Logits of one process alone spread too far for it."""
+    case = make_case(N, VOCAB, DIM, ignored=0.0).to(torch.bfloat16)
+    case.weight[300:] *= 200.0
+    (got,) = run(ranks, [case], cut(VOCAB, 2), filter_eps=0.0)
+    assert_close(got, case.truth(filter_eps=0.0), 1e-2)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"k": 5, "kind": "mse"}, {"label_smoothing": 0.1}], ids=str
+)
+def test_what_is_exchanged(ranks, options, filtered):
+    """Bytes and number of collectives, as documented; a trained weight's gradient needs none."""
+    case = make_case(N, VOCAB, DIM, **options).to(torch.float32)
+    if "k" in options:
+        case.position_weights = None
+        case.labels.clamp_(min=0)
+    loss = Loss(
+        positions=N, labelled=int((case.labels >= 0).sum()), hidden_size=DIM, vocab=VOCAB,
+        tokens=options.get("k", 0), filtered=filtered, smoothed="label_smoothing" in options,
+    )  # fmt: skip
+    eps = 2.0**-11 if filtered else 0.0
+    answers = ranks.run(counted, case, cut(VOCAB, 2), filter_eps=eps)
+    assert answers[0] == answers[1] == list(loss.messages())
