@@ -39,7 +39,7 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -128,6 +128,7 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
+        gather_again(self._head)
         self._clock = None
 
     def state_dict(self) -> dict[str, Any]:
