@@ -28,6 +28,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from str_kernels import waits
 from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import LossOptions
 
@@ -71,13 +72,39 @@ class Listed(NamedTuple):
     ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
     labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
     as places in the order of the vocabulary. ``off []`` int32 counts the rows whose screen was
-    wrong; it begins with 0.
+    wrong; it begins with 0. ``count []`` int32: how many rows need the vocabulary.
     """
 
     rows: Tensor
     labels: Tensor
     places: Tensor
     off: Tensor
+    count: Tensor
+
+
+class Present:
+    """How many of a call's N rows are not ``ABSENT``, for a host that has not counted them.
+
+    A backend may send for the number, queue the rows it computes in any case, and then read.
+    """
+
+    def __init__(self, listed: Listed) -> None:
+        """Nothing has been sent for."""
+        self.total, self._count = len(listed.rows), listed.count
+        self._sent: waits.Sent | None = None
+        self._read: int | None = None
+
+    def send(self) -> None:
+        """Have the device send the number, unless it has."""
+        if self._sent is None:
+            self._sent = waits.send(self._count)
+
+    def read(self) -> int:
+        """Wait for the number; N where nothing can be sent, as while a CUDA graph is captured."""
+        if self._read is None:
+            self.send()
+            self._read = self.total if self._sent is None else waits.read_sent(self._sent)
+        return self._read
 
 
 class RowPlan(NamedTuple):
@@ -128,7 +155,8 @@ class Block(NamedTuple):
     stand in the block since the host has not counted them; the results of these are undefined.
     ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
-    they are known. Where the vocabulary is split over processes, the head and the labels are this
+    they are known. ``present``: only where rows may be ``ABSENT``, and these stand last; ``start``
+    rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head and the labels are this
     process's own: a label that another has is -1 here, and true in ``elsewhere [R]`` bool.
     """
 
@@ -138,6 +166,8 @@ class Block(NamedTuple):
     options: LossOptions
     columns: Columns | None = None
     places: Tensor | None = None
+    present: Present | None = None
+    start: int = 0
     elsewhere: Tensor | None = None
     shards: Shards = ALONE
 

@@ -22,6 +22,7 @@ from str_kernels.engine.contract import (
     Dense,
     Head,
     Kept,
+    Present,
     Resolved,
     Routed,
     RowInputs,
@@ -88,7 +89,8 @@ def forward_rows(
 ) -> tuple[RowTerms, Kept]:
     """Compute both terms of N rows; ``tiles`` is None on the exact path.
 
-    The host waits for the device before the first block and after the last, never in between.
+    The host waits for the device before the first block and after the last, if it may, and in
+    between only where a backend reads `Block.present`.
     """
     work = _Work(head, inputs, tiles, resolved)
     work.run()
@@ -146,6 +148,7 @@ class _Work:
             head, len(self.rows), routed=tiles is not None
         )
         self.parts = self._parts(self.size)
+        self.present = None if listed is None else Present(listed)
         self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
 
     def _wanted(self) -> Wanted:
@@ -207,7 +210,9 @@ class _Work:
         if listed is None:
             return self._block_of(head, self.plan.labels[rows], columns)
         labels, places = listed.labels[part], listed.places[part]
-        return Block(head, labels, self.tiles, self.options, columns, places)
+        return Block(
+            head, labels, self.tiles, self.options, columns, places, self.present, part.start
+        )
 
     def _block_of(self, head: Head, labels: Tensor, columns: Columns | None = None) -> Block:
         """Make a block of rows that the host has listed, with this process's own labels."""
