@@ -24,6 +24,7 @@ LAYERS = [
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"levers"},
     {"evaluation"},
     {"integrations"},
     {"training"},
