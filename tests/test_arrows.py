@@ -25,6 +25,7 @@ LAYERS = [
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"levers"},
     {"evaluation"},
     {"integrations"},
     {"training"},

@@ -85,7 +85,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
     patch = _patch(model, prepared, tokens, progress)
-    with patch or nullcontext(), interrupt.installed():
+    with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
             trainer.add_callback(SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs

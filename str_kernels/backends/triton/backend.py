@@ -181,6 +181,10 @@ class TritonBackend:
         with _on(device):
             return gradient_rows(kept, upstream, resolved, launch)
 
+    def scratch(self, head: Head, rows: int) -> int:
+        """Count the bytes that a block takes while it is computed: no more than its budget."""
+        return self.byte_budget
+
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.
 
