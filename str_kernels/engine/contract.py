@@ -156,8 +156,9 @@ class Block(NamedTuple):
     ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
     they are known. ``present``: only where rows may be ``ABSENT``, and these stand last; ``start``
-    rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head and the labels are this
-    process's own: a label that another has is -1 here, and true in ``elsewhere [R]`` bool.
+    rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head
+    and the labels are this process's own: a label that another has is -1 here, and true in
+    ``elsewhere [R]`` bool.
     """
 
     head: Head
