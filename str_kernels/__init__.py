@@ -12,7 +12,7 @@ from str_kernels.version import __version__
 
 if TYPE_CHECKING:
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
-    from str_kernels.huggingface import patch_model, unpatch_model
+    from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
@@ -21,6 +21,7 @@ _HOMES = {
     "AnchoredCollator": "str_kernels.huggingface.constraint.anchors",
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
+    "SafetyLogCallback": "str_kernels.huggingface",
     "SafetyTokens": "str_kernels.safety.tokens",
     "VocabularyIndex": "str_kernels.vocabulary",
     "linear_cross_entropy": "str_kernels.functional",
@@ -33,6 +34,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossParts",
     "SafetyConstraint",
+    "SafetyLogCallback",
     "SafetyTokens",
     "VocabularyIndex",
     "__version__",

@@ -83,8 +83,9 @@ class Patch:
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
         verification: Verification | None = None,
+        trainer_logs: object = None,
     ) -> None:
-        """Install; ``patch_model`` has checked everything."""
+        """Install; ``patch_model`` has checked everything. ``trainer_logs`` is kept alive."""
         self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
@@ -94,6 +95,7 @@ class Patch:
         self._source, self._head = IndexSource(index), head
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
+        self._trainer_logs = trainer_logs
         self._running = False
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
@@ -128,7 +130,7 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
-        self._clock = None
+        self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
