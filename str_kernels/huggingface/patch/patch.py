@@ -52,6 +52,7 @@ from str_kernels.huggingface.patch.processes import Together, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class Patch:
@@ -107,6 +108,26 @@ class Patch:
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.installed else "removed, "
+        filtered = f"filter_eps={self.options.filter_eps}, screen={self.options.screen}"
+        backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        index = "given" if isinstance(self.index, VocabularyIndex) else self.index
+        return (
+            f"Patch({type(self.model).__name__}: {state}fused cross-entropy, {self._holds()}; "
+            f"{filtered}, index={index}, backend={backend})"
+        )
+
+    def _holds(self) -> str:
+        safety = self.options.safety
+        if safety is None:
+            return "no constraint"
+        reference = self.reference if isinstance(self.reference, str) else self.reference.path
+        return (
+            f"holds {len(safety.token_ids)} safety tokens by {safety.kind} at {safety.strength:g}, "
+            f"positions={self.positions}, reference={reference}"
         )
 
     def __enter__(self) -> Patch:
