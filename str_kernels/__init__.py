@@ -13,7 +13,7 @@ from str_kernels.version import __version__
 if TYPE_CHECKING:
     from str_kernels.engine.shards import VocabularyShard
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
-    from str_kernels.huggingface import patch_model, unpatch_model
+    from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
@@ -22,6 +22,7 @@ _HOMES = {
     "AnchoredCollator": "str_kernels.huggingface.constraint.anchors",
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
+    "SafetyLogCallback": "str_kernels.huggingface",
     "SafetyTokens": "str_kernels.safety.tokens",
     "VocabularyIndex": "str_kernels.vocabulary",
     "VocabularyShard": "str_kernels.engine.shards",
@@ -35,6 +36,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossParts",
     "SafetyConstraint",
+    "SafetyLogCallback",
     "SafetyTokens",
     "VocabularyIndex",
     "VocabularyShard",

@@ -329,6 +329,7 @@ def test_public_names():
         "LinearCrossEntropyLoss",
         "LossParts",
         "SafetyConstraint",
+        "SafetyLogCallback",
         "SafetyTokens",
         "VocabularyIndex",
         "VocabularyShard",

@@ -21,9 +21,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
 ALL_LINEAR = ("all-linear",)  # every linear layer but the head
 LONG = ("refuse", "skip", "truncate")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # These may differ between the interrupted and the resumed part of a run: none changes a weight.
-FREE_ON_RESUME = ("out", "logging_steps", "save_steps")
+FREE_ON_RESUME = ("out", "logging_steps", "save_steps", "report_to")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class TrainSettings(ConstraintSettings):
         "it, nothing is learned from it. Give refused requests in one file, benign look-alikes in "
         "another, with the answers of the aligned model.",
         option=list[str] | None,
+    )
+    eval: str | None = setting(
+        None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
+    )
+    eval_steps: int = setting(
+        0, "Steps between measurements of --eval; 0: at the end alone.", at_least(0)
     )
     rank: int = setting(16, "LoRA rank.", at_least(1))
     alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
@@ -104,6 +111,11 @@ class TrainSettings(ConstraintSettings):
         "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
         one_of(*DTYPES),
     )
+    device: str = setting(
+        "auto",
+        "auto, cpu, cuda or mps; one GPU of several is chosen by CUDA_VISIBLE_DEVICES.",
+        one_of(*DEVICES),
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -122,15 +134,18 @@ class TrainSettings(ConstraintSettings):
     seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
     save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
     logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Where the logs go as well, comma-separated: tensorboard, wandb, mlflow, …",
+        option=str | None,
+    )
 
     def __post_init__(self) -> None:
         """Turn lists of names into tuples, check every field, and fill in the strength."""
-        anchors, modules = self.anchors, self.target_modules
-        anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors or ())
-        if isinstance(modules, str):
-            modules = [name.strip() for name in modules.split(",") if name.strip()]
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors or ())
         object.__setattr__(self, "anchors", anchors)
-        object.__setattr__(self, "target_modules", tuple(modules))
+        object.__setattr__(self, "target_modules", _names(self.target_modules))
+        object.__setattr__(self, "report_to", _names(self.report_to))
         super().__post_init__()
         object.__setattr__(self, "strength", self.constraint(range(2)).strength)
 
@@ -143,6 +158,8 @@ class TrainSettings(ConstraintSettings):
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
             )
+        if self.eval_steps and self.eval is None:
+            found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
         if self.offload is not None and not self.gradient_checkpointing:
@@ -182,8 +199,8 @@ class TrainSettings(ConstraintSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        lists = {"target_modules": list(self.target_modules), "anchors": list(self.anchors)}
-        return {**dataclasses.asdict(self), **lists}
+        lists = ("target_modules", "anchors", "report_to")
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
     def total_steps(self, rows: int) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
@@ -204,3 +221,10 @@ class TrainSettings(ConstraintSettings):
         own = self.as_dict()
         other = {**TrainSettings(self.model, self.data, self.out).as_dict(), **other}
         return [n for n in own if n not in FREE_ON_RESUME and own[n] != other[n]]
+
+
+def _names(given: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    """Return the names of a list, or of a text that commas part."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return tuple(given or ())

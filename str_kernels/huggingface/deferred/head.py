@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from str_kernels.huggingface.deferred.forward import (
+    PATCH,
     inner_forward,
     install_forward,
     is_installed,
@@ -71,6 +72,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             f"model is a {type(inner).__name__}: must be a transformers causal language model."
         )
     return inner
+
+
+def find_patch(model: Any) -> Any:
+    """The `Patch` that this model carries, inside PEFT's wrapper or not; None: it carries none."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, "__dict__", {}).get(PATCH)
 
 
 def find_head(model: nn.Module) -> nn.Module:
