@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from str_kernels import waits
+from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import LossOptions
 
 ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
@@ -142,6 +143,10 @@ class Columns(NamedTuple):
     safety: Tensor | None = None
     difference: Tensor | None = None
 
+    def listed(self, rows: Tensor | None) -> Columns:
+        """All but the safety logits in the order of ``rows [R]``; None leaves them as they are."""
+        return self if rows is None else self.part(rows)._replace(safety=self.safety)
+
     def part(self, rows: Tensor | slice) -> Columns:
         """Those of some rows, but for the safety logits, which no block reads."""
         kept = (None if x is None else x[rows] for x in self._replace(safety=None))
@@ -156,7 +161,9 @@ class Block(NamedTuple):
     ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
     they are known. ``present``: only where rows may be ``ABSENT``, and these stand last; ``start``
-    rows of the call stand in earlier blocks.
+    rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head
+    and the labels are this process's own: a label that another has is -1 here, and true in
+    ``elsewhere [R]`` bool.
     """
 
     head: Head
@@ -167,6 +174,19 @@ class Block(NamedTuple):
     places: Tensor | None = None
     present: Present | None = None
     start: int = 0
+    elsewhere: Tensor | None = None
+    shards: Shards = ALONE
+
+    @property
+    def vocab(self) -> int:
+        """V, the rows of the head on all processes."""
+        return self.shards.total or len(self.head.weight)
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """``[R]`` bool: rows without a label on any process."""
+        none = self.labels < 0
+        return none if self.elsewhere is None else none & ~self.elsewhere
 
 
 class Wanted(NamedTuple):
@@ -206,6 +226,8 @@ class Resolved:
         entropy: whether each row's entropy is computed.
         backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
+        shards: the processes over which the vocabulary is split.
+        most_rows: rows of a block, where these processes have agreed on it; 0: the backend's.
     """
 
     backend: Backend | None
@@ -218,6 +240,8 @@ class Resolved:
     entropy: bool = False
     backend_reason: str = ""
     reason: str = ""
+    shards: Shards = ALONE
+    most_rows: int = 0
 
 
 class TileMasses(NamedTuple):
@@ -423,11 +447,13 @@ class Totals(NamedTuple):
 class Kept(NamedTuple):
     """The tensors kept from forward to backward, the same in eager and in compiled code.
 
-    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
-    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
-    `Listed.rows`, when R = N;
-    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
+    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`); for a
+    trainable head also ``hidden_states``, ``weight`` and ``bias``. A frozen head's ``weight`` is
+    ``[V, 0]``, which says its size alone: whoever gathered the weight may free it before backward.
+    Outputs: ``lse [N]``, ``lse_rest [N]`` and ``safety_logits [N, K]``. Made by the forward:
+    ``rows [R]``, the indices of the R rows, or `Listed.rows`, when R = N;
+    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``safety_rows [K, D]``,
+    the weight's at the safety tokens in the dtype of the hidden states; ``ce_gradient [R, D]``
     and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
     """
 
@@ -442,6 +468,7 @@ class Kept(NamedTuple):
     safety_logits: Tensor | None
     rows: Tensor
     safety_alone: Tensor | None
+    safety_rows: Tensor | None
     ce_gradient: Tensor | None
     lse_gradient: Tensor | None
     open_mass: Tensor | None

@@ -10,7 +10,6 @@ have their rounding, which may exceed the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,10 +28,9 @@ from str_kernels.engine.contract import (
     Worklist,
     live_pairs,
 )
+from str_kernels.engine.joins import Join, join_shards
 from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
-
-Join = Callable[[Block, Tensor, RowSums], Joined]
 
 
 def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -76,10 +74,10 @@ def join_pairs(
     head, _, tiles, options = block[:4]
     columns, logit_sum, smooth_gradient = columns_of(block), None, None
     if options.label_smoothing:
-        logit_sum = len(head.weight) * columns.difference
+        logit_sum = block.vocab * columns.difference
         smooth_gradient = options.logit_scale * column_sum(block)
     sums = RowSums(work.shift, refined.mass, refined.maximum, work.dead, None, logit_sum)
-    joined = join(block, columns.label, sums)
+    joined = join_shards(block, columns.label, sums, join).joined
     opened = kept_masses = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
@@ -124,10 +122,13 @@ def join_sums(
     backend's.
     """
     sums = RowSums(shift, mass, maximum, None, weighted, logit_sum, exact, kept)
-    joined = join(block, label_logit, sums)
-    opened = None
+    joined, logit_sum, factor = join_shards(block, label_logit, sums, join)
+    opened, factors = None, joined.factors
     if expected is not None:
         opened = OpenRows(expected, None, joined.scale)
+    if factor is not None and opened is not None:
+        opened = opened._replace(scale=opened.scale * factor)
+        factors = factors and factors._replace(opened=factors.opened * factor)
     return Dense(
         statistics=joined.statistics,
         label_logit=label_logit,
@@ -136,7 +137,7 @@ def join_sums(
         opened=opened,
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
-        factors=joined.factors,
+        factors=factors,
     )
 
 

@@ -18,6 +18,7 @@ from str_kernels import waits
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Block,
+    Columns,
     Dense,
     Head,
     Kept,
@@ -32,7 +33,8 @@ from str_kernels.engine.contract import (
     Wanted,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.joins import columns_over_shards
+from str_kernels.engine.logits import accumulator, kept_dtype, safety_ids, weight_rows
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -56,6 +58,11 @@ _ABSENT = {
     "live_share": _NAN,
     "entropy": _NAN,
 }
+
+
+def kept_weight(weight: Tensor, *, trained: bool) -> Tensor:
+    """Return `Kept.weight`: the weight of a trained head, and the size of a frozen one's."""
+    return weight if trained else weight.new_empty(len(weight), 0)
 
 
 def tiles_of(
@@ -119,9 +126,10 @@ class _Work:
         self.weight, head = head.weight, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
-        vocab_size = len(head.weight)
-        self.plan = plan_for(resolved, inputs, vocab_size, tiles)
-        judge_values_later(self.plan, inputs, self.options, vocab_size)
+        self.shards = resolved.shards
+        self.vocab = self.shards.total or len(head.weight)
+        self.plan = plan_for(resolved, inputs, self.vocab, tiles)
+        judge_values_later(self.plan, inputs, self.options, self.vocab)
         listed = self.plan.listed
         self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
         self.every = listed is None and len(self.rows) == len(self.plan.labels)
@@ -132,10 +140,12 @@ class _Work:
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
-        every = Block(head, self.plan.labels, tiles, self.options)
-        rows = None if self.every else self.rows
-        self.columns = row_stages(resolved.backend).columns(every, needed, rows)
-        self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        every, rows = self._block_of(head, self.plan.labels), None if self.every else self.rows
+        stages = row_stages(resolved.backend)
+        self.columns = columns_over_shards(stages, every, needed, rows)
+        self.size = resolved.most_rows or resolved.backend.row_block(
+            head, len(self.rows), routed=tiles is not None
+        )
         self.parts = self._parts(self.size)
         self.present = None if listed is None else Present(listed)
         self.gradients = self._gradients()
@@ -158,7 +168,8 @@ class _Work:
         if len(self.parts) == 1 or not self.wanted.hidden:
             return None, None
         hidden, safety = self.head.hidden_states, self.options.safety
-        shape, dtype = (len(self.rows), hidden.shape[1]), kept_dtype(self.resolved.dtype)
+        dtype = kept_dtype(self.resolved.dtype, self.shards)
+        shape = (len(self.rows), hidden.shape[1])
         by_lse = safety is not None and needs_lse(safety)
         ce = hidden.new_empty(shape, dtype=dtype)
         return ce, torch.empty_like(ce) if by_lse else None
@@ -181,14 +192,15 @@ class _Work:
 
         The refined pairs correct the screened log-sum-exp; the correction measures its error.
         """
-        if self.tiles is None or self.screen == "exact":
+        alike = self.shards.alone  # another process may have another screen
+        if self.tiles is None or (alike and self.screen == "exact"):
             return []
         if self.plan.listed is not None:  # the backend has computed such rows again
             waits.judge_later(self.plan.listed.off, partial(_say_too_coarse, self.screen))
             return []
         # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
-        return torch.stack(off).nonzero()[:, 0].tolist()
+        return self.shards.any(torch.stack(off)).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
@@ -209,10 +221,17 @@ class _Work:
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
         columns, listed = self.columns.part(part), self.plan.listed
         if listed is None:
-            return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
+            return self._block_of(head, self.plan.labels[rows], columns)
         labels, places = listed.labels[part], listed.places[part]
         return Block(
             head, labels, self.tiles, self.options, columns, places, self.present, part.start
+        )
+
+    def _block_of(self, head: Head, labels: Tensor, columns: Columns | None = None) -> Block:
+        """Make a block of rows that the host has listed, with this process's own labels."""
+        own, elsewhere = self.shards.own(labels), self.shards.elsewhere(labels)
+        return Block(
+            head, own, self.tiles, self.options, columns, elsewhere=elsewhere, shards=self.shards
         )
 
     def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
@@ -249,7 +268,7 @@ class _Work:
             join = row_stages(backend).join
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
             error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
-        loss = cross_entropy(dense, self.options, len(self.head.weight))
+        loss = cross_entropy(dense, self.options, self.vocab)
         gradients = None, None
         if dense.opened is not None:
             out = tuple(None if x is None else x[part] for x in self.gradients)
@@ -265,7 +284,8 @@ class _Work:
         hidden = self.head.hidden_states
         none, gradient, by_lse = hidden.new_empty(0, dtype=self.dtype), None, None
         if self.wanted.hidden:
-            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept_dtype(self.resolved.dtype))
+            kept = kept_dtype(self.resolved.dtype, self.shards)
+            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept)
             by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
         entropy = none if self.wanted.entropy else None
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
@@ -312,7 +332,7 @@ class _Work:
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
-            weight=self.weight,
+            weight=kept_weight(self.weight, trained=self.trained),
             hidden_states=None,
             bias=None,
             lse=statistics.lse,
@@ -320,6 +340,7 @@ class _Work:
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,
+            safety_rows=self._safety_rows(),
             ce_gradient=ce,
             lse_gradient=by_lse,
             open_mass=None,
@@ -332,6 +353,17 @@ class _Work:
         }
         head = self.head
         return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+
+    def _safety_rows(self) -> Tensor | None:
+        if not self.resolved.needs[0] or not self.options.constrained:
+            return None
+        safety, device = self.options.safety, self.weight.device
+        if self.shards.alone:
+            return weight_rows(self.head, safety_ids(safety, device), self.resolved.dtype)
+        places, own = self.shards.tokens(safety, device)
+        rows = self.head.hidden_states.new_zeros(len(safety.token_ids), self.weight.shape[1])
+        rows[places] = weight_rows(self.head, own, rows.dtype)
+        return rows  # those of other processes add nothing to the gradient here
 
 
 def _say_too_coarse(screen: str) -> None:

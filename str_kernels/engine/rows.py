@@ -47,7 +47,9 @@ def plan_for(
 ) -> RowPlan:
     """Return the backend's plan where the host must not wait, and else `plan_rows`."""
     backend, options = resolved.backend, resolved.options
-    if brings(type(backend), Prepares) and not waits.allowed(inputs.labels.device):
+    # rows that the host lists are fewer to exchange with other processes
+    listing = resolved.shards.alone and not waits.allowed(inputs.labels.device)
+    if listing and brings(type(backend), Prepares):
         return backend.prepare(inputs, options, vocab_size, tiles)
     return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
 
@@ -122,17 +124,17 @@ def row_gradients(
     ``opened`` and ``smooth_gradient`` are overwritten: ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
-    epsilon, unlabelled = options.label_smoothing, block.labels < 0
+    epsilon, unlabelled = options.label_smoothing, block.unlabelled
     smooth, by_lse = None, None
     if epsilon:
-        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
+        smooth = dense.smooth_gradient.mul_(-epsilon / block.vocab)
     reads_lse = options.safety is not None and needs_lse(options.safety)
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
         of_lse, whole = RowShares(None, lse_label), RowShares(None, label, smooth, unlabelled)
         scaled = dense.opened._replace(scale=opened)
     else:
-        slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
+        slope = logit_slope(dense.label_logit, options).masked_fill_(block.labels < 0, 0.0)
         of_lse = RowShares(None, slope * (1.0 - dense.open_mass))
         alpha = 1.0 + 2.0 * options.z_loss * lse
         # α p_y - (1 - ε), where p_y = 1 - open mass
@@ -165,7 +167,7 @@ def combine_rows(
         silence(total, shares.silent)
     if out is not None:
         return out.copy_(total)
-    return total.to(kept_dtype(block.head.hidden_states.dtype))
+    return total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class TritonBackend:
         with _on(block.head.weight.device):
             launch = self._launch(block.head, "columns")
             found = exact_columns(block, needed, rows if whole else None, launch)
-        return found if whole else found.part(rows)._replace(safety=found.safety)
+        return found if whole else found.listed(rows)
 
     def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         """See ``RowStages.join``."""
@@ -182,9 +182,9 @@ class TritonBackend:
 
     def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
         """See ``RowStages.gradient``."""
-        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
-        launch = self._launch_on(kept.weight.device, "backward", resolved.dtype, wide)
-        with _on(kept.weight.device):
+        device = kept.lse.device
+        launch = self._launch_on(device, "backward", resolved.dtype, False)
+        with _on(device):
             return gradient_rows(kept, upstream, resolved, launch)
 
     def reduce(
@@ -193,6 +193,10 @@ class TritonBackend:
         """See ``Reduces.reduce``."""
         with _on(labels.device):
             return reduce_rows(terms, labels, options, count)
+
+    def scratch(self, head: Head, rows: int) -> int:
+        """Count the bytes that a block takes while it is computed: no more than its budget."""
+        return self.byte_budget
 
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.

@@ -16,7 +16,7 @@ from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import precision_of, tuning
 from str_kernels.backends.triton.tiles import multiply, tanh
 from str_kernels.engine.contract import Block, Columns
-from str_kernels.engine.logits import ANCHORS, anchor_ids, column_sum, safety_ids
+from str_kernels.engine.logits import ANCHORS, anchor_ids, mean_of, safety_ids
 
 POINTERS = {
     "i64": ("token", "label", "list"),
@@ -147,8 +147,7 @@ def exact_columns(
     elif safety is not None:
         tokens = safety_ids(safety, device)
     if routed and options.label_smoothing:
-        mean = column_sum(block) / vocab
-        mean_bias = None if head.bias is None else head.bias.float().mean()
+        mean, mean_bias = mean_of(block)
     count = len(safety.token_ids) if safety else 0
 
     def make(*shape: int, there: bool = True) -> Tensor | None:

@@ -75,7 +75,8 @@ def combine_rows(
     head, rows, dim = block.head, *opened.live.shape
     weight, also = head.weight.contiguous(), shares.also
     if out is None:
-        out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+        dtype = kept_dtype(head.hidden_states.dtype, block.shards)
+        out = opened.live.new_empty(rows, dim, dtype=dtype)
     combine_kernel[(-(-rows // ROWWISE.block_r) * -(-dim // ROWWISE.block_d),)](
         opened.live,
         opened.dead,

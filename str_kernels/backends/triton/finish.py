@@ -193,7 +193,7 @@ def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         float(options.logit_scale),
         float(options.z_loss),
         float(options.label_smoothing),
-        options.label_smoothing / len(block.head.weight),
+        options.label_smoothing / block.vocab,
         softcap=None if options.softcap is None else float(options.softcap),
         **FINISH,
         num_warps=4,

@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GONE = (
+    "These logits were never computed, and a framework has freed the head's weight since the "
+    "forward: read them in a forward without labels, or let FSDP keep the head whole "
+    "(reshard_after_forward=False)."
+)
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -53,12 +59,37 @@ class Fold:
         """An operation on the leading dimensions, done to the rows and to their numbers alike."""
         return replace(self, hidden_states=operation(self.hidden_states), rows=operation(self.rows))
 
+    def without_weight(self) -> Fold:
+        """The same logits with no values in the weight and the bias, whose memory is free."""
+        bias = None if self.bias is None else self.bias.detach().to("meta")
+        return replace(self, weight=self.weight.detach().to("meta"), bias=bias)
+
+    def with_weight(self, other: Fold) -> Fold:
+        """The same logits by the weight of another call of the same head."""
+        return replace(self, weight=other.weight, bias=other.bias)
+
     def compute(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The logits of the fold's arithmetic, with these operands in place of its own."""
         logits = F.linear(hidden_states, weight, bias) * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.log_softmax(-1) if self.log_softmax else logits
+
+
+@dataclass
+class Record:
+    """A fold and how its values are computed; both forget the weight together."""
+
+    fold: Fold
+    replay: Callable[[], Tensor]
+
+    def let_go(self) -> None:
+        """Keep the fold without its weight, and refuse to compute the values."""
+        self.fold, self.replay = self.fold.without_weight(), _refuse
+
+
+def _refuse() -> Tensor:
+    raise RuntimeError(GONE)
 
 
 def fold_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Fold:

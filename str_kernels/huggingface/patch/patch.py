@@ -39,7 +39,7 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -52,6 +52,7 @@ from str_kernels.huggingface.patch.processes import Together, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class Patch:
@@ -83,8 +84,9 @@ class Patch:
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
         verification: Verification | None = None,
+        trainer_logs: object = None,
     ) -> None:
-        """Install; ``patch_model`` has checked everything."""
+        """Install; ``patch_model`` has checked everything. ``trainer_logs`` is kept alive."""
         self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
@@ -94,6 +96,7 @@ class Patch:
         self._source, self._head = IndexSource(index), head
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
+        self._trainer_logs = trainer_logs
         self._running = False
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
@@ -105,6 +108,26 @@ class Patch:
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.installed else "removed, "
+        filtered = f"filter_eps={self.options.filter_eps}, screen={self.options.screen}"
+        backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        index = "given" if isinstance(self.index, VocabularyIndex) else self.index
+        return (
+            f"Patch({type(self.model).__name__}: {state}fused cross-entropy, {self._holds()}; "
+            f"{filtered}, index={index}, backend={backend})"
+        )
+
+    def _holds(self) -> str:
+        safety = self.options.safety
+        if safety is None:
+            return "no constraint"
+        reference = self.reference if isinstance(self.reference, str) else self.reference.path
+        return (
+            f"holds {len(safety.token_ids)} safety tokens by {safety.kind} at {safety.strength:g}, "
+            f"positions={self.positions}, reference={reference}"
         )
 
     def __enter__(self) -> Patch:
@@ -128,7 +151,8 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
-        self._clock = None
+        gather_again(self._head)
+        self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
