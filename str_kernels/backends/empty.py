@@ -115,11 +115,21 @@ class EmptyBackend:
         lowest = torch.full_like(zeros, float("-inf"))
         return Refined(zeros, _wide(block) if wanted.hidden else None, lowest)
 
-    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
+    def combine(
+        self,
+        block: Block,
+        opened: OpenRows,
+        shares: RowShares,
+        *,
+        spare: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """See ``Backend.combine``; no label's row is here."""
         total = opened.live.clone() if shares.also is None else opened.live + shares.also
         if shares.silent is not None:
             silence(total, shares.silent)
+        if out is not None:
+            return out.copy_(total)
         return total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
 
     def weight_gradients(
