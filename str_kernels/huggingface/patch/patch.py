@@ -48,7 +48,7 @@ from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
 from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.patch.processes import Together, together
+from str_kernels.huggingface.patch.processes import ALONE, Together, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
@@ -286,7 +286,9 @@ class Patch:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         self.last_parts = loss.parts
         filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
-        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
+        # processes that share the vocabulary have the same live share
+        judges = processes if loss.inputs["shard"] is None else ALONE
+        self._source.judge(loss.parts.live_share, judges, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         meter.add(loss.terms, loss.parts, rows=None if training else rows)
