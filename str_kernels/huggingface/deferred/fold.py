@@ -23,7 +23,8 @@ class Fold:
     ``hidden_states [..., D]``, ``weight [V, D]``, ``bias [V]`` or None; ``rows [..., 1]`` int64:
     the number of each row in the flattened ``batch_shape``, the leading shape that the head was
     called with. ``log_softmax``: normalised over the vocabulary, last of all. ``words_second``:
-    seen as ``[B, V, T]``, the order in which torch's losses want more than one dimension.
+    seen as ``[B, V, T]``, the order in which torch's losses want more than one dimension. ``lent``:
+    the weight of the head itself, if a framework has it elsewhere between two calls, or None.
     """
 
     hidden_states: Tensor
@@ -36,6 +37,7 @@ class Fold:
     softcap: float | None = None
     log_softmax: bool = False
     words_second: bool = False
+    lent: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -60,13 +62,12 @@ class Fold:
         return replace(self, hidden_states=operation(self.hidden_states), rows=operation(self.rows))
 
     def without_weight(self) -> Fold:
-        """The same logits with no values in the weight and the bias, whose memory is free."""
-        bias = None if self.bias is None else self.bias.detach().to("meta")
-        return replace(self, weight=self.weight.detach().to("meta"), bias=bias)
+        """The same logits without the values of the weight, whose memory is free then."""
+        return replace(self, weight=self.weight.detach().to("meta"), lent=None)
 
-    def with_weight(self, other: Fold) -> Fold:
-        """The same logits by the weight of another call of the same head."""
-        return replace(self, weight=other.weight, bias=other.bias)
+    def lend_by(self, later: Fold) -> Fold:
+        """The same logits, whose weight a later call of the same head has if it has none."""
+        return replace(self, weight=later.lent) if self.weight.is_meta else self
 
     def compute(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The logits of the fold's arithmetic, with these operands in place of its own."""
@@ -92,10 +93,12 @@ def _refuse() -> Tensor:
     raise RuntimeError(GONE)
 
 
-def fold_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Fold:
+def fold_linear(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *, lent: bool = False
+) -> Fold:
     """The fold of ``F.linear``: nothing has been done to the logits yet."""
     lead, device = hidden_states.shape[:-1], hidden_states.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
     rows = torch.arange(lead.numel(), device=device).reshape(*lead, 1)
-    return Fold(hidden_states, weight, bias, rows, lead, dtype)
+    return Fold(hidden_states, weight, bias, rows, lead, dtype, lent=weight if lent else None)

@@ -198,9 +198,10 @@ class _DeferLinear(TorchFunctionMode):
         if not of_all_rows or type(hidden_states) is not Tensor:
             return func(*args, **kwargs)
         _refuse_weight(weight, "the head's weight")
-        if is_lent(self._call.head, weight):
-            self._call.borrowed, weight, bias = True, borrow(weight), borrow(bias)
-        return defer_linear(hidden_states, weight, bias, self._call)
+        lent = is_lent(self._call.head, weight)
+        if lent:
+            weight, bias = borrow(weight), borrow(bias)
+        return defer_linear(hidden_states, weight, bias, self._call, lent=lent)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:

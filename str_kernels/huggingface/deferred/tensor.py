@@ -132,7 +132,12 @@ class DeferredLogits(Tensor):
 
 
 def defer_linear(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: HeadCall,
+    *,
+    lent: bool = False,
 ) -> DeferredLogits:
     """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
     fresh = Freshness(hidden_states, weight, bias)
@@ -147,7 +152,7 @@ def defer_linear(
             fresh.require()
             return before_backward(call.head, F.linear(hidden_states, weight, bias))
 
-    return _record(fold_linear(hidden_states, weight, bias), replay, call)
+    return _record(fold_linear(hidden_states, weight, bias, lent=lent), replay, call)
 
 
 class _GraphNode(Function):
@@ -159,8 +164,8 @@ class _GraphNode(Function):
     ) -> DeferredLogits:
         logits = make()
         ctx.record, ctx.call = logits._record, logits._call
-        if ctx.call.borrowed:
-            weight = bias = None  # the record has them, until it lets go
+        if logits._fold.lent is not None:
+            weight = None  # the record has it, until it lets go
         ctx.save_for_backward(hidden_states, weight, bias)
         return logits
 
@@ -178,9 +183,8 @@ class _GraphNode(Function):
             grad = grad.materialise()
         if ctx.call.gone:
             raise RuntimeError(GONE)
-        operands, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if ctx.call.borrowed:
-            operands = (operands[0], *ctx.record.fold.operands[1:])
+        (hidden_states, weight, bias), needs = ctx.saved_tensors, ctx.needs_input_grad
+        operands = (hidden_states, ctx.record.fold.weight if weight is None else weight, bias)
         with torch.enable_grad():
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
