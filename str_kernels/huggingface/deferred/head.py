@@ -216,9 +216,10 @@ class _DeferLinear(TorchFunctionMode):
             return func(*args, **kwargs)
         if not is_split(weight):
             _refuse_weight(weight, "the head's weight")
-        if is_lent(self._call.head, weight):
-            self._call.borrowed, weight, bias = True, borrow(weight), borrow(bias)
-        return defer_linear(hidden_states, weight, bias, self._call)
+        lent = is_lent(self._call.head, weight)
+        if lent:
+            weight, bias = borrow(weight), borrow(bias)
+        return defer_linear(hidden_states, weight, bias, self._call, lent=lent)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:

@@ -45,6 +45,11 @@ def row_count(head: nn.Module) -> int:
     return max(shape[0] for shape in shapes if len(shape) == 2)
 
 
+def has_one_weight(head: nn.Module) -> bool:
+    """Whether every call of the head multiplies by the same matrix, with adapters or without."""
+    return sum(len(_whole_shape(p)) > 1 for p in head.parameters()) == 1
+
+
 def _whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -155,7 +155,12 @@ class DeferredLogits(Tensor):
 
 
 def defer_linear(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: HeadCall,
+    *,
+    lent: bool = False,
 ) -> DeferredLogits:
     """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
     head, shard = Head(hidden_states, weight, bias), None
@@ -176,7 +181,7 @@ def defer_linear(
             fresh.require()
             return before_backward(call.head, F.linear(hidden_states, weight, bias))
 
-    return _record(fold_linear(head, shard), replay, call)
+    return _record(fold_linear(head, shard, lent=lent), replay, call)
 
 
 def _as_parameter(values: Tensor | None) -> Tensor | None:
@@ -208,8 +213,8 @@ class _GraphNode(Function):
     ) -> DeferredLogits:
         logits = make()
         ctx.record, ctx.call = logits._record, logits._call
-        if ctx.call.borrowed:
-            weight = bias = None  # the record has them, until it lets go
+        if logits._fold.lent is not None:
+            weight = None  # the record has it, until it lets go
         ctx.save_for_backward(hidden_states, weight, bias)
         return logits
 
@@ -229,9 +234,8 @@ class _GraphNode(Function):
             raise RuntimeError(GONE)
         if ctx.record.fold.shard is not None:
             refuse_part("logits that were used below torch functions")
-        operands, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if ctx.call.borrowed:
-            operands = (operands[0], *ctx.record.fold.operands[1:])
+        (hidden_states, weight, bias), needs = ctx.saved_tensors, ctx.needs_input_grad
+        operands = (hidden_states, ctx.record.fold.weight if weight is None else weight, bias)
         with torch.enable_grad():
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)

@@ -40,6 +40,7 @@ from str_kernels.huggingface.deferred.forward import (
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
 from str_kernels.huggingface.deferred.holding import gather_again, whole_head
+from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -280,7 +281,8 @@ class Patch:
             return None
         aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
-        return aligned
+        same = aligned.weight is aligned.lent and has_one_weight(self._head)
+        return aligned.without_weight() if same else aligned  # the training pass has it, too
 
     def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
