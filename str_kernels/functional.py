@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from str_kernels.backends.selection import check_backend
 from str_kernels.engine.contract import Backend, Head, RowInputs, RowTerms
+from str_kernels.engine.reduce import totals_of
 from str_kernels.engine.shards import VocabularyShard
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
@@ -155,28 +156,18 @@ def reduce_terms(
     num_items_in_batch: int | float | Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
-    num_labels = (labels != options.ignore_index).sum()
-    cross_entropy, penalty = rows.cross_entropy, rows.penalty
-    if options.reduction != "none":
-        cross_entropy = cross_entropy.sum()
-        # without a constraint there is nothing to add up
-        penalty = penalty.sum() if options.constrained else torch.zeros_like(cross_entropy)
-    if options.reduction == "mean":
-        count = num_labels if num_items_in_batch is None else num_items_in_batch
-        cross_entropy, *rest = _divided(count, cross_entropy, *[penalty] * options.constrained)
-        penalty = rest[0] if rest else penalty
-    statistics = rows.statistics
+    totals, statistics = totals_of(rows, labels, options, num_items_in_batch), rows.statistics
     parts = LossParts(
-        cross_entropy.detach(),
-        penalty.detach(),
+        totals.cross_entropy.detach(),
+        totals.penalty.detach(),
         statistics.lse.detach(),
         None if statistics.safety_logits is None else statistics.safety_logits.detach(),
         statistics.dead_mass.detach(),
         statistics.live_share.detach(),
-        statistics.correct.sum(),
-        num_labels,
+        totals.num_correct,
+        totals.num_labels,
     )
-    return (cross_entropy + penalty if options.constrained else cross_entropy), parts
+    return totals.loss, parts
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -227,18 +218,3 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings."""
         return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
-
-
-def _divided(count: int | float | Tensor, *totals: Tensor) -> list[Tensor]:
-    """``total / count`` of each; for a count of 0 a zero that stays attached to the graph.
-
-    A number of the host is not copied to the device.
-    """
-    if not isinstance(count, Tensor):
-        return [total / count if count else total * 0.0 for total in totals]
-    count = count.reshape(())
-    if count.device.type != "cpu":  # a number on the host goes with any device's tensors
-        count = count.to(totals[0].device)
-    empty = count == 0
-    some, count = ~empty, count + empty
-    return [total * some / count for total in totals]

@@ -209,4 +209,4 @@ def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
         return None if values is None else values.reshape(shape + values.shape[1:])
 
     statistics = Statistics(*map(view, terms.statistics))
-    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics)
+    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics, terms.backend)

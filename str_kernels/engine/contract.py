@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -141,6 +142,10 @@ class Columns(NamedTuple):
     anchor: Tensor | None = None
     safety: Tensor | None = None
     difference: Tensor | None = None
+
+    def listed(self, rows: Tensor | None) -> Columns:
+        """All but the safety logits in the order of ``rows [R]``; None leaves them as they are."""
+        return self if rows is None else self.part(rows)._replace(safety=self.safety)
 
     def part(self, rows: Tensor | slice) -> Columns:
         """Those of some rows, but for the safety logits, which no block reads."""
@@ -339,7 +344,8 @@ class RowSums(NamedTuple):
 
     ``mass [R]``, that of pairs computed exactly; ``maximum [R]``, their largest logit; ``dead
     [R, T]`` or None as in `Worklist`; ``weighted [R]`` Σ exp(z - shift) · (z - shift), for the
-    entropy only; ``logit_sum [R]`` as in `Dense`.
+    entropy only; ``logit_sum [R]`` as in `Dense`. ``exact [R]`` and ``kept [R]``: what the factors
+    of the opened sums add up to before they were rounded, and after; or None.
     """
 
     shift: Tensor
@@ -348,6 +354,8 @@ class RowSums(NamedTuple):
     dead: Tensor | None = None
     weighted: Tensor | None = None
     logit_sum: Tensor | None = None
+    exact: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Factors(NamedTuple):
@@ -366,6 +374,7 @@ class Factors(NamedTuple):
 class Joined(NamedTuple):
     """What follows from `RowSums`: fields of `Dense`, and ``rescale [R]``, exp(shift - lse).
 
+    ``scale [R]`` is that of `OpenRows`; it corrects what the rounding of factors added up to.
     ``factors``: only where they are computed together; `engine.rows` has them otherwise.
     """
 
@@ -373,6 +382,7 @@ class Joined(NamedTuple):
     surprise: Tensor
     open_mass: Tensor
     rescale: Tensor
+    scale: Tensor
     factors: Factors | None = None
 
 
@@ -407,11 +417,31 @@ class Dense(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Both loss terms of every position, differentiable, and its statistics; shapes ``[...]``."""
+    """Both loss terms of every position, differentiable, and its statistics; shapes ``[...]``.
+
+    ``backend``: what computed them, and may reduce them; None in compiled code, for one.
+    """
 
     cross_entropy: Tensor
     penalty: Tensor
     statistics: Statistics
+    backend: Backend | None = None
+
+
+class Totals(NamedTuple):
+    """Both terms reduced, and their sum, the ``loss``; differentiable as far as torch says.
+
+    ``factor []``: what the upstream gradient of the loss is multiplied by, where a backend reduces;
+    ``num_correct []`` and ``num_labels []`` int64: of how many labelled positions the label has the
+    largest logit, and how many there are.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    penalty: Tensor
+    factor: Tensor | None
+    num_correct: Tensor
+    num_labels: Tensor
 
 
 class Kept(NamedTuple):
@@ -518,6 +548,12 @@ class SafetyTerm(NamedTuple):
     bias: Tensor
 
 
+@cache
+def brings(backend: type, stages: type) -> bool:
+    """Whether a class of backends has all methods of one of these protocols."""
+    return issubclass(backend, stages)
+
+
 @runtime_checkable
 class Prepares(Protocol):
     """A backend that lists the dense rows on the device, so that the host need not wait for it.
@@ -555,16 +591,27 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class Reduces(Protocol):
+    """A backend that sums the terms of all rows and divides, at once."""
+
+    def reduce(
+        self, terms: RowTerms, labels: Tensor, options: LossOptions, count: float | Tensor | None
+    ) -> Totals:
+        """Reduce to a sum, or to a mean by ``count``, by default the number of labels."""
+
+
+@runtime_checkable
 class RowStages(Protocol):
     """The stages that read few columns of W, or only what other stages left of a row.
 
     A backend that lacks them is served by `TorchStages`.
     """
 
-    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+    def columns(self, block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
         """Compute the logits of the label, the safety tokens and the anchors of N rows.
 
         ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        All but the safety logits are those of ``rows [R]``, in their order; None: of all N.
         """
 
     def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -615,8 +662,19 @@ class Backend(Protocol):
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """Compute live pairs exactly, from the original operands, accumulated in fp32."""
 
-    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
-        """Sum a row gradient ``[R, D]`` in ``kept_dtype``; ``spare`` allows reuse of ``opened``."""
+    def combine(
+        self,
+        block: Block,
+        opened: OpenRows,
+        shares: RowShares,
+        *,
+        spare: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Sum a row gradient ``[R, D]`` in ``kept_dtype``, into ``out`` if it is given.
+
+        ``spare`` allows reuse of ``opened``.
+        """
 
     def weight_gradients(
         self,

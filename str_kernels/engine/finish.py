@@ -56,7 +56,10 @@ def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         live_share=live_share,
         entropy=entropy,
     )
-    return Joined(statistics, found.surprise, others * rescale, rescale)
+    scale = block.options.logit_scale * rescale
+    if sums.kept is not None:
+        scale = scale * torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
+    return Joined(statistics, found.surprise, others * rescale, rescale, scale)
 
 
 def join_pairs(
@@ -79,7 +82,7 @@ def join_pairs(
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
         dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
-        opened = OpenRows(refined.expected, dead_part, options.logit_scale * joined.rescale)
+        opened = OpenRows(refined.expected, dead_part, joined.scale)
     if wanted.masses:
         kept_masses = torch.where(work.live(), -1.0, work.dead * joined.rescale[:, None])
     return Dense(
@@ -107,19 +110,22 @@ def join_sums(
     weighted: Tensor | None,
     logit_sum: Tensor | None,
     smooth_gradient: Tensor | None,
+    exact: Tensor | None = None,
+    kept: Tensor | None = None,
     join: Join = join_rows,
 ) -> Dense:
     """Return ``Dense`` of an exact pass from sums that leave the label out.
 
     ``mass [R]`` is Σ exp(z - shift), ``expected [R, D]`` Σ exp(z - shift) · slope · w and
     ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The next
-    two arguments go into ``Dense`` unchanged; ``join`` is the backend's.
+    two arguments go into ``Dense`` unchanged; the last but one are in `RowSums`; ``join`` is the
+    backend's.
     """
-    sums = RowSums(shift, mass, maximum, None, weighted, logit_sum)
+    sums = RowSums(shift, mass, maximum, None, weighted, logit_sum, exact, kept)
     joined, logit_sum, factor = join_shards(block, label_logit, sums, join)
     opened, factors = None, joined.factors
     if expected is not None:
-        opened = OpenRows(expected, None, block.options.logit_scale * joined.rescale)
+        opened = OpenRows(expected, None, joined.scale)
     if factor is not None and opened is not None:
         opened = opened._replace(scale=opened.scale * factor)
         factors = factors and factors._replace(opened=factors.opened * factor)

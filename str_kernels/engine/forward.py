@@ -112,8 +112,7 @@ class _Finished(NamedTuple):
 
     dense: Dense
     loss: Tensor
-    ce_gradient: Tensor | None
-    lse_gradient: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None]
     error: Tensor | None
 
 
@@ -141,15 +140,15 @@ class _Work:
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
-        every = self._block_of(head, self.plan.labels)
-        self.columns = columns_over_shards(row_stages(resolved.backend), every, needed)
-        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
+        every, rows = self._block_of(head, self.plan.labels), None if self.every else self.rows
+        stages = row_stages(resolved.backend)
+        self.columns = columns_over_shards(stages, every, needed, rows)
         self.size = resolved.most_rows or resolved.backend.row_block(
             head, len(self.rows), routed=tiles is not None
         )
         self.parts = self._parts(self.size)
         self.present = None if listed is None else Present(listed)
-        self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
+        self.gradients = self._gradients()
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -160,6 +159,20 @@ class _Work:
             entropy=self.resolved.entropy,
             probabilities=self.trained and exactly and few,
         )
+
+    def _gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Allocate those of cross-entropy and lse of all rows, into which blocks write theirs.
+
+        The only block's stay as they are.
+        """
+        if len(self.parts) == 1 or not self.wanted.hidden:
+            return None, None
+        hidden, safety = self.head.hidden_states, self.options.safety
+        dtype = kept_dtype(self.resolved.dtype, self.shards)
+        shape = (len(self.rows), hidden.shape[1])
+        by_lse = safety is not None and needs_lse(safety)
+        ce = hidden.new_empty(shape, dtype=dtype)
+        return ce, torch.empty_like(ce) if by_lse else None
 
     def run(self) -> None:
         """Compute every block; few rows may be screened in another precision than many."""
@@ -206,7 +219,7 @@ class _Work:
         """Gather a block of the R rows."""
         rows = part if self.every else self.rows[part]
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
-        columns, listed = self.columns_of_rows.part(part), self.plan.listed
+        columns, listed = self.columns.part(part), self.plan.listed
         if listed is None:
             return self._block_of(head, self.plan.labels[rows], columns)
         labels, places = listed.labels[part], listed.places[part]
@@ -256,13 +269,15 @@ class _Work:
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
             error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
         loss = cross_entropy(dense, self.options, self.vocab)
-        ce, by_lse = None, None
+        gradients = None, None
         if dense.opened is not None:
-            ce, by_lse = row_gradients(backend, block, dense)
+            out = tuple(None if x is None else x[part] for x in self.gradients)
+            gradients = row_gradients(backend, block, dense, out)
+            if len(self.parts) > 1:
+                gradients = None, None
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
-        ce, by_lse = self._in_place(0, part, ce), self._in_place(1, part, by_lse)
-        return _Finished(dense, loss, ce, by_lse, error)
+        return _Finished(dense, loss, gradients, error)
 
     def _no_rows(self) -> _Finished:
         """Make a block of no rows, for which the vocabulary is not read."""
@@ -275,19 +290,7 @@ class _Work:
         entropy = none if self.wanted.entropy else None
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
         dense = Dense(statistics, none, none, none, None, None, None)
-        return _Finished(dense, none, gradient, by_lse, none)
-
-    def _in_place(self, which: int, part: slice, gradient: Tensor | None) -> Tensor | None:
-        """Move a block's row gradients into those of all rows, so that none is there twice.
-
-        The only block's stay as they are.
-        """
-        if gradient is None or len(self.parts) == 1:
-            return gradient
-        if self.gradients[which] is None:
-            self.gradients[which] = gradient.new_empty(len(self.rows), gradient.shape[1])
-        self.gradients[which][part] = gradient
-        return None
+        return _Finished(dense, none, (gradient, by_lse), none)
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
@@ -324,10 +327,8 @@ class _Work:
         stages = row_stages(self.resolved.backend)
         return stages.penalty(self.options, statistics, self.inputs.reference, scale)
 
-    def _gradient(self, which: int, of_one: Tensor | None) -> Tensor | None:
-        return of_one if self.gradients[which] is None else self.gradients[which]
-
     def _kept(self, statistics: Statistics) -> Kept:
+        ce, by_lse = self.blocks[0].gradients if len(self.blocks) == 1 else self.gradients
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
@@ -340,8 +341,8 @@ class _Work:
             rows=self.rows,
             safety_alone=self.safety_alone,
             safety_rows=self._safety_rows(),
-            ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
-            lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
+            ce_gradient=ce,
+            lse_gradient=by_lse,
             open_mass=None,
         )
         if not self.trained:

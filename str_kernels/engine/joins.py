@@ -42,11 +42,13 @@ class Shared(NamedTuple):
     factor: Tensor | None
 
 
-def columns_over_shards(stages: RowStages, block: Block, needed: Tensor | None) -> Columns:
+def columns_over_shards(
+    stages: RowStages, block: Block, needed: Tensor | None, listed: Tensor | None = None
+) -> Columns:
     """Implement `RowStages.columns` over all processes; each computes those of its own tokens."""
     shards, safety = block.shards, block.options.safety
     if shards.alone:
-        return stages.columns(block, needed)
+        return stages.columns(block, needed, listed)
     own = replace(block.options, safety=shards.part(safety))
     found = stages.columns(block._replace(options=own), needed)
     mine = block.labels >= 0
@@ -62,11 +64,12 @@ def columns_over_shards(stages: RowStages, block: Block, needed: Tensor | None) 
     whole = torch.full_like(wide, float("nan"))
     whole[rows] = shards.sum(wide[rows])
     few = whole[:, : len(parts)].masked_fill(block.unlabelled[:, None], float("nan"))
-    return found._replace(
+    found = found._replace(
         label=few[:, 0].contiguous(),
         difference=None if found.difference is None else few[:, 1].contiguous(),
         safety=None if safety is None else whole[:, len(parts) :].contiguous(),
     )
+    return found.listed(listed)
 
 
 def route_over_shards(shards: Shards, shift: Tensor, total: Tensor, opened: Tensor) -> Tensor:

@@ -146,26 +146,31 @@ def columns_of(block: Block) -> Columns:
     return exact_columns(block, None) if block.columns is None else block.columns
 
 
-def exact_columns(block: Block, needed: Tensor | None) -> Columns:
+def exact_columns(block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
     """Implement `RowStages.columns` in torch calls, on the needed rows alone."""
     count, dim = block.head.hidden_states.shape
-    rows = None if needed is None or bool(needed.all()) else needed.nonzero()[:, 0]
+    computed = None if needed is None or bool(needed.all()) else needed.nonzero()[:, 0]
     size = max(1, _SCRATCH // dim)
     mean = None
     if block.tiles is not None and block.options.label_smoothing:
         mean = mean_of(block)
-    places = range(0, max(1, count if rows is None else len(rows)), size)
+    places = range(0, max(1, count if computed is None else len(computed)), size)
     parts = [slice(at, at + size) for at in places]
-    parts = parts if rows is None else [rows[part] for part in parts]
+    parts = parts if computed is None else [computed[part] for part in parts]
     found = [_columns_of(block, part, mean) for part in parts]
     found = [None if xs[0] is None else torch.cat(xs) for xs in zip(*found, strict=True)]
-    if rows is not None:
+    if computed is not None:
         fills = (float("nan"), 0.0, float("nan"), float("nan"))
         found = [
-            None if x is None else x.new_full((count, *x.shape[1:]), fill).index_copy_(0, rows, x)
+            None if x is None else _scattered(x, computed, count, fill)
             for x, fill in zip(found, fills, strict=True)
         ]
-    return Columns(*found)
+    return Columns(*found).listed(rows)
+
+
+def _scattered(values: Tensor, rows: Tensor, count: int, fill: float) -> Tensor:
+    """Put ``values [R, ...]`` in their rows among ``count``."""
+    return values.new_full((count, *values.shape[1:]), fill).index_copy_(0, rows, values)
 
 
 def _columns_of(block: Block, part: Tensor | slice, mean: Mean | None) -> Columns:

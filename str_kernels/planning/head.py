@@ -34,7 +34,9 @@ class HeadShape(NamedTuple):
 def index_bytes(shape: HeadShape) -> int:
     """The vocabulary index: an order and its inverse, and a mean row of each tile."""
     vocabulary, width = shape.weight.shape
-    return 16 * vocabulary + -(-vocabulary // TILE) * width * accumulator(shape.weight.dtype).itemsize
+    return (
+        16 * vocabulary + -(-vocabulary // TILE) * width * accumulator(shape.weight.dtype).itemsize
+    )
 
 
 def _backend(device: str) -> Any:
@@ -47,7 +49,9 @@ class FusedHead(torch.autograd.Function):
     """Stands for ``engine.autograd.FusedRows`` on meta tensors."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, shape: HeadShape, scratch: Callable[[int], None]) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, shape: HeadShape, scratch: Callable[[int], None]
+    ) -> Tensor:
         """Keep a gradient of each row and its statistics."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         gradient = rows.new_empty(rows.shape, dtype=kept_dtype(rows.dtype))

@@ -32,7 +32,7 @@ from str_kernels.engine.logits import columns_of
 from str_kernels.options import TILE, LossOptions
 
 
-class RowSums(NamedTuple):
+class _Sums(NamedTuple):
     """The rows of ``sums``, each ``[R]``; all but the last leave the label out.
 
     ``exact`` and ``kept`` are the sums of the shares before and after they were rounded.
@@ -68,7 +68,7 @@ class _Work:
         tiles = max(1, numbers // (TILE * self.rows))
         self.words = TILE * min(tiles, given.tiles)
         self.group = self.words * self._held(byte_budget // (self.rows * self.words) - 4)
-        self.sums = given.hidden.new_empty(len(RowSums._fields), given.rows, dtype=torch.float32)
+        self.sums = given.hidden.new_empty(len(_Sums._fields), given.rows, dtype=torch.float32)
         self.logits = self.sums.new_empty(self.rows, self.words)
         self.share = self.expected = None
         if wanted.hidden:
@@ -141,11 +141,11 @@ class _Work:
 
     def finish(self) -> Dense:
         """Add the label's own logit, and correct the rounding of each row's shares."""
-        sums, options = RowSums(*self.sums), self.block.options
+        sums, options = _Sums(*self.sums), self.block.options
         smooth = None
         if options.label_smoothing:
             smooth = options.logit_scale * self.given.weight.sum(0, dtype=torch.float32)
-        dense = join_sums(
+        return join_sums(
             self.block,
             self.label_logit,
             shift=sums.shift,
@@ -155,15 +155,11 @@ class _Work:
             weighted=sums.weighted if self.wanted.entropy else None,
             logit_sum=sums.logit_sum if options.label_smoothing else None,
             smooth_gradient=smooth,
+            # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
+            exact=sums.exact if self.wanted.hidden else None,
+            kept=sums.kept if self.wanted.hidden else None,
             join=join_rows,
         )
-        if dense.opened is None:
-            return dense
-        # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
-        keep = torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
-        opened = dense.opened._replace(scale=dense.opened.scale * keep)
-        factors = dense.factors._replace(opened=dense.factors.opened * keep)
-        return dense._replace(opened=opened, factors=factors)
 
 
 def multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:
