@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-AGREEMENT = 11  # numbers, fp64, of each process
+AGREEMENT = 12  # numbers, fp64, of each process
 PROCESSES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MIB = 1 << 20
 

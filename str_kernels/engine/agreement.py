@@ -40,6 +40,7 @@ class _Own(NamedTuple):
     rows: int
     eps: float
     block: float
+    entropy: bool
 
 
 def agreed(resolved: Resolved, head: Head, inputs: RowInputs) -> Resolved:
@@ -55,7 +56,10 @@ def agreed(resolved: Resolved, head: Head, inputs: RowInputs) -> Resolved:
     count = len(head.hidden_states)
     block = resolved.backend.row_block(head, count, routed=resolved.eps > 0)
     choices = (resolved.eps, float(block)) if size else (float("inf"), float("inf"))
-    alike, own = _alike(resolved, head, inputs), _Own(shards.first, size, *choices)
+    alike, own = (
+        _alike(resolved, head, inputs),
+        _Own(shards.first, size, *choices, resolved.entropy),
+    )
     numbers = torch.tensor([*alike, *own], dtype=torch.float64)
     rows = shards.gather(numbers.to(head.weight.device)).tolist()
     width = len(_Alike._fields)
@@ -63,11 +67,13 @@ def agreed(resolved: Resolved, head: Head, inputs: RowInputs) -> Resolved:
     others = [_Own(*row[width:]) for row in rows]
     _refuse_gaps(others, shards.total)
     tiles = sum(-(-int(other.rows) // TILE) for other in others)
-    eps = min(other.eps for other in others)
+    entropy = any(other.entropy for other in others)
+    eps = 0.0 if entropy else min(other.eps for other in others)
     found = replace(
         resolved,
         shards=replace(shards, tiles=tiles),
         eps=eps,
+        entropy=entropy,
         most_rows=int(min(other.block for other in others)),
     )
     if eps or not resolved.eps:

@@ -21,8 +21,12 @@ _STATE = ("gradient_checkpointing", _FUNCTION)
 
 
 @contextmanager
-def checkpointed(model: nn.Module, offload: str | None) -> Iterator[None]:
+def checkpointed(
+    model: nn.Module, offload: str | saved_tensors_hooks | None
+) -> Iterator[None]:
     """Checkpoint every layer in this block; their inputs wait on the device, "cpu" or "disk".
+
+    Hooks of your own say where else.
 
     Raises:
         ValueError: a model without checkpointing, or ``"cpu"`` for a model that is there already.
@@ -97,7 +101,9 @@ class Offloading:
         return packed if isinstance(packed, Tensor) else self._hooks.unpack_hook(packed)
 
 
-def _hooks(offload: str, device: torch.device) -> saved_tensors_hooks:
+def _hooks(offload: str | saved_tensors_hooks, device: torch.device) -> saved_tensors_hooks:
+    if isinstance(offload, saved_tensors_hooks):
+        return offload
     if offload == "disk":
         return saved_tensors_hooks(OnDisk, lambda kept: kept.read())
     return save_on_cpu(pin_memory=device.type == "cuda", device_type=device.type)

@@ -54,14 +54,16 @@ class FusedHead(torch.autograd.Function):
     ) -> Tensor:
         """Keep a gradient of each row and its statistics."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        ctx.rows = rows.new_empty(rows.shape, dtype=kept_dtype(rows.dtype))
-        ctx.statistics = rows.new_empty(len(rows), _STATISTICS, dtype=torch.uint8)
-        ctx.tables = rows.new_empty(len(rows), _TABLES * shape.safety_tokens, dtype=torch.float32)
+        gradient = rows.new_empty(rows.shape, dtype=kept_dtype(rows.dtype))
+        statistics = rows.new_empty(len(rows), _STATISTICS, dtype=torch.uint8)
+        tables = rows.new_empty(len(rows), _TABLES * shape.safety_tokens, dtype=torch.float32)
+        ctx.save_for_backward(gradient, statistics, tables)
         scratch(_backend(shape.device).scratch(Head(rows, shape.weight, None), len(rows)))
-        ctx.like = hidden
+        ctx.shape = hidden.shape
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         """Scale the rows' gradients."""
-        return torch.empty_like(ctx.like), None, None
+        rows, *_ = ctx.saved_tensors
+        return rows.new_empty(ctx.shape), None, None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 _REAL = 1 << 22  # so many integers are also computed, since models branch on them
@@ -106,9 +106,14 @@ class Ledger(TorchDispatchMode):
 
     def away(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor that waits on the host."""
-        copy = _unseen(torch.empty_like, tensor)
+        with _disable_current_modes():
+            copy = torch.empty_like(tensor, requires_grad=False)
         self._count(copy, self.named(_HOST), _HOST)
         return copy
+
+    def back(self, waiting: Tensor) -> Tensor:
+        """A copy on the device of one that waits on the host."""
+        return torch.empty_like(waiting)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -186,8 +191,3 @@ def _value_of(tensor: Tensor) -> Tensor:
         raise NotImplementedError("its forward branches on values of its activations")
     return value
 
-
-def _unseen(function: Any, *args: Any) -> Any:
-    """Call outside every dispatch mode."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        return function(*args)

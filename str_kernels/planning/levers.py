@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from str_kernels.levers import LongContext
+
+TILE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Levers:
-    """What a step does to need less memory.
+    """What a step does to need less memory: the levers of ``LongContext``, and the head's.
 
     Args:
+        gradient_checkpointing: as in ``LongContext``, like the next two.
+        offload: ``"cpu"``, ``"disk"`` or None.
+        tile_tokens: a number of tokens or None.
         fused_head: the loss is computed from the hidden states, and no logits are stored.
-        gradient_checkpointing: each layer keeps its input alone, and is computed again in the
-            backward.
-        tile_tokens: a module that treats each token alone runs over so many tokens at a time.
-        offload: the inputs that checkpointing keeps wait in the host's memory.
+
+    Raises:
+        ValueError: values outside the rules of ``LongContext``.
     """
 
-    fused_head: bool = False
     gradient_checkpointing: bool = False
+    offload: str | None = None
     tile_tokens: int | None = None
-    offload: bool = False
+    fused_head: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
-        tile = self.tile_tokens
-        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
-            raise ValueError(f"tile_tokens={tile!r}: must be a positive integer or None.")
-        if self.offload and not self.gradient_checkpointing:
-            raise ValueError(
-                "offload=True: says where checkpoints wait, and there are none; set "
-                "gradient_checkpointing=True too."
-            )
+        _ = self.body
+
+    @property
+    def body(self) -> LongContext:
+        """Those that are applied to the body."""
+        return LongContext(self.gradient_checkpointing, self.offload, self.tile_tokens)
 
     @property
     def names(self) -> list[str]:
-        """The names of those that are on."""
-        return [field.name for field in fields(self) if getattr(self, field.name)]
+        """The names of those that are on, as the options of the command line call them."""
+        return [name for name in COSTS if getattr(self, name)]
 
     @property
     def words(self) -> str:
@@ -47,22 +51,26 @@ class Levers:
 _WORDS = {
     "fused_head": "fused head",
     "gradient_checkpointing": "checkpoints",
-    "tile_tokens": "tiles",
     "offload": "offload",
+    "tile_tokens": "tiles",
 }
 COSTS = {
     "fused_head": "takes no more time than the model's own head",
-    "gradient_checkpointing": "computes each layer's forward once more",
-    "tile_tokens": "computes the inside of its modules once more",
-    "offload": "copies each layer's input to the host and back",
+    "gradient_checkpointing": "computes the forward of each layer once more",
+    "offload": "copies the input of each layer to the host and back",
+    "tile_tokens": "computes the inside of each MLP once more",
 }
 
 
-def ladder(tile_tokens: int) -> list[Levers]:
-    """Sets of levers, the cheapest in time first."""
-    fused = Levers(fused_head=True)
-    kept = Levers(fused_head=True, gradient_checkpointing=True)
-    tiled = Levers(fused_head=True, gradient_checkpointing=True, tile_tokens=tile_tokens)
-    away = Levers(fused_head=True, gradient_checkpointing=True, offload=True)
-    every = Levers(True, True, tile_tokens, True)
-    return [Levers(), fused, Levers(gradient_checkpointing=True), kept, away, tiled, every]
+def ladder(device: str, tile_tokens: int = TILE_TOKENS) -> list[Levers]:
+    """Sets of levers, the cheapest in time first; the CPU offloads to disk, not to itself."""
+    away = "disk" if device == "cpu" else "cpu"
+    return [
+        Levers(),
+        Levers(fused_head=True),
+        Levers(gradient_checkpointing=True),
+        Levers(gradient_checkpointing=True, fused_head=True),
+        Levers(gradient_checkpointing=True, fused_head=True, offload=away),
+        Levers(gradient_checkpointing=True, fused_head=True, tile_tokens=tile_tokens),
+        Levers(True, away, tile_tokens, fused_head=True),
+    ]

@@ -42,14 +42,13 @@ class _Reached(Exception):  # noqa: N818 (it ends a forward, and is no error)
 
 
 def count_step(
-    subject: Subject, layers: nn.ModuleList | None, shape: Shape, *, fused: bool
-) -> Ledger:
+    ledger: Ledger, subject: Subject, layers: nn.ModuleList | None, shape: Shape, *, fused: bool
+) -> None:
     """Run a step; its levers other than the head's are on the model already.
 
     Raises:
         NotImplementedError, RuntimeError: the model cannot run without values.
     """
-    ledger = Ledger()
     for tensor in (*subject.model.parameters(), *subject.model.buffers()):
         ledger.register(tensor, ADAPTER if tensor.requires_grad else WEIGHTS)
     with ExitStack() as stack:
@@ -64,7 +63,6 @@ def count_step(
         loss = _loss(subject, ledger, batch, shape, fused=fused)
         del kept
         _backward(subject, ledger, loss)
-    return ledger
 
 
 def _reference(subject: Subject, ledger: Ledger, batch: dict[str, Tensor]) -> Tensor:

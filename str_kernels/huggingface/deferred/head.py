@@ -34,6 +34,12 @@ from str_kernels.huggingface.deferred.holding import (
     is_freed,
     is_lent,
 )
+from str_kernels.huggingface.deferred.parallel import (
+    is_parallel,
+    past_framework,
+    plain_states,
+    require_parallel,
+)
 from str_kernels.huggingface.deferred.sharding import (
     is_gathered_later,
     is_of_zero3,
@@ -41,6 +47,7 @@ from str_kernels.huggingface.deferred.sharding import (
     row_count,
 )
 from str_kernels.huggingface.deferred.tensor import DeferredLogits, defer_linear
+from str_kernels.split import is_split
 from str_kernels.validation import validate_weight
 
 _LINEAR = torch._C._nn.linear  # F.linear, which DeepSpeed may have replaced
@@ -166,6 +173,9 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             backward_needs(head)
         return inner(*args, **kwargs)
+    if is_parallel(head):
+        require_parallel(head)
+        inner, (args, kwargs) = past_framework(inner), plain_states((args, kwargs))
     states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     call, block = HeadCall(owner, head), hold(head, DeferredLogits)
     if block is not None:
@@ -204,10 +214,12 @@ class _DeferLinear(TorchFunctionMode):
         of_all_rows = weight.shape[0] == self._words and hidden_states.shape[:-1] == self._rows
         if not of_all_rows or type(hidden_states) is not Tensor:
             return func(*args, **kwargs)
-        _refuse_weight(weight, "the head's weight")
-        if is_lent(self._call.head, weight):
-            self._call.borrowed, weight, bias = True, borrow(weight), borrow(bias)
-        return defer_linear(hidden_states, weight, bias, self._call)
+        if not is_split(weight):
+            _refuse_weight(weight, "the head's weight")
+        lent = is_lent(self._call.head, weight)
+        if lent:
+            weight, bias = borrow(weight), borrow(bias)
+        return defer_linear(hidden_states, weight, bias, self._call, lent=lent)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:

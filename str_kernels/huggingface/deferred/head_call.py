@@ -44,8 +44,7 @@ class HeadCall:
     """What the tensors derived from one call of the head have in common.
 
     ``hooks``: those of a framework on the gradients of the logits, which want to know when backward
-    begins. ``borrowed``: whether a framework has lent its weight for this forward; ``gone``:
-    whether it was given back.
+    begins. ``gone``: whether a weight that was lent for the forward was given back.
     """
 
     owner: LossOwner | None
@@ -54,7 +53,6 @@ class HeadCall:
     members: list[weakref.ref] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     fresh: list[Freshness] = field(default_factory=list)
-    borrowed: bool = False
     gone: bool = False
     fused: bool = False
     watched: bool = False
@@ -68,11 +66,12 @@ class HeadCall:
     def let_go(self) -> None:
         """Give a weight back that was lent for the forward, unless real logits were made of it."""
         members = [reference() for reference in self.members]
-        if not self.borrowed or any(x is not None and x.is_materialised for x in members):
+        lent = [record for record in self.records if record.fold.lent is not None]
+        if not lent or any(x is not None and x.is_materialised for x in members):
             return
         self.gone = True
         self.fresh.clear()
-        for record in self.records:
+        for record in lent:
             record.let_go()
 
     def materialise_all(self) -> None:

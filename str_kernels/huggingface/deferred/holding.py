@@ -4,7 +4,7 @@ Stage: a head that FSDP2, ZeRO-3 or accelerate has gathered for its product → 
 until the forward with its loss has ended; a frozen one is gone before backward.
 
 - FSDP2 frees a weight's storage and fills it again: it is told not to, until the block ends.
-- ZeRO-3 and accelerate replace a frozen weight by an empty one: theirs is *borrowed*, and every
+- ZeRO-3 and accelerate replace a frozen weight by an empty one: theirs is borrowed, and every
   record of the call lets go of it when the block ends.
 - ZeRO-3's parameter itself is needed where it is trained, and is gathered again for the loss.
 """

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-_OF_TENSOR_PARALLELISM = "_hf_tp_plan"  # transformers' name of a module's part in its plan
+from str_kernels.huggingface.deferred.parallel import require_parallel
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -45,6 +45,11 @@ def row_count(head: nn.Module) -> int:
     return max(shape[0] for shape in shapes if len(shape) == 2)
 
 
+def has_one_weight(head: nn.Module) -> bool:
+    """Whether every call of the head multiplies by the same matrix, with adapters or without."""
+    return sum(len(_whole_shape(p)) > 1 for p in head.parameters()) == 1
+
+
 def _whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -67,11 +72,8 @@ def _refuse_owner(head: nn.Module) -> None:
             "model: FSDP1 has wrapped its head as a unit of its own, whose weight is gone before "
             "the loss: leave the head in the root unit (out of the auto-wrap policy), or use FSDP2."
         )
-    if getattr(head, _OF_TENSOR_PARALLELISM, None) or any(map(_of_tensors, head.parameters())):
-        raise ValueError(
-            "model: tensor parallelism has split its head over processes, which is not supported: "
-            "leave lm_head out of the plan, or use DDP or FSDP2."
-        )
+    if any(map(_of_tensors, head.parameters())):
+        require_parallel(head)
 
 
 def is_fsdp1(module: nn.Module) -> bool:
