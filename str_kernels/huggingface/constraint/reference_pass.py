@@ -164,10 +164,10 @@ def safety_reference(
         inputs = RowInputs(labels, reference, wanted.float())
         head = Head(states, fold.weight, fold.bias)
         if needs_lse(safety):
-            found = row_terms(head, inputs, options, backend=backend).statistics
+            found = row_terms(head, inputs, options, backend=backend, shard=fold.shard).statistics
             values = log_probabilities(found.safety_logits, found)
         else:
-            values = safety_logits(head, inputs, options, backend=backend)
+            values = safety_logits(head, inputs, options, backend=backend, shard=fold.shard)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from str_kernels.engine.contract import Head
+from str_kernels.engine.shards import VocabularyShard
+
 GONE = (
     "These logits were never computed, and a framework has freed the head's weight since the "
     "forward: read them in a forward without labels, or let FSDP keep the head whole "
@@ -23,8 +26,10 @@ class Fold:
     ``hidden_states [..., D]``, ``weight [V, D]``, ``bias [V]`` or None; ``rows [..., 1]`` int64:
     the number of each row in the flattened ``batch_shape``, the leading shape that the head was
     called with. ``log_softmax``: normalised over the vocabulary, last of all. ``words_second``:
-    seen as ``[B, V, T]``, the order in which torch's losses want more than one dimension. ``lent``:
-    the weight of the head itself, if a framework has it elsewhere between two calls, or None.
+    seen as ``[B, V, T]``, the order in which torch's losses want more than one dimension.
+    ``shard``: which rows of the head weight and bias are, where each process has a part of it.
+    ``lent``: the weight of the head itself, if a framework has it elsewhere between two calls, or
+    None.
     """
 
     hidden_states: Tensor
@@ -37,12 +42,18 @@ class Fold:
     softcap: float | None = None
     log_softmax: bool = False
     words_second: bool = False
+    shard: VocabularyShard | None = None
     lent: Tensor | None = None
+
+    @property
+    def words(self) -> int:
+        """V, the rows of the whole head."""
+        return self.weight.shape[0] if self.shard is None else self.shard.total
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the logits."""
-        lead, words = self.hidden_states.shape[:-1], self.weight.shape[0]
+        lead, words = self.hidden_states.shape[:-1], self.words
         if self.words_second:
             return torch.Size((lead[0], words, lead[1]))
         return torch.Size((*lead, words))
@@ -93,12 +104,12 @@ def _refuse() -> Tensor:
     raise RuntimeError(GONE)
 
 
-def fold_linear(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *, lent: bool = False
-) -> Fold:
+def fold_linear(head: Head, shard: VocabularyShard | None = None, *, lent: bool = False) -> Fold:
     """The fold of ``F.linear``: nothing has been done to the logits yet."""
+    hidden_states = head.hidden_states
     lead, device = hidden_states.shape[:-1], hidden_states.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
     rows = torch.arange(lead.numel(), device=device).reshape(*lead, 1)
-    return Fold(hidden_states, weight, bias, rows, lead, dtype, lent=weight if lent else None)
+    lent_weight = head.weight if lent else None
+    return Fold(*head, rows, lead, dtype, shard=shard, lent=lent_weight)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from str_kernels.huggingface.deferred.forward import (
+    PATCH,
     inner_forward,
     install_forward,
     is_installed,
@@ -33,6 +34,12 @@ from str_kernels.huggingface.deferred.holding import (
     is_freed,
     is_lent,
 )
+from str_kernels.huggingface.deferred.parallel import (
+    is_parallel,
+    past_framework,
+    plain_states,
+    require_parallel,
+)
 from str_kernels.huggingface.deferred.sharding import (
     is_gathered_later,
     is_of_zero3,
@@ -40,6 +47,7 @@ from str_kernels.huggingface.deferred.sharding import (
     row_count,
 )
 from str_kernels.huggingface.deferred.tensor import DeferredLogits, defer_linear
+from str_kernels.split import is_split
 from str_kernels.validation import validate_weight
 
 _LINEAR = torch._C._nn.linear  # F.linear, which DeepSpeed may have replaced
@@ -71,6 +79,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             f"model is a {type(inner).__name__}: must be a transformers causal language model."
         )
     return inner
+
+
+def find_patch(model: Any) -> Any:
+    """The `Patch` that this model carries, inside PEFT's wrapper or not; None: it carries none."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, "__dict__", {}).get(PATCH)
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -159,6 +173,9 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             backward_needs(head)
         return inner(*args, **kwargs)
+    if is_parallel(head):
+        require_parallel(head)
+        inner, (args, kwargs) = past_framework(inner), plain_states((args, kwargs))
     states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     call, block = HeadCall(owner, head), hold(head, DeferredLogits)
     if block is not None:
@@ -197,7 +214,8 @@ class _DeferLinear(TorchFunctionMode):
         of_all_rows = weight.shape[0] == self._words and hidden_states.shape[:-1] == self._rows
         if not of_all_rows or type(hidden_states) is not Tensor:
             return func(*args, **kwargs)
-        _refuse_weight(weight, "the head's weight")
+        if not is_split(weight):
+            _refuse_weight(weight, "the head's weight")
         lent = is_lent(self._call.head, weight)
         if lent:
             weight, bias = borrow(weight), borrow(bias)

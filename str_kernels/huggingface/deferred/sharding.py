@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-_OF_TENSOR_PARALLELISM = "_hf_tp_plan"  # transformers' name of a module's part in its plan
+from str_kernels.huggingface.deferred.parallel import require_parallel
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -72,11 +72,8 @@ def _refuse_owner(head: nn.Module) -> None:
             "model: FSDP1 has wrapped its head as a unit of its own, whose weight is gone before "
             "the loss: leave the head in the root unit (out of the auto-wrap policy), or use FSDP2."
         )
-    if getattr(head, _OF_TENSOR_PARALLELISM, None) or any(map(_of_tensors, head.parameters())):
-        raise ValueError(
-            "model: tensor parallelism has split its head over processes, which is not supported: "
-            "leave lm_head out of the plan, or use DDP or FSDP2."
-        )
+    if any(map(_of_tensors, head.parameters())):
+        require_parallel(head)
 
 
 def is_fsdp1(module: nn.Module) -> bool:

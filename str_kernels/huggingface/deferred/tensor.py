@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from str_kernels.engine.contract import Head
 from str_kernels.huggingface.deferred.fold import GONE, Fold, Record, fold_linear
 from str_kernels.huggingface.deferred.freshness import Freshness
 from str_kernels.huggingface.deferred.head_call import HeadCall
@@ -36,9 +37,11 @@ from str_kernels.huggingface.deferred.holding import (
     backward_needs,
     backward_needs_not,
     before_backward,
+    borrow,
     whole_head,
 )
 from str_kernels.huggingface.deferred.modes import Modes
+from str_kernels.huggingface.deferred.parallel import gathered_logits, refuse_part
 from str_kernels.huggingface.deferred.recording import extend, values_read
 from str_kernels.huggingface.deferred.torch_functions import (
     GRADIENT_WATCHERS,
@@ -49,6 +52,7 @@ from str_kernels.huggingface.deferred.torch_functions import (
     name_of,
     writes,
 )
+from str_kernels.split import is_split, own_part
 
 
 class DeferredLogits(Tensor):
@@ -85,6 +89,25 @@ class DeferredLogits(Tensor):
                 self._value = self._record.replay()
             _hook_all(self._value, self._hooks)
         return self._value
+
+    @property
+    def placements(self) -> tuple:
+        """What torch's ``ColwiseParallel`` asks of the output of a split head: it is whole.
+
+        Raises:
+            AttributeError: the head is not split, and its logits are no ``DTensor``.
+        """
+        if self._fold.shard is None:
+            raise AttributeError("placements: these logits are no DTensor")
+        return ()
+
+    def redistribute(self, *_: Any, **__: Any) -> DeferredLogits:
+        """Stay as they are: what they become is whole in every process."""
+        return self
+
+    def to_local(self, **_: Any) -> DeferredLogits:
+        """Stay as they are."""
+        return self
 
     def __repr__(self, **_: Any) -> str:
         state = "materialised" if self.is_materialised else "pending"
@@ -140,10 +163,16 @@ def defer_linear(
     lent: bool = False,
 ) -> DeferredLogits:
     """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
-    fresh = Freshness(hidden_states, weight, bias)
+    head, shard = Head(hidden_states, weight, bias), None
+    if is_split(weight):
+        head, shard = own_part(head)
+        head = Head(head.hidden_states, *map(_as_parameter, head[1:]))
+    fresh = Freshness(*head)
     call.fresh.append(fresh)
 
     def replay() -> Tensor:
+        if shard is not None:
+            return _of_all_processes(call, fresh, hidden_states, weight, bias)
         # after the forward one process may read its logits alone, which must not wait for others
         held = whole_head(call.head, weight) if call.inside else nullcontext()
         if torch.is_grad_enabled():
@@ -152,7 +181,27 @@ def defer_linear(
             fresh.require()
             return before_backward(call.head, F.linear(hidden_states, weight, bias))
 
-    return _record(fold_linear(hidden_states, weight, bias, lent=lent), replay, call)
+    return _record(fold_linear(head, shard, lent=lent), replay, call)
+
+
+def _as_parameter(values: Tensor | None) -> Tensor | None:
+    """A part of a frozen parameter is one too, which nobody computes anew."""
+    return values if values is None or values.requires_grad else borrow(values)
+
+
+def _of_all_processes(call: HeadCall, fresh: Freshness, *operands: Tensor | None) -> Tensor:
+    """Real logits of a head that several processes share; each of them has to come here.
+
+    Raises:
+        RuntimeError: the forward has ended, so that one may come here alone.
+    """
+    if not call.inside:
+        raise RuntimeError(
+            "These logits were never computed, and tensor parallelism has split their head: read "
+            "them in a forward without labels, where every process computes its part."
+        )
+    fresh.require()
+    return gathered_logits(*operands)
 
 
 class _GraphNode(Function):
@@ -183,6 +232,8 @@ class _GraphNode(Function):
             grad = grad.materialise()
         if ctx.call.gone:
             raise RuntimeError(GONE)
+        if ctx.record.fold.shard is not None:
+            refuse_part("logits that were used below torch functions")
         (hidden_states, weight, bias), needs = ctx.saved_tensors, ctx.needs_input_grad
         operands = (hidden_states, ctx.record.fold.weight if weight is None else weight, bias)
         with torch.enable_grad():
