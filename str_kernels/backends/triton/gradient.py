@@ -134,7 +134,8 @@ def gradient_rows(
     (count, dim), rows, listed = (len(kept.lse), kept.ce_gradient.shape[1]), kept.rows, None
     whole = len(rows) == count
     if upstream.dense is not None or not whole:
-        listed = rows = rows if kept.safety_alone is None else torch.cat([rows, kept.safety_alone])
+        alone = kept.safety_alone
+        listed = rows = rows if alone is None or not len(alone) else torch.cat([rows, alone])
     make = torch.empty if whole else torch.zeros  # a row may be in no list
     hidden = make((count, dim), dtype=resolved.dtype, device=kept.lse.device)
     gradient_kernel[(-(-len(rows) // launch.block_r) * -(-dim // launch.block_e),)](
