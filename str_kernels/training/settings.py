@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,10 @@ class TrainSettings(ConstraintSettings):
         "recomputed in the backward pass.",
         at_least(1),
     )
+    window_attention: bool = setting(
+        False,
+        "Let layers with a sliding window attend in blocks of one window, without a mask.",
+    )
     seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
     save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
     logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
@@ -180,7 +184,7 @@ class TrainSettings(ConstraintSettings):
     @property
     def levers(self) -> LongContext:
         """Return what trades time for memory."""
-        return LongContext(self.gradient_checkpointing, self.offload, self.tile_tokens)
+        return LongContext(**{n.name: getattr(self, n.name) for n in fields(LongContext)})
 
     @property
     def lengths(self) -> dict[str, Any]:

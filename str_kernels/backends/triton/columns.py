@@ -77,15 +77,15 @@ def columns_kernel(
     place = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     column, along = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
     inside = place < rows
-    needed, row = inside, place.to(tl.int64)
+    needed, row = inside, place
     if list_ptr is not None:
-        row = tl.load(list_ptr + place, mask=inside, other=0)
+        row = tl.load(list_ptr + place, mask=inside, other=0).to(tl.int32)
     if needed_ptr is not None:
         needed = tl.load(needed_ptr + row, mask=inside, other=0) != 0
     here = inside & (tl.full([BLOCK_R], tile, tl.int32) == 0)
     label = tl.load(label_ptr + row, mask=here & needed, other=-1)
     labelled = label >= 0
-    hidden = hidden_ptr + row[:, None] * dim + along[None, :]
+    hidden = hidden_ptr + row.to(tl.int64)[:, None] * dim + along[None, :]
     its = weight_ptr + tl.maximum(label, 0)[:, None] * dim + along[None, :]
     total = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     own = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -129,7 +129,7 @@ def columns_kernel(
             tl.store(anchor_ptr + place, best, mask=here)
         if safety_ptr is not None:
             its = column - ANCHORS
-            at = safety_ptr + row[:, None] * count + its[None, :]
+            at = safety_ptr + row.to(tl.int64)[:, None] * count + its[None, :]
             mask = inside[:, None] & ((its >= 0) & (its < count))[None, :]
             tl.store(at, tl.where(needed[:, None], z, float("nan")), mask=mask)
 
