@@ -11,6 +11,7 @@ from str_kernels.options import SafetyConstraint
 from str_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from str_kernels.engine.shards import VocabularyShard
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
     from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
@@ -24,6 +25,7 @@ _HOMES = {
     "SafetyLogCallback": "str_kernels.huggingface",
     "SafetyTokens": "str_kernels.safety.tokens",
     "VocabularyIndex": "str_kernels.vocabulary",
+    "VocabularyShard": "str_kernels.engine.shards",
     "linear_cross_entropy": "str_kernels.functional",
     "patch_model": "str_kernels.huggingface",
     "unpatch_model": "str_kernels.huggingface",
@@ -37,6 +39,7 @@ __all__ = [
     "SafetyLogCallback",
     "SafetyTokens",
     "VocabularyIndex",
+    "VocabularyShard",
     "__version__",
     "linear_cross_entropy",
     "patch_model",

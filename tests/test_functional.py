@@ -332,6 +332,7 @@ def test_public_names():
         "SafetyLogCallback",
         "SafetyTokens",
         "VocabularyIndex",
+        "VocabularyShard",
         "__version__",
         "linear_cross_entropy",
         "patch_model",

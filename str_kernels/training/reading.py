@@ -84,10 +84,14 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
 
 
 def check_device(settings: TrainSettings) -> None:
-    """Check that fp16 has an accelerator, and that the run sees one GPU at most."""
-    half = settings.dtype in ("float16", "mixed-float16")
-    if resolve_device(settings.device).type == "cpu" and half:
+    """Check that fp16 and an offload have an accelerator, and that the run sees one GPU at most."""
+    on_cpu = resolve_device(settings.device).type == "cpu"
+    if on_cpu and settings.dtype in ("float16", "mixed-float16"):
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
+    if on_cpu and settings.offload == "cpu":
+        raise ValueError(
+            "offload='cpu': moves checkpoints from a GPU to the CPU, and there is none; use disk."
+        )
     visible = 0 if settings.device == "cpu" else torch.cuda.device_count()
     if visible > 1 and "WORLD_SIZE" not in os.environ:  # the trainer would copy the model to all
         raise ValueError(

@@ -99,7 +99,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
     patch = _patch(model, prepared, tokens, progress)
-    with patch or nullcontext(), interrupt.installed():
+    with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
             # before the callbacks that report elsewhere, which report what it adds
             trainer.callback_handler.callbacks.insert(0, SafetyLogCallback(patch))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from str_kernels.levers import PLACES, LongContext
 from str_kernels.options import MAX_SAFETY_TOKENS
 from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
+ALL_LINEAR = ("all-linear",)  # every linear layer but the head
 LONG = ("refuse", "skip", "truncate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -72,7 +74,7 @@ class TrainSettings(ConstraintSettings):
         0.0, "LoRA dropout.", Rule("0 to below 1", lambda value: 0 <= value < 1)
     )
     target_modules: tuple[str, ...] = setting(
-        ("all-linear",),
+        ALL_LINEAR,
         "Modules to adapt, comma-separated; all-linear means every linear layer but the head.",
         Rule("names of modules, or all-linear", bool),
         option=str,
@@ -117,6 +119,22 @@ class TrainSettings(ConstraintSettings):
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
+    offload: str | None = setting(
+        None,
+        "Where the checkpoints wait for the backward: cpu (the host's memory, beside a GPU) or "
+        "disk (the folder of temporary files); default: on the device.",
+        one_of(*PLACES),
+    )
+    tile_tokens: int | None = setting(
+        None,
+        "Tokens that an MLP works on at a time, such as 2048; default: all. Its inside is "
+        "recomputed in the backward pass.",
+        at_least(1),
+    )
+    window_attention: bool = setting(
+        False,
+        "Let layers with a sliding window attend in blocks of one window, without a mask.",
+    )
     seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
     save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
     logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
@@ -148,6 +166,13 @@ class TrainSettings(ConstraintSettings):
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
+        if self.offload is not None and not self.gradient_checkpointing:
+            found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
+        if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
+            found.append(
+                f"tile_tokens={self.tile_tokens}: an MLP cannot run in tiles with a random "
+                f"dropout={self.dropout:g} in it; set dropout=0 or leave the tiles out."
+            )
         return found
 
     @property
@@ -155,6 +180,11 @@ class TrainSettings(ConstraintSettings):
         """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def levers(self) -> LongContext:
+        """Return what trades time for memory."""
+        return LongContext(**{n.name: getattr(self, n.name) for n in fields(LongContext)})
 
     @property
     def lengths(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
     PATCH,
@@ -39,16 +40,17 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
+from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
 from str_kernels.huggingface.patch.guard import AccuracyGuard
 from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
-from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
+from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter, Share
 from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.patch.processes import Together, together
+from str_kernels.huggingface.patch.processes import ALONE, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
@@ -151,6 +153,7 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
+        gather_again(self._head)
         self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,13 +218,13 @@ class Patch:
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
         processes = together(self.model)
-        context = self._context(inner, arguments, weights, tokens)
-        forward = LabelledForward(replace(context, together=processes))
+        context = replace(self._context(inner, arguments, weights, tokens), together=processes)
+        forward = LabelledForward(context)
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0), len(_targets(arguments)), processes)
+            self._observe(forward.losses.pop(0), len(_targets(arguments)), context)
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -258,6 +261,7 @@ class Patch:
         weights: Tensor | None,
         tokens: trl.TokenTerms | None,
     ) -> LossContext:
+        split = split_of(arguments)
         return LossContext(
             model=type(self.model).__name__,
             options=self.options,
@@ -268,27 +272,36 @@ class Patch:
             notices=self.notices,
             sequences=Sequences.of(self.model, arguments),
             evaluating=not self.model.training,
-            aligned=self._aligned(inner, arguments),
+            aligned=self._aligned(inner, arguments, split),
+            split=split,
             position_weights=weights,
             tokens=tokens,
         )
 
-    def _aligned(self, inner: Callable[..., Any], arguments: dict[str, Any]) -> Fold | None:
+    def _aligned(
+        self, inner: Callable[..., Any], arguments: dict[str, Any], split: Split | None
+    ) -> Fold | None:
         """The reference pass of this batch, where the reference is the model without adapters."""
         if not self.options.constrained or not isinstance(self.reference, str):
             return None
-        aligned = reference_fold(self.model, inner, arguments, adapters=True)
+        with attends_whole(self.model, split):
+            aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
-        return aligned
+        same = aligned.weight is aligned.lent and has_one_weight(self._head)
+        return aligned.without_weight() if same else aligned  # the training pass has it, too
 
-    def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
+    def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
+        processes, split = context.together, context.split
         self.last_parts = loss.parts
         filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
-        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
+        # processes that share the vocabulary have the same live share
+        judges = processes if loss.inputs["shard"] is None else ALONE
+        self._source.judge(loss.parts.live_share, judges, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
-        meter.add(loss.terms, loss.parts, rows=None if training else rows)
+        share = None if training else Share.of_rows(rows, loss.parts.num_labels, split)
+        meter.add(loss.terms, loss.parts, share)
         if loss.constrained is not None:
             constrained = (loss.terms, self.options.safety, *loss.constrained)
             meter.add_drift(*constrained)
