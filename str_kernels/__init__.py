@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
     from str_kernels.huggingface import patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+    from str_kernels.planning import plan
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
 
@@ -25,6 +26,7 @@ _HOMES = {
     "VocabularyIndex": "str_kernels.vocabulary",
     "linear_cross_entropy": "str_kernels.functional",
     "patch_model": "str_kernels.huggingface",
+    "plan": "str_kernels.planning",
     "unpatch_model": "str_kernels.huggingface",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "linear_cross_entropy",
     "patch_model",
+    "plan",
     "unpatch_model",
 ]
 

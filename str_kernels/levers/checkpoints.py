@@ -21,9 +21,7 @@ _STATE = ("gradient_checkpointing", _FUNCTION)
 
 
 @contextmanager
-def checkpointed(
-    model: nn.Module, offload: str | saved_tensors_hooks | None
-) -> Iterator[None]:
+def checkpointed(model: nn.Module, offload: str | saved_tensors_hooks | None) -> Iterator[None]:
     """Checkpoint every layer in this block; their inputs wait on the device, "cpu" or "disk".
 
     Hooks of your own say where else.

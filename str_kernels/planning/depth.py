@@ -81,9 +81,7 @@ def _line(few: Most, more: Most, times: float) -> Most:
 def _kinds(layers: nn.ModuleList, config: Any) -> list[tuple]:
     """What each layer is made of, and what it is told."""
     told = [_attributes(layer) for layer in layers]
-    numbered = {
-        key for key in told[0] if all(given.get(key) == i for i, given in enumerate(told))
-    }
+    numbered = {key for key in told[0] if all(given.get(key) == i for i, given in enumerate(told))}
     lists = [x for x in config.to_dict().values() if isinstance(x, list) and len(x) == len(layers)]
     return [
         (

@@ -89,9 +89,7 @@ def subject_of(model: str | os.PathLike, *, rank: int, dtype: str) -> Subject:
             "plan with float32, which is the most that it takes."
         )
     if dtype not in ("auto", *DTYPES, *FORMATS):
-        raise ValueError(
-            f"dtype={dtype!r}: must be auto, {', '.join((*DTYPES, *FORMATS))}."
-        )
+        raise ValueError(f"dtype={dtype!r}: must be auto, {', '.join((*DTYPES, *FORMATS))}.")
     config, name = read_config(model), os.fspath(model)
     form = dtype if dtype in FORMATS else None
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -110,11 +108,13 @@ def subject_of(model: str | os.PathLike, *, rank: int, dtype: str) -> Subject:
 
 
 def _built(config: PretrainedConfig, name: str, dtype: torch.dtype) -> nn.Module:
-    with library_reading(
-        f"model={name!r}",
-        "cannot be built without its weights; give a causal language model that transformers has "
-        "built in",
-    ), torch.device("meta"):
+    with (
+        library_reading(
+            f"model={name!r}",
+            "cannot be built without its weights; give a causal language model of transformers",
+        ),
+        torch.device("meta"),
+    ):
         inner = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if inner.get_output_embeddings() is None:
             raise ValueError("it has no output layer")
