@@ -37,11 +37,6 @@ class HeadShape(NamedTuple):
 def index_bytes(shape: HeadShape) -> int:
     """The vocabulary index: an order and its inverse, and a mean row of each tile."""
     vocabulary, width = shape.weight.shape
-<<<<<<< HEAD
-    return (
-        16 * vocabulary + -(-vocabulary // TILE) * width * accumulator(shape.weight.dtype).itemsize
-    )
-=======
     if vocabulary < SMALLEST_VOCABULARY:
         return 0
     return (
@@ -56,7 +51,6 @@ def building_bytes(shape: HeadShape) -> int:
         return 0
     split = min(vocabulary, _SPLIT) * (_OF_ALL if vocabulary <= _SPLIT else _OF_SOME)
     return round(4 * width * (vocabulary + split))
->>>>>>> plan
 
 
 def _backend(device: str) -> Any:
