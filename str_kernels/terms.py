@@ -159,7 +159,14 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
     rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
     dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
     statistics = Statistics(
-        rows.lse, rows.lse_rest, rows.correct, dead, live, rows.entropy, rows.safety_logits
+        rows.lse,
+        rows.lse_rest,
+        rows.correct,
+        dead,
+        live,
+        rows.entropy,
+        rows.safety_logits,
+        rows.log_rest,
     )
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 

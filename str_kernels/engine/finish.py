@@ -10,7 +10,6 @@ have their rounding, which may exceed the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
-
-Join = Callable[[Block, Tensor, RowSums], Joined]
+from str_kernels.engine.rest import Join, join_all, safety_logit_sum, safety_part
 
 
 def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -76,7 +74,7 @@ def join_pairs(
         logit_sum = len(head.weight) * columns.difference
         smooth_gradient = options.logit_scale * column_sum(block)
     sums = RowSums(work.shift, refined.mass, refined.maximum, work.dead, None, logit_sum)
-    joined = join(block, columns.label, sums)
+    joined = join_all(join, block, columns.label, sums)
     opened = kept_masses = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
@@ -95,6 +93,7 @@ def join_pairs(
         masses=kept_masses,
         slope=masses.slope if wanted.masses else None,
         factors=joined.factors,
+        rest=joined.rest,
     )
 
 
@@ -117,7 +116,13 @@ def join_sums(
     ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The next
     two arguments go into ``Dense`` unchanged; ``join`` is the backend's.
     """
-    joined = join(block, label_logit, RowSums(shift, mass, maximum, None, weighted, logit_sum))
+    if block.options.leaves_out and logit_sum is not None:
+        logit_sum = logit_sum + safety_logit_sum(block, label_logit)
+        if smooth_gradient.dim() > 1:
+            ones = torch.ones_like(block.columns.safety)
+            smooth_gradient = smooth_gradient + safety_part(block, ones, smooth_gradient.dtype)
+    sums = RowSums(shift, mass, maximum, None, weighted, logit_sum)
+    joined = join_all(join, block, label_logit, sums)
     opened = None
     if expected is not None:
         opened = OpenRows(expected, None, block.options.logit_scale * joined.rescale)
@@ -130,6 +135,7 @@ def join_sums(
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
         factors=joined.factors,
+        rest=joined.rest,
     )
 
 

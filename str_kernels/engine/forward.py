@@ -18,6 +18,7 @@ from str_kernels import waits
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Block,
+    Columns,
     Dense,
     Head,
     Kept,
@@ -29,9 +30,11 @@ from str_kernels.engine.contract import (
     TileMasses,
     Tiles,
     Wanted,
+    Worklist,
 )
 from str_kernels.engine.finish import join_pairs
 from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.rest import leave_out
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -54,6 +57,7 @@ _ABSENT = {
     "dead_mass": 0.0,
     "live_share": _NAN,
     "entropy": _NAN,
+    "log_rest": _NAN,
 }
 
 
@@ -115,7 +119,7 @@ class _Work:
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
-        self.weight, head = head.weight, whole_head(head, resolved.backend)
+        self.weight, self.bias, head = head.weight, head.bias, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         vocab_size = len(head.weight)
@@ -133,10 +137,16 @@ class _Work:
         self.wanted = self._wanted()
         every = Block(head, self.plan.labels, tiles, self.options)
         self.columns = row_stages(resolved.backend).columns(every, needed)
-        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
+        self.head = leave_out(head, self.options)
+        self.columns_of_rows = self.columns if self.every else self._columns(self.rows)
         self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
         self.parts = self._parts(self.size)
         self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
+
+    def _columns(self, rows: Tensor | slice, columns: Columns | None = None) -> Columns:
+        """Take those of some rows."""
+        columns = self.columns if columns is None else columns
+        return columns.part(rows, safety=self.options.leaves_out)
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -192,7 +202,7 @@ class _Work:
         """Gather a block of the R rows."""
         rows = part if self.every else self.rows[part]
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
-        columns, listed = self.columns_of_rows.part(part), self.plan.listed
+        columns, listed = self._columns(part, self.columns_of_rows), self.plan.listed
         if listed is None:
             return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
         labels, places = listed.labels[part], listed.places[part]
@@ -231,7 +241,7 @@ class _Work:
                 )
             join = row_stages(backend).join
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
-            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
+            error = None if listed is not None else _screen_error(dense, work)
         loss = cross_entropy(dense, self.options, len(self.head.weight))
         ce, by_lse = None, None
         if dense.opened is not None:
@@ -250,6 +260,8 @@ class _Work:
             by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
         entropy = none if self.wanted.entropy else None
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        if self.options.leaves_out:
+            statistics = statistics._replace(log_rest=none)
         dense = Dense(statistics, none, none, none, None, None, None)
         return _Finished(dense, none, gradient, by_lse, none)
 
@@ -318,6 +330,7 @@ class _Work:
             ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
             lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
             open_mass=None,
+            log_rest=statistics.log_rest,
         )
         if not self.trained:
             return kept
@@ -326,7 +339,14 @@ class _Work:
             for name in ("open_mass", "masses", "slope", "probabilities")
         }
         head = self.head
-        return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+        return kept._replace(hidden_states=head.hidden_states, bias=self.bias, **of_blocks)
+
+
+def _screen_error(dense: Dense, work: Worklist) -> Tensor:
+    """Return how far the screened log-sum-exp of each row was off, in nats."""
+    if dense.rest is not None:  # the screen saw the rest alone
+        return dense.rest.log_sum.abs()
+    return (dense.statistics.lse - work.shift).abs()
 
 
 def _say_too_coarse(screen: str) -> None:

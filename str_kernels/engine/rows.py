@@ -37,6 +37,7 @@ from str_kernels.engine.contract import (
     Tiles,
 )
 from str_kernels.engine.logits import accumulator, kept_dtype, logit_slope, weight_rows
+from str_kernels.engine.rest import rest_rows, safety_part
 from str_kernels.options import LossOptions
 from str_kernels.validation import labels_outside, validate_values, wrong_weights
 
@@ -112,15 +113,21 @@ def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor
 def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
+    Where the safety tokens are left out, the latter is that of the other tokens' log-sum-exp.
     ``∂CE/∂h`` is zero on rows without a label. ``opened`` and ``smooth_gradient`` are overwritten:
     ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
     epsilon, unlabelled = options.label_smoothing, block.labels < 0
+    alpha = 1.0 + 2.0 * options.z_loss * lse
     smooth, by_lse = None, None
     if epsilon:
         smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
     reads_lse = options.safety is not None and needs_lse(options.safety)
+    if dense.rest is not None:
+        by_lse = _rest_gradient(backend, block, dense)
+        part = safety_part(block, alpha[:, None] * dense.rest.safety, lse.dtype)
+        smooth, reads_lse = part if smooth is None else part + smooth, False
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
         if reads_lse:
@@ -133,11 +140,18 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
     if reads_lse:
         shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
         by_lse = backend.combine(block, dense.opened, shares, spare=False)
-    alpha = 1.0 + 2.0 * options.z_loss * lse
     # α p_y - (1 - ε), where p_y = 1 - open mass
     share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
     whole = RowShares(alpha, share, smooth, unlabelled)
     return backend.combine(block, dense.opened, whole, spare=True), by_lse
+
+
+def _rest_gradient(backend: Backend, block: Block, dense: Dense) -> Tensor:
+    """``∂L/∂h [R, D]``, where L is the log-sum-exp of all tokens but the safety tokens."""
+    slope = logit_slope(dense.label_logit, block.options).masked_fill_(block.labels < 0, 0.0)
+    opened = rest_rows(dense.opened, dense.rest, block.options)
+    shares = RowShares(None, slope * dense.rest.label)
+    return backend.combine(block, opened, shares, spare=False)
 
 
 def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
@@ -186,19 +200,19 @@ def weight_coefficients(
     plan: RowPlan,
     lse: Tensor,
     grad_cross_entropy: Tensor,
-    d_lse: Tensor | None,
+    by_lse: Tensor | None,
     *,
     options: LossOptions,
     vocab_size: int,
 ) -> Coefficients:
-    """`Coefficients` of N rows; ``d_lse [N]`` is the upstream gradient that the penalty adds."""
+    """`Coefficients` of N rows; the penalty adds ``by_lse [N]`` to α."""
     upstream = torch.where(plan.labels >= 0, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
         # where the upstream gradient is zero, an lse that overflowed would make 0 · inf = NaN
         alpha = torch.where(upstream == 0, 0.0, upstream * (1.0 + 2.0 * options.z_loss * lse))
-    if d_lse is not None:
-        alpha = alpha + d_lse
+    if by_lse is not None:
+        alpha = alpha + by_lse
     epsilon = options.label_smoothing
     sigma = upstream * (epsilon / vocab_size) if epsilon else None
     return Coefficients(alpha, upstream * (1.0 - epsilon), sigma)

@@ -20,6 +20,7 @@ from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
     all_absent,
+    counted,
     finish_logits,
     grouped,
     multiply,
@@ -69,7 +70,7 @@ def softmax_kernel(
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
     row, column = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
     position = (first_tile + slot) * TILE + column
-    inside, past = row < rows, (position >= vocab)[None, :]
+    inside = row < rows
     if all_absent(label_ptr, row, rows):
         return
     weight_row = rows_at(None, position, vocab)
@@ -81,8 +82,11 @@ def softmax_kernel(
     sums, plane = sums_ptr + out, tiles.to(tl.int64) * rows
     if label_logit_ptr is not None:
         its = tl.load(label_logit_ptr + row, mask=inside, other=0.0)
-        tl.store(sums + 4 * plane, tl.sum(tl.where(past, 0.0, z - its[:, None]), 1), mask=inside)
+        summed = counted(bias_ptr, position, vocab)[None, :]
+        total = tl.sum(tl.where(summed, z - its[:, None], 0.0), 1)
+        tl.store(sums + 4 * plane, total, mask=inside)
     if slope_ptr is not None:
+        past = (position >= vocab)[None, :]
         slope = tl.where(past, 0.0, softcap_slope(z, softcap))
         tl.store(slope_ptr + wide, slope.to(slope_ptr.dtype.element_ty), mask=inside[:, None])
     label = tl.load(label_ptr + row, mask=inside, other=-1)

@@ -141,8 +141,9 @@ class _Work:
         # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
         keep = torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
         opened = dense.opened._replace(scale=dense.opened.scale * keep)
-        factors = dense.factors._replace(opened=dense.factors.opened * keep)
-        return dense._replace(opened=opened, factors=factors)
+        factors, rest = dense.factors._replace(opened=dense.factors.opened * keep), dense.rest
+        rest = None if rest is None else rest._replace(keep=keep)
+        return dense._replace(opened=opened, factors=factors, rest=rest)
 
 
 def multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:
