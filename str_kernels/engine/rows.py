@@ -119,14 +119,14 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
     """
     options, lse = block.options, dense.statistics.lse
     epsilon, unlabelled = options.label_smoothing, block.labels < 0
-    alpha = 1.0 + 2.0 * options.z_loss * lse
     smooth, by_lse = None, None
     if epsilon:
         smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
     reads_lse = options.safety is not None and needs_lse(options.safety)
     if dense.rest is not None:
         by_lse = _rest_gradient(backend, block, dense)
-        part = safety_part(block, alpha[:, None] * dense.rest.safety, lse.dtype)
+        factors = (1.0 + 2.0 * options.z_loss * lse)[:, None] * dense.rest.safety
+        part = safety_part(block, factors, lse.dtype)
         smooth, reads_lse = part if smooth is None else part + smooth, False
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
@@ -140,6 +140,7 @@ def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor,
     if reads_lse:
         shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
         by_lse = backend.combine(block, dense.opened, shares, spare=False)
+    alpha = 1.0 + 2.0 * options.z_loss * lse
     # α p_y - (1 - ε), where p_y = 1 - open mass
     share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
     whole = RowShares(alpha, share, smooth, unlabelled)

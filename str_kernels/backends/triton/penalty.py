@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels import waits
-from str_kernels.backends.triton.penalty_rest import rest_kernel
+from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
 from str_kernels.backends.triton.row_values import normaliser, values_at
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Kept, RowGradients, Statistics
@@ -177,7 +177,7 @@ def _constrain_rest(
     d_lse_ptr: Tensor | None,
     **out: Any,
 ) -> None:
-    rest_kernel[(-(-len(scale) // PENALTY["BLOCK_R"]),)](
+    rest_kernel[(-(-len(scale) // REST["BLOCK_R"]),)](
         statistics.safety_logits,
         statistics.lse,
         statistics.lse_rest,
@@ -192,6 +192,6 @@ def _constrain_rest(
         reference_stride=reference.shape[-1] if reference.dim() > 1 else 0,
         logit_scale=float(options.logit_scale),
         softcap=None if options.softcap is None else float(options.softcap),
-        **PENALTY,
+        **REST,
         num_warps=4,
     )

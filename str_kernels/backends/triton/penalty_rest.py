@@ -11,6 +11,8 @@ import triton.language as tl
 from str_kernels.backends.triton.row_values import normaliser, values_at
 
 _READ = ("safety", "lse", "lse_rest", "log_rest", "reference", "ones", "scale")
+# Rows of a program, and safety tokens that it takes at once.
+REST = {"BLOCK_R": 8, "TOKENS": 64}
 POINTERS = {"fp32": (*_READ, "out", "beta", "d_rest")}
 
 

@@ -138,17 +138,6 @@ def finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap: tl.con
 
 
 @triton.jit
-def counted(bias_ptr, position, vocab):
-    """Whether label smoothing's sum over the vocabulary has a place [TILE] here, not elsewhere."""
-    inside = position < vocab
-    if bias_ptr is not None:
-        inside = inside & (
-            tl.load(bias_ptr + position, mask=inside, other=0.0).to(tl.float32) != LEFT_OUT
-        )
-    return inside
-
-
-@triton.jit
 def rounded(p, dtype: tl.constexpr):
     """Round ``p`` to the operands' dtype; also return the factor of each row that keeps its sum.
 
