@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -19,11 +20,14 @@ import torch
 from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
+from benchmarks.safety.data import REFUSALS, load_split
 from benchmarks.safety.findings import FILE, SCHEMA
 from benchmarks.safety.finetune import finetune
 from benchmarks.safety.identification import identification
+from benchmarks.safety.mass import held_mass
 from benchmarks.safety.measure import Amounts, measure
-from benchmarks.safety.methods import Chain, Run
+from benchmarks.safety.methods import KL, Chain, Run
+from benchmarks.safety.tokens import token_ids
 from str_kernels.bench.report import Row, circumstances, commit, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.evaluation.answers import AnswerFile
@@ -99,13 +103,20 @@ def experiment(
     there = {row["name"] for row in places.rows()}
     missing = [job for job in jobs if _name(job) not in there]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} results are there")
-    threads = max(1, (multiprocessing.cpu_count() or 1) // workers)
+    threads = max(1, _cores() // workers)
     context = multiprocessing.get_context("spawn")
     # one process a run: its peak memory is its own
     with context.Pool(workers, _start, (threads,), maxtasksperchild=1) as pool:
         do = functools.partial(_do, started_from=started_from)
         for name in pool.imap_unordered(do, missing, chunksize=1):
             say(f"saved {name}")
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start(threads: int) -> None:
@@ -184,14 +195,17 @@ def _tuned(
 ) -> tuple[Any, dict[str, Any]]:
     """Fine-tune a loaded model and measure it; return it with the result."""
     model, tokenizer = loaded
+    held = token_ids(KL, model if aligned is None else aligned, tokenizer, places.derived)
     folders = {"data": places.data, "work": places.derived}
     tuned, history = finetune(model, tokenizer, run, **folders, say=say, aligned=aligned)
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     asked = {"amounts": amounts, "known": places.answers(name, amounts)}
     measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
+    harmful = load_split(places.data, REFUSALS).test[: amounts.harmful]
     return tuned, {
         "run": run.as_dict(),
         "measured": measured.as_dict(),
+        "mass": held_mass(tuned, aligned, tokenizer, harmful, held),
         "step_seconds": round(statistics.median(history.seconds), 3),
         "training_peak_mib": trained,
         "history": history.as_dict(),

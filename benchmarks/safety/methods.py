@@ -72,6 +72,8 @@ PLAIN = Method("plain", loss="plain", strength=0.0)
 MSE = Method("mse")
 LOGPROB = Method("logprob", kind="logprob")
 KL = Method("kl", kind="kl", strength=10.0)  # the default
+KL_REST = Method("kl-rest", kind="kl_rest", strength=10.0)
+KL_REST_ANCHORED = Method("kl-rest-anchors", kind="kl_rest", strength=10.0, anchors=1)
 KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
@@ -139,6 +141,9 @@ def _everything() -> list[Run]:
         *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL)),
         *(Run(KL_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
+        *(Run(KL_REST, setting, seed) for seed in seeds for setting in (OBEYING, HARSHEST, HARSH)),
+        *(Run(KL_REST, task, 0) for task in (TOPICS, ANSWERS)),
+        *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
     ]
 
 
