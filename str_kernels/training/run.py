@@ -189,7 +189,12 @@ def _collator(prepared: Prepared) -> Callable[[list[dict]], dict[str, torch.Tens
         return plain
     pools = [file.features() for file in prepared.anchors]
     return AnchoredCollator(
-        plain, *pools, pad_token_id=pad, positions=settings.positions, seed=settings.seed
+        plain,
+        *pools,
+        pad_token_id=pad,
+        positions=settings.positions,
+        every=settings.anchors_every,
+        seed=settings.seed,
     )
 
 
@@ -220,7 +225,7 @@ def _patch(
         if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
             progress.stage("computing the references")
             cache_references(model, prepared, safety, reference)
-    return patch_model(model, safety, **arguments)
+    return patch_model(model, safety, **arguments, share_seed=settings.seed)
 
 
 def _result(

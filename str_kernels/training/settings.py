@@ -59,6 +59,12 @@ class TrainSettings(ConstraintSettings):
         "another, with the answers of the aligned model.",
         option=list[str] | None,
     )
+    anchors_every: int = setting(
+        1,
+        "Anchors join one forward in so many, which the seed and the batch draw, and weigh as much "
+        "more, so that the sum is the same on average.",
+        at_least(1),
+    )
     rank: int = setting(16, "LoRA rank.", at_least(1))
     alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
     dropout: float = setting(
@@ -128,6 +134,11 @@ class TrainSettings(ConstraintSettings):
             found.append(
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
+            )
+        if self.anchors_every > 1 and not self.anchors:
+            found.append(
+                f"anchors_every={self.anchors_every}: there are no anchors; give files of them, or "
+                "leave it out."
             )
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")

@@ -76,7 +76,7 @@ def softmax_kernel(
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
     row, column = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
     position = (first_tile + slot) * TILE + column
-    inside, past = row < rows, (position >= vocab)[None, :]
+    inside = row < rows
     if all_absent(label_ptr, row, rows):
         return
     weight_row = rows_at(None, position, vocab)
@@ -91,7 +91,7 @@ def softmax_kernel(
         finite = tl.where(z > float("-inf"), z - its[:, None], 0.0)
         tl.store(sums + 4 * plane, tl.sum(finite, 1), mask=inside)
     if slope_ptr is not None:
-        slope = tl.where(past, 0.0, softcap_slope(z, softcap))
+        slope = softcap_slope(z, softcap)  # 0 where a logit is -inf
         tl.store(slope_ptr + wide, slope.to(slope_ptr.dtype.element_ty), mask=inside[:, None])
     label = tl.load(label_ptr + row, mask=inside, other=-1)
     z = tl.where(label[:, None] == position[None, :], float("-inf"), z)

@@ -10,6 +10,7 @@ from torch import Tensor
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
 from str_kernels.huggingface.patch.notices import Notices
@@ -40,6 +41,7 @@ class LossContext:
             instead of ``positions``; None: those.
         together: the processes that make the same forwards.
         tokens: receives the terms of every token, if TRL asks for them.
+        drawn: the rows that are constrained; None: all.
     """
 
     model: str
@@ -55,3 +57,4 @@ class LossContext:
     position_weights: Tensor | None = None
     together: Together = ALONE
     tokens: TokenTerms | None = None
+    drawn: Drawn | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from str_kernels.huggingface.constraint.positions import position_weights
 from str_kernels.huggingface.constraint.reference_pass import safety_reference
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.share import Drawn, spread_rows
 from str_kernels.huggingface.constraint.splits import refuse_split
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
@@ -50,7 +51,7 @@ def constrained_rows(
 ) -> Constrained:
     """Weights and references of the rows whose targets are ``labels [n]``, already shifted."""
     rows = fold.rows.reshape(-1)
-    table = _weights(context, fold, labels, ignore_index)
+    table = _drawn(_weights(context, fold, labels, ignore_index), context, fold)
     if isinstance(context.reference, ReferenceCache):
         reference = _cached(context, fold)
     else:
@@ -93,6 +94,21 @@ def _weights(context: LossContext, fold: Fold, labels: Tensor, ignore_index: int
     return weights.reshape(-1)
 
 
+def _drawn(weights: Tensor, context: LossContext, fold: Fold) -> Tensor:
+    """Weights ``[R]`` of the drawn rows of the batch alone, divided by their share."""
+    drawn = context.drawn
+    if drawn is None:
+        return weights
+    shape = batch_shape(context, fold)
+    if shape[0] != drawn.size:
+        raise ValueError(
+            f"share={drawn.share}: model={context.model} calls its head with rows {list(shape)}, "
+            f"not one for each of the batch's {drawn.size}; leave share=1."
+        )
+    factors = drawn.factors(weights.device)
+    return (weights.reshape(shape) * factors[:, None]).reshape(-1)
+
+
 def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
     """``[B, T]`` of the rows that the head was called with."""
     shape, ids = fold.batch_shape, context.sequences.ids
@@ -108,6 +124,11 @@ def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
 
 def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
     """References ``[R, K]`` from the pass with the adapters off."""
+    drawn, count = context.drawn, fold.batch_shape.numel()
+    if context.aligned is None:  # no row of this batch is constrained
+        return fold.hidden_states.new_zeros(count, context.options.safety.references)
+    if drawn is not None:
+        return _computed_share(context, fold, constrained, drawn)
     if context.aligned.batch_shape != fold.batch_shape:
         raise ValueError(
             f"reference='adapter_off': with labels the head is called with rows "
@@ -115,6 +136,20 @@ def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
             "cache file."
         )
     return safety_reference(context.aligned, constrained, context.options, context.backend)
+
+
+def _computed_share(context: LossContext, fold: Fold, constrained: Tensor, drawn: Drawn) -> Tensor:
+    """References ``[R, K]`` from the pass of a part of the rows."""
+    wanted, length = fold.batch_shape.numel() // drawn.size, len(drawn.passed)
+    if context.aligned.batch_shape.numel() != wanted * length:
+        raise ValueError(
+            f"reference='adapter_off': with labels the head is called with rows "
+            f"{list(fold.batch_shape)}, without them {list(context.aligned.batch_shape)} for "
+            f"{length} of {drawn.size}; leave share=1."
+        )
+    part = constrained.reshape(drawn.size, wanted)[drawn.passed].reshape(-1)
+    found = safety_reference(context.aligned, part, context.options, context.backend)
+    return spread_rows(found, drawn)
 
 
 def _cached(context: LossContext, fold: Fold) -> Tensor:
