@@ -82,4 +82,7 @@ def next_command(command: Command) -> str:
     """Name the command that a user would run next."""
     if command.adapter is None:
         return f"next: str-kernels train {command.model} DATA.jsonl --out ADAPTER"
-    return f"next: str-kernels evaluate {command.model} with the same files, to compare"
+    return (
+        f"next: str-kernels evaluate {command.model} with the same files, then evaluate --compare "
+        "BEFORE.json AFTER.json"
+    )

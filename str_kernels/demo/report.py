@@ -71,6 +71,8 @@ def head_rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
 
 def verdict(result: DemoResult) -> str:
     """Say what this one run shows, and what it does not."""
+    if not result.settings.claims:
+        return "Everything runs. A quick run is too short for its numbers to mean anything."
     aligned, plain, held = (result.behaviour[name] for name in METHODS)
     sentences = [_on_refusals(aligned, plain, held)]
     forgot = aligned.help_rate - plain.help_rate >= NOTICEABLE

@@ -76,26 +76,28 @@ def join_all(join: Join, block: Block, label_logit: Tensor, sums: RowSums) -> Jo
     joined = join(
         block,
         label_logit,
-        RowSums(
-            shift,
-            sums.mass * rescale + exponentials.sum(-1),
-            torch.maximum(sums.maximum, top),
-            None if sums.dead is None else sums.dead * rescale[:, None],
-            weighted,
-            sums.logit_sum,
+        sums._replace(
+            shift=shift,
+            mass=sums.mass * rescale + exponentials.sum(-1),
+            maximum=torch.maximum(sums.maximum, top),
+            dead=None if sums.dead is None else sums.dead * rescale[:, None],
+            weighted=weighted,
         ),
     )
     # log(p / (1 - p)) of all safety tokens: neither probability comes from a difference
     odds = torch.logsumexp(z - rest.shift[:, None], -1) - rest.log_sum
     statistics = joined.statistics._replace(log_rest=-torch.logaddexp(odds, torch.zeros_like(odds)))
-    factors = joined.factors
+    factors, keep = joined.factors, None
     if factors is not None:
         factors = factors._replace(opened=factors.opened * rescale)
+    if sums.kept is not None:
+        keep = torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
     return joined._replace(
         statistics=statistics,
         rescale=joined.rescale * rescale,
+        scale=joined.scale * rescale,
         factors=factors,
-        rest=Rest(rest.log_sum, rest.label, exponentials * joined.rescale[:, None]),
+        rest=Rest(rest.log_sum, rest.label, exponentials * joined.rescale[:, None], keep),
     )
 
 

@@ -7,7 +7,7 @@ text → `Rate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,7 @@ class Evaluation:
         outcomes: what each answer to ``"refusals"`` and ``"benign"`` does, in the order of the
             rows, so that two evaluations can be compared row by row.
         task_right: whether each answer to the task is the expected one, in the order of the rows.
+        keys: of the answers in the file of answers, by file, in the order of the rows.
         judge_agreement: how often a judge model and the rules agree on an answer that the rules
             call a refusal or compliance.
     """
@@ -46,6 +47,7 @@ class Evaluation:
     outcomes: dict[str, tuple[Outcome, ...]] = field(default_factory=dict)
     task_right: tuple[bool, ...] = ()
     judge_agreement: Rate | None = None
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -63,6 +65,7 @@ class Evaluation:
             "counts": self.counts,
             "outcomes": {n: [o.value for o in given] for n, given in self.outcomes.items()},
             "task_right": list(self.task_right),
+            "answers": {name: list(given) for name, given in self.keys.items()},
         }
 
 
@@ -115,7 +118,27 @@ def evaluate(
         )
         for name, rows in groups.items()
     }
-    return _evaluation(groups, answers, judge, batch_size)
+    measured = _evaluation(groups, answers, judge, batch_size)
+    return measured if known is None else _kept(measured, groups, tokenizer, known)
+
+
+def _kept(
+    measured: Evaluation,
+    groups: dict[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    known: AnswerFile,
+) -> Evaluation:
+    """Write the verdicts into the file of answers; return the evaluation with their keys."""
+    verdicts = {name: [str(o) for o in given] for name, given in measured.outcomes.items()}
+    verdicts["task"] = ["right" if right else "wrong" for right in measured.task_right]
+    keys = {}
+    for name, rows in groups.items():
+        prompts = _prompts(tokenizer, name, rows)
+        for prompt, verdict in zip(prompts, verdicts.get(name, ()), strict=True):
+            known.judge(prompt, verdict)
+        if prompts:
+            keys[name] = tuple(map(known.key, prompts))
+    return replace(measured, keys=keys)
 
 
 def _evaluation(

@@ -42,13 +42,27 @@ from str_kernels.training.reading import TOKENS
 from str_kernels.training.result import Result, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
 
+Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
+
 
 class CountingTrainer(Trainer):
-    """A trainer that counts the tokens it has seen, without synchronising."""
+    """A trainer that counts the tokens it has seen, without synchronising.
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
+    Evaluations have ``eval_collator``: no anchors join them.
+    """
+
+    def __init__(self, *args: Any, eval_collator: Collator, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
+        self._eval_collator = eval_collator
         self.tokens_seen: torch.Tensor | int = 0
+
+    def get_eval_dataloader(self, *args: Any, **keywords: Any) -> torch.utils.data.DataLoader:
+        """Collate held-out rows by themselves."""
+        of_training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **keywords)
+        finally:
+            self.data_collator = of_training
 
     def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **keywords: Any):
         """Count the tokens of a forward and backward, without padding."""
@@ -85,9 +99,10 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
     patch = _patch(model, prepared, tokens, progress)
-    with patch or nullcontext(), interrupt.installed():
+    with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
-            trainer.add_callback(SafetyLogCallback(patch))
+            # before the callbacks that report elsewhere, which report what it adds
+            trainer.callback_handler.callbacks.insert(0, SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
         trainer.add_callback(Sealing())  # after those that add files to a checkpoint
@@ -143,7 +158,11 @@ def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "mixed-bfloat16",
         fp16=settings.dtype == "mixed-float16",
-        use_cpu=resolve_device("auto").type == "cpu",
+        use_cpu=resolve_device(settings.device).type == "cpu",
+        per_device_eval_batch_size=settings.batch,
+        eval_strategy="steps" if settings.eval else "no",
+        eval_steps=settings.eval_steps or total,
+        prediction_loss_only=True,  # logits would be built in full
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_steps else "no",
@@ -151,7 +170,7 @@ def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
         save_total_limit=2,
         seed=settings.seed,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
     )
@@ -175,16 +194,22 @@ def _trainer(
         model=model,
         args=training_arguments(settings, len(features)),
         train_dataset=features,
+        eval_dataset=prepared.held_out and prepared.held_out.features(),
         data_collator=_collator(prepared),
+        eval_collator=_plain_collator(prepared),
         callbacks=[timer],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, timer, reporter, interrupt
 
 
-def _collator(prepared: Prepared) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def _plain_collator(prepared: Prepared) -> Collator:
+    return partial(collate, pad_token_id=prepared.tokenizer.pad_token_id)
+
+
+def _collator(prepared: Prepared) -> Collator:
     settings, pad = prepared.settings, prepared.tokenizer.pad_token_id
-    plain = partial(collate, pad_token_id=pad)
+    plain = _plain_collator(prepared)
     if not prepared.anchors:
         return plain
     pools = [file.features() for file in prepared.anchors]
@@ -232,6 +257,7 @@ def _result(
     prepared: Prepared, trainer: CountingTrainer, timer: StepTimer, interrupted: bool
 ) -> Result:
     logs = [log for log in trainer.state.log_history if "loss" in log]
+    held_out = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     seen = int(trainer.tokens_seen)
     seconds = sum(timer.seconds)
     last = logs[-1] if logs else {}
@@ -244,5 +270,6 @@ def _result(
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
+        eval_cross_entropy=held_out.get("eval_cross_entropy", held_out.get("eval_loss")),
         **peak_memory(),
     )

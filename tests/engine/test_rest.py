@@ -14,8 +14,9 @@ import torch
 
 from str_kernels import SafetyConstraint, VocabularyIndex, linear_cross_entropy
 from str_kernels.engine.contract import Head, RowInputs
+from str_kernels.engine.shards import Shards
 from str_kernels.options import LossOptions
-from str_kernels.terms import row_terms
+from str_kernels.terms import check_inputs, row_terms
 from tests.oracle import Case, assert_close, make_case
 
 OPTIONS = [
@@ -175,6 +176,16 @@ def test_what_the_kind_has_not_is_refused(settings, named):
     """Weights and another temperature would be ignored."""
     with pytest.raises(ValueError, match=re.escape(named)):
         SafetyConstraint([1, 2], kind="kl_rest", **settings)
+
+
+def test_a_split_vocabulary_is_refused():
+    """No process knows the rest of another."""
+    case = rest_case()
+    head = Head(case.hidden_states, case.weight, None)
+    inputs = RowInputs(case.labels, case.reference, None)
+    shards = Shards(group=object(), first=0, total=602, size=301)
+    with pytest.raises(ValueError, match="kind='kl_rest': the vocabulary is split"):
+        check_inputs(head, inputs, LossOptions(**case.settings), None, shards)
 
 
 def test_shapes_of_its_reference_and_of_its_vocabulary():

@@ -101,20 +101,35 @@ class ReferenceCache:
         """
         return self.find(Sequences(input_ids, mask=attention_mask))
 
-    def find(self, sequences: Sequences, *, evaluating: bool = False) -> Tensor:
-        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation."""
-        found = None
+    def find(
+        self, sequences: Sequences, *, places: Tensor | None = None, evaluating: bool = False
+    ) -> Tensor:
+        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation.
+
+        Args:
+            sequences: the batch.
+            places: ``[B, t]``, the positions whose references are wanted; None: all.
+            evaluating: whether the batch is of an evaluation, for the error.
+        """
+        found, ids = None, sequences.ids
         for row, (where, length, key) in enumerate(sequences.rows()):
             if key not in self._saved.names:
                 raise ValueError(
                     f"reference={str(self.path)!r}: holds nothing for row {row} of this batch "
                     f"({length} tokens); {_EVALUATING if evaluating else _CHANGED}"
                 )
-            values = self._saved[key].float()
+            values, where = self._saved[key], where.cpu()
             if found is None:
-                found = torch.zeros(*sequences.ids.shape, values.shape[-1])
-            found[row, where.cpu()] = values
-        return found.to(sequences.ids.device)
+                shape = (ids if places is None else places).shape
+                found = torch.zeros(*shape, values.shape[-1])
+            if places is None:
+                found[row, where] = values.float()
+                continue
+            at = torch.full((ids.shape[1],), -1)  # which of the real tokens a position is
+            at[where] = torch.arange(length)
+            at = at[places[row].cpu()]
+            found[row, at >= 0] = values[at[at >= 0]].float()
+        return found.to(ids.device)
 
 
 def save_reference_cache(

@@ -12,7 +12,8 @@ from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.share import Sharing
 from str_kernels.huggingface.deferred.forward import PATCH
-from str_kernels.huggingface.deferred.head import causal_lm, find_head, validate_tokens
+from str_kernels.huggingface.deferred.head import causal_lm, find_head, find_patch, validate_tokens
+from str_kernels.huggingface.patch.callback import TrainerLogs
 from str_kernels.huggingface.patch.context import Reference
 from str_kernels.huggingface.patch.filtering import Index
 from str_kernels.huggingface.patch.patch import Patch
@@ -122,6 +123,7 @@ def patch_model(
         backend=backend,
         check_accuracy_every=check_accuracy_every,
         verification=verification,
+        trainer_logs=TrainerLogs.shared(),
     )
     if verification is not None and verification.skipped:
         patch.notices.warn_unverified(verification.skipped)
@@ -136,15 +138,10 @@ def unpatch_model(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    patch = find_patch(model)
+    patch = find_patch(causal_lm(model))
     if patch is None:
         raise ValueError(f"model={type(model).__name__}: is not patched.")
     patch.unpatch()
-
-
-def find_patch(model: nn.Module) -> Patch | None:
-    """The patch that this model carries."""
-    return causal_lm(model).__dict__.get(PATCH)
 
 
 def _sharing(share: Any, seed: Any, safety: SafetyConstraint | None) -> Sharing:

@@ -30,6 +30,7 @@ from str_kernels.huggingface.constraint.adapters import require_fixed_base
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.constraint.share import Drawn, Sharing, arguments_of_rows
+from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
     PATCH,
@@ -40,19 +41,21 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
+from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
 from str_kernels.huggingface.patch.guard import AccuracyGuard
 from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
-from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
+from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter, Share
 from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.patch.processes import Together, together
+from str_kernels.huggingface.patch.processes import ALONE, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class Patch:
@@ -86,8 +89,9 @@ class Patch:
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
         verification: Verification | None = None,
+        trainer_logs: object = None,
     ) -> None:
-        """Install; ``patch_model`` has checked everything."""
+        """Install; ``patch_model`` has checked everything. ``trainer_logs`` is kept alive."""
         self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
@@ -98,6 +102,7 @@ class Patch:
         self._source, self._head = IndexSource(index), head
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
+        self._trainer_logs = trainer_logs
         self._running = False
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
@@ -109,6 +114,26 @@ class Patch:
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.installed else "removed, "
+        filtered = f"filter_eps={self.options.filter_eps}, screen={self.options.screen}"
+        backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        index = "given" if isinstance(self.index, VocabularyIndex) else self.index
+        return (
+            f"Patch({type(self.model).__name__}: {state}fused cross-entropy, {self._holds()}; "
+            f"{filtered}, index={index}, backend={backend})"
+        )
+
+    def _holds(self) -> str:
+        safety = self.options.safety
+        if safety is None:
+            return "no constraint"
+        reference = self.reference if isinstance(self.reference, str) else self.reference.path
+        return (
+            f"holds {len(safety.token_ids)} safety tokens by {safety.kind} at {safety.strength:g}, "
+            f"positions={self.positions}, reference={reference}"
         )
 
     def __enter__(self) -> Patch:
@@ -132,7 +157,8 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
-        self._clock = None
+        gather_again(self._head)
+        self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
@@ -199,13 +225,13 @@ class Patch:
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
         processes = together(self.model)
-        context = self._context(inner, arguments, weights, tokens)
-        forward = LabelledForward(replace(context, together=processes))
+        context = replace(self._context(inner, arguments, weights, tokens), together=processes)
+        forward = LabelledForward(context)
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0), len(_targets(arguments)), processes)
+            self._observe(forward.losses.pop(0), len(_targets(arguments)), context)
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -242,8 +268,8 @@ class Patch:
         weights: Tensor | None,
         tokens: trl.TokenTerms | None,
     ) -> LossContext:
-        drawn = self._draw(arguments)
-        aligned, drawn = self._aligned(inner, arguments, drawn)
+        split, drawn = split_of(arguments), self._draw(arguments)
+        aligned, drawn = self._aligned(inner, arguments, split, drawn)
         return LossContext(
             model=type(self.model).__name__,
             options=self.options,
@@ -255,6 +281,7 @@ class Patch:
             sequences=Sequences.of(self.model, arguments),
             evaluating=not self.model.training,
             aligned=aligned,
+            split=split,
             position_weights=weights,
             tokens=tokens,
             drawn=drawn,
@@ -267,7 +294,11 @@ class Patch:
         return self.sharing.draw(len(_targets(arguments)))
 
     def _aligned(
-        self, inner: Callable[..., Any], arguments: dict[str, Any], drawn: Drawn | None
+        self,
+        inner: Callable[..., Any],
+        arguments: dict[str, Any],
+        split: Split | None,
+        drawn: Drawn | None,
     ) -> tuple[Fold | None, Drawn | None]:
         """The reference pass of this batch, where the reference is the model without adapters.
 
@@ -282,18 +313,25 @@ class Patch:
             elif not drawn.passed:
                 return None, drawn
             arguments = arguments if cut is None else cut
-        aligned = reference_fold(self.model, inner, arguments, adapters=True)
+        with attends_whole(self.model, split):
+            aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
-        return aligned, drawn
+        same = aligned.weight is aligned.lent and has_one_weight(self._head)
+        # the training pass has it, too
+        return (aligned.without_weight() if same else aligned), drawn
 
-    def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
+    def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
+        processes, split = context.together, context.split
         self.last_parts = loss.parts
         filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
-        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
+        # processes that share the vocabulary have the same live share
+        judges = processes if loss.inputs["shard"] is None else ALONE
+        self._source.judge(loss.parts.live_share, judges, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
-        meter.add(loss.terms, loss.parts, rows=None if training else rows)
+        share = None if training else Share.of_rows(rows, loss.parts.num_labels, split)
+        meter.add(loss.terms, loss.parts, share)
         if loss.constrained is not None:
             constrained = (loss.terms, self.options.safety, *loss.constrained)
             meter.add_drift(*constrained)

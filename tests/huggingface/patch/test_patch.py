@@ -301,3 +301,17 @@ def test_the_logits_are_never_stored():
     with patch_model(model, SAFETY, index=None), _Largest() as largest:
         model(**inputs).loss.backward()
     assert words * 16 <= largest.elements < inputs["input_ids"].numel() * words / 2
+
+
+def test_a_patch_says_what_it_does():
+    """In one line: what it fused, what it holds and how, and whether it is still there."""
+    model = build()
+    with patch_model(model, SafetyConstraint([3, 17, 40], kind="kl"), positions=4) as patch:
+        assert repr(patch) == (
+            "Patch(LlamaForCausalLM: fused cross-entropy, holds 3 safety tokens by kl at 10, "
+            "positions=4, reference=adapter_off; filter_eps=auto, screen=auto, index=auto, "
+            "backend=auto)"
+        )
+    assert "removed, fused" in repr(patch)
+    with patch_model(model, index=None) as patch:
+        assert "no constraint; filter_eps=auto, screen=auto, index=None" in repr(patch)
