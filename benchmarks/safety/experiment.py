@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
+from benchmarks.safety.baselines import safe_lora
 from benchmarks.safety.data import REFUSALS, load_split
 from benchmarks.safety.findings import FILE, SCHEMA
 from benchmarks.safety.finetune import finetune
@@ -184,6 +185,11 @@ def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
     return {"stages": stages}
 
 
+def _base(places: Places) -> torch.nn.Module:
+    """Load the model before it was aligned."""
+    return load_model_and_tokenizer(places.model, dtype="float32")[0]
+
+
 def _tuned(
     places: Places,
     run: Run,
@@ -198,6 +204,8 @@ def _tuned(
     held = token_ids(KL, model if aligned is None else aligned, tokenizer, places.derived)
     folders = {"data": places.data, "work": places.derived}
     tuned, history = finetune(model, tokenizer, run, **folders, say=say, aligned=aligned)
+    if run.method.loss == "safe_lora":
+        say(f"{run.name}: projected {safe_lora(tuned, _base(places))} layers")
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     asked = {"amounts": amounts, "known": places.answers(name, amounts)}
     measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
