@@ -216,7 +216,12 @@ def _collator(prepared: Prepared) -> Collator:
         return plain
     pools = [file.features() for file in prepared.anchors]
     return AnchoredCollator(
-        plain, *pools, pad_token_id=pad, positions=settings.positions, seed=settings.seed
+        plain,
+        *pools,
+        pad_token_id=pad,
+        positions=settings.positions,
+        every=settings.anchors_every,
+        seed=settings.seed,
     )
 
 
@@ -242,7 +247,7 @@ def _patch(model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | No
     safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
         arguments["reference"] = _cache(prepared, safety)
-    return patch_model(model, safety, **arguments)
+    return patch_model(model, safety, **arguments, share_seed=settings.seed)
 
 
 def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:

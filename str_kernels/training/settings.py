@@ -63,6 +63,12 @@ class TrainSettings(ConstraintSettings):
         "another, with the answers of the aligned model.",
         option=list[str] | None,
     )
+    anchors_every: int = setting(
+        1,
+        "Anchors join one forward in so many, which the seed and the batch draw, and weigh as much "
+        "more, so that the sum is the same on average.",
+        at_least(1),
+    )
     eval: str | None = setting(
         None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
     )
@@ -162,6 +168,11 @@ class TrainSettings(ConstraintSettings):
             found.append(
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
+            )
+        if self.anchors_every > 1 and not self.anchors:
+            found.append(
+                f"anchors_every={self.anchors_every}: there are no anchors; give files of them, or "
+                "leave it out."
             )
         if self.eval_steps and self.eval is None:
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")

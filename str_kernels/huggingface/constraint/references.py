@@ -2,9 +2,10 @@
 
 Stage: batches → the pass with the adapters off → a file → references ``[B, T, K]`` of a batch.
 
-A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, the reference of every position of
-one token sequence, named by the sequence's hash; the metadata name the safety tokens and the unit.
-Padding does not matter: only the real tokens are hashed, and only they get values.
+A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, or ``[T, K + 1]`` for ``kl_rest``,
+the reference of every position of one token sequence, named by the sequence's hash; the metadata
+name the safety tokens and the unit. Padding does not matter: only the real tokens are hashed, and
+only they get values.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _EVALUATING = (
 
 
 def reference_unit(safety: SafetyConstraint) -> str:
-    """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
-    return "logprobs" if safety.kind == "logprob" else "logits"
+    """The unit of this constraint's reference; ``"logprobs and rest"`` has one more column."""
+    return {"logprob": "logprobs", "kl_rest": "logprobs and rest"}.get(safety.kind, "logits")
 
 
 class ReferenceCache:
