@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "files", "tensor_files", "options", "quantise", "notices", "transforms", "waits"},
+    {"version", "files", "tensor_files", "options", "quantise", "transforms", "waits", "ranks"},
+    {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
@@ -29,6 +30,7 @@ LAYERS = [
     {"training"},
     {"demo", "bench"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -9,6 +9,7 @@ import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
+from str_kernels.ranks import require_one
 
 SHAPE, QUICK_SHAPE = "1024,65536,512", "256,8192,64"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,6 +61,7 @@ def bench(
     1 GEMM is the bare product of hidden states and head, timed in turns with each contender. An
     interrupted run continues where it stopped.
     """
+    require_one("bench")
     default_shape = QUICK_SHAPE if quick else SHAPE
     sizes = _checked(model, data, shape, dtype=dtype, default_shape=default_shape)
     with console.stage("preparing"):

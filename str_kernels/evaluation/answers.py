@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from str_kernels.ranks import sharing
+
 
 class AnswerFile:
     """The answers of earlier runs; new ones are appended.
@@ -44,11 +46,12 @@ class AnswerFile:
         return self._answers.get(self._key(prompt))
 
     def add(self, prompt: Sequence[int], text: str, answer: str) -> None:
-        """Write an answer; ``text`` is the request, for people who read the file."""
+        """Write an answer, in the first process; ``text`` is the request, for people."""
         key = self._key(prompt)
         row = {"key": key, "prompt": text, "answer": answer}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        if sharing().first:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
         self._answers[key] = answer
 
     def close(self) -> None:

@@ -17,11 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from str_kernels.huggingface.deferred.sharding import is_fsdp1
 
 
-def is_first() -> bool:
-    """Whether this process is the first, or the only one: it alone warns and writes files."""
-    return not _initialised() or distributed.get_rank() == 0
-
-
 class Together(NamedTuple):
     """The processes that make the same forwards, one group for each dimension of their mesh."""
 
