@@ -75,7 +75,7 @@ def whole_head(head: nn.Module | None, weight: Tensor) -> Iterator[None]:
     owners = []
     if is_freed(weight):
         modules = [] if head is None else head.modules()
-        owners = [module for module in modules if _is_fsdp2(module)]
+        owners = [module for module in modules if is_fsdp2(module)]
         if not owners:
             raise ValueError(
                 "the head's weight was freed between the head and the loss: compute the loss in "
@@ -115,7 +115,8 @@ def is_fsdp1(module: nn.Module) -> bool:
     return _is_fsdp(module, "FullyShardedDataParallel")
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether this is a module that FSDP2 has sharded as a unit."""
     return _is_fsdp(module, "FSDPModule")
 
 
