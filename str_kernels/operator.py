@@ -29,7 +29,7 @@ from str_kernels.engine.contract import (
     RowTerms,
     Statistics,
 )
-from str_kernels.engine.forward import forward_rows
+from str_kernels.engine.forward import forward_rows, kept_weight
 from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
@@ -59,6 +59,7 @@ class Outputs(NamedTuple):
     safety_logits: Tensor
     rows: Tensor
     safety_alone: Tensor
+    safety_rows: Tensor
     ce_gradient: Tensor
     lse_gradient: Tensor
     open_mass: Tensor
@@ -189,9 +190,12 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
     """Pad the result of a forward to the shapes that a tracer knows."""
     count, lse = len(kept.lse), kept.lse
 
+    def absent(dtype: torch.dtype) -> Tensor:
+        return lse.new_empty(0, dtype=dtype)
+
     def pad(values: Tensor | None, dtype: torch.dtype = lse.dtype) -> Tensor:
         if values is None:
-            return lse.new_empty(0, dtype=dtype)
+            return absent(dtype)
         if len(values) == count:
             return values
         return torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
@@ -204,6 +208,7 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
         safety_logits=pad(statistics.safety_logits),
         rows=pad(kept.rows),
         safety_alone=pad(kept.safety_alone, torch.int64),
+        safety_rows=absent(resolved.dtype) if kept.safety_rows is None else kept.safety_rows,
         ce_gradient=pad(kept.ce_gradient, of_rows),
         lse_gradient=pad(kept.lse_gradient, of_rows),
         open_mass=pad(kept.open_mass),
@@ -223,6 +228,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
+    of_safety = (len(safety.token_ids), hidden.shape[1]) if constrained else (0,)
     rows = ("cross_entropy", "penalty", "lse", "lse_rest", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
@@ -230,6 +236,9 @@ def _forward_fake(*arguments: Any) -> Outputs:
         safety_logits=make(count, len(safety.token_ids) if constrained else 0, there=constrained),
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
+        safety_rows=make(
+            *of_safety, dtype=hidden.dtype, there=of_hidden and settings.options.constrained
+        ),
         ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
         lse_gradient=make(
             *gradients, dtype=kept, there=of_hidden and constrained and needs_lse(safety)
@@ -245,7 +254,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     trained = Settings.from_text(ctx.text).trained
     kept = Kept(
         *constants,
-        weight=head.weight,
+        weight=kept_weight(head.weight, trained=trained),
         hidden_states=head.hidden_states if trained else None,
         bias=head.bias if trained else None,
         **{name: getattr(found, name) for name in Outputs._fields if name in Kept._fields},
@@ -285,8 +294,9 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
 def _backward_fake(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
     *tensors, _, text = arguments
     kept, settings = Kept(*tensors), Settings.from_text(text)
-    shape = (kept.lse.shape[0], kept.weight.shape[1])
-    hidden = kept.lse.new_empty(shape, dtype=getattr(torch, settings.dtype))
+    rows = kept.ce_gradient  # [0] where the hidden states need no gradient
+    shape = (kept.lse.shape[0], *rows.shape[1:])
+    hidden = rows.new_empty(shape, dtype=getattr(torch, settings.dtype))
     like = (hidden, kept.weight, kept.bias)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format)

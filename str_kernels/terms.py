@@ -5,11 +5,15 @@ Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → `RowTerms
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from str_kernels import oracle, waits
+from str_kernels.backends.empty import EmptyBackend
 from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.engine.agreement import agreed
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -22,6 +26,8 @@ from str_kernels.engine.contract import (
     Tiles,
 )
 from str_kernels.engine.forward import tiles_of
+from str_kernels.engine.joins import columns_over_shards
+from str_kernels.engine.shards import ALONE, Shards, VocabularyShard, shards_of
 from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.options import LossOptions
 from str_kernels.validation import validate_loss_inputs, validate_values
@@ -35,19 +41,21 @@ def row_terms(
     *,
     index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
+    shard: VocabularyShard | None = None,
     entropy: bool = False,
 ) -> RowTerms:
     """Compute both terms of every position, unreduced; tensors as in ``linear_cross_entropy``.
 
     ``entropy`` asks for the entropy of each labelled position's prediction too, in nats.
     """
-    check_inputs(head, inputs, options, index)
+    shards = shards_of(shard, len(head.weight))
+    check_inputs(head, inputs, options, index, shards)
     shape = inputs.labels.shape
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
     resolved = resolve(
         options,
-        backend,
+        _backend_of(head, backend, shards),
         dtype=flat.dtype,
         device=flat.device,
         indexed=index is not None,
@@ -55,11 +63,13 @@ def row_terms(
         needs=gradients_needed(head),
         positions=len(flat),
     )
+    resolved = agreed(replace(resolved, shards=shards), head, inputs)
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
     with torch.autocast(flat.device.type, enabled=False):
         if resolved.backend is None:
             if not waits.checks_at_once(head.weight.device):
-                _check_values(head, inputs, options)  # autograd would index with them
+                # autograd would index with them
+                _check_values(inputs, options, len(head.weight))
             terms = _dense_terms(head, inputs, options)
         else:
             terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
@@ -67,26 +77,53 @@ def row_terms(
 
 
 def safety_logits(
-    head: Head, inputs: RowInputs, options: LossOptions, *, backend: str | Backend = "auto"
+    head: Head,
+    inputs: RowInputs,
+    options: LossOptions,
+    *,
+    backend: str | Backend = "auto",
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Compute the safety tokens' logits ``[N, K]`` where a position weight is above 0; else NaN.
 
     They are the training loss's own to the last bit. The vocabulary is not read, unless
     ``backend="dense"`` materialises it, and nothing is kept for a gradient.
     """
-    check_inputs(head, inputs, options, None)
+    shards = shards_of(shard, len(head.weight))
+    check_inputs(head, inputs, options, None, shards)
     flat, rows = flatten(head, inputs)
+    backend = _backend_of(head, backend, shards)
     chosen, _ = select_backend(backend, flat.weight.device, flat.hidden_states.dtype)
     if chosen is None:
         return row_terms(head, inputs, options, backend=backend).statistics.safety_logits
     with torch.no_grad(), torch.autocast(flat.weight.device.type, enabled=False):
         labels = torch.full_like(rows.labels, -1)
-        block = Block(whole_head(flat, chosen), labels, None, options)
-        return row_stages(chosen).columns(block, rows.position_weights > 0).safety
+        elsewhere = shards.elsewhere(labels)
+        block = Block(
+            whole_head(flat, chosen), labels, None, options, elsewhere=elsewhere, shards=shards
+        )
+        needed = rows.position_weights > 0
+        return columns_over_shards(row_stages(chosen), block, needed).safety
+
+
+def _backend_of(head: Head, backend: str | Backend, shards: Shards) -> str | Backend:
+    """Refuse the oracle, which has no shards; a process without rows has nothing to compute."""
+    if shards.alone:
+        return backend
+    if backend == "dense":
+        raise ValueError(
+            "backend='dense' with a split vocabulary: it materialises a whole head's logits; use "
+            "'auto' or 'torch', or gather the weight."
+        )
+    return backend if len(head.weight) else EmptyBackend()
 
 
 def check_inputs(
-    head: Head, inputs: RowInputs, options: LossOptions, index: VocabularyIndex | None
+    head: Head,
+    inputs: RowInputs,
+    options: LossOptions,
+    index: VocabularyIndex | None,
+    shards: Shards = ALONE,
 ) -> None:
     """Raise ValueError for bad input; see ``linear_cross_entropy``.
 
@@ -94,9 +131,10 @@ def check_inputs(
     (`engine.rows.plan_rows`).
     """
     waits.judge_arrived()
-    validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options)
+    total = None if shards.alone else shards.total
+    validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options, vocab_size=total)
     if waits.checks_at_once(head.weight.device):
-        _check_values(head, inputs, options)
+        _check_values(inputs, options, total or len(head.weight))
     if index is None:
         return
     if not isinstance(index, VocabularyIndex):
@@ -104,8 +142,8 @@ def check_inputs(
     index.check(head.weight)
 
 
-def _check_values(head: Head, inputs: RowInputs, options: LossOptions) -> None:
-    validate_values(inputs.labels, inputs.position_weights, len(head.weight), options)
+def _check_values(inputs: RowInputs, options: LossOptions, vocab_size: int) -> None:
+    validate_values(inputs.labels, inputs.position_weights, vocab_size, options)
 
 
 def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
@@ -171,4 +209,4 @@ def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
         return None if values is None else values.reshape(shape + values.shape[1:])
 
     statistics = Statistics(*map(view, terms.statistics))
-    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics)
+    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics, terms.backend)

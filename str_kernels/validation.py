@@ -47,8 +47,11 @@ def _require_constant(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
         raise ValueError(f"{name} requires a gradient, but is a constant of the loss: detach() it.")
 
 
-def validate_weight(weight: Tensor, name: str = "weight") -> None:
-    """Raise ValueError unless this is a whole ``[V, D]``: not sharded, offloaded or quantised."""
+def validate_weight(weight: Tensor, name: str = "weight", *, part: bool = False) -> None:
+    """Raise ValueError unless this is a whole ``[V, D]``: not sharded, offloaded or quantised.
+
+    A ``part`` of a vocabulary may have no rows.
+    """
     _require_tensor(name, weight)
     kind = type(weight).__name__
     if kind == "DTensor":
@@ -65,7 +68,7 @@ def validate_weight(weight: Tensor, name: str = "weight") -> None:
             f"{_facts(name, weight)} ({kind}): a quantised head is not supported; keep it in "
             "bfloat16, float16 or float32 (for bitsandbytes: llm_int8_skip_modules=['lm_head'])."
         )
-    if weight.dim() != 2 or weight.numel() == 0:
+    if weight.dim() != 2 or (weight.numel() == 0 and not (part and weight.shape[1])):
         raise ValueError(f"{_facts(name, weight)}: must be [V, D] with no empty dimension.")
 
 
@@ -78,12 +81,16 @@ def validate_loss_inputs(
     bias: Tensor | None,
     reference: Tensor | None,
     position_weights: Tensor | None,
+    vocab_size: int | None = None,
 ) -> None:
-    """Raise ValueError for an argument of the loss of the wrong shape, dtype or device."""
-    validate_weight(weight)
+    """Raise ValueError for an argument of the loss of the wrong shape, dtype or device.
+
+    ``vocab_size`` is V where ``weight`` is a part of the head.
+    """
+    validate_weight(weight, part=vocab_size is not None)
     _validate_operands(hidden_states, weight, bias)
     _validate_labels(labels, hidden_states)
-    _validate_reference(reference, hidden_states, weight.shape[0], options)
+    _validate_reference(reference, hidden_states, vocab_size or weight.shape[0], options)
     _validate_position_weights(position_weights, labels, hidden_states, options)
 
 

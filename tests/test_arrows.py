@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "files", "tensor_files", "options", "quantise", "transforms", "waits", "ranks"},
+    {
+        "version",
+        "files",
+        "tensor_files",
+        "tensor_rows",
+        "options",
+        "quantise",
+        "transforms",
+        "waits",
+        "ranks",
+    },
     {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
@@ -20,11 +30,13 @@ LAYERS = [
     {"engine"},
     {"backends"},
     {"terms"},
-    {"operator"},
+    {"operator", "split"},
+    {"untraced"},
     {"functional"},
     {"accuracy"},
     {"inputs"},
     {"safety", "huggingface"},
+    {"levers"},
     {"evaluation"},
     {"integrations"},
     {"training"},

@@ -176,4 +176,4 @@ def _record(patch: Patch, history: History) -> None:
     taken = patch.meter.take()
     history.cross_entropy.append(taken["cross_entropy"])
     history.penalty[-1] -= taken["cross_entropy"]
-    history.drift.append(taken.get("safety_drift", 0.0))
+    history.drift.append(taken.get("safety_drift", 0.0) ** 2)  # a mean square, as it always was

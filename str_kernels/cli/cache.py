@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from str_kernels.training.checks import Prepared
 
 
-@options_of(TrainSettings, "kind", "anchors", "max_length", "long", "batch", "dtype")
+@options_of(
+    TrainSettings, "kind", "anchors", "eval", "max_length", "long", "batch", "dtype", "device"
+)
 def cache(
     model: ModelName,
     data: DataFile,
@@ -90,8 +92,10 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
         return
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
     words += [word for file in settings.anchors for word in ("--anchors", file)]
+    words += [] if settings.eval is None else ["--eval", settings.eval]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
     words += [] if settings.long == LONG[0] else ["--long", settings.long]
     words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
+    words += [] if settings.device == "auto" else ["--device", settings.device]
     console.say(f"next: str-kernels {shlex.join(words)} --out ADAPTER")

@@ -8,6 +8,8 @@ second backward is right as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,14 @@ from str_kernels.engine.contract import (
     Head,
     Kept,
     Resolved,
+    RowGradients,
     RowInputs,
     SafetyTerm,
     Saved,
     Tiles,
     Upstream,
 )
-from str_kernels.engine.logits import safety_ids
+from str_kernels.engine.logits import accumulator, safety_ids
 from str_kernels.engine.rows import plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head
 
@@ -52,6 +55,18 @@ def backward_rows(
     return backward.found.hidden, weight, bias
 
 
+def _gradient(kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+    """Compute row gradients; those of several processes are added up before they are rounded."""
+    stages, shards = row_stages(resolved.backend), resolved.shards
+    if shards.alone:
+        return stages.gradient(kept, upstream, resolved)
+    wide = replace(resolved, dtype=accumulator(resolved.dtype))
+    found = stages.gradient(kept, upstream, wide)
+    if found.hidden is None:
+        return found
+    return found._replace(hidden=shards.sum(found.hidden).to(resolved.dtype))
+
+
 class _Backward:
     """One backward: the upstream gradients of both terms, and the gradients they give."""
 
@@ -66,7 +81,9 @@ class _Backward:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
         inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
-        self.plan = plan_for(resolved, inputs, len(kept.weight), tiles)
+        self.shards = resolved.shards
+        self.vocab = self.shards.total or len(kept.weight)
+        self.plan = plan_for(resolved, inputs, self.vocab, tiles)
         self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
@@ -74,7 +91,7 @@ class _Backward:
             penalty = grad_penalty * self.plan.penalty_scale
         dense = None if self.plan.listed is None else self.plan.dense
         upstream = Upstream(grad_cross_entropy, penalty, dense)
-        self.found = row_stages(resolved.backend).gradient(kept, upstream, resolved)
+        self.found = _gradient(kept, upstream, resolved)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
@@ -86,7 +103,7 @@ class _Backward:
             self.grad_cross_entropy,
             self.found.d_lse,
             options=self.options,
-            vocab_size=len(kept.weight),
+            vocab_size=self.vocab,
         )
         hidden = kept.hidden_states[rows].contiguous()
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
@@ -110,13 +127,18 @@ class _Backward:
     def _block(self, head: Head, rows: Tensor | slice) -> Block:
         listed = self.plan.listed
         if listed is None:
-            return Block(head, self.plan.labels[rows], self.tiles, self.options)
+            labels = self.shards.own(self.plan.labels[rows])
+            return Block(head, labels, self.tiles, self.options, shards=self.shards)
         return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
 
     def _safety_term(self) -> SafetyTerm | None:
         if self.found.beta is None:
             return None
-        ids, beta = safety_ids(self.options.safety, self.kept.lse.device), self.found.beta
+        safety, device, beta = self.options.safety, self.kept.lse.device, self.found.beta
+        ids = safety_ids(safety, device)
+        if not self.shards.alone:
+            places, ids = self.shards.tokens(safety, device)
+            beta = beta[:, places]
         if self.plan.listed is None:
             rows = self.plan.safety.nonzero()[:, 0]
             beta, hidden = beta[rows], self.kept.hidden_states[rows].to(self.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import Kept, Resolved, RowGradients, Statistics, Upstream
-from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
+from str_kernels.engine.logits import log_probabilities, logit_slope
 from str_kernels.engine.rows import row_blocks, silence
 from str_kernels.options import LossOptions
 
@@ -53,11 +53,10 @@ def _hidden_gradient(
     count, dtype = len(kept.lse), resolved.dtype
     whole = len(kept.rows) == count
     make = torch.empty if whole else torch.zeros  # a row may be in no block
-    out = make((count, kept.weight.shape[1]), dtype=dtype, device=kept.weight.device)
+    out = make((count, kept.ce_gradient.shape[1]), dtype=dtype, device=kept.lse.device)
     size, safety_rows = max(1, _SCRATCH // out.shape[1]), None
     if found.beta is not None:
-        ids = safety_ids(resolved.options.safety, kept.weight.device)
-        safety_rows = kept.weight[ids].to(dtype).to(found.beta.dtype)  # rounded as the forward does
+        safety_rows = kept.safety_rows.to(found.beta.dtype)
     for block, rows in row_blocks(kept.rows, size, every=whole and upstream.dense is None):
         gradient = _scaled(kept.ce_gradient[block], upstream.cross_entropy[rows])
         if found.d_lse is not None:

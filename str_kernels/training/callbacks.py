@@ -94,11 +94,11 @@ class Reporter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Report a training log."""
-        if not logs or "loss" not in logs:
+        """Report a log of training or of an evaluation."""
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         self._progress.log({"step": state.global_step, **logs})
-        if not math.isfinite(logs["loss"]):
+        if "loss" in logs and not math.isfinite(logs["loss"]):
             self.not_finite_at = state.global_step
             control.should_training_stop = True
 

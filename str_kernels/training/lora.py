@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-ALL_LINEAR = ("all-linear",)
+from str_kernels.training.settings import ALL_LINEAR
 
 
 def add_lora(

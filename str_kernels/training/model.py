@@ -21,8 +21,4 @@ def load(settings: TrainSettings, *, adapter: str | None = None) -> torch.nn.Mod
     if adapter is not None:
         model = merge_adapter(model, adapter)
     model.config.use_cache = False  # training needs no cache of keys and values
-    if settings.gradient_checkpointing:
-        # Transformers renamed the method; the keywords of torch's checkpoint come first in both.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model.to(resolve_device("auto"))
+    return model.to(resolve_device(settings.device))

@@ -32,6 +32,7 @@ class Result:
         loss: its average in the last log, like the next two.
         cross_entropy: the first term.
         safety_penalty: the second term, strength included; None without a constraint.
+        eval_cross_entropy: the first term on the held-out rows, at the last step; None without.
         peak_process_mib: the largest resident size of a process.
         peak_device_mib: the largest allocation on the accelerator; None on a CPU.
     """
@@ -44,6 +45,7 @@ class Result:
     loss: float | None
     cross_entropy: float | None
     safety_penalty: float | None
+    eval_cross_entropy: float | None
     peak_process_mib: float
     peak_device_mib: float | None
 
@@ -92,6 +94,7 @@ def write_description(
         "versions": run_versions(),
         "data": prepared.data.facts(),
         "anchors": [file.facts() for file in prepared.anchors],
+        "eval": prepared.held_out and prepared.held_out.facts(),
         "chat_template": prepared.tokenizer.chat_template,
         "safety_tokens": None
         if tokens is None

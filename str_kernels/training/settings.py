@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from str_kernels.levers import PLACES, LongContext
 from str_kernels.options import MAX_SAFETY_TOKENS
 from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
+ALL_LINEAR = ("all-linear",)  # every linear layer but the head
 LONG = ("refuse", "skip", "truncate")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # These may differ between the interrupted and the resumed part of a run: none changes a weight.
-FREE_ON_RESUME = ("out", "logging_steps", "save_steps")
+FREE_ON_RESUME = ("out", "logging_steps", "save_steps", "report_to")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class TrainSettings(ConstraintSettings):
         Rule(f"1 to {MAX_SAFETY_TOKENS}", lambda value: 1 <= value <= MAX_SAFETY_TOKENS),
     )
     reference: str = setting(
-        "adapter_off", "adapter_off, cache (computed once, at the start), or a cache file."
+        "adapter_off",
+        "adapter_off, cache (each row computed once, in the first epoch), or a cache file.",
     )
     anchors: tuple[str, ...] = setting(
         (),
@@ -59,13 +63,19 @@ class TrainSettings(ConstraintSettings):
         "another, with the answers of the aligned model.",
         option=list[str] | None,
     )
+    eval: str | None = setting(
+        None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
+    )
+    eval_steps: int = setting(
+        0, "Steps between measurements of --eval; 0: at the end alone.", at_least(0)
+    )
     rank: int = setting(16, "LoRA rank.", at_least(1))
     alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
     dropout: float = setting(
         0.0, "LoRA dropout.", Rule("0 to below 1", lambda value: 0 <= value < 1)
     )
     target_modules: tuple[str, ...] = setting(
-        ("all-linear",),
+        ALL_LINEAR,
         "Modules to adapt, comma-separated; all-linear means every linear layer but the head.",
         Rule("names of modules, or all-linear", bool),
         option=str,
@@ -102,21 +112,45 @@ class TrainSettings(ConstraintSettings):
         "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
         one_of(*DTYPES),
     )
+    device: str = setting(
+        "auto",
+        "auto, cpu, cuda or mps; one GPU of several is chosen by CUDA_VISIBLE_DEVICES.",
+        one_of(*DEVICES),
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    offload: str | None = setting(
+        None,
+        "Where the checkpoints wait for the backward: cpu (the host's memory, beside a GPU) or "
+        "disk (the folder of temporary files); default: on the device.",
+        one_of(*PLACES),
+    )
+    tile_tokens: int | None = setting(
+        None,
+        "Tokens that an MLP works on at a time, such as 2048; default: all. Its inside is "
+        "recomputed in the backward pass.",
+        at_least(1),
+    )
+    window_attention: bool = setting(
+        False,
+        "Let layers with a sliding window attend in blocks of one window, without a mask.",
     )
     seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
     save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
     logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Where the logs go as well, comma-separated: tensorboard, wandb, mlflow, …",
+        option=str | None,
+    )
 
     def __post_init__(self) -> None:
         """Turn lists of names into tuples, check every field, and fill in the strength."""
-        anchors, modules = self.anchors, self.target_modules
-        anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors or ())
-        if isinstance(modules, str):
-            modules = [name.strip() for name in modules.split(",") if name.strip()]
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors or ())
         object.__setattr__(self, "anchors", anchors)
-        object.__setattr__(self, "target_modules", tuple(modules))
+        object.__setattr__(self, "target_modules", _names(self.target_modules))
+        object.__setattr__(self, "report_to", _names(self.report_to))
         super().__post_init__()
         object.__setattr__(self, "strength", self.constraint(range(2)).strength)
 
@@ -129,8 +163,17 @@ class TrainSettings(ConstraintSettings):
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
             )
+        if self.eval_steps and self.eval is None:
+            found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
+        if self.offload is not None and not self.gradient_checkpointing:
+            found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
+        if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
+            found.append(
+                f"tile_tokens={self.tile_tokens}: an MLP cannot run in tiles with a random "
+                f"dropout={self.dropout:g} in it; set dropout=0 or leave the tiles out."
+            )
         return found
 
     @property
@@ -138,6 +181,11 @@ class TrainSettings(ConstraintSettings):
         """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def levers(self) -> LongContext:
+        """Return what trades time for memory."""
+        return LongContext(**{n.name: getattr(self, n.name) for n in fields(LongContext)})
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -156,8 +204,8 @@ class TrainSettings(ConstraintSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        lists = {"target_modules": list(self.target_modules), "anchors": list(self.anchors)}
-        return {**dataclasses.asdict(self), **lists}
+        lists = ("target_modules", "anchors", "report_to")
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
     def total_steps(self, rows: int, processes: int = 1) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
@@ -178,3 +226,10 @@ class TrainSettings(ConstraintSettings):
         own = self.as_dict()
         other = {**TrainSettings(self.model, self.data, self.out).as_dict(), **other}
         return [n for n in own if n not in FREE_ON_RESUME and own[n] != other[n]]
+
+
+def _names(given: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    """Return the names of a list, or of a text that commas part."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return tuple(given or ())

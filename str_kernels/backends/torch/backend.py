@@ -80,6 +80,10 @@ class TorchBackend:
         """See ``Backend.row_block``."""
         return blocks.row_block(self.byte_budget, head, rows, routed=routed)
 
+    def scratch(self, head: Head, rows: int) -> int:
+        """Count the bytes that a block of ``rows`` rows takes while it is computed."""
+        return blocks.scratch(self.byte_budget, head, rows)
+
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Screen a block at a time, for W is small beside its masses."""
         return size

@@ -34,6 +34,16 @@ def column_block(byte_budget: int, head: Head) -> int:
     return min(most, max(TILE, columns))
 
 
+def scratch(byte_budget: int, head: Head, rows: int) -> int:
+    """Bytes of a block while it is computed exactly: its logits, and rows of H, W and gradient."""
+    vocabulary, dim = head.weight.shape
+    size = row_block(byte_budget, head, rows, routed=False)
+    block = head._replace(hidden_states=head.hidden_states[:size])
+    columns = min(vocabulary, column_block(byte_budget, block))
+    converted = columns * dim if head.weight.dtype.itemsize < _width(head) else 0
+    return _width(head) * (size * (columns + 2 * dim) + converted)
+
+
 def _width(head: Head) -> int:
     return accumulator(head.hidden_states.dtype).itemsize  # bytes
 

@@ -91,14 +91,14 @@ def reference_fold(
         adapters_off(model) if adapters else nullcontext(),
         _evaluating(modules, device, _NoLoss(labelled)),
     ):
-        outputs = forward(**kept)
-    logits = _logits(outputs)
-    if logits is None or logits.fold is None:
+        logits = _logits(forward(**kept))
+        fold = None if logits is None else logits.fold  # a lent weight is given back afterwards
+    if fold is None:
         raise ValueError(
             f"reference='adapter_off': the logits of {type(model).__name__} cannot be deferred, so "
             "its reference cannot be computed; use a cache file."
         )
-    return logits.fold
+    return fold
 
 
 def _logits(outputs: Any) -> DeferredLogits | None:
@@ -164,10 +164,10 @@ def safety_reference(
         inputs = RowInputs(labels, reference, wanted.float())
         head = Head(states, fold.weight, fold.bias)
         if needs_lse(safety):
-            found = row_terms(head, inputs, options, backend=backend).statistics
+            found = row_terms(head, inputs, options, backend=backend, shard=fold.shard).statistics
             values = log_probabilities(found.safety_logits, found)
         else:
-            values = safety_logits(head, inputs, options, backend=backend)
+            values = safety_logits(head, inputs, options, backend=backend, shard=fold.shard)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)
         table[rows] = values
         return table

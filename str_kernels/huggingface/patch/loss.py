@@ -107,12 +107,14 @@ class LabelledForward:
             context.index.find(fold, options, context.together),
         )
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
+        inputs["shard"] = fold.shard
         terms = row_terms(
             Head(*operands[:2], fold.bias),
             RowInputs(labels, reference, weights),
             options,
             index=index,
             backend=context.backend,
+            shard=fold.shard,
             entropy=tokens is not None and entropy_is_free(operands[0], options, inputs),
         )
         loss, parts = self._reduced(terms, labels, options)

@@ -85,8 +85,8 @@ class LossMeter:
         """Averages since the last call; empty if there was no loss.
 
         All are over the labelled tokens (the two terms over rows, if they were added so), but
-        ``safety_drift``, which is there if there was a constraint: over the weight of the
-        constrained positions.
+        ``safety_drift``, which is there if there was a constraint: the root of the mean square over
+        the weight of the constrained positions, in logits.
 
         Args:
             device: of this process; given, the averages are those of all processes, each of which
@@ -109,7 +109,7 @@ class LossMeter:
         }
         if drift is not None:
             distance, weight = drift.tolist()
-            averages["safety_drift"] = distance / weight if weight else 0.0
+            averages["safety_drift"] = (distance / weight) ** 0.5 if weight else 0.0
         return averages
 
     def state_dict(self) -> dict[str, list[float] | None]:

@@ -13,6 +13,7 @@ from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 
 # A larger buffer is a table or a quantised weight, which no forward writes.
 _LARGEST_BUFFER = 2**20
+_NO_DRAWS = ("cpu", "meta")  # devices without random numbers of their own
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for buffer in model.buffers()
         if not buffer.is_inference() and buffer.numel() <= _LARGEST_BUFFER
     ]
-    kinds = {parameter.device.type for parameter in model.parameters()}
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -51,7 +52,9 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved_draws(model: nn.Module) -> Iterator[None]:
     """Restores the state of the random numbers after this block."""
-    devices = sorted({p.device for p in model.parameters() if p.device.type != "cpu"}, key=str)
+    devices = sorted(
+        {p.device for p in model.parameters() if p.device.type not in _NO_DRAWS}, key=str
+    )
     kind = devices[0].type if devices else "cuda"
     with torch.random.fork_rng(devices, device_type=kind):
         yield

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
@@ -40,7 +42,8 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
+from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
@@ -49,10 +52,11 @@ from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
 from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter, Share
 from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.patch.processes import together
+from str_kernels.huggingface.patch.processes import ALONE, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class Patch:
@@ -84,8 +88,9 @@ class Patch:
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
         verification: Verification | None = None,
+        trainer_logs: object = None,
     ) -> None:
-        """Install; ``patch_model`` has checked everything."""
+        """Install; ``patch_model`` has checked everything. ``trainer_logs`` is kept alive."""
         self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
@@ -95,6 +100,7 @@ class Patch:
         self._source, self._head = IndexSource(index), head
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
+        self._trainer_logs = trainer_logs
         self._running = False
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
@@ -106,6 +112,26 @@ class Patch:
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.installed else "removed, "
+        filtered = f"filter_eps={self.options.filter_eps}, screen={self.options.screen}"
+        backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        index = "given" if isinstance(self.index, VocabularyIndex) else self.index
+        return (
+            f"Patch({type(self.model).__name__}: {state}fused cross-entropy, {self._holds()}; "
+            f"{filtered}, index={index}, backend={backend})"
+        )
+
+    def _holds(self) -> str:
+        safety = self.options.safety
+        if safety is None:
+            return "no constraint"
+        reference = self.reference if isinstance(self.reference, str) else self.reference.path
+        return (
+            f"holds {len(safety.token_ids)} safety tokens by {safety.kind} at {safety.strength:g}, "
+            f"positions={self.positions}, reference={reference}"
         )
 
     def __enter__(self) -> Patch:
@@ -129,7 +155,8 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
-        self._clock = None
+        gather_again(self._head)
+        self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
@@ -257,19 +284,37 @@ class Patch:
         self, inner: Callable[..., Any], arguments: dict[str, Any], split: Split | None
     ) -> Fold | None:
         """The reference pass of this batch, where the reference is the model without adapters."""
-        if not self.options.constrained or not isinstance(self.reference, str):
+        if not self.options.constrained:
+            return None
+        if isinstance(self.reference, FillingCache):
+            self._fill(self.reference, arguments, split)
+        if not isinstance(self.reference, str):
             return None
         with attends_whole(self.model, split):
             aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
-        return aligned
+        same = aligned.weight is aligned.lent and has_one_weight(self._head)
+        return aligned.without_weight() if same else aligned  # the training pass has it, too
+
+    def _fill(self, cache: FillingCache, arguments: dict[str, Any], split: Split | None) -> None:
+        """Let the cache compute what it lacks of this batch, by the model without adapters."""
+        if split is not None:
+            raise ValueError(
+                f"reference={str(cache.path)!r}: fills itself, which a sequence that is split over "
+                "processes does not allow; make the cache first, with str-kernels cache."
+            )
+        device, processes = next(self.model.parameters()).device, together(self.model)
+        cache.fill(self.model, arguments, partial(processes.any, device=device))
+        require_fixed_base(self.model)
 
     def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
         processes, split = context.together, context.split
         self.last_parts = loss.parts
         filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
-        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
+        # processes that share the vocabulary have the same live share
+        judges = processes if loss.inputs["shard"] is None else ALONE
+        self._source.judge(loss.parts.live_share, judges, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
         share = None if training else Share.of_rows(rows, loss.parts.num_labels, split)

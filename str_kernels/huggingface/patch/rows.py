@@ -151,7 +151,8 @@ def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
             f"{list(fold.batch_shape)}, without them {list(context.aligned.batch_shape)}; use a "
             "cache file."
         )
-    return safety_reference(context.aligned, constrained, context.options, context.backend)
+    aligned = context.aligned.lend_by(fold)
+    return safety_reference(aligned, constrained, context.options, context.backend)
 
 
 def _cached(context: LossContext, fold: Fold, whole: Whole | None) -> Tensor:

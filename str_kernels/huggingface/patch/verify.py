@@ -52,7 +52,7 @@ def verify_patch(model: nn.Module, head: nn.Module, backend: str | Backend) -> V
     with preserved_state(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            inputs = _inputs(model, vocabulary_size(head))
+            inputs = trial_inputs(model, vocabulary_size(head))
             dense = _run(model, head, inputs, states)
         except Exception as error:  # a model that cannot run so is no fault of the patch
             return Verification(skipped=f"{type(error).__name__}: {error}".splitlines()[0])
@@ -79,7 +79,7 @@ def _refusal(model: str, what: str) -> str:
     )
 
 
-def _inputs(model: nn.Module, words: int) -> dict[str, Any]:
+def trial_inputs(model: nn.Module, words: int) -> dict[str, Any]:
     """Token ids, always the same and none of them special, with labels after a short prompt."""
     embedding = _input_embedding(model)
     weight = getattr(embedding, "weight", None)

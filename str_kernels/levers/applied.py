@@ -1,0 +1,55 @@
+"""`Applied`: the levers of one model, in force until they are undone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from str_kernels.huggingface.deferred.head import causal_lm
+from str_kernels.levers.checkpoints import checkpointed
+from str_kernels.levers.tiles import tiled
+from str_kernels.levers.token_wise import token_wise_modules
+from str_kernels.levers.windows import windowed
+
+
+class Applied:
+    """Levers in force; as a context manager it undoes them on leaving.
+
+    Attributes:
+        tiled: the names of the modules that run in tiles.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gradient_checkpointing: bool,
+        offload: str | None,
+        tile_tokens: int | None,
+        window_attention: bool,
+    ) -> None:
+        """Check and install; ``LongContext.apply`` calls it, and says what the arguments mean."""
+        self.tiled: tuple[str, ...] = ()
+        inner = causal_lm(model)
+        with ExitStack() as stack:
+            if tile_tokens is not None:
+                found = token_wise_modules(inner)
+                self.tiled = tuple(found)
+                stack.enter_context(tiled(inner, list(found.values()), tile_tokens))
+            if window_attention:
+                stack.enter_context(windowed(inner))
+            if gradient_checkpointing:
+                stack.enter_context(checkpointed(inner, offload))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Restore the model; harmless when done already."""
+        self._stack.close()

@@ -1,0 +1,138 @@
+"""`Counter`: the counted memory of a model's step, at any context and with any levers.
+
+Stage: `Subject`, what is trained on it → `Count` for a context and a set of levers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from str_kernels.huggingface.deferred.head import find_head
+from str_kernels.levers.checkpoints import checkpointed
+from str_kernels.levers.tiles import tiled
+from str_kernels.levers.token_wise import token_wise_modules
+from str_kernels.planning.depth import Depths, depths_of, layers_of, shortened, whole
+from str_kernels.planning.head import HeadShape, index_bytes
+from str_kernels.planning.ledger import Ledger, Most
+from str_kernels.planning.levers import Levers
+from str_kernels.planning.step import ADAPTER, GRADIENTS, WEIGHTS, Shape, count_step
+from str_kernels.planning.subject import Subject
+
+OPTIMIZER, INDEX, BUCKETS = "optimizer states", "vocabulary index", "buckets between processes"
+_STATES = 2  # numbers that AdamW keeps of each trained weight, in that weight's dtype
+
+
+class Count(NamedTuple):
+    """The most bytes of a step.
+
+    Attributes:
+        total: on the device.
+        owners: the shares of these, by consumer.
+        moment: when that is.
+        host: bytes that wait on the host or on disk.
+    """
+
+    total: int
+    owners: dict[str, int]
+    moment: str
+    host: int
+
+
+class Counter:
+    """Counts steps of one model; what was counted is remembered."""
+
+    def __init__(
+        self, subject: Subject, *, batch: int, safety_tokens: int, device: str, processes: int
+    ) -> None:
+        self.subject, self.batch, self.device = subject, batch, device
+        self.safety_tokens = safety_tokens
+        self.layers = layers_of(subject.inner, subject.config)
+        self.depths = (
+            Depths(1, 1, 1) if self.layers is None else depths_of(self.layers, subject.config)
+        )
+        trained = subject.bytes_of(trained=True)
+        self.always = {OPTIMIZER: _STATES * trained, BUCKETS: trained if processes > 1 else 0}
+        self.fixed = subject.bytes_of(trained=False) + trained + self.always[OPTIMIZER]
+        self._counted: dict[tuple[int, Levers], Count] = {}
+        self._tiled: list[str] | None = None
+
+    def count(self, context: int, levers: Levers) -> Count:
+        """Count a step.
+
+        Raises:
+            ValueError: a model that cannot run on tensors without values, or does not allow a lever.
+        """
+        key = context, levers
+        if key not in self._counted:
+            self._counted[key] = self._count(context, levers)
+        return self._counted[key]
+
+    def _count(self, context: int, levers: Levers) -> Count:
+        if levers.tile_tokens is not None and self._tiled is None:
+            self._tiled = list(token_wise_modules(self.subject.inner))
+        few = self._at(self.depths.few, context, levers)
+        more = few
+        if self.depths.more != self.depths.few:
+            more = self._at(self.depths.more, context, levers)
+        most = whole(few.most, more.most, self.depths)
+        host = whole({("host",): Most(few.host, {})}, {("host",): Most(more.host, {})}, self.depths)
+        extra = {**self.always, INDEX: self._index(levers)}
+        extra = {name: size for name, size in extra.items() if size}
+        moment = max(most, key=lambda key: most[key].total)
+        owners = {**most[moment].owners, **extra}
+        total = most[moment].total + sum(extra.values())
+        return Count(total, owners, _words(moment), host[("host",)].total)
+
+    def _index(self, levers: Levers) -> int:
+        head = HeadShape(self.subject.head.weight, self.safety_tokens, self.device)
+        return index_bytes(head) if levers.fused_head else 0
+
+    def _at(self, depth: int, context: int, levers: Levers) -> Ledger:
+        ledger, subject = Ledger(), self.subject
+        tokens = self.safety_tokens if levers.fused_head else 0
+        shape = Shape(self.batch, context, tokens, self.device)
+        with ExitStack() as stack:
+            if self.layers is not None:
+                stack.enter_context(shortened(self.layers, depth))
+            stack.enter_context(self._levers(levers, ledger))
+            try:
+                count_step(ledger, subject, self.layers, shape, fused=levers.fused_head)
+            except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+                told = str(error).splitlines()[0][:120]
+                raise ValueError(
+                    f"model={subject.name!r}: its step cannot be counted on tensors without values "
+                    f"({told}); measure one with a real model (str-kernels train --steps 2)."
+                ) from error
+        return ledger
+
+    @contextmanager
+    def _levers(self, levers: Levers, ledger: Ledger) -> Iterator[None]:
+        """Apply the body's levers, with checkpoints that the ledger sees leave and return."""
+        inner = self.subject.inner
+        with ExitStack() as stack:
+            if levers.tile_tokens is not None:
+                stack.enter_context(tiled(inner, self._token_wise(), levers.tile_tokens))
+            if levers.gradient_checkpointing:
+                away = saved_tensors_hooks(ledger.away, ledger.back) if levers.offload else None
+                stack.enter_context(checkpointed(inner, away))
+            yield
+
+    def _token_wise(self) -> list[nn.Module]:
+        """The modules that run in tiles, of the layers that there are now."""
+        modules = dict(self.subject.inner.named_modules())
+        return [modules[name] for name in self._tiled or () if name in modules]
+
+
+def _words(moment: tuple) -> str:
+    return {
+        "reference": "in the reference pass",
+        "forward": "in the forward",
+        "head": "in the loss head",
+        "backward start": "as the backward begins",
+        "backward": "in the backward of a layer",
+    }.get(moment[0], "at the end of the step")
