@@ -41,6 +41,7 @@ LAYERS = [
     {"integrations"},
     {"training"},
     {"demo", "bench"},
+    {"planning"},
     {"cli"},
     {"__main__"},
 ]

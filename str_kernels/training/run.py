@@ -23,8 +23,8 @@ from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
-from str_kernels.ranks import sharing
 from str_kernels.options import SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import (
     Interrupt,
