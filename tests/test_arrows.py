@@ -19,10 +19,11 @@ LAYERS = [
         "tensor_rows",
         "options",
         "quantise",
-        "notices",
         "transforms",
         "waits",
+        "ranks",
     },
+    {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
@@ -42,6 +43,7 @@ LAYERS = [
     {"demo", "bench"},
     {"planning"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -11,6 +11,7 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
 from str_kernels.files import write_json
+from str_kernels.ranks import require_one
 from str_kernels.version import run_versions
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def demo(
 
     It needs this package alone: model, tokenizer and text are made on the spot, on the CPU.
     """
+    require_one("demo")
     _check_folder(out)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -11,6 +11,7 @@ from str_kernels.cli import console
 from str_kernels.cli.evaluation_view import Command, next_command, record, show
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype
 from str_kernels.files import replacing, write_json
+from str_kernels.ranks import share_work
 
 if TYPE_CHECKING:
     from str_kernels.evaluation.evaluation import Evaluation
@@ -84,9 +85,10 @@ def evaluate(
     for notice in notices:
         console.say(f"note: {notice}")
     rows = {name: [row for _, row in numbered] for name, numbered in rows.items()}
-    measured = _measure(command, rows, out)
+    with share_work() as ranks:
+        measured = _measure(command, rows, out)
     result = record(command, rows, measured)
-    if out is not None:
+    if out is not None and ranks.first:
         write_json(out, result)
         console.say(f"saved {out}")
     if as_json:

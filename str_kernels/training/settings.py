@@ -101,7 +101,7 @@ class TrainSettings(ConstraintSettings):
     )
     epochs: float = setting(1.0, "Passes over the data.", above(0))
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.", at_least(1))
-    batch: int = setting(8, "Sequences in one forward.", at_least(1))
+    batch: int = setting(8, "Sequences in one forward of a process.", at_least(1))
     accumulation: int = setting(1, "Forwards in one optimizer step.", at_least(1))
     max_length: int = setting(
         2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
@@ -218,11 +218,11 @@ class TrainSettings(ConstraintSettings):
         lists = ("target_modules", "anchors", "report_to")
         return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: int, processes: int = 1) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
         if self.steps is not None:
             return self.steps
-        batches = math.ceil(rows / self.batch)
+        batches = math.ceil(rows / (self.batch * processes))
         return math.ceil(self.epochs * max(1, math.ceil(batches / self.accumulation)))
 
     def warmup_steps(self, total: int) -> int:

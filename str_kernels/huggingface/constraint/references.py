@@ -29,6 +29,7 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.tensor_files import SavedTensors, save_tensors
 from str_kernels.tensor_rows import TensorRows, is_of_rows
 
@@ -199,11 +200,16 @@ def build_reference_cache(
     validate_tokens(safety.token_ids, head)
     references: dict[str, Tensor] = {}
     with deferrable_head(head):
-        for batch in batches:
-            references.update(references_of(inner, dict(batch), safety))
+        ranks = sharing()
+        for found in ranks.in_order(
+            batches, lambda batch: references_of(inner, dict(batch), safety)
+        ):
+            references.update(found if ranks.first else dict.fromkeys(found))
     if not references:
         raise ValueError("batches: there was no sequence, so there is nothing to save.")
-    save_reference_cache(path, references, safety)
+    if ranks.first:
+        save_reference_cache(path, references, safety)
+    ranks.wait()
     return len(references)
 
 
