@@ -145,7 +145,8 @@ def _row(counter: Counter, asked: Request, levers: Levers, *, must: bool) -> Row
         return Row(levers, count, None, None)
     most = counter.subject.positions or max(asked.context, 1 << 20)
     found = longest(lambda n: counter.count(n, levers).total, asked.room, most)
-    return Row(levers, count, count.total <= asked.room, found)
+    fits = count.total <= asked.room
+    return Row(levers, count, fits, max(found, asked.context) if fits else found)
 
 
 def _outside(asked: Request) -> list[str]:
