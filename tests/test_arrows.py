@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "files", "tensor_files", "options", "quantise", "notices", "transforms", "waits"},
+    {
+        "version",
+        "files",
+        "tensor_files",
+        "tensor_rows",
+        "options",
+        "quantise",
+        "notices",
+        "transforms",
+        "waits",
+    },
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},

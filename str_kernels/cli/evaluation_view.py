@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from str_kernels.cli.console import print_table
+from str_kernels.cli.console import print_table, say
 from str_kernels.files import sha256_of
 from str_kernels.version import __version__, versions
 
@@ -67,6 +67,9 @@ def show(command: Command, measured: Evaluation) -> None:
     print_table(title, ["", "rate", "95 % interval", "rows"], rows)
     if measured.outcomes:
         _show_counts(measured.counts)
+    unfinished = sum(given["unfinished"] for given in measured.counts.values())
+    if unfinished:
+        say(f"{unfinished} answers end in the middle of a thought: give more --max-new-tokens.")
 
 
 def _show_counts(counts: dict[str, dict[str, int]]) -> None:

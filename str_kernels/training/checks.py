@@ -28,7 +28,8 @@ from str_kernels.training.reading import Collector, check_vocabulary, read_input
 from str_kernels.training.settings import TrainSettings
 
 DESCRIPTION = "str_kernels.json"
-REFERENCES = "references.safetensors"
+REFERENCES = "references.sqlite"
+WHOLE_REFERENCES = "references.safetensors"  # of version 0.1
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -19,11 +19,13 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.patch.filtering import watching_index
+from str_kernels.huggingface.patch.processes import is_first
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
+from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
-from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import (
     Interrupt,
     NoProgress,
@@ -34,7 +36,7 @@ from str_kernels.training.callbacks import (
 )
 from str_kernels.training.card import CARD, write_card
 from str_kernels.training.checkpoints import Sealing, settle
-from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
+from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, WHOLE_REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.notices import data_notices, end_notice
@@ -98,7 +100,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
-    patch = _patch(model, prepared, tokens, progress)
+    patch = _patch(model, prepared, tokens)
     with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
             # before the callbacks that report elsewhere, which report what it adds
@@ -231,9 +233,7 @@ def _safety_tokens(
     return tokens
 
 
-def _patch(
-    model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None, progress: Progress
-) -> Patch | None:
+def _patch(model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None) -> Patch | None:
     settings = prepared.settings
     if settings.method == "unpatched":
         return None
@@ -241,11 +241,21 @@ def _patch(
         return patch_model(model)
     safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
-        arguments["reference"] = reference = settings.folder / REFERENCES
-        if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
-            progress.stage("computing the references")
-            cache_references(model, prepared, safety, reference)
+        arguments["reference"] = _cache(prepared, safety)
     return patch_model(model, safety, **arguments)
+
+
+def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
+    """Return the cache of a run: one that fills itself, or the whole one of version 0.1."""
+    folder, resumed = prepared.settings.folder, prepared.checkpoint is not None
+    path, whole = folder / REFERENCES, folder / WHOLE_REFERENCES
+    if resumed and whole.is_file():
+        return whole
+    if not resumed and is_first():
+        path.unlink(missing_ok=True)  # it may be of another model
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return FillingCache(path, safety)
 
 
 def _result(

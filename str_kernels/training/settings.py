@@ -53,7 +53,8 @@ class TrainSettings(ConstraintSettings):
         Rule(f"1 to {MAX_SAFETY_TOKENS}", lambda value: 1 <= value <= MAX_SAFETY_TOKENS),
     )
     reference: str = setting(
-        "adapter_off", "adapter_off, cache (computed once, at the start), or a cache file."
+        "adapter_off",
+        "adapter_off, cache (each row computed once, in the first epoch), or a cache file.",
     )
     anchors: tuple[str, ...] = setting(
         (),

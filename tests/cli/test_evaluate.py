@@ -91,6 +91,20 @@ def test_a_table_for_people(capsys, aligned_model_dir, files):
     assert called.err.splitlines()[-1].startswith("next: str-kernels train")
 
 
+def test_answers_cut_off_in_a_thought_are_said(
+    capsys, monkeypatch, aligned_model_dir, files, tmp_path
+):
+    """A refusal may have followed, and more tokens would show it."""
+
+    def cut(model, tokenizer, rows, **options):
+        return ["<think>I cannot"] * len(rows)
+
+    monkeypatch.setattr(evaluation, "answer_rows", cut)
+    code, out, err = call(capsys, "evaluate", aligned_model_dir, "--refusals", files["refusals"])
+    assert code == 0, err
+    assert "end in the middle of a thought: give more --max-new-tokens" in out + err
+
+
 def test_an_adapter_is_put_on(capsys, aligned_model_dir, files, tmp_path):
     """With an adapter that scrambles the attention, the model does worse than without."""
     import torch

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
@@ -282,13 +284,28 @@ class Patch:
         self, inner: Callable[..., Any], arguments: dict[str, Any], split: Split | None
     ) -> Fold | None:
         """The reference pass of this batch, where the reference is the model without adapters."""
-        if not self.options.constrained or not isinstance(self.reference, str):
+        if not self.options.constrained:
+            return None
+        if isinstance(self.reference, FillingCache):
+            self._fill(self.reference, arguments, split)
+        if not isinstance(self.reference, str):
             return None
         with attends_whole(self.model, split):
             aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
         same = aligned.weight is aligned.lent and has_one_weight(self._head)
         return aligned.without_weight() if same else aligned  # the training pass has it, too
+
+    def _fill(self, cache: FillingCache, arguments: dict[str, Any], split: Split | None) -> None:
+        """Let the cache compute what it lacks of this batch, by the model without adapters."""
+        if split is not None:
+            raise ValueError(
+                f"reference={str(cache.path)!r}: fills itself, which a sequence that is split over "
+                "processes does not allow; make the cache first, with str-kernels cache."
+            )
+        device, processes = next(self.model.parameters()).device, together(self.model)
+        cache.fill(self.model, arguments, partial(processes.any, device=device))
+        require_fixed_base(self.model)
 
     def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
