@@ -40,6 +40,7 @@ LAYERS = [
     {"integrations"},
     {"training"},
     {"demo", "bench"},
+    {"planning"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

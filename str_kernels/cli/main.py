@@ -19,6 +19,7 @@ from str_kernels.cli.cache import cache
 from str_kernels.cli.demo import demo
 from str_kernels.cli.doctor import doctor
 from str_kernels.cli.evaluate import evaluate
+from str_kernels.cli.plan import plan
 from str_kernels.cli.tokens import tokens
 from str_kernels.cli.train import train
 from str_kernels.version import __version__
@@ -45,6 +46,7 @@ for command, example in (
         "evaluate ./my-model --adapter ./adapter --refusals refusals.jsonl --task task.jsonl "
         "--out result.json",
     ),
+    (plan, "plan ./my-model --context 32768 --memory 24 --dtype nf4"),
     (bench, "bench --quick --out bench"),
 ):
     app.command(epilog=f"Example: {PROGRAM} {example}")(command)
