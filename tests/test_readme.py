@@ -89,7 +89,9 @@ def test_the_log_line_is_the_end_of_a_run():
     assert log["safety_drift"] == pytest.approx(mean["drift"] ** 0.5, abs=1e-4)
 
 
-@pytest.mark.parametrize("command", ["doctor", "tokens", "cache", "train", "evaluate", "bench"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "plan", "tokens", "cache", "train", "evaluate", "bench"]
+)
 def test_commands_exist(command):
     """Every command that the README names has a help text."""
     from typer.testing import CliRunner
