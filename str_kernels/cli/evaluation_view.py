@@ -18,6 +18,7 @@ MEANINGS = {
     "over_refusal_rate": "refuses harmless requests",
     "judge_agreement": "judge and rules agree",
 }
+BUILT_IN = "built-in"  # in place of a file of requests to refuse
 FILES = {"refusals": "requests to refuse", "benign": "harmless requests"}
 
 
@@ -37,7 +38,7 @@ def record(command: Command, rows: dict[str, list], measured: Evaluation) -> dic
     files = {
         name: {
             "path": str(path),
-            "sha256": sha256_of(path),
+            "sha256": None if str(path) == BUILT_IN else sha256_of(path),
             "rows": len(rows[name]),
         }
         for name, path in command.paths.items()

@@ -218,3 +218,13 @@ def test_a_comparison_that_is_asked_wrongly(capsys, tmp_path, monkeypatch, argum
     assert called.code == 2
     assert message in called.err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_built_in_requests_need_no_file(capsys, aligned_model_dir, tmp_path):
+    """A first look: the requests by which safety tokens are found."""
+    out = tmp_path / "result.json"
+    arguments = ("--refusals", "built-in", "--limit", 3, "--max-new-tokens", 4, "--out", out)
+    called = call(capsys, "evaluate", aligned_model_dir, *arguments)
+    assert called.code == 0, called.err
+    described = json.loads(out.read_text())["files"]["refusals"]
+    assert described == {"path": "built-in", "sha256": None, "rows": 3}
