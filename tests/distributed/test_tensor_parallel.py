@@ -273,7 +273,7 @@ def test_the_tokens_of_trl(ranks):
 
 @pytest.fixture(scope="module")
 def four():
-    pool = Pool(4)
+    pool = Pool(4, __name__)
     yield pool
     pool.stop()
 
