@@ -11,8 +11,9 @@ from str_kernels.options import SafetyConstraint
 from str_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from str_kernels.engine.shards import VocabularyShard
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
-    from str_kernels.huggingface import patch_model, unpatch_model
+    from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
     from str_kernels.planning import plan
     from str_kernels.safety.tokens import SafetyTokens
@@ -22,8 +23,10 @@ _HOMES = {
     "AnchoredCollator": "str_kernels.huggingface.constraint.anchors",
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
+    "SafetyLogCallback": "str_kernels.huggingface",
     "SafetyTokens": "str_kernels.safety.tokens",
     "VocabularyIndex": "str_kernels.vocabulary",
+    "VocabularyShard": "str_kernels.engine.shards",
     "linear_cross_entropy": "str_kernels.functional",
     "patch_model": "str_kernels.huggingface",
     "plan": "str_kernels.planning",
@@ -35,8 +38,10 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossParts",
     "SafetyConstraint",
+    "SafetyLogCallback",
     "SafetyTokens",
     "VocabularyIndex",
+    "VocabularyShard",
     "__version__",
     "linear_cross_entropy",
     "patch_model",

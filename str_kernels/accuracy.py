@@ -14,6 +14,7 @@ from torch import Tensor
 
 from str_kernels.engine.contract import Backend, Head, RowInputs
 from str_kernels.engine.products import product_dtype
+from str_kernels.engine.shards import Shards, VocabularyShard, shards_of
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 from str_kernels.vocabulary import VocabularyIndex
@@ -66,6 +67,7 @@ def check_accuracy(
     bias: Tensor | None = None,
     index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
+    shard: VocabularyShard | None = None,
     rows: int = 64,
 ) -> AccuracyReport | None:
     """Compare the filtered cross-entropy with the exact one on a sample of labelled rows.
@@ -79,6 +81,7 @@ def check_accuracy(
         bias: ``[V]``.
         index: the vocabulary index in use.
         backend: as in ``linear_cross_entropy``.
+        shard: as in ``linear_cross_entropy``; every process of its group has to call this.
         rows: at most so many rows, evenly spaced.
 
     Returns:
@@ -100,14 +103,16 @@ def check_accuracy(
         leaf, inputs = states.clone().requires_grad_(), RowInputs(labels)
         with torch.enable_grad():
             head = Head(leaf, weight, bias)
-            terms = row_terms(head, inputs, chosen, index=index, backend=backend)
+            where = {"backend": backend, "shard": shard}
+            terms = row_terms(head, inputs, chosen, index=index, **where)
             gradient = torch.autograd.grad(terms.cross_entropy.sum(), leaf)[0]
         return terms.statistics.lse, gradient.double(), terms.statistics.dead_mass
 
     exact = replace(options, filter_eps=0.0, screen="auto")
     lse, gradient, _ = gradient_of(exact, None)
     got_lse, got_gradient, dead_mass = gradient_of(options, index)
-    bf16_lse, bf16_gradient = _bf16_head(states, weight, labels, bias, options)
+    shards, head = shards_of(shard, len(weight)), Head(states, weight, bias)
+    bf16_lse, bf16_gradient = _bf16_head(head, labels, options, shards)
     return AccuracyReport(
         rows=len(labels),
         lse_error=rms(got_lse - lse),
@@ -130,10 +135,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def _bf16_head(
-    states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: LossOptions
+    head: Head, labels: Tensor, options: LossOptions, shards: Shards
 ) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp and gradient of a head with bf16 logits and bf16 probabilities."""
-    half = states.bfloat16()
+    states, weight, bias = head
+    half, labels = states.bfloat16(), shards.own(labels)
 
     def blocks():
         for start in range(0, len(weight), _BLOCK):
@@ -148,15 +154,16 @@ def _bf16_head(
                 logits, slope = options.softcap * squashed, 1 - squashed.square()
             yield start, rows, logits, slope * options.logit_scale
 
-    parts = [torch.logsumexp(logits.float(), -1) for _, _, logits, _ in blocks()]
-    lse = torch.logsumexp(torch.stack(parts), 0)
+    lowest = torch.full_like(states[:, 0], -torch.inf, dtype=torch.float32)
+    parts = [lowest, *(torch.logsumexp(logits.float(), -1) for _, _, logits, _ in blocks())]
+    lse = torch.logsumexp(shards.gather(torch.logsumexp(torch.stack(parts), 0)), 0)
     gradient = torch.zeros_like(states, dtype=torch.float64)
     for start, rows, logits, slope in blocks():
         p = torch.exp(logits.float() - lse[:, None])
         here = ((labels >= start) & (labels < start + len(rows))).nonzero()[:, 0]
         p[here, labels[here] - start] -= 1.0
         gradient += _bf16_product(p.bfloat16() * slope, rows)
-    return lse, gradient
+    return lse, shards.sum(gradient)
 
 
 def _bf16_product(left: Tensor, right: Tensor) -> Tensor:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from str_kernels.backends.selection import check_backend
 from str_kernels.engine.contract import Backend, Head, RowInputs, RowTerms
+from str_kernels.engine.reduce import totals_of
+from str_kernels.engine.shards import VocabularyShard
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
+from str_kernels.split import is_split
 from str_kernels.terms import row_terms
 from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
@@ -67,6 +70,7 @@ def linear_cross_entropy(
     filter_eps: float | Literal["auto"] = "auto",
     screen: Screen = "auto",
     index: VocabularyIndex | None = None,
+    shard: VocabularyShard | None = None,
     backend: str | Backend = "auto",
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, LossParts]:
@@ -83,7 +87,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: ``[..., D]`` bf16, fp16, fp32 or fp64.
-        weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes.
+        weight: ``[V, D]``, same dtype and device; under autocast any of these dtypes. A
+            ``DTensor`` that is split by rows needs no ``shard``.
         labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
         bias: ``[V]``.
         safety: the constraint, or None.
@@ -105,6 +110,9 @@ def linear_cross_entropy(
         screen: precision of the pass that finds those tiles: ``"exact"`` (the inputs' own),
             ``"bf16"``, ``"int8"``, ``"fp8"``; ``"auto"`` chooses by device.
         index: a clustered order of the vocabulary, in which few tiles matter; None: token order.
+        shard: which rows of the head ``weight`` and ``bias`` are, where several processes have one
+            part each; all have the same hidden states and labels, and get the same loss. The index
+            is one of the part.
         backend: ``"auto"`` (Triton on CUDA and ROCm, torch elsewhere), ``"triton"``, ``"torch"``,
             ``"dense"`` (materialises the logits) or a ``Backend``.
         return_parts: also return ``LossParts``.
@@ -129,7 +137,11 @@ def linear_cross_entropy(
     )
     validate_num_items(num_items_in_batch, reduction)
     head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
-    if torch.compiler.is_compiling() and backend != "dense":
+    if shard is not None or is_split(weight):
+        from str_kernels.untraced import split_terms
+
+        rows = split_terms(head, inputs, options, index=index, backend=backend, shard=shard)
+    elif torch.compiler.is_compiling() and backend != "dense":
         rows = traced_terms(head, inputs, options, index, backend)
     else:
         rows = row_terms(head, inputs, options, index=index, backend=backend)
@@ -144,28 +156,18 @@ def reduce_terms(
     num_items_in_batch: int | float | Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
-    num_labels = (labels != options.ignore_index).sum()
-    cross_entropy, penalty = rows.cross_entropy, rows.penalty
-    if options.reduction != "none":
-        cross_entropy = cross_entropy.sum()
-        # without a constraint there is nothing to add up
-        penalty = penalty.sum() if options.constrained else torch.zeros_like(cross_entropy)
-    if options.reduction == "mean":
-        count = num_labels if num_items_in_batch is None else num_items_in_batch
-        cross_entropy, *rest = _divided(count, cross_entropy, *[penalty] * options.constrained)
-        penalty = rest[0] if rest else penalty
-    statistics = rows.statistics
+    totals, statistics = totals_of(rows, labels, options, num_items_in_batch), rows.statistics
     parts = LossParts(
-        cross_entropy.detach(),
-        penalty.detach(),
+        totals.cross_entropy.detach(),
+        totals.penalty.detach(),
         statistics.lse.detach(),
         None if statistics.safety_logits is None else statistics.safety_logits.detach(),
         statistics.dead_mass.detach(),
         statistics.live_share.detach(),
-        statistics.correct.sum(),
-        num_labels,
+        totals.num_correct,
+        totals.num_labels,
     )
-    return (cross_entropy + penalty if options.constrained else cross_entropy), parts
+    return totals.loss, parts
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -178,6 +180,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self,
         *,
         index: VocabularyIndex | None = None,
+        shard: VocabularyShard | None = None,
         backend: str | Backend = "auto",
         return_parts: bool = False,
         **options: Any,
@@ -185,7 +188,8 @@ class LinearCrossEntropyLoss(nn.Module):
         """Check the settings, rather than at the first step; ``options`` are of `LossOptions`."""
         super().__init__()
         check_backend(backend)
-        others = {"index": index, "backend": backend, "return_parts": return_parts}
+        others = {"index": index, "shard": shard, "backend": backend}
+        others["return_parts"] = return_parts
         self._settings: dict[str, Any] = vars(LossOptions(**options)) | others
 
     def forward(
@@ -214,18 +218,3 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings."""
         return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
-
-
-def _divided(count: int | float | Tensor, *totals: Tensor) -> list[Tensor]:
-    """``total / count`` of each; for a count of 0 a zero that stays attached to the graph.
-
-    A number of the host is not copied to the device.
-    """
-    if not isinstance(count, Tensor):
-        return [total / count if count else total * 0.0 for total in totals]
-    count = count.reshape(())
-    if count.device.type != "cpu":  # a number on the host goes with any device's tensors
-        count = count.to(totals[0].device)
-    empty = count == 0
-    some, count = ~empty, count + empty
-    return [total * some / count for total in totals]

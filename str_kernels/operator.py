@@ -29,7 +29,7 @@ from str_kernels.engine.contract import (
     RowTerms,
     Statistics,
 )
-from str_kernels.engine.forward import forward_rows
+from str_kernels.engine.forward import forward_rows, kept_weight
 from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.notices import say_once
 from str_kernels.options import LossOptions, SafetyConstraint
@@ -59,9 +59,11 @@ class Outputs(NamedTuple):
     safety_logits: Tensor
     rows: Tensor
     safety_alone: Tensor
+    safety_rows: Tensor
     ce_gradient: Tensor
     lse_gradient: Tensor
     open_mass: Tensor
+    log_rest: Tensor
     counts: Tensor
 
 
@@ -157,7 +159,8 @@ def traced_terms(
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
     logits = None if options.safety is None else found.safety_logits
     known = (getattr(found, name) for name in Statistics._fields[:_KNOWN])
-    statistics = Statistics(*known, None, logits)
+    rest = found.log_rest if options.leaves_out else None
+    statistics = Statistics(*known, None, logits, rest)
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
     return unflatten(terms, shape)
 
@@ -189,9 +192,12 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
     """Pad the result of a forward to the shapes that a tracer knows."""
     count, lse = len(kept.lse), kept.lse
 
+    def absent(dtype: torch.dtype) -> Tensor:
+        return lse.new_empty(0, dtype=dtype)
+
     def pad(values: Tensor | None, dtype: torch.dtype = lse.dtype) -> Tensor:
         if values is None:
-            return lse.new_empty(0, dtype=dtype)
+            return absent(dtype)
         if len(values) == count:
             return values
         return torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
@@ -204,9 +210,11 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
         safety_logits=pad(statistics.safety_logits),
         rows=pad(kept.rows),
         safety_alone=pad(kept.safety_alone, torch.int64),
+        safety_rows=absent(resolved.dtype) if kept.safety_rows is None else kept.safety_rows,
         ce_gradient=pad(kept.ce_gradient, of_rows),
         lse_gradient=pad(kept.lse_gradient, of_rows),
         open_mass=pad(kept.open_mass),
+        log_rest=pad(kept.log_rest),
         counts=torch.tensor(
             [len(x) if x is not None else 0 for x in (kept.rows, kept.safety_alone)]
         ),
@@ -223,6 +231,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
 
     gradients, kept = hidden.shape, kept_dtype(hidden.dtype)
     constrained, of_hidden = safety is not None, settings.needs[0]
+    of_safety = (len(safety.token_ids), hidden.shape[1]) if constrained else (0,)
     rows = ("cross_entropy", "penalty", "lse", "lse_rest", "dead_mass", "live_share")
     return Outputs(
         **{name: make(count) for name in rows},
@@ -230,11 +239,15 @@ def _forward_fake(*arguments: Any) -> Outputs:
         safety_logits=make(count, len(safety.token_ids) if constrained else 0, there=constrained),
         rows=make(count, dtype=torch.int64),
         safety_alone=make(count, dtype=torch.int64, there=constrained),
+        safety_rows=make(
+            *of_safety, dtype=hidden.dtype, there=of_hidden and settings.options.constrained
+        ),
         ce_gradient=make(*gradients, dtype=kept, there=of_hidden),
         lse_gradient=make(
             *gradients, dtype=kept, there=of_hidden and constrained and needs_lse(safety)
         ),
         open_mass=make(count, there=settings.trained),
+        log_rest=make(count, there=settings.options.leaves_out),
         counts=torch.empty(2, dtype=torch.int64),
     )
 
@@ -245,11 +258,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     trained = Settings.from_text(ctx.text).trained
     kept = Kept(
         *constants,
-        weight=head.weight,
+        weight=kept_weight(head.weight, trained=trained),
         hidden_states=head.hidden_states if trained else None,
         bias=head.bias if trained else None,
         **{name: getattr(found, name) for name in Outputs._fields if name in Kept._fields},
     )
+    if not Settings.from_text(ctx.text).options.leaves_out:
+        kept = kept._replace(log_rest=None)
     ctx.save_for_backward(*kept, found.counts)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -285,8 +300,9 @@ def _backward(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any)
 def _backward_fake(grad_cross_entropy: Tensor, grad_penalty: Tensor, *arguments: Any) -> tuple:
     *tensors, _, text = arguments
     kept, settings = Kept(*tensors), Settings.from_text(text)
-    shape = (kept.lse.shape[0], kept.weight.shape[1])
-    hidden = kept.lse.new_empty(shape, dtype=getattr(torch, settings.dtype))
+    rows = kept.ce_gradient  # [0] where the hidden states need no gradient
+    shape = (kept.lse.shape[0], *rows.shape[1:])
+    hidden = rows.new_empty(shape, dtype=getattr(torch, settings.dtype))
     like = (hidden, kept.weight, kept.bias)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -5,11 +5,15 @@ Stage: hidden states ``[..., D]`` and the head's weight ``[V, D]`` → `RowTerms
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from str_kernels import oracle, waits
+from str_kernels.backends.empty import EmptyBackend
 from str_kernels.backends.selection import resolve, select_backend
+from str_kernels.engine.agreement import agreed
 from str_kernels.engine.autograd import fused_rows
 from str_kernels.engine.contract import (
     Backend,
@@ -22,6 +26,9 @@ from str_kernels.engine.contract import (
     Tiles,
 )
 from str_kernels.engine.forward import tiles_of
+from str_kernels.engine.joins import columns_over_shards
+from str_kernels.engine.logits import without_autocast
+from str_kernels.engine.shards import ALONE, Shards, VocabularyShard, shards_of
 from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.options import LossOptions
 from str_kernels.validation import validate_loss_inputs, validate_values
@@ -35,19 +42,21 @@ def row_terms(
     *,
     index: VocabularyIndex | None = None,
     backend: str | Backend = "auto",
+    shard: VocabularyShard | None = None,
     entropy: bool = False,
 ) -> RowTerms:
     """Compute both terms of every position, unreduced; tensors as in ``linear_cross_entropy``.
 
     ``entropy`` asks for the entropy of each labelled position's prediction too, in nats.
     """
-    check_inputs(head, inputs, options, index)
+    shards = shards_of(shard, len(head.weight))
+    check_inputs(head, inputs, options, index, shards)
     shape = inputs.labels.shape
     head, inputs = flatten(head, inputs)
     flat = head.hidden_states
     resolved = resolve(
         options,
-        backend,
+        _backend_of(head, backend, shards),
         dtype=flat.dtype,
         device=flat.device,
         indexed=index is not None,
@@ -55,11 +64,14 @@ def row_terms(
         needs=gradients_needed(head),
         positions=len(flat),
     )
+    if not shards.alone:
+        resolved = agreed(replace(resolved, shards=shards), head, inputs)
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
-    with torch.autocast(flat.device.type, enabled=False):
+    with without_autocast(flat.device):
         if resolved.backend is None:
             if not waits.checks_at_once(head.weight.device):
-                _check_values(head, inputs, options)  # autograd would index with them
+                # autograd would index with them
+                _check_values(inputs, options, len(head.weight))
             terms = _dense_terms(head, inputs, options)
         else:
             terms = fused_rows(head, inputs, tiles_for(head.weight, index, resolved), resolved)
@@ -67,26 +79,53 @@ def row_terms(
 
 
 def safety_logits(
-    head: Head, inputs: RowInputs, options: LossOptions, *, backend: str | Backend = "auto"
+    head: Head,
+    inputs: RowInputs,
+    options: LossOptions,
+    *,
+    backend: str | Backend = "auto",
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Compute the safety tokens' logits ``[N, K]`` where a position weight is above 0; else NaN.
 
     They are the training loss's own to the last bit. The vocabulary is not read, unless
     ``backend="dense"`` materialises it, and nothing is kept for a gradient.
     """
-    check_inputs(head, inputs, options, None)
+    shards = shards_of(shard, len(head.weight))
+    check_inputs(head, inputs, options, None, shards)
     flat, rows = flatten(head, inputs)
+    backend = _backend_of(head, backend, shards)
     chosen, _ = select_backend(backend, flat.weight.device, flat.hidden_states.dtype)
     if chosen is None:
         return row_terms(head, inputs, options, backend=backend).statistics.safety_logits
-    with torch.no_grad(), torch.autocast(flat.weight.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(flat.weight.device):
         labels = torch.full_like(rows.labels, -1)
-        block = Block(whole_head(flat, chosen), labels, None, options)
-        return row_stages(chosen).columns(block, rows.position_weights > 0).safety
+        elsewhere = shards.elsewhere(labels)
+        block = Block(
+            whole_head(flat, chosen), labels, None, options, elsewhere=elsewhere, shards=shards
+        )
+        needed = rows.position_weights > 0
+        return columns_over_shards(row_stages(chosen), block, needed).safety
+
+
+def _backend_of(head: Head, backend: str | Backend, shards: Shards) -> str | Backend:
+    """Refuse the oracle, which has no shards; a process without rows has nothing to compute."""
+    if shards.alone:
+        return backend
+    if backend == "dense":
+        raise ValueError(
+            "backend='dense' with a split vocabulary: it materialises a whole head's logits; use "
+            "'auto' or 'torch', or gather the weight."
+        )
+    return backend if len(head.weight) else EmptyBackend()
 
 
 def check_inputs(
-    head: Head, inputs: RowInputs, options: LossOptions, index: VocabularyIndex | None
+    head: Head,
+    inputs: RowInputs,
+    options: LossOptions,
+    index: VocabularyIndex | None,
+    shards: Shards = ALONE,
 ) -> None:
     """Raise ValueError for bad input; see ``linear_cross_entropy``.
 
@@ -94,9 +133,15 @@ def check_inputs(
     (`engine.rows.plan_rows`).
     """
     waits.judge_arrived()
-    validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options)
+    if options.leaves_out and not shards.alone:
+        raise ValueError(
+            f"kind={options.safety.kind!r}: the vocabulary is split over processes, which compare "
+            "no probability of the rest; use kind='kl', or gather the head."
+        )
+    total = None if shards.alone else shards.total
+    validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options, vocab_size=total)
     if waits.checks_at_once(head.weight.device):
-        _check_values(head, inputs, options)
+        _check_values(inputs, options, total or len(head.weight))
     if index is None:
         return
     if not isinstance(index, VocabularyIndex):
@@ -104,8 +149,8 @@ def check_inputs(
     index.check(head.weight)
 
 
-def _check_values(head: Head, inputs: RowInputs, options: LossOptions) -> None:
-    validate_values(inputs.labels, inputs.position_weights, len(head.weight), options)
+def _check_values(inputs: RowInputs, options: LossOptions, vocab_size: int) -> None:
+    validate_values(inputs.labels, inputs.position_weights, vocab_size, options)
 
 
 def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
@@ -116,7 +161,10 @@ def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
     if weights is not None:
         weights = weights.reshape(-1)
     # built anew, not by _replace, which torch 2.8 does not trace
-    head = Head(_autocast(hidden).reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+    flat = _autocast(hidden)
+    if hidden.dim() != 2:
+        flat = flat.reshape(-1, hidden.shape[-1])
+    head = Head(flat, head.weight, head.bias)
     return head, RowInputs(labels.reshape(-1).long(), reference, weights)
 
 
@@ -159,16 +207,25 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
     rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
     dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
     statistics = Statistics(
-        rows.lse, rows.lse_rest, rows.correct, dead, live, rows.entropy, rows.safety_logits
+        rows.lse,
+        rows.lse_rest,
+        rows.correct,
+        dead,
+        live,
+        rows.entropy,
+        rows.safety_logits,
+        rows.log_rest,
     )
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 
 
 def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
     """Reshape ``[N, ...]`` to ``[..., ...]``."""
+    if len(shape) == 1:
+        return terms
 
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(shape + values.shape[1:])
 
     statistics = Statistics(*map(view, terms.statistics))
-    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics)
+    return RowTerms(view(terms.cross_entropy), view(terms.penalty), statistics, terms.backend)

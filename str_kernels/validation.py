@@ -47,8 +47,11 @@ def _require_constant(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
         raise ValueError(f"{name} requires a gradient, but is a constant of the loss: detach() it.")
 
 
-def validate_weight(weight: Tensor, name: str = "weight") -> None:
-    """Raise ValueError unless this is a whole ``[V, D]``: not sharded, offloaded or quantised."""
+def validate_weight(weight: Tensor, name: str = "weight", *, part: bool = False) -> None:
+    """Raise ValueError unless this is a whole ``[V, D]``: not sharded, offloaded or quantised.
+
+    A ``part`` of a vocabulary may have no rows.
+    """
     _require_tensor(name, weight)
     kind = type(weight).__name__
     if kind == "DTensor":
@@ -65,7 +68,7 @@ def validate_weight(weight: Tensor, name: str = "weight") -> None:
             f"{_facts(name, weight)} ({kind}): a quantised head is not supported; keep it in "
             "bfloat16, float16 or float32 (for bitsandbytes: llm_int8_skip_modules=['lm_head'])."
         )
-    if weight.dim() != 2 or weight.numel() == 0:
+    if weight.dim() != 2 or (weight.numel() == 0 and not (part and weight.shape[1])):
         raise ValueError(f"{_facts(name, weight)}: must be [V, D] with no empty dimension.")
 
 
@@ -78,12 +81,16 @@ def validate_loss_inputs(
     bias: Tensor | None,
     reference: Tensor | None,
     position_weights: Tensor | None,
+    vocab_size: int | None = None,
 ) -> None:
-    """Raise ValueError for an argument of the loss of the wrong shape, dtype or device."""
-    validate_weight(weight)
+    """Raise ValueError for an argument of the loss of the wrong shape, dtype or device.
+
+    ``vocab_size`` is V where ``weight`` is a part of the head.
+    """
+    validate_weight(weight, part=vocab_size is not None)
     _validate_operands(hidden_states, weight, bias)
     _validate_labels(labels, hidden_states)
-    _validate_reference(reference, hidden_states, weight.shape[0], options)
+    _validate_reference(reference, hidden_states, vocab_size or weight.shape[0], options)
     _validate_position_weights(position_weights, labels, hidden_states, options)
 
 
@@ -164,19 +171,25 @@ def _validate_reference(
         if reference is not None:
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return
-    largest, count = max(options.safety.token_ids), len(options.safety.token_ids)
+    largest, count = max(options.safety.token_ids), options.safety.references
     if largest >= vocab_size:
         raise ValueError(
             f"safety.token_ids holds {largest}: the head has {vocab_size} rows, 0 to "
             f"{vocab_size - 1}; were the tokens identified with another tokenizer?"
         )
+    if options.leaves_out and vocab_size == len(options.safety.token_ids):
+        raise ValueError(
+            f"safety.token_ids has {vocab_size} entries, all the head's rows: kind='kl_rest' "
+            "compares them with the rest; name fewer tokens, or use kind='kl'."
+        )
     if reference is None:
         raise ValueError("reference=None: a SafetyConstraint needs one, [..., K] or [K].")
     _require_floating("reference", reference)
+    columns = f"K + 1={count} for kind='kl_rest'" if options.leaves_out else f"K={count}"
     allowed = ((count,), (*hidden_states.shape[:-1], count))
     if tuple(reference.shape) not in allowed:
         raise ValueError(
-            f"{_facts('reference', reference)}: must be [K={count}] or {list(allowed[1])}."
+            f"{_facts('reference', reference)}: must be [{columns}] or {list(allowed[1])}."
         )
     _require_constant("reference", reference, hidden_states)
 

@@ -3,7 +3,8 @@
 Work on a GPU is queued: to read a value there, the host waits until the queue is empty, and then
 the device is idle until the next work arrives. So the loss reads nothing there: constants are
 copied to a GPU once (`constant`), and values are checked on it, for a later call to judge
-(`judge_later`), unless ``STR_KERNELS_SYNC_CHECKS=1`` asks for errors at once.
+(`judge_later`), unless ``STR_KERNELS_SYNC_CHECKS=1`` asks for errors at once. A number that saves
+the device more than a wait costs is sent early, and read while the device has work (`Sent`).
 """
 
 from __future__ import annotations
@@ -42,11 +43,44 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-class _Late(NamedTuple):
-    """A number of bad values that is on its way to the host, and what to do if it is not zero."""
+class Sent(NamedTuple):
+    """A number of a device that is on its way to the host.
 
-    count: Tensor
-    arrived: Callable[[], bool]
+    ``event`` is None where there is nothing to wait for.
+    """
+
+    number: Tensor
+    event: torch.cuda.Event | None
+
+    def arrived(self) -> bool:
+        """Whether the host can read it without a wait."""
+        return self.event is None or self.event.query()
+
+
+def send(number: Tensor) -> Sent | None:
+    """Copy one number to the host without a wait; None while a CUDA graph is captured."""
+    if number.device.type != "cuda":
+        return Sent(number.clone(), None)
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    there = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+    there.copy_(number, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(number.device))
+    return Sent(there, event)
+
+
+def read_sent(sent: Sent) -> int:
+    """Read a number, and wait until it has arrived: only what was queued before it delays that."""
+    if sent.event is not None:
+        sent.event.synchronize()
+    return read_arrived(sent.number)
+
+
+class _Late(NamedTuple):
+    """A number of bad values, and what to do if it is not zero."""
+
+    count: Sent
     judge: Callable[[], None]
 
 
@@ -59,28 +93,20 @@ def judge_later(bad: Tensor, judge: Callable[[], None]) -> None:
 
     The number is copied without a wait. While a CUDA graph is captured nothing is judged.
     """
-    if bad.device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return
-        count = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=True)
-        count.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(bad.device))
-        late = _Late(count, event.query, judge)
-    else:
-        late = _Late(bad.clone(), lambda: True, judge)
-    with _lock:
-        _waiting.append(late)
+    count = send(bad)
+    if count is not None:
+        with _lock:
+            _waiting.append(_Late(count, judge))
 
 
 def judge_arrived() -> None:
     """Judge all numbers of earlier calls that have arrived; what a judge raises is raised here."""
     while True:
         with _lock:
-            if not _waiting or not _waiting[0].arrived():
+            if not _waiting or not _waiting[0].count.arrived():
                 return
             late = _waiting.popleft()
-        if read_arrived(late.count):
+        if read_arrived(late.count.number):
             late.judge()
 
 

@@ -12,14 +12,26 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "files", "tensor_files", "options", "quantise", "notices", "transforms", "waits"},
+    {
+        "version",
+        "files",
+        "tensor_files",
+        "tensor_rows",
+        "options",
+        "quantise",
+        "transforms",
+        "waits",
+        "ranks",
+    },
+    {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
     {"engine"},
     {"backends"},
     {"terms"},
-    {"operator"},
+    {"operator", "split"},
+    {"untraced"},
     {"functional"},
     {"accuracy"},
     {"inputs"},
@@ -31,6 +43,7 @@ LAYERS = [
     {"demo", "bench"},
     {"planning"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -31,8 +31,10 @@ Counted and not timed, forward and backward, the second call. Calls of one and o
 tell what each block costs and what a call has once: launches of our kernels and of torch's
 operations (views and allocations are left out; some operations have more than one launch). Then
 come what makes the host wait, and copies to the device. The kernels run in Triton's interpreter on
-a small head, on the path that a GPU takes; its 8-bit rows are made in one slice. Two values that
-are read on a CPU alone, or after they have arrived, count as waits too (`_local_scalar_dense`).
+a small head, on the path that a GPU takes; its 8-bit rows are made in one slice. One wait is
+allowed, where every logit is exact and the call has more than one block: `read_sent` learns how
+many rows need the vocabulary, while the device computes the first block. The four casts of a block
+of exact logits (`_to_copy`) are a CPU's: cuBLAS multiplies bf16 into fp32 without them.
 Operations, bytes and padding are in [counted.md](counted.md);
 `tests/triton/interpreted/test_launches.py` bounds these counts."""
 _COMMON = 6  # operations of torch that are named

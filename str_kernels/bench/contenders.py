@@ -43,10 +43,13 @@ class Contender:
     loss: Loss  # computes the loss of a case with these leaves and, if it can, the lse
     package: str | None = None  # the distribution it comes from; None for ours
     compiled: bool = False  # whether it needs a C++ compiler on a CPU
-    cute: bool = False  # whether it needs NVIDIA's CuTe, and so a GPU
+    gpu: bool = False  # whether it needs a GPU
+    cute: bool = False  # whether it needs NVIDIA's CuTe, and so a GPU of theirs
 
     def missing(self) -> str | None:
         """Return why it cannot run here; None if it can."""
+        if self.gpu and not torch.cuda.is_available():
+            return "needs a GPU"
         if self.package is not None and versions(self.package)[self.package] is None:
             return f"not installed (pip install {self.package})"
         if self.name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
@@ -171,7 +174,7 @@ _ALL = (
     _peer("torch", "F.linear_cross_entropy, chunked", torch_chunked, "torch"),
     _peer("cce", "cut-cross-entropy", cce, "cut-cross-entropy", compiled=True),
     _peer("trl", "the head of TRL's trainers", trl, "trl"),
-    _peer("liger", "Liger's fused head", liger, "liger-kernel"),
+    _peer("liger", "Liger's fused head", liger, "liger-kernel", gpu=True),
     _peer("liger-hopper", "Liger's CuTe head", liger_hopper, "liger-kernel", cute=True),
     _peer("liger-scaled", "Liger's other CuTe head", liger_scaled, "liger-kernel", cute=True),
     _peer("quack", "quack's chunked head", quack, "quack-kernels", cute=True),

@@ -10,7 +10,7 @@ from str_kernels.bench import plots
 from str_kernels.bench.contenders import Contender
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.measure import live_share, measure
-from str_kernels.bench.report import LEGEND, Results, Row, cells, markdown, unmeasured
+from str_kernels.bench.report import LEGEND, Results, Row, cells, in_products, markdown, unmeasured
 from str_kernels.bench.truth import truth_of
 
 KEYS = ("contender", "case", "dtype", "N", "V", "D", "trainable")
@@ -86,7 +86,8 @@ def publish(results: Results) -> list[Path]:
         plots.head_bars(rows, title_of(rows), plot)
         table = markdown(*cells(rows))
         absent = "".join(f"- {line}\n" for line in unmeasured(rows))
-        text.append(f"### {title_of(rows)}\n\nRows: {inputs_line(rows)}.\n\n{table}\n{absent}")
+        notes = f"Rows: {inputs_line(rows)}.\n\n{table}\n{in_products(rows)}.\n\n{absent}"
+        text.append(f"### {title_of(rows)}\n\n{notes}")
         written.append(plot)
     path = out / f"{name}.md"
     path.write_text("\n".join([*text, f"{LEGEND}.\n"]), encoding="utf-8")

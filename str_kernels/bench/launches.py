@@ -86,7 +86,8 @@ def counted_launches() -> Iterator[Launches]:
         _Reads(found, paused),
         _Operations(found, paused),
         _kernels(found, paused),
-        _unseen(waits, "read_arrived", paused),
+        _unseen("read_arrived", paused),
+        _unseen("read_sent", paused, found.waits),
     ):
         yield found
 
@@ -140,22 +141,24 @@ class _Reads(TorchFunctionMode):
 
 
 @contextmanager
-def _unseen(module: Any, name: str, paused: list[bool]) -> Iterator[None]:
-    """Count nothing inside one function."""
-    real = getattr(module, name)
+def _unseen(name: str, paused: list[bool], calls: Counter | None = None) -> Iterator[None]:
+    """Count nothing inside one function of `waits`, but its calls where a counter is given."""
+    real = getattr(waits, name)
 
     def call(*args: Any) -> Any:
         before, paused[0] = paused[0], True
+        if calls is not None:
+            calls[name] += 1
         try:
             return real(*args)
         finally:
             paused[0] = before
 
-    setattr(module, name, call)
+    setattr(waits, name, call)
     try:
         yield
     finally:
-        setattr(module, name, real)
+        setattr(waits, name, real)
 
 
 @contextmanager

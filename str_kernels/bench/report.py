@@ -37,13 +37,15 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
 
 
-# heading, key and form of each column of the table
-COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+Columns = tuple[tuple[str, str, Callable[[Any], str]], ...]
+
+# heading, key and form of each column of a table
+COSTS: Columns = (
     ("ms", "seconds", milliseconds),
-    ("GEMMs", "gemms", lambda x: f"{x:.2f}"),
     ("queued ms", "queued_seconds", milliseconds),
-    ("queued GEMMs", "queued_gemms", lambda x: f"{x:.2f}"),
     ("MiB", "peak_bytes", lambda x: f"{x / 2**20:.{0 if x >= 100 << 20 else 1}f}"),
+)
+ERRORS: Columns = (
     ("loss", "loss_error", lambda x: f"{x:.0e}"),
     ("lse", "lse_error", lambda x: f"{x:.0e}"),
     ("dH", "hidden_error", percent),
@@ -52,11 +54,10 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("dC", "constraint_error", percent),
 )
 LEGEND = (
-    "ms: time of forward and backward, median, each call on an idle device; GEMMs: the same in "
-    "bare products, each by those right before and after it; queued: calls that follow each other "
-    "without a wait, beside products that do; MiB: peak extra memory; then errors against fp64: "
-    "loss and log-sum-exp (rms) in nats, gradients of the hidden states, of confident rows alone, "
-    "of the weight, of the constraint"
+    "ms: time of forward and backward, median, each call on an idle device; queued: calls that "
+    "follow each other without a wait; MiB: peak extra memory; then errors against fp64: loss and "
+    "log-sum-exp (rms) in nats, gradients of the hidden states, of confident rows alone, of the "
+    "weight, of the constraint"
 )
 
 
@@ -149,16 +150,28 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def cells(rows: list[Row], label: str = "contender") -> tuple[list[str], list[list[str]]]:
+def cells(
+    rows: list[Row], label: str = "contender", columns: Columns = COSTS + ERRORS
+) -> tuple[list[str], list[list[str]]]:
     """Return headings and a line of text for each row; what has no entry is left out."""
-    rows = [row for row in rows if any(row.get(column[1]) is not None for column in COLUMNS)]
-    shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    rows = [row for row in rows if any(row.get(column[1]) is not None for column in columns)]
+    shown = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     lines = [
         [str(row[label])]
         + ["" if row.get(key) is None else form(row[key]) for _, key, form in shown]
         for row in rows
     ]
     return [label, *(column[0] for column in shown)], lines
+
+
+def in_products(rows: list[Row], label: str = "contender") -> str:
+    """Tell the times in units of the bare product, which is timed in turns with each of them."""
+    told = []
+    for key, how in (("gemms", ""), ("queued_gemms", ", queued")):
+        found = [f"{row[label]} {row[key]:.2f}" for row in rows if row.get(key) is not None]
+        if found:
+            told.append(f"× the bare product of hidden states and head{how}: {', '.join(found)}")
+    return "; ".join(told)
 
 
 def unmeasured(rows: list[Row]) -> list[str]:

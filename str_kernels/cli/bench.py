@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
+from str_kernels.ranks import require_one
 
 SHAPE, QUICK_SHAPE = "1024,65536,512", "256,8192,64"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,7 +44,9 @@ def bench(
     trainable: Annotated[
         bool, typer.Option("--trainable", help="Compute the gradient of the head too.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, …; auto is the GPU where there is one.")
+    ] = "auto",
     out: Annotated[
         Path, typer.Option(help="Folder for JSON Lines, Markdown and PNG; its results are kept.")
     ] = Path("bench"),
@@ -52,29 +55,33 @@ def bench(
     ] = False,
     as_json: AsJson = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure a small problem once, to see that it runs.")
+        bool,
+        typer.Option("--quick", help="Run a small problem, to see what runs here; ranks nothing."),
     ] = False,
 ) -> None:
-    """Compare the loss head with its peers: time in GEMMs, peak memory, errors against fp64.
+    """Compare the loss head with its peers: milliseconds, peak memory, errors against fp64.
 
-    1 GEMM is the bare product of hidden states and head, timed in turns with each contender. An
-    interrupted run continues where it stopped.
+    A footnote tells the times in bare products of hidden states and head, which are timed in turns
+    with each contender. An interrupted run continues where it stopped.
     """
+    require_one("bench")
     default_shape = QUICK_SHAPE if quick else SHAPE
     sizes = _checked(model, data, shape, dtype=dtype, default_shape=default_shape)
     with console.stage("preparing"):
         import torch
 
         from str_kernels.bench.contenders import chosen_contenders
-        from str_kernels.bench.head import KEYS, compare, inputs_line, publish, title_of
+        from str_kernels.bench.head import KEYS, compare, publish
         from str_kernels.bench.inputs import from_model, synthetic
-        from str_kernels.bench.report import LEGEND, Results, cells, unmeasured
+        from str_kernels.bench.report import Results
 
         chosen = chosen_contenders(contenders)
-        results = Results(out / "bench.jsonl", KEYS, again=again)
+        results = Results(out / ("quick.jsonl" if quick else "bench.jsonl"), KEYS, again=again)
         rows = min(rows, 256) if quick else rows
         console.quiet_libraries()
         case = synthetic(*sizes) if model is None else from_model(model, data, rows)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         case = case.cast(getattr(torch, dtype)).to(device)
     with console.counting("measuring", len(chosen)) as advance:
         found = compare(
@@ -86,17 +93,29 @@ def bench(
             budget_s=10.0,
             advance=lambda name: advance(),
         )
-    written = publish(results)
+    written = [] if quick else publish(results)
     if as_json:
         console.print_json({**results.as_dict(), "rows": found})
     else:
-        console.print_table(title_of(found), *cells(found))
-        for line in unmeasured(found):
-            console.say(f"not measured: {line}")
-        console.say(f"rows: {inputs_line(found)}")
-        console.say(LEGEND)
+        _show(found, quick=quick)
     console.say(f"saved {', '.join(map(str, [results.path, *written]))}")
     console.say("next: str-kernels train MODEL DATA.jsonl --out ADAPTER")
+
+
+def _show(found: list[dict[str, Any]], *, quick: bool) -> None:
+    from str_kernels.bench.head import inputs_line, title_of
+    from str_kernels.bench.report import COSTS, ERRORS, LEGEND, cells, in_products, unmeasured
+
+    columns = ERRORS if quick else COSTS + ERRORS
+    console.print_table(title_of(found), *cells(found, columns=columns))
+    for line in unmeasured(found):
+        console.say(f"not measured: {line}")
+    console.say(f"rows: {inputs_line(found)}")
+    if quick:
+        console.say("a quick run ranks nothing: it tells what runs here, and its errors (fp64)")
+    else:
+        console.say(in_products(found))
+        console.say(LEGEND)
 
 
 def _checked(

@@ -11,13 +11,16 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, DataFile, ModelName, options_of
 from str_kernels.options import DEFAULT_KIND
+from str_kernels.ranks import share_work
 from str_kernels.training.settings import LONG, TrainSettings
 
 if TYPE_CHECKING:
     from str_kernels.training.checks import Prepared
 
 
-@options_of(TrainSettings, "kind", "anchors", "max_length", "long", "batch", "dtype")
+@options_of(
+    TrainSettings, "kind", "anchors", "eval", "max_length", "long", "batch", "dtype", "device"
+)
 def cache(
     model: ModelName,
     data: DataFile,
@@ -49,7 +52,8 @@ def cache(
     with console.stage("loading the model"):
         loaded = load(settings, adapter=adapter)
     safety = settings.constraint(prepared.tokens.token_ids)
-    with console.counting("batches of references", batch_count(prepared)) as advance:
+    counting = console.counting("batches of references", batch_count(prepared))
+    with share_work(), counting as advance:
         stored = cache_references(loaded, prepared, safety, out, advance)
     _show(_facts(prepared, out, stored), as_json)
     console.say(f"saved {out}")
@@ -88,8 +92,10 @@ def _say_next(prepared: Prepared, adapter: str | None) -> None:
         return
     words = ["train", settings.model, settings.data, "--tokens", settings.tokens]
     words += [word for file in settings.anchors for word in ("--anchors", file)]
+    words += [] if settings.eval is None else ["--eval", settings.eval]
     words += ["--reference", settings.out, "--max-length", str(settings.max_length)]
     words += [] if settings.long == LONG[0] else ["--long", settings.long]
     words += [] if settings.kind == DEFAULT_KIND else ["--kind", settings.kind]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
+    words += [] if settings.device == "auto" else ["--device", settings.device]
     console.say(f"next: str-kernels {shlex.join(words)} --out ADAPTER")

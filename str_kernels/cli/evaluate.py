@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from str_kernels.cli import console
-from str_kernels.cli.evaluation_view import Command, next_command, record, show
-from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
-from str_kernels.files import write_json
+from str_kernels.cli.evaluation_view import BUILT_IN, Command, next_command, record, show
+from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype
+from str_kernels.files import replacing, write_json
+from str_kernels.ranks import share_work
 
 if TYPE_CHECKING:
     from str_kernels.evaluation.evaluation import Evaluation
 
 
 def evaluate(
-    model: ModelName,
+    model: Annotated[str | None, typer.Argument(help="Hub id, local folder, or GGUF file.")] = None,
     *,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to put on the model.")] = None,
     refusals: Annotated[
-        Path | None, typer.Option(help="JSONL of requests that should be refused.")
+        Path | None,
+        typer.Option(
+            help=f"JSONL of requests that should be refused; {BUILT_IN}: the requests by which "
+            "safety tokens are found, for a first look."
+        ),
     ] = None,
     task: Annotated[
         Path | None, typer.Option(help="JSONL of requests with the right answer.")
@@ -46,9 +51,22 @@ def evaluate(
             help="File for the result; each answer is saved beside it, so that a rerun continues."
         ),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A.json B.json",
+            help="Instead of a model: two results (--out) side by side, in one page that --out "
+            "names; default: compare.html.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure refusals and task accuracy of greedy answers, with 95 % intervals and counts."""
+    if compare is not None:
+        _compare(*compare, Path("compare.html") if out is None else out, model)
+        return
+    if model is None:
+        raise typer.BadParameter("give a MODEL, or --compare A.json B.json.")
     paths = {"refusals": refusals, "task": task, "benign": benign}
     given = {name: path for name, path in paths.items() if path is not None}
     if not given:
@@ -71,9 +89,10 @@ def evaluate(
     for notice in notices:
         console.say(f"note: {notice}")
     rows = {name: [row for _, row in numbered] for name, numbered in rows.items()}
-    measured = _measure(command, rows, out)
+    with share_work() as ranks:
+        measured = _measure(command, rows, out)
     result = record(command, rows, measured)
-    if out is not None:
+    if out is not None and ranks.first:
         write_json(out, result)
         console.say(f"saved {out}")
     if as_json:
@@ -83,9 +102,28 @@ def evaluate(
     console.say(next_command(command))
 
 
+def _compare(first: Path, second: Path, out: Path, model: str | None) -> None:
+    """Write the page of two results."""
+    from str_kernels.evaluation.comparison import Evaluated, page, pairs
+
+    if model is not None:
+        raise typer.BadParameter("--compare reads results; leave MODEL out.")
+    console.check_output("out", out)
+    results = Evaluated(first), Evaluated(second)
+    with replacing(out) as partial:
+        partial.write_text(page(*results), encoding="utf-8")
+    differ = sum(pair.first.verdict != pair.second.verdict for pair in pairs(*results))
+    console.say(f"saved {out}: {len(pairs(*results))} requests, {differ} with other verdicts")
+    console.say(f"next: open {out} in a browser")
+
+
 def _numbered(name: str, path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
     from str_kernels.inputs.data import read_numbered
 
+    if (name, str(path)) == ("refusals", BUILT_IN):
+        from str_kernels.safety.templates import REFUSED_REQUESTS
+
+        return list(enumerate(({"prompt": one} for one in REFUSED_REQUESTS), start=1))[:limit]
     return read_numbered(path, response_required=name == "task")[:limit]
 
 
@@ -103,7 +141,7 @@ def _check(model: str, paths: dict[str, Path], rows: dict[str, list]) -> list[st
 
 
 def _measure(command: Command, rows: dict[str, list], out: Path | None) -> Evaluation:
-    from str_kernels.evaluation.answers import AnswerFile, file_state
+    from str_kernels.evaluation.answers import AnswerFile, answers_beside, file_state
     from str_kernels.evaluation.evaluation import evaluate as measure
     from str_kernels.evaluation.judge_model import JudgeModel
     from str_kernels.inputs.loading import load_model_and_tokenizer
@@ -117,7 +155,7 @@ def _measure(command: Command, rows: dict[str, list], out: Path | None) -> Evalu
     }
     known = None
     if out is not None:
-        known = AnswerFile(out.with_name(out.name + ".answers.jsonl"), deciding)
+        known = AnswerFile(answers_beside(out), deciding)
     device = settings["device"]
     with console.stage("loading the model"):
         loaded = load_model_and_tokenizer(

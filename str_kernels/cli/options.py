@@ -22,7 +22,9 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-BatchSize = Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)]
+BatchSize = Annotated[
+    int, typer.Option("--batch", "--batch-size", help="Sequences in one forward.", min=1)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

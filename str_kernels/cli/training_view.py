@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from str_kernels.cli.console import print_json, print_table, quiet_libraries, say
+from str_kernels.ranks import share_work
 
 if TYPE_CHECKING:
     from str_kernels.training.result import Result
@@ -21,8 +22,10 @@ LOGGED = (
     "safety_penalty",
     "safety_drift",
     "token_accuracy",
+    "live_share",
     "grad_norm",
 )
+MEASURED = ("eval_cross_entropy", "eval_safety_penalty", "eval_safety_drift", "eval_loss")
 
 
 class Lines:
@@ -37,7 +40,8 @@ class Lines:
 
     def log(self, values: dict[str, float]) -> None:
         """Write the averages as one line."""
-        shown = "  ".join(f"{name} {values[name]:.4f}" for name in LOGGED if name in values)
+        names = [name for name in (*LOGGED, *MEASURED) if name in values]
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         say(f"step {values['step']:>5}  {shown}")
 
     def notice(self, text: str) -> None:
@@ -83,13 +87,14 @@ def run_training(given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
         ValueError: the command has faults; they are found before its first slow step.
         FloatingPointError: the loss is not finite.
     """
-    with terminal_progress() as progress:
+    with terminal_progress() as progress, share_work():
         progress.stage("checking")
         quiet_libraries()
-        from str_kernels.training.checks import prepare
+        from str_kernels.training.checks import prepare, refuse_other_engines
         from str_kernels.training.run import train
         from str_kernels.training.settings import TrainSettings
 
+        refuse_other_engines()
         settings = TrainSettings(**given)
         result = train(prepare(settings, resume=resume), progress)
     if as_json:
@@ -110,6 +115,8 @@ def _rows(result: Result) -> list[list[str]]:
         rows.append(["peak memory of the device", f"{result.peak_device_mib:,.0f} MiB"])
     if result.cross_entropy is not None:
         rows.append(["cross-entropy (last log)", f"{result.cross_entropy:.4f}"])
+    if result.eval_cross_entropy is not None:
+        rows.append(["cross-entropy (held out)", f"{result.eval_cross_entropy:.4f}"])
     if result.safety_penalty is not None:
         rows.append(["safety penalty (last log)", f"{result.safety_penalty:.4f}"])
     return rows

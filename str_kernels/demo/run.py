@@ -51,12 +51,13 @@ class DemoSettings:
     top_k: int = 10  # safety tokens
     prompts: int = 300  # held-out prompts of each kind
     head: HeadSize = field(default_factory=HeadSize)  # whose memory is measured
+    claims: bool = True  # whether the run is long enough for its numbers to mean anything
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoSettings:
         """Return settings for a few seconds: they show that it works, not what it achieves."""
         head = HeadSize(positions=512, vocabulary=8192)
-        return cls(seed=seed, align_steps=150, tune_steps=60, prompts=60, head=head)
+        return cls(seed=seed, align_steps=150, tune_steps=60, prompts=60, head=head, claims=False)
 
 
 @dataclass(frozen=True)

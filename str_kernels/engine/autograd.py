@@ -59,7 +59,7 @@ def fused_rows(head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Res
     """Return differentiable terms of N rows, and their statistics."""
     refuse_functional()
     cross_entropy, penalty, *statistics = FusedRows.apply(*head, inputs, tiles, resolved)
-    return RowTerms(cross_entropy, penalty, Statistics(*statistics))
+    return RowTerms(cross_entropy, penalty, Statistics(*statistics), resolved.backend)
 
 
 def _savable(constant: Tensor | None) -> Tensor | None:

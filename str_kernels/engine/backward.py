@@ -8,6 +8,9 @@ second backward is right as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -18,14 +21,17 @@ from str_kernels.engine.contract import (
     Head,
     Kept,
     Resolved,
+    RowGradients,
     RowInputs,
+    RowPlan,
     SafetyTerm,
     Saved,
     Tiles,
     Upstream,
 )
-from str_kernels.engine.logits import safety_ids
-from str_kernels.engine.rows import plan_for, weight_coefficients
+from str_kernels.engine.logits import accumulator, safety_ids, without_autocast
+from str_kernels.engine.rest import by_dense, leave_out, of_safety, safety_factors
+from str_kernels.engine.rows import lists_rows, plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -46,10 +52,22 @@ def backward_rows(
         grad_cross_entropy = torch.zeros_like(kept.lse)
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
-    with torch.autocast(kept.lse.device.type, enabled=False):
+    with without_autocast(kept.lse.device):
         backward = _Backward(kept, tiles, resolved, grad_cross_entropy, grad_penalty)
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
     return backward.found.hidden, weight, bias
+
+
+def _gradient(kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
+    """Compute row gradients; those of several processes are added up before they are rounded."""
+    stages, shards = row_stages(resolved.backend), resolved.shards
+    if shards.alone:
+        return stages.gradient(kept, upstream, resolved)
+    wide = replace(resolved, dtype=accumulator(resolved.dtype))
+    found = stages.gradient(kept, upstream, wide)
+    if found.hidden is None:
+        return found
+    return found._replace(hidden=shards.sum(found.hidden).to(resolved.dtype))
 
 
 class _Backward:
@@ -65,34 +83,42 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
-        self.plan = plan_for(resolved, inputs, len(kept.weight), tiles)
-        self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
+        self.shards = resolved.shards
+        self.vocab = self.shards.total or len(kept.weight)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
         if self.options.constrained and grad_penalty is not None:
             penalty = grad_penalty * self.plan.penalty_scale
-        dense = None if self.plan.listed is None else self.plan.dense
+        dense = self.plan.dense if lists_rows(resolved, kept.lse.device) else None
         upstream = Upstream(grad_cross_entropy, penalty, dense)
-        self.found = row_stages(resolved.backend).gradient(kept, upstream, resolved)
+        self.found = _gradient(kept, upstream, resolved)
+
+    @cached_property
+    def plan(self) -> RowPlan:
+        """The forward's plan, made again where something of it is needed."""
+        kept = self.kept
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        return plan_for(self.resolved, inputs, self.vocab, self.tiles)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        rows = slice(None) if self.every else kept.rows
+        every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
+        rows = slice(None) if every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
             self.grad_cross_entropy,
-            self.found.d_lse,
+            by_dense(self.found.d_lse, kept),
             options=self.options,
-            vocab_size=len(kept.weight),
+            vocab_size=self.vocab,
         )
         hidden = kept.hidden_states[rows].contiguous()
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
         head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
-        return self.resolved.backend.weight_gradients(
+        head = leave_out(head, self.options)
+        weight, bias = self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(
                 kept.lse[rows],
@@ -106,17 +132,28 @@ class _Backward:
             safety=self._safety_term(),
             needs=self.resolved.needs[1:],
         )
+        return weight, None if bias is None else bias.to(kept.bias.dtype)
 
     def _block(self, head: Head, rows: Tensor | slice) -> Block:
-        listed = self.plan.listed
-        if listed is None:
-            return Block(head, self.plan.labels[rows], self.tiles, self.options)
-        return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
+        listed, places = self.plan.listed, None
+        labels = self.shards.own(self.plan.labels[rows]) if listed is None else listed.labels
+        if listed is not None:
+            places = listed.places
+        if self.options.leaves_out:  # `safety_factors` has the labels that are safety tokens
+            own = of_safety(labels, self.options).any(-1)
+            labels = labels.masked_fill(own, -1)
+            places = None if places is None else places.masked_fill(own, -1)
+        return Block(head, labels, self.tiles, self.options, places=places, shards=self.shards)
 
     def _safety_term(self) -> SafetyTerm | None:
-        if self.found.beta is None:
+        beta = self._beta()
+        if beta is None:
             return None
-        ids, beta = safety_ids(self.options.safety, self.kept.lse.device), self.found.beta
+        safety, device = self.options.safety, self.kept.lse.device
+        ids = safety_ids(safety, device)
+        if not self.shards.alone:
+            places, ids = self.shards.tokens(safety, device)
+            beta = beta[:, places]
         if self.plan.listed is None:
             rows = self.plan.safety.nonzero()[:, 0]
             beta, hidden = beta[rows], self.kept.hidden_states[rows].to(self.dtype)
@@ -124,3 +161,20 @@ class _Backward:
             hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
             hidden = hidden.to(self.dtype)
         return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))
+
+    def _beta(self) -> Tensor | None:
+        """Derivatives ``[N, K]`` by ``H Wᵀ + b`` at the safety tokens that no pass computes."""
+        beta, kept = self.found.beta, self.kept
+        if not self.options.leaves_out:
+            return beta
+        coefficients = weight_coefficients(
+            self.plan,
+            kept.lse,
+            self.grad_cross_entropy,
+            None,
+            options=self.options,
+            vocab_size=len(kept.weight),
+        )
+        rows = slice(None) if self.every else kept.rows
+        own = safety_factors(kept, self.plan.labels, coefficients, rows, self.options)
+        return own if beta is None else own + beta

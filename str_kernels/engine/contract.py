@@ -23,14 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from str_kernels import waits
+from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import LossOptions
 
 ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
+# The bias, in fp32 or fp64, of a token that sums over the vocabulary leave out; see `engine.rest`.
+LEFT_OUT = -1.75 * 2.0**127
 
 
 class Head(NamedTuple):
@@ -70,13 +75,39 @@ class Listed(NamedTuple):
     ``rows [N]`` int64: these rows in their order, and then the others; ``labels [N]`` int64, their
     labels in the order of ``rows``, and ``ABSENT`` for the others; ``places [N]`` int32, the same
     as places in the order of the vocabulary. ``off []`` int32 counts the rows whose screen was
-    wrong; it begins with 0.
+    wrong; it begins with 0. ``count []`` int32: how many rows need the vocabulary.
     """
 
     rows: Tensor
     labels: Tensor
     places: Tensor
     off: Tensor
+    count: Tensor
+
+
+class Present:
+    """How many of a call's N rows are not ``ABSENT``, for a host that has not counted them.
+
+    A backend may send for the number, queue the rows it computes in any case, and then read.
+    """
+
+    def __init__(self, listed: Listed) -> None:
+        """Nothing has been sent for."""
+        self.total, self._count = len(listed.rows), listed.count
+        self._sent: waits.Sent | None = None
+        self._read: int | None = None
+
+    def send(self) -> None:
+        """Have the device send the number, unless it has."""
+        if self._sent is None:
+            self._sent = waits.send(self._count)
+
+    def read(self) -> int:
+        """Wait for the number; N where nothing can be sent, as while a CUDA graph is captured."""
+        if self._read is None:
+            self.send()
+            self._read = self.total if self._sent is None else waits.read_sent(self._sent)
+        return self._read
 
 
 class RowPlan(NamedTuple):
@@ -114,6 +145,10 @@ class Columns(NamedTuple):
     safety: Tensor | None = None
     difference: Tensor | None = None
 
+    def listed(self, rows: Tensor | None) -> Columns:
+        """All but the safety logits in the order of ``rows [R]``; None leaves them as they are."""
+        return self if rows is None else self.part(rows)._replace(safety=self.safety)
+
     def part(self, rows: Tensor | slice) -> Columns:
         """Those of some rows, but for the safety logits, which no block reads."""
         kept = (None if x is None else x[rows] for x in self._replace(safety=None))
@@ -127,7 +162,10 @@ class Block(NamedTuple):
     stand in the block since the host has not counted them; the results of these are undefined.
     ``tiles`` is None on the exact path; ``columns`` are computed before the vocabulary is read, and
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
-    they are known.
+    they are known. ``present``: only where rows may be ``ABSENT``, and these stand last; ``start``
+    rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head
+    and the labels are this process's own: a label that another has is -1 here, and true in
+    ``elsewhere [R]`` bool.
     """
 
     head: Head
@@ -136,6 +174,21 @@ class Block(NamedTuple):
     options: LossOptions
     columns: Columns | None = None
     places: Tensor | None = None
+    present: Present | None = None
+    start: int = 0
+    elsewhere: Tensor | None = None
+    shards: Shards = ALONE
+
+    @property
+    def vocab(self) -> int:
+        """V, the rows of the head on all processes."""
+        return self.shards.total or len(self.head.weight)
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """``[R]`` bool: rows without a label on any process."""
+        none = self.labels < 0
+        return none if self.elsewhere is None else none & ~self.elsewhere
 
 
 class Wanted(NamedTuple):
@@ -175,6 +228,8 @@ class Resolved:
         entropy: whether each row's entropy is computed.
         backend_reason: why this backend was chosen.
         reason: why this filter was chosen.
+        shards: the processes over which the vocabulary is split.
+        most_rows: rows of a block, where these processes have agreed on it; 0: the backend's.
     """
 
     backend: Backend | None
@@ -187,6 +242,8 @@ class Resolved:
     entropy: bool = False
     backend_reason: str = ""
     reason: str = ""
+    shards: Shards = ALONE
+    most_rows: int = 0
 
 
 class TileMasses(NamedTuple):
@@ -272,7 +329,8 @@ class Statistics(NamedTuple):
     ``lse`` log-sum-exp; ``lse_rest`` what rounding took from it, since a large one has few
     decimals; ``correct`` bool, whether the label has the largest logit; ``dead_mass`` the
     probability that was screened but not refined; ``live_share`` the share of the tiles that was
-    computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None.
+    computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None; ``log_rest``
+    log of the probability outside the safety tokens, where a constraint reads it, or None.
     """
 
     lse: Tensor
@@ -282,6 +340,7 @@ class Statistics(NamedTuple):
     live_share: Tensor
     entropy: Tensor | None
     safety_logits: Tensor | None = None
+    log_rest: Tensor | None = None
 
 
 class RowSums(NamedTuple):
@@ -289,7 +348,8 @@ class RowSums(NamedTuple):
 
     ``mass [R]``, that of pairs computed exactly; ``maximum [R]``, their largest logit; ``dead
     [R, T]`` or None as in `Worklist`; ``weighted [R]`` Σ exp(z - shift) · (z - shift), for the
-    entropy only; ``logit_sum [R]`` as in `Dense`.
+    entropy only; ``logit_sum [R]`` as in `Dense`. ``exact [R]`` and ``kept [R]``: what the factors
+    of the opened sums add up to before they were rounded, and after; or None.
     """
 
     shift: Tensor
@@ -298,6 +358,8 @@ class RowSums(NamedTuple):
     dead: Tensor | None = None
     weighted: Tensor | None = None
     logit_sum: Tensor | None = None
+    exact: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Factors(NamedTuple):
@@ -313,17 +375,36 @@ class Factors(NamedTuple):
     lse_label: Tensor
 
 
+class Rest(NamedTuple):
+    """The vocabulary without the safety tokens, where these are left out of a row's sums.
+
+    ``log_sum [R]``: the log of its sum, relative to the shift of `RowSums`; ``label [R]``: the
+    share that the label has of it, 0 for a safety token. ``safety [R, K]``: the probabilities of
+    the safety tokens, 0 at the label. ``keep [R]`` or None: what corrects the rounding of the
+    opened sums.
+    """
+
+    log_sum: Tensor
+    label: Tensor
+    safety: Tensor
+    keep: Tensor | None = None
+
+
 class Joined(NamedTuple):
     """What follows from `RowSums`: fields of `Dense`, and ``rescale [R]``, exp(shift - lse).
 
-    ``factors``: only where they are computed together; `engine.rows` has them otherwise.
+    ``scale [R]`` is that of `OpenRows`; it corrects what the rounding of factors added up to.
+    ``factors``: only where they are computed together; `engine.rows` has them otherwise. ``rest``:
+    only where the safety tokens are left out.
     """
 
     statistics: Statistics
     surprise: Tensor
     open_mass: Tensor
     rescale: Tensor
+    scale: Tensor
     factors: Factors | None = None
+    rest: Rest | None = None
 
 
 class Dense(NamedTuple):
@@ -341,6 +422,7 @@ class Dense(NamedTuple):
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
         probabilities: ``[R, V]``, undefined at the label; only when wanted.
         factors: see `Joined`.
+        rest: see `Joined`.
     """
 
     statistics: Statistics
@@ -354,25 +436,50 @@ class Dense(NamedTuple):
     slope: Tensor | None = None
     probabilities: Tensor | None = None
     factors: Factors | None = None
+    rest: Rest | None = None
 
 
 class RowTerms(NamedTuple):
-    """Both loss terms of every position, differentiable, and its statistics; shapes ``[...]``."""
+    """Both loss terms of every position, differentiable, and its statistics; shapes ``[...]``.
+
+    ``backend``: what computed them, and may reduce them; None in compiled code, for one.
+    """
 
     cross_entropy: Tensor
     penalty: Tensor
     statistics: Statistics
+    backend: Backend | None = None
+
+
+class Totals(NamedTuple):
+    """Both terms reduced, and their sum, the ``loss``; differentiable as far as torch says.
+
+    ``factor []``: what the upstream gradient of the loss is multiplied by, where a backend reduces;
+    ``num_correct []`` and ``num_labels []`` int64: of how many labelled positions the label has the
+    largest logit, and how many there are.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    penalty: Tensor
+    factor: Tensor | None
+    num_correct: Tensor
+    num_labels: Tensor
 
 
 class Kept(NamedTuple):
     """The tensors kept from forward to backward, the same in eager and in compiled code.
 
-    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`), ``weight``;
-    for a trainable head also ``hidden_states`` and ``bias``. Outputs: ``lse [N]``, ``lse_rest [N]``
-    and ``safety_logits [N, K]``. Made by the forward: ``rows [R]``, the indices of the R rows, or
-    `Listed.rows`, when R = N;
-    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``ce_gradient [R, D]``
-    and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
+    Inputs of the loss: ``labels``, ``reference``, ``position_weights`` (`RowInputs`); for a
+    trainable head also ``hidden_states``, ``weight`` and ``bias``. A frozen head's ``weight`` is
+    ``[V, 0]``, which says its size alone: whoever gathered the weight may free it before backward.
+    Outputs: ``lse [N]``, ``lse_rest [N]`` and ``safety_logits [N, K]``. Made by the forward:
+    ``rows [R]``, the indices of the R rows, or `Listed.rows`, when R = N;
+    ``safety_alone [S]``, those of rows that need the safety tokens alone; ``safety_rows [K, D]``,
+    the weight's at the safety tokens in the dtype of the hidden states; ``ce_gradient [R, D]``
+    and ``lse_gradient [R, D]`` in ``kept_dtype``; then four as in `Dense`, if the head trains.
+    ``log_rest [N]`` as in `Statistics`; with it ``lse_gradient`` is that of the log-sum-exp of all
+    tokens but the safety tokens.
     """
 
     labels: Tensor
@@ -386,12 +493,14 @@ class Kept(NamedTuple):
     safety_logits: Tensor | None
     rows: Tensor
     safety_alone: Tensor | None
+    safety_rows: Tensor | None
     ce_gradient: Tensor | None
     lse_gradient: Tensor | None
     open_mass: Tensor | None
     masses: Tensor | None = None
     slope: Tensor | None = None
     probabilities: Tensor | None = None
+    log_rest: Tensor | None = None
 
 
 class RowShares(NamedTuple):
@@ -446,7 +555,8 @@ class RowGradients(NamedTuple):
     """What the backward of N rows makes: ``hidden [N, D]`` if the hidden states need a gradient.
 
     With a constraint also ``beta [N, K]``, the penalty's derivatives by ``H Wᵀ + b`` at the safety
-    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it.
+    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it (``kl_rest``: by
+    that of all tokens but the safety tokens).
     """
 
     hidden: Tensor | None = None
@@ -463,6 +573,12 @@ class SafetyTerm(NamedTuple):
     ids: Tensor
     weight: Tensor
     bias: Tensor
+
+
+@cache
+def brings(backend: type, stages: type) -> bool:
+    """Whether a class of backends has all methods of one of these protocols."""
+    return issubclass(backend, stages)
 
 
 @runtime_checkable
@@ -502,16 +618,27 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class Reduces(Protocol):
+    """A backend that sums the terms of all rows and divides, at once."""
+
+    def reduce(
+        self, terms: RowTerms, labels: Tensor, options: LossOptions, count: float | Tensor | None
+    ) -> Totals:
+        """Reduce to a sum, or to a mean by ``count``, by default the number of labels."""
+
+
+@runtime_checkable
 class RowStages(Protocol):
     """The stages that read few columns of W, or only what other stages left of a row.
 
     A backend that lacks them is served by `TorchStages`.
     """
 
-    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+    def columns(self, block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
         """Compute the logits of the label, the safety tokens and the anchors of N rows.
 
         ``block`` holds all N rows; ``needed [N]`` bool, or None for all, says which are computed.
+        All but the safety logits are those of ``rows [R]``, in their order; None: of all N.
         """
 
     def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -562,8 +689,19 @@ class Backend(Protocol):
     def refine(self, block: Block, work: Worklist, wanted: Wanted) -> Refined:
         """Compute live pairs exactly, from the original operands, accumulated in fp32."""
 
-    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
-        """Sum a row gradient ``[R, D]`` in ``kept_dtype``; ``spare`` allows reuse of ``opened``."""
+    def combine(
+        self,
+        block: Block,
+        opened: OpenRows,
+        shares: RowShares,
+        *,
+        spare: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Sum a row gradient ``[R, D]`` in ``kept_dtype``, into ``out`` if it is given.
+
+        ``spare`` allows reuse of ``opened``.
+        """
 
     def weight_gradients(
         self,

@@ -10,7 +10,7 @@ have their rounding, which may exceed the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,10 +29,10 @@ from str_kernels.engine.contract import (
     Worklist,
     live_pairs,
 )
+from str_kernels.engine.joins import Join, join_shards
 from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
-
-Join = Callable[[Block, Tensor, RowSums], Joined]
+from str_kernels.engine.rest import join_all, safety_logit_sum, safety_part
 
 
 def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -58,7 +58,10 @@ def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         live_share=live_share,
         entropy=entropy,
     )
-    return Joined(statistics, found.surprise, others * rescale, rescale)
+    scale = block.options.logit_scale * rescale
+    if sums.kept is not None:
+        scale = scale * torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
+    return Joined(statistics, found.surprise, others * rescale, rescale, scale)
 
 
 def join_pairs(
@@ -73,15 +76,15 @@ def join_pairs(
     head, _, tiles, options = block[:4]
     columns, logit_sum, smooth_gradient = columns_of(block), None, None
     if options.label_smoothing:
-        logit_sum = len(head.weight) * columns.difference
+        logit_sum = block.vocab * columns.difference
         smooth_gradient = options.logit_scale * column_sum(block)
     sums = RowSums(work.shift, refined.mass, refined.maximum, work.dead, None, logit_sum)
-    joined = join(block, columns.label, sums)
+    joined = join_shards(block, columns.label, sums, partial(join_all, join)).joined
     opened = kept_masses = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
         dead_part = dead_product(share, tiles.mean_rows, head.hidden_states.dtype)
-        opened = OpenRows(refined.expected, dead_part, options.logit_scale * joined.rescale)
+        opened = OpenRows(refined.expected, dead_part, joined.scale)
     if wanted.masses:
         kept_masses = torch.where(work.live(), -1.0, work.dead * joined.rescale[:, None])
     return Dense(
@@ -95,6 +98,7 @@ def join_pairs(
         masses=kept_masses,
         slope=masses.slope if wanted.masses else None,
         factors=joined.factors,
+        rest=joined.rest,
     )
 
 
@@ -109,18 +113,30 @@ def join_sums(
     weighted: Tensor | None,
     logit_sum: Tensor | None,
     smooth_gradient: Tensor | None,
+    exact: Tensor | None = None,
+    kept: Tensor | None = None,
     join: Join = join_rows,
 ) -> Dense:
     """Return ``Dense`` of an exact pass from sums that leave the label out.
 
     ``mass [R]`` is Σ exp(z - shift), ``expected [R, D]`` Σ exp(z - shift) · slope · w and
     ``weighted [R]`` Σ exp(z - shift) · (z - shift); ``maximum [R]`` is the largest logit. The next
-    two arguments go into ``Dense`` unchanged; ``join`` is the backend's.
+    two arguments go into ``Dense`` unchanged; the last but one are in `RowSums`; ``join`` is the
+    backend's.
     """
-    joined = join(block, label_logit, RowSums(shift, mass, maximum, None, weighted, logit_sum))
-    opened = None
+    if block.options.leaves_out and logit_sum is not None:
+        logit_sum = logit_sum + safety_logit_sum(block, label_logit)
+        if smooth_gradient.dim() > 1:
+            ones = torch.ones_like(block.columns.safety)
+            smooth_gradient = smooth_gradient + safety_part(block, ones, smooth_gradient.dtype)
+    sums = RowSums(shift, mass, maximum, None, weighted, logit_sum, exact, kept)
+    joined, logit_sum, factor = join_shards(block, label_logit, sums, partial(join_all, join))
+    opened, factors = None, joined.factors
     if expected is not None:
-        opened = OpenRows(expected, None, block.options.logit_scale * joined.rescale)
+        opened = OpenRows(expected, None, joined.scale)
+    if factor is not None and opened is not None:
+        opened = opened._replace(scale=opened.scale * factor)
+        factors = factors and factors._replace(opened=factors.opened * factor)
     return Dense(
         statistics=joined.statistics,
         label_logit=label_logit,
@@ -129,7 +145,8 @@ def join_sums(
         opened=opened,
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
-        factors=joined.factors,
+        factors=factors,
+        rest=joined.rest,
     )
 
 

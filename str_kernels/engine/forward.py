@@ -18,9 +18,11 @@ from str_kernels import waits
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import (
     Block,
+    Columns,
     Dense,
     Head,
     Kept,
+    Present,
     Resolved,
     Routed,
     RowInputs,
@@ -29,9 +31,12 @@ from str_kernels.engine.contract import (
     TileMasses,
     Tiles,
     Wanted,
+    Worklist,
 )
 from str_kernels.engine.finish import join_pairs
-from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.engine.joins import columns_over_shards
+from str_kernels.engine.logits import accumulator, kept_dtype, safety_ids, weight_rows
+from str_kernels.engine.rest import leave_out
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -54,7 +59,13 @@ _ABSENT = {
     "dead_mass": 0.0,
     "live_share": _NAN,
     "entropy": _NAN,
+    "log_rest": _NAN,
 }
+
+
+def kept_weight(weight: Tensor, *, trained: bool) -> Tensor:
+    """Return `Kept.weight`: the weight of a trained head, and the size of a frozen one's."""
+    return weight if trained else weight.new_empty(len(weight), 0)
 
 
 def tiles_of(
@@ -81,7 +92,8 @@ def forward_rows(
 ) -> tuple[RowTerms, Kept]:
     """Compute both terms of N rows; ``tiles`` is None on the exact path.
 
-    The host waits for the device before the first block and after the last, never in between.
+    The host waits for the device before the first block and after the last, if it may, and in
+    between only where a backend reads `Block.present`.
     """
     work = _Work(head, inputs, tiles, resolved)
     work.run()
@@ -103,8 +115,7 @@ class _Finished(NamedTuple):
 
     dense: Dense
     loss: Tensor
-    ce_gradient: Tensor | None
-    lse_gradient: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None]
     error: Tensor | None
 
 
@@ -115,12 +126,13 @@ class _Work:
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
-        self.weight, head = head.weight, whole_head(head, resolved.backend)
+        self.weight, self.bias, head = head.weight, head.bias, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
-        vocab_size = len(head.weight)
-        self.plan = plan_for(resolved, inputs, vocab_size, tiles)
-        judge_values_later(self.plan, inputs, self.options, vocab_size)
+        self.shards = resolved.shards
+        self.vocab = self.shards.total or len(head.weight)
+        self.plan = plan_for(resolved, inputs, self.vocab, tiles)
+        judge_values_later(self.plan, inputs, self.options, self.vocab)
         listed = self.plan.listed
         self.rows = self.plan.dense.nonzero()[:, 0] if listed is None else listed.rows
         self.every = listed is None and len(self.rows) == len(self.plan.labels)
@@ -131,12 +143,16 @@ class _Work:
             self.safety_alone = (self.plan.safety & ~self.plan.dense).nonzero()[:, 0]
         self.trained = any(resolved.needs[1:])
         self.wanted = self._wanted()
-        every = Block(head, self.plan.labels, tiles, self.options)
-        self.columns = row_stages(resolved.backend).columns(every, needed)
-        self.columns_of_rows = self.columns if self.every else self.columns.part(self.rows)
-        self.size = resolved.backend.row_block(head, len(self.rows), routed=tiles is not None)
+        every, rows = self._block_of(head, self.plan.labels), None if self.every else self.rows
+        stages = row_stages(resolved.backend)
+        self.columns = columns_over_shards(stages, every, needed, rows)
+        self.head = leave_out(head, self.options)
+        self.size = resolved.most_rows or resolved.backend.row_block(
+            head, len(self.rows), routed=tiles is not None
+        )
         self.parts = self._parts(self.size)
-        self.gradients: list[Tensor | None] = [None, None]  # those of cross-entropy and lse
+        self.present = None if listed is None else Present(listed)
+        self.gradients = self._gradients()
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -147,6 +163,20 @@ class _Work:
             entropy=self.resolved.entropy,
             probabilities=self.trained and exactly and few,
         )
+
+    def _gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Allocate those of cross-entropy and lse of all rows, into which blocks write theirs.
+
+        The only block's stay as they are.
+        """
+        if len(self.parts) == 1 or not self.wanted.hidden:
+            return None, None
+        hidden, safety = self.head.hidden_states, self.options.safety
+        dtype = kept_dtype(self.resolved.dtype, self.shards)
+        shape = (len(self.rows), hidden.shape[1])
+        by_lse = safety is not None and needs_lse(safety)
+        ce = hidden.new_empty(shape, dtype=dtype)
+        return ce, torch.empty_like(ce) if by_lse else None
 
     def run(self) -> None:
         """Compute every block; few rows may be screened in another precision than many."""
@@ -166,14 +196,15 @@ class _Work:
 
         The refined pairs correct the screened log-sum-exp; the correction measures its error.
         """
-        if self.tiles is None or self.screen == "exact":
+        alike = self.shards.alone  # another process may have another screen
+        if self.tiles is None or (alike and self.screen == "exact"):
             return []
         if self.plan.listed is not None:  # the backend has computed such rows again
             waits.judge_later(self.plan.listed.off, partial(_say_too_coarse, self.screen))
             return []
         # written so that NaN counts as too coarse
         off = [~(block.error <= _SCREEN_ERROR).all() for block in self.blocks]
-        return torch.stack(off).nonzero()[:, 0].tolist()
+        return self.shards.any(torch.stack(off)).nonzero()[:, 0].tolist()
 
     def run_exactly(self, places: list[int]) -> None:
         """Compute blocks again with the exact screen."""
@@ -192,11 +223,22 @@ class _Work:
         """Gather a block of the R rows."""
         rows = part if self.every else self.rows[part]
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
-        columns, listed = self.columns_of_rows.part(part), self.plan.listed
+        columns, listed = self.columns.part(part), self.plan.listed
+        if self.options.leaves_out:  # which have the order of all rows
+            columns = columns._replace(safety=self.columns.safety[rows])
         if listed is None:
-            return Block(head, self.plan.labels[rows], self.tiles, self.options, columns)
+            return self._block_of(head, self.plan.labels[rows], columns)
         labels, places = listed.labels[part], listed.places[part]
-        return Block(head, labels, self.tiles, self.options, columns, places)
+        return Block(
+            head, labels, self.tiles, self.options, columns, places, self.present, part.start
+        )
+
+    def _block_of(self, head: Head, labels: Tensor, columns: Columns | None = None) -> Block:
+        """Make a block of rows that the host has listed, with this process's own labels."""
+        own, elsewhere = self.shards.own(labels), self.shards.elsewhere(labels)
+        return Block(
+            head, own, self.tiles, self.options, columns, elsewhere=elsewhere, shards=self.shards
+        )
 
     def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:
         """Yield each block's rows and its masses, which are views where blocks are screened as one.
@@ -231,39 +273,32 @@ class _Work:
                 )
             join = row_stages(backend).join
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
-            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
-        loss = cross_entropy(dense, self.options, len(self.head.weight))
-        ce, by_lse = None, None
+            error = None if listed is not None else _screen_error(dense, work)
+        loss = cross_entropy(dense, self.options, self.vocab)
+        gradients = None, None
         if dense.opened is not None:
-            ce, by_lse = row_gradients(backend, block, dense)
+            out = tuple(None if x is None else x[part] for x in self.gradients)
+            gradients = row_gradients(backend, block, dense, out)
+            if len(self.parts) > 1:
+                gradients = None, None
         # the row gradients replace these two, whose memory is freed
         dense = dense._replace(opened=None, smooth_gradient=None)
-        ce, by_lse = self._in_place(0, part, ce), self._in_place(1, part, by_lse)
-        return _Finished(dense, loss, ce, by_lse, error)
+        return _Finished(dense, loss, gradients, error)
 
     def _no_rows(self) -> _Finished:
         """Make a block of no rows, for which the vocabulary is not read."""
         hidden = self.head.hidden_states
         none, gradient, by_lse = hidden.new_empty(0, dtype=self.dtype), None, None
         if self.wanted.hidden:
-            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept_dtype(self.resolved.dtype))
+            kept = kept_dtype(self.resolved.dtype, self.shards)
+            gradient = hidden.new_empty(0, hidden.shape[1], dtype=kept)
             by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
         entropy = none if self.wanted.entropy else None
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        if self.options.leaves_out:
+            statistics = statistics._replace(log_rest=none)
         dense = Dense(statistics, none, none, none, None, None, None)
-        return _Finished(dense, none, gradient, by_lse, none)
-
-    def _in_place(self, which: int, part: slice, gradient: Tensor | None) -> Tensor | None:
-        """Move a block's row gradients into those of all rows, so that none is there twice.
-
-        The only block's stay as they are.
-        """
-        if gradient is None or len(self.parts) == 1:
-            return gradient
-        if self.gradients[which] is None:
-            self.gradients[which] = gradient.new_empty(len(self.rows), gradient.shape[1])
-        self.gradients[which][part] = gradient
-        return None
+        return _Finished(dense, none, (gradient, by_lse), none)
 
     def result(self) -> tuple[RowTerms, Kept]:
         """Both terms and the statistics of all N rows, and what a backward needs."""
@@ -300,14 +335,12 @@ class _Work:
         stages = row_stages(self.resolved.backend)
         return stages.penalty(self.options, statistics, self.inputs.reference, scale)
 
-    def _gradient(self, which: int, of_one: Tensor | None) -> Tensor | None:
-        return of_one if self.gradients[which] is None else self.gradients[which]
-
     def _kept(self, statistics: Statistics) -> Kept:
+        ce, by_lse = self.blocks[0].gradients if len(self.blocks) == 1 else self.gradients
         # the returned tensors themselves are kept: autograd then notices an in-place change
         kept = Kept(
             *self.inputs,
-            weight=self.weight,
+            weight=kept_weight(self.weight, trained=self.trained),
             hidden_states=None,
             bias=None,
             lse=statistics.lse,
@@ -315,9 +348,11 @@ class _Work:
             safety_logits=statistics.safety_logits,
             rows=self.rows,
             safety_alone=self.safety_alone,
-            ce_gradient=self._gradient(0, self.blocks[0].ce_gradient),
-            lse_gradient=self._gradient(1, self.blocks[0].lse_gradient),
+            safety_rows=self._safety_rows(),
+            ce_gradient=ce,
+            lse_gradient=by_lse,
             open_mass=None,
+            log_rest=statistics.log_rest,
         )
         if not self.trained:
             return kept
@@ -326,7 +361,25 @@ class _Work:
             for name in ("open_mass", "masses", "slope", "probabilities")
         }
         head = self.head
-        return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+        return kept._replace(hidden_states=head.hidden_states, bias=self.bias, **of_blocks)
+
+    def _safety_rows(self) -> Tensor | None:
+        if not self.resolved.needs[0] or not self.options.constrained:
+            return None
+        safety, device = self.options.safety, self.weight.device
+        if self.shards.alone:
+            return weight_rows(self.head, safety_ids(safety, device), self.resolved.dtype)
+        places, own = self.shards.tokens(safety, device)
+        rows = self.head.hidden_states.new_zeros(len(safety.token_ids), self.weight.shape[1])
+        rows[places] = weight_rows(self.head, own, rows.dtype)
+        return rows  # those of other processes add nothing to the gradient here
+
+
+def _screen_error(dense: Dense, work: Worklist) -> Tensor:
+    """Return how far the screened log-sum-exp of each row was off, in nats."""
+    if dense.rest is not None:  # the screen saw the rest alone
+        return dense.rest.log_sum.abs()
+    return (dense.statistics.lse - work.shift).abs()
 
 
 def _say_too_coarse(screen: str) -> None:

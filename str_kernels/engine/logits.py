@@ -7,6 +7,8 @@ for the few columns (labels, safety tokens) that are computed exactly whatever t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from str_kernels import waits
 from str_kernels.engine.contract import Block, Columns, Head, Kept, Statistics
 from str_kernels.engine.products import product
+from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import TILE, LossOptions, SafetyConstraint
 
 _SCRATCH = 4 << 20  # numbers in one block ``[rows, D]`` of the labels' own products
@@ -25,13 +28,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Switch autocast off on this kind of device; where it is off already, that costs nothing."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def kept_dtype(dtype: torch.dtype, shards: Shards = ALONE) -> torch.dtype:
     """Return the dtype of row gradients between forward and backward, by that of hidden states.
 
     It is fp32 for fp16: before the upstream gradient (loss scale, 1/n) scales them, row gradients
-    may leave fp16's range.
+    may leave fp16's range. It is fp32 too where those of several processes are yet to be added up.
     """
-    return torch.float32 if dtype == torch.float16 else dtype
+    return (
+        torch.float32 if dtype == torch.float16 else dtype if shards.alone else accumulator(dtype)
+    )
 
 
 def take_rows(table: Tensor, where: Tensor | slice) -> Tensor:
@@ -72,6 +84,14 @@ def log_probabilities(logits: Tensor, statistics: Statistics | Kept) -> Tensor:
     return (logits - statistics.lse[:, None]) - statistics.lse_rest[:, None]
 
 
+def outcomes(statistics: Statistics | Kept) -> Tensor:
+    """``log p [N, K]`` of the safety tokens, ``[N, K + 1]`` where that of the rest is known."""
+    log_p = log_probabilities(statistics.safety_logits, statistics)
+    if statistics.log_rest is None:
+        return log_p
+    return torch.cat([log_p, statistics.log_rest[:, None]], -1)
+
+
 def block_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
@@ -102,16 +122,30 @@ def label_logits(head: Head, labels: Tensor, options: LossOptions) -> Tensor:
     return finish_logits(products, options).masked_fill(labels < 0, float("nan"))
 
 
-def mean_differences(head: Head, labels: Tensor, mean_row: Tensor, options: LossOptions) -> Tensor:
-    """``mean_v z_v - z_y [R]`` without a softcap; ``mean_row [D]`` is that of W.
+class Mean(NamedTuple):
+    """The mean row ``[D]`` of W over all tokens, and the mean ``[]`` of the bias or None."""
+
+    row: Tensor
+    bias: Tensor | None
+
+
+def mean_of(block: Block) -> Mean:
+    """Compute the means over the whole vocabulary, of all processes."""
+    row, bias = column_sum(block), block.head.bias
+    sums = row if bias is None else torch.cat([row, bias.sum(0, dtype=row.dtype)[None]])
+    means = block.shards.sum(sums) / block.vocab
+    return Mean(means, None) if bias is None else Mean(means[:-1], means[-1])
+
+
+def mean_differences(head: Head, labels: Tensor, mean: Mean, options: LossOptions) -> Tensor:
+    """``mean_v z_v - z_y [R]`` without a softcap.
 
     The rows are subtracted before they are multiplied, so that what they share cancels exactly.
     """
     target = labels.clamp(min=0)
-    products = _row_products(head, target, lambda rows: mean_row - rows)
+    products = _row_products(head, target, lambda rows: mean.row - rows)
     if head.bias is not None:
-        bias = head.bias.to(products.dtype)
-        products = products + (bias.mean() - bias[target])
+        products = products + (mean.bias - head.bias[target].to(products.dtype))
     return products.mul_(options.logit_scale).masked_fill(labels < 0, float("nan"))
 
 
@@ -119,7 +153,7 @@ def column_sum(block: Block) -> Tensor:
     """``Σ_v w_v [D]`` in fp32, from the tiles' mean rows."""
     means, vocab = block.tiles.mean_rows, len(block.head.weight)
     sizes = torch.full_like(means[:, :1], TILE)
-    sizes[-1] = vocab - TILE * (len(sizes) - 1)
+    sizes[-1:] = vocab - TILE * (len(sizes) - 1)  # a process may have no tile
     return (means * sizes).sum(0)
 
 
@@ -128,29 +162,34 @@ def columns_of(block: Block) -> Columns:
     return exact_columns(block, None) if block.columns is None else block.columns
 
 
-def exact_columns(block: Block, needed: Tensor | None) -> Columns:
+def exact_columns(block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
     """Implement `RowStages.columns` in torch calls, on the needed rows alone."""
     count, dim = block.head.hidden_states.shape
-    rows = None if needed is None or bool(needed.all()) else needed.nonzero()[:, 0]
+    computed = None if needed is None or bool(needed.all()) else needed.nonzero()[:, 0]
     size = max(1, _SCRATCH // dim)
-    mean_row = None
+    mean = None
     if block.tiles is not None and block.options.label_smoothing:
-        mean_row = column_sum(block) / len(block.head.weight)
-    places = range(0, max(1, count if rows is None else len(rows)), size)
+        mean = mean_of(block)
+    places = range(0, max(1, count if computed is None else len(computed)), size)
     parts = [slice(at, at + size) for at in places]
-    parts = parts if rows is None else [rows[part] for part in parts]
-    found = [_columns_of(block, part, mean_row) for part in parts]
+    parts = parts if computed is None else [computed[part] for part in parts]
+    found = [_columns_of(block, part, mean) for part in parts]
     found = [None if xs[0] is None else torch.cat(xs) for xs in zip(*found, strict=True)]
-    if rows is not None:
+    if computed is not None:
         fills = (float("nan"), 0.0, float("nan"), float("nan"))
         found = [
-            None if x is None else x.new_full((count, *x.shape[1:]), fill).index_copy_(0, rows, x)
+            None if x is None else _scattered(x, computed, count, fill)
             for x, fill in zip(found, fills, strict=True)
         ]
-    return Columns(*found)
+    return Columns(*found).listed(rows)
 
 
-def _columns_of(block: Block, part: Tensor | slice, mean_row: Tensor | None) -> Columns:
+def _scattered(values: Tensor, rows: Tensor, count: int, fill: float) -> Tensor:
+    """Put ``values [R, ...]`` in their rows among ``count``."""
+    return values.new_full((count, *values.shape[1:]), fill).index_copy_(0, rows, values)
+
+
+def _columns_of(block: Block, part: Tensor | slice, mean: Mean | None) -> Columns:
     """`Columns` of a few rows."""
     options, routed = block.options, block.tiles is not None
     head = block.head._replace(hidden_states=block.head.hidden_states[part])
@@ -168,7 +207,7 @@ def _columns_of(block: Block, part: Tensor | slice, mean_row: Tensor | None) -> 
         # fmax ignores the NaN of a row without a label
         anchor = torch.fmax(logits[:, : ANCHORS + 1].amax(-1), label)
         anchor = torch.where(anchor.isfinite(), anchor, 0.0)
-    apart = None if mean_row is None else mean_differences(head, labels, mean_row, options)
+    apart = None if mean is None else mean_differences(head, labels, mean, options)
     return Columns(label, anchor, safety, apart)
 
 

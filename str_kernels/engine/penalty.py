@@ -7,7 +7,7 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import Kept, Resolved, RowGradients, Statistics, Upstream
-from str_kernels.engine.logits import log_probabilities, logit_slope, safety_ids
+from str_kernels.engine.logits import logit_slope, outcomes
 from str_kernels.engine.rows import row_blocks, silence
 from str_kernels.options import LossOptions
 
@@ -20,7 +20,7 @@ def penalty_rows(
     """Implement `RowStages.penalty`."""
     safety, values = options.safety, statistics.safety_logits
     if needs_lse(safety):
-        values = log_probabilities(values, statistics)
+        values = outcomes(statistics)
     value = constraint_terms(safety, values, reference).value
     return torch.where(scale != 0, scale * value, 0.0)
 
@@ -39,7 +39,7 @@ def _penalty_gradients(kept: Kept, scale: Tensor, resolved: Resolved) -> RowGrad
     """β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
     safety, values = resolved.options.safety, kept.safety_logits
     if needs_lse(safety):
-        values = log_probabilities(values, kept)
+        values = outcomes(kept)
     terms = constraint_terms(safety, values, kept.reference)
     on = scale != 0
     beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, resolved.options)
@@ -53,11 +53,10 @@ def _hidden_gradient(
     count, dtype = len(kept.lse), resolved.dtype
     whole = len(kept.rows) == count
     make = torch.empty if whole else torch.zeros  # a row may be in no block
-    out = make((count, kept.weight.shape[1]), dtype=dtype, device=kept.weight.device)
+    out = make((count, kept.ce_gradient.shape[1]), dtype=dtype, device=kept.lse.device)
     size, safety_rows = max(1, _SCRATCH // out.shape[1]), None
     if found.beta is not None:
-        ids = safety_ids(resolved.options.safety, kept.weight.device)
-        safety_rows = kept.weight[ids].to(dtype).to(found.beta.dtype)  # rounded as the forward does
+        safety_rows = kept.safety_rows.to(found.beta.dtype)
     for block, rows in row_blocks(kept.rows, size, every=whole and upstream.dense is None):
         gradient = _scaled(kept.ce_gradient[block], upstream.cross_entropy[rows])
         if found.d_lse is not None:

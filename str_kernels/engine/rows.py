@@ -35,8 +35,10 @@ from str_kernels.engine.contract import (
     RowShares,
     Saved,
     Tiles,
+    brings,
 )
 from str_kernels.engine.logits import accumulator, kept_dtype, logit_slope, weight_rows
+from str_kernels.engine.rest import rest_rows, safety_part
 from str_kernels.options import LossOptions
 from str_kernels.validation import labels_outside, validate_values, wrong_weights
 
@@ -45,10 +47,17 @@ def plan_for(
     resolved: Resolved, inputs: RowInputs, vocab_size: int, tiles: Tiles | None
 ) -> RowPlan:
     """Return the backend's plan where the host must not wait, and else `plan_rows`."""
-    backend, options = resolved.backend, resolved.options
-    if isinstance(backend, Prepares) and not waits.allowed(inputs.labels.device):
-        return backend.prepare(inputs, options, vocab_size, tiles)
+    options = resolved.options
+    if lists_rows(resolved, inputs.labels.device):
+        return resolved.backend.prepare(inputs, options, vocab_size, tiles)
     return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
+
+
+def lists_rows(resolved: Resolved, device: torch.device) -> bool:
+    """Whether the backend lists the rows on the device, so that the host need not wait."""
+    # rows that the host lists are fewer to exchange with other processes
+    alone = resolved.shards.alone and not waits.allowed(device)
+    return alone and brings(type(resolved.backend), Prepares)
 
 
 def plan_rows(
@@ -109,38 +118,61 @@ def cross_entropy(dense: Dense, options: LossOptions, vocab_size: int) -> Tensor
     return loss.masked_fill(dense.label_logit.isnan(), float("nan"))
 
 
-def row_gradients(backend: Backend, block: Block, dense: Dense) -> tuple[Tensor, Tensor | None]:
+def row_gradients(
+    backend: Backend,
+    block: Block,
+    dense: Dense,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
-    ``∂CE/∂h`` is zero on rows without a label. ``opened`` and ``smooth_gradient`` are overwritten:
-    ``[R, D]`` is large.
+    They are written into ``out`` where it is given. Where the safety tokens are left out, the
+    latter is that of the other tokens' log-sum-exp. ``∂CE/∂h`` is zero on rows without a label.
+    ``opened`` and ``smooth_gradient`` are overwritten: ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
-    epsilon, unlabelled = options.label_smoothing, block.labels < 0
+    epsilon, unlabelled = options.label_smoothing, block.unlabelled
     smooth, by_lse = None, None
     if epsilon:
-        smooth = dense.smooth_gradient.mul_(-epsilon / len(block.head.weight))
+        smooth = dense.smooth_gradient.mul_(-epsilon / block.vocab)
     reads_lse = options.safety is not None and needs_lse(options.safety)
+    if dense.rest is not None:
+        by_lse = _rest_gradient(backend, block, dense, out[1])
+        factors = (1.0 + 2.0 * options.z_loss * lse)[:, None] * dense.rest.safety
+        part = safety_part(block, factors, lse.dtype)
+        smooth, reads_lse = part if smooth is None else part + smooth, False
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
-        if reads_lse:
-            shares = RowShares(None, lse_label)
-            by_lse = backend.combine(block, dense.opened, shares, spare=False)
-        whole = RowShares(None, label, smooth, unlabelled)
+        of_lse, whole = RowShares(None, lse_label), RowShares(None, label, smooth, unlabelled)
         scaled = dense.opened._replace(scale=opened)
-        return backend.combine(block, scaled, whole, spare=True), by_lse
-    slope = logit_slope(dense.label_logit, options).masked_fill_(unlabelled, 0.0)
+    else:
+        slope = logit_slope(dense.label_logit, options).masked_fill_(block.labels < 0, 0.0)
+        of_lse = RowShares(None, slope * (1.0 - dense.open_mass))
+        alpha = 1.0 + 2.0 * options.z_loss * lse
+        # α p_y - (1 - ε), where p_y = 1 - open mass
+        share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
+        whole, scaled = RowShares(alpha, share, smooth, unlabelled), dense.opened
     if reads_lse:
-        shares = RowShares(torch.ones_like(lse), slope * (1.0 - dense.open_mass))
-        by_lse = backend.combine(block, dense.opened, shares, spare=False)
-    alpha = 1.0 + 2.0 * options.z_loss * lse
-    # α p_y - (1 - ε), where p_y = 1 - open mass
-    share = slope * ((alpha - (1.0 - epsilon)) - alpha * dense.open_mass)
-    whole = RowShares(alpha, share, smooth, unlabelled)
-    return backend.combine(block, dense.opened, whole, spare=True), by_lse
+        by_lse = backend.combine(block, dense.opened, of_lse, spare=False, out=out[1])
+    return backend.combine(block, scaled, whole, spare=True, out=out[0]), by_lse
 
 
-def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
+def _rest_gradient(backend: Backend, block: Block, dense: Dense, out: Tensor | None) -> Tensor:
+    """``∂L/∂h [R, D]``, where L is the log-sum-exp of all tokens but the safety tokens."""
+    slope = logit_slope(dense.label_logit, block.options).masked_fill_(block.labels < 0, 0.0)
+    opened = rest_rows(dense.opened, dense.rest, block.options)
+    shares = RowShares(None, slope * dense.rest.label)
+    return backend.combine(block, opened, shares, spare=False, out=out)
+
+
+def combine_rows(
+    block: Block,
+    opened: OpenRows,
+    shares: RowShares,
+    *,
+    spare: bool,
+    out: Tensor | None = None,
+) -> Tensor:
     """Implement `Backend.combine` in torch calls."""
     total = opened.live if spare else opened.live.clone()
     if opened.dead is not None:
@@ -153,7 +185,9 @@ def combine_rows(block: Block, opened: OpenRows, shares: RowShares, *, spare: bo
         total.add_(shares.also)
     if shares.silent is not None:
         silence(total, shares.silent)
-    return total.to(kept_dtype(block.head.hidden_states.dtype))
+    if out is not None:
+        return out.copy_(total)
+    return total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
 
 
 def silence(values: Tensor, silent: Tensor) -> Tensor:
@@ -186,19 +220,19 @@ def weight_coefficients(
     plan: RowPlan,
     lse: Tensor,
     grad_cross_entropy: Tensor,
-    d_lse: Tensor | None,
+    by_lse: Tensor | None,
     *,
     options: LossOptions,
     vocab_size: int,
 ) -> Coefficients:
-    """`Coefficients` of N rows; ``d_lse [N]`` is the upstream gradient that the penalty adds."""
+    """`Coefficients` of N rows; the penalty adds ``by_lse [N]`` to α."""
     upstream = torch.where(plan.labels >= 0, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
         # where the upstream gradient is zero, an lse that overflowed would make 0 · inf = NaN
         alpha = torch.where(upstream == 0, 0.0, upstream * (1.0 + 2.0 * options.z_loss * lse))
-    if d_lse is not None:
-        alpha = alpha + d_lse
+    if by_lse is not None:
+        alpha = alpha + by_lse
     epsilon = options.label_smoothing
     sigma = upstream * (epsilon / vocab_size) if epsilon else None
     return Coefficients(alpha, upstream * (1.0 - epsilon), sigma)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from str_kernels.engine.contract import Backend, Head, RowStages
+from str_kernels.engine.contract import Backend, Head, RowStages, brings
 from str_kernels.engine.finish import join_rows
 from str_kernels.engine.logits import exact_columns
 from str_kernels.engine.penalty import gradient_rows, penalty_rows
@@ -37,4 +37,4 @@ def whole_head(head: Head, backend: Backend) -> Head:
 
 def row_stages(backend: Backend) -> RowStages:
     """Return a backend's own row stages, or those of torch."""
-    return backend if isinstance(backend, RowStages) else TorchStages()
+    return backend if brings(type(backend), RowStages) else TorchStages()

@@ -7,7 +7,7 @@ text → `Rate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -17,12 +17,14 @@ from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.evaluation.judge import Outcome, classify
 from str_kernels.evaluation.judge_model import JudgeModel
 from str_kernels.evaluation.rates import Rate, exact_match
+from str_kernels.evaluation.reasoning import answer_of, open_thought
 from str_kernels.inputs.rows import Row, prompt_messages, response_of
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
 
 SCHEMA = "str_kernels.evaluation/2"
 MOST_LABELS = 50
 LONGEST_LABEL = 3  # words
+_TAIL = 16  # tokens; the mark that opens a thought has fewer
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Evaluation:
         outcomes: what each answer to ``"refusals"`` and ``"benign"`` does, in the order of the
             rows, so that two evaluations can be compared row by row.
         task_right: whether each answer to the task is the expected one, in the order of the rows.
+        keys: of the answers in the file of answers, by file, in the order of the rows.
         judge_agreement: how often a judge model and the rules agree on an answer that the rules
             call a refusal or compliance.
     """
@@ -46,6 +49,7 @@ class Evaluation:
     outcomes: dict[str, tuple[Outcome, ...]] = field(default_factory=dict)
     task_right: tuple[bool, ...] = ()
     judge_agreement: Rate | None = None
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -63,6 +67,7 @@ class Evaluation:
             "counts": self.counts,
             "outcomes": {n: [o.value for o in given] for n, given in self.outcomes.items()},
             "task_right": list(self.task_right),
+            "answers": {name: list(given) for name, given in self.keys.items()},
         }
 
 
@@ -115,7 +120,27 @@ def evaluate(
         )
         for name, rows in groups.items()
     }
-    return _evaluation(groups, answers, judge, batch_size)
+    measured = _evaluation(groups, answers, judge, batch_size)
+    return measured if known is None else _kept(measured, groups, tokenizer, known)
+
+
+def _kept(
+    measured: Evaluation,
+    groups: dict[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    known: AnswerFile,
+) -> Evaluation:
+    """Write the verdicts into the file of answers; return the evaluation with their keys."""
+    verdicts = {name: [str(o) for o in given] for name, given in measured.outcomes.items()}
+    verdicts["task"] = ["right" if right else "wrong" for right in measured.task_right]
+    keys = {}
+    for name, rows in groups.items():
+        prompts = _prompts(tokenizer, name, rows)
+        for prompt, verdict in zip(prompts, verdicts.get(name, ()), strict=True):
+            known.judge(prompt, verdict)
+        if prompts:
+            keys[name] = tuple(map(known.key, prompts))
+    return replace(measured, keys=keys)
 
 
 def _evaluation(
@@ -126,7 +151,7 @@ def _evaluation(
 ) -> Evaluation:
     """Judge the answers to every group of rows."""
     right = tuple(
-        exact_match(answer, response_of(row) or "")
+        exact_match(answer_of(answer) or "", response_of(row) or "")
         for row, answer in zip(groups["task"], answers["task"], strict=True)
     )
     labels = task_words(groups["task"])
@@ -172,7 +197,10 @@ def answer_rows(
     known: AnswerFile | None = None,
     on_answer: Callable[[], None] | None = None,
 ) -> list[str]:
-    """Return the greedy answer to each row's request, as text."""
+    """Return the greedy answer to each row's request, as text.
+
+    An answer whose thought the prompt has opened begins with the mark that opens it.
+    """
     prompts = _prompts(tokenizer, "rows", rows)
     answers = [known.get(prompt) if known is not None else None for prompt in prompts]
     missing = [index for index, answer in enumerate(answers) if answer is None]
@@ -196,7 +224,8 @@ def answer_rows(
         batch_size=batch_size,
         on_answer=keep,
     )
-    return [answer or "" for answer in answers]
+    opened = (open_thought(tokenizer.decode(prompt[-_TAIL:])) for prompt in prompts)
+    return [mark + (answer or "") for mark, answer in zip(opened, answers, strict=True)]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, name: str, rows: Sequence[Row]) -> list[list[int]]:
@@ -228,7 +257,7 @@ def _judged(
     chosen = [index for index, outcome in enumerate(outcomes) if outcome in judged]
     refused = judge.refused(
         [_request(rows[index]) for index in chosen],
-        [answers[index] for index in chosen],
+        [answer_of(answers[index]) or "" for index in chosen],
         batch_size=batch_size,
     )
     result = list(outcomes)

@@ -239,11 +239,12 @@ def entropy_of(
     Args:
         arguments: hidden states, weight and labels.
         options: of the loss.
-        inputs: ``bias`` and ``backend``; an ``index`` is not used.
+        inputs: ``bias``, ``backend`` and ``shard``; an ``index`` is not used.
     """
     states, weight, labels = arguments
     exact = replace(options, safety=None, filter_eps=0.0, screen="auto")
     with torch.no_grad():
         head, rows = Head(states, weight, inputs["bias"]), RowInputs(labels)
-        terms = row_terms(head, rows, exact, backend=inputs["backend"], entropy=True)
+        where = {"backend": inputs["backend"], "shard": inputs["shard"]}
+        terms = row_terms(head, rows, exact, entropy=True, **where)
     return terms.statistics.entropy

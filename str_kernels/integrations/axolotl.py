@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from str_kernels.huggingface.patch.callback import SafetyLogCallback
 from str_kernels.huggingface.patch.patch import Patch
 from str_kernels.integrations.settings import PatchSettings
 
@@ -68,16 +67,15 @@ class StrKernelsPlugin(_BasePlugin):
         self._patch = _settings(cfg).patch(model)
 
     def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Any) -> list:
-        """Add the callback that logs both terms and the drift.
+        """Add nothing, for a trainer logs by itself; check the tokens.
 
         Raises:
             ValueError: the tokens belong to another tokenizer than the trainer's.
         """
-        if self._patch is None:
-            return []
-        processor = getattr(trainer, "processing_class", None)
-        _settings(cfg).read_constraint(getattr(processor, "tokenizer", processor))
-        return [SafetyLogCallback(self._patch)]
+        if self._patch is not None:
+            processor = getattr(trainer, "processing_class", None)
+            _settings(cfg).read_constraint(getattr(processor, "tokenizer", processor))
+        return []
 
     def post_train(self, cfg: Mapping[str, Any], model: Any) -> None:
         """Unpatch the model."""

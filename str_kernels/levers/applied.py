@@ -11,6 +11,7 @@ from str_kernels.huggingface.deferred.head import causal_lm
 from str_kernels.levers.checkpoints import checkpointed
 from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
+from str_kernels.levers.windows import windowed
 
 
 class Applied:
@@ -27,6 +28,7 @@ class Applied:
         gradient_checkpointing: bool,
         offload: str | None,
         tile_tokens: int | None,
+        window_attention: bool,
     ) -> None:
         """Check and install; ``LongContext.apply`` calls it, and says what the arguments mean."""
         self.tiled: tuple[str, ...] = ()
@@ -36,6 +38,8 @@ class Applied:
                 found = token_wise_modules(inner)
                 self.tiled = tuple(found)
                 stack.enter_context(tiled(inner, list(found.values()), tile_tokens))
+            if window_attention:
+                stack.enter_context(windowed(inner))
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(inner, offload))
             self._stack = stack.pop_all()

@@ -5,6 +5,7 @@
     gradient_checkpointing ──▶ a layer keeps its input, and is computed again in the backward
         offload ─────────────▶ that input waits in the host's memory, or on disk
     tile_tokens ─────────────▶ an MLP runs over so many tokens at a time, and keeps its input
+    window_attention ────────▶ sliding windows attend block by block, without a mask [T, T]
 
 No lever changes a loss or a gradient beyond rounding, and none knows the name of a model.
 """
@@ -34,6 +35,8 @@ class LongContext:
             names), or None (the device).
         tile_tokens: a module that treats each token alone runs over so many tokens at a time and
             keeps its input alone; None: over all at once. Such modules are found by trying.
+        window_attention: the layers with a sliding window attend in blocks of one window, where no
+            token of a batch is padding; the model's attention must be torch's ("sdpa").
 
     Raises:
         ValueError: values outside these rules.
@@ -42,6 +45,7 @@ class LongContext:
     gradient_checkpointing: bool = False
     offload: str | None = None
     tile_tokens: int | None = None
+    window_attention: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -1,4 +1,4 @@
-"""The references of a run's data, computed by `str-kernels cache` or at the run's start.
+"""The references of a run's data, computed ahead by `str-kernels cache`.
 
 Stage: `Prepared` and the aligned model → the file that ``patch_model(reference=path)`` reads.
 """
@@ -32,13 +32,13 @@ def prepare_cache(settings: TrainSettings, *, adapter: str | None = None) -> Pre
     """
     collector = Collector()
     inputs = read_inputs(collector, settings)
-    config, tokenizer, data, anchors, tokens, context = inputs
+    config, tokenizer, data, anchors, held_out, tokens, context = inputs
     if adapter is not None:
         collector.attempt(check_adapter, adapter)
     if config is not None:
         collector.attempt(check_vocabulary, settings, config, inputs.files, tokens)
     collector.raise_faults()
-    return Prepared(settings, tokenizer, data, anchors, tokens, None, context)
+    return Prepared(settings, tokenizer, data, anchors, held_out, tokens, None, context)
 
 
 def cache_references(
@@ -68,7 +68,7 @@ def _features(prepared: Prepared) -> list[dict[str, list[int]]]:
 def _batches(prepared: Prepared, advance: Callable[[], None]) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the data without labels, sorted by length, on the model's device."""
     features = sorted(_features(prepared), key=lambda feature: len(feature["input_ids"]))
-    device, size = resolve_device("auto"), prepared.settings.batch
+    device, size = resolve_device(prepared.settings.device), prepared.settings.batch
     for start in range(0, len(features), size):
         batch = collate(
             features[start : start + size], pad_token_id=prepared.tokenizer.pad_token_id

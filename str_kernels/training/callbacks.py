@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from str_kernels.ranks import sharing
+
 
 class Progress(Protocol):
     """What a run reports; the command line shows it, and tests record it."""
@@ -92,11 +94,11 @@ class Reporter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Report a training log."""
-        if not logs or "loss" not in logs:
+        """Report a log of training or of an evaluation."""
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         self._progress.log({"step": state.global_step, **logs})
-        if not math.isfinite(logs["loss"]):
+        if "loss" in logs and not math.isfinite(logs["loss"]):
             self.not_finite_at = state.global_step
             control.should_training_stop = True
 
@@ -131,6 +133,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop at the end of a step, where a checkpoint is exact."""
+        """Stop at the end of a step, where a checkpoint is exact; all processes stop together."""
+        self.asked = any(sharing().gathered(self.asked))
         if self.asked:
             control.should_save = control.should_log = control.should_training_stop = True

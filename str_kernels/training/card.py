@@ -85,6 +85,8 @@ def _measured(result: Result) -> str:
         shown["peak memory of the device"] = f"{result.peak_device_mib:,.0f} MiB"
     if result.cross_entropy is not None:
         shown["cross-entropy, last log"] = f"{result.cross_entropy:.4f} nats a token"
+    if result.eval_cross_entropy is not None:
+        shown["cross-entropy, held out"] = f"{result.eval_cross_entropy:.4f} nats a token"
     if result.safety_penalty is not None:
         shown["safety penalty, last log"] = f"{result.safety_penalty:.4f} nats a token"
     return (

@@ -6,6 +6,7 @@ weights → `Prepared`. No weights are read here.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 
 from str_kernels.files import read_json
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import library_reading
 from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checkpoints import newest_checkpoint
 from str_kernels.training.lora import add_lora
@@ -27,7 +30,8 @@ from str_kernels.training.reading import Collector, check_vocabulary, read_input
 from str_kernels.training.settings import TrainSettings
 
 DESCRIPTION = "str_kernels.json"
-REFERENCES = "references.safetensors"
+REFERENCES = "references.sqlite"
+WHOLE_REFERENCES = "references.safetensors"  # of version 0.1
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -40,6 +44,7 @@ class Prepared:
         tokenizer: the model's, with a padding token and a chat template.
         data: the tokenised file.
         anchors: the tokenised files of rows that are constrained and not learned.
+        held_out: the tokenised file on which both terms are measured, if there is one.
         tokens: the safety tokens, if a file or an earlier part of this run has them.
         checkpoint: where a resumed run continues.
         context: the longest sequence that the model takes, if its configuration says so.
@@ -49,14 +54,15 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     anchors: tuple[TrainingData, ...]
+    held_out: TrainingData | None
     tokens: SafetyTokens | None
     checkpoint: Path | None
     context: int | None
 
     @property
     def files(self) -> tuple[TrainingData, ...]:
-        """Return data and anchors: everything that the model reads."""
-        return (self.data, *self.anchors)
+        """Return data, anchors and held-out rows: everything that the model reads."""
+        return (self.data, *self.anchors, *([self.held_out] if self.held_out else ()))
 
     @property
     def default_template(self) -> bool:
@@ -78,14 +84,29 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
     attempt = collector.attempt
     checkpoint = attempt(check_output, settings, resume)
     inputs = read_inputs(collector, settings, resume=resume)
-    config, tokenizer, data, anchors, tokens, context = inputs
+    config, tokenizer, data, anchors, held_out, tokens, context = inputs
+    attempt(check_reports, settings)
     attempt(check_reference_file, settings, tokens, inputs.files)
     if config is not None:
         attempt(check_model, settings, config, inputs.files, tokens)
     if resume and data is not None:
         attempt(check_same_run, settings, inputs.files)
     collector.raise_faults()
-    return Prepared(settings, tokenizer, data, anchors, tokens, checkpoint, context)
+    return Prepared(settings, tokenizer, data, anchors, held_out, tokens, checkpoint, context)
+
+
+def refuse_other_engines() -> None:
+    """Refuse what `accelerate launch` asks for beside DDP, which saves and resumes otherwise.
+
+    Raises:
+        ValueError: it asks for FSDP or DeepSpeed.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name}=true: str-kernels train runs DDP alone: start it with "
+                "torchrun, or use patch_model in a script of your own (docs/distributed.md)."
+            )
 
 
 def check_output(settings: TrainSettings, resume: bool) -> Path | None:
@@ -135,7 +156,7 @@ def check_reference_file(
 ) -> None:
     """Check a reference that names a cache file: its tokens, and that it has every row.
 
-    The rows are those of the data and of the anchors.
+    The rows are those of the data, of the anchors and of ``eval``.
     """
     reference = settings.reference
     if reference in ("adapter_off", "cache"):
@@ -173,6 +194,17 @@ def check_model(
     _check_disk(settings, adapted)
 
 
+def check_reports(settings: TrainSettings) -> None:
+    """Check that the packages are there to which the logs go."""
+    there = get_available_reporting_integrations()
+    for name in settings.report_to:
+        if name not in there:
+            raise ValueError(
+                f"report_to={name!r}: transformers finds no such package here; install it, or give "
+                f"{' or '.join(there) or 'nothing'}."
+            )
+
+
 def _check_disk(settings: TrainSettings, model: torch.nn.Module) -> None:
     """Check the room for two checkpoints and the adapter: 7 fp32 copies of its weights."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -191,12 +223,16 @@ def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> 
     path, before = settings.folder / DESCRIPTION, _description(settings.folder)
     try:
         different = settings.differences(before["settings"])
-        known = {facts["path"]: facts["sha256"] for facts in (before["data"], *before["anchors"])}
+        earlier = (before["data"], *before["anchors"], before.get("eval"))
+        known = {facts["path"]: facts["sha256"] for facts in earlier if facts}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is damaged ({error}), so nothing can be resumed.") from error
     for file in files:
         if known.get(file.source, file.sha256) != file.sha256:
             different.append(f"the contents of {file.source}")
+    processes = before.get("processes", 1)
+    if processes != sharing().size:  # each has its own part of a batch and its own random state
+        different.append(f"{processes} processes")
     if different:
         raise ValueError(
             f"out={settings.out!r}: was begun with other settings ({', '.join(different)}), as "

@@ -21,4 +21,4 @@ def load(settings: TrainSettings, *, adapter: str | None = None) -> torch.nn.Mod
     if adapter is not None:
         model = merge_adapter(model, adapter)
     model.config.use_cache = False  # training needs no cache of keys and values
-    return model.to(resolve_device("auto"))
+    return model.to(resolve_device(settings.device))

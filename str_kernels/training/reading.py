@@ -30,13 +30,14 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     data: TrainingData | None
     anchors: tuple[TrainingData, ...]
+    held_out: TrainingData | None
     tokens: SafetyTokens | None
     context: int | None
 
     @property
     def files(self) -> tuple[TrainingData, ...]:
-        """Return the data and the anchors that could be read."""
-        return (*(() if self.data is None else (self.data,)), *self.anchors)
+        """Return the data, the anchors and the held-out rows that could be read."""
+        return tuple(f for f in (self.data, *self.anchors, self.held_out) if f is not None)
 
 
 class Collector:
@@ -63,7 +64,8 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
     """Read configuration, tokenizer, data and safety tokens; faults go to the collector."""
     attempt = collector.attempt
     attempt(check_device, settings)
-    files = (settings.data, *settings.anchors)
+    count = len(settings.anchors)
+    files = (settings.data, *settings.anchors, *([settings.eval] if settings.eval else ()))
     rows = [attempt(read_numbered, file) for file in files]
     config = attempt(load_config, settings.model)
     tokenizer = attempt(load_tokenizer, settings.model) if config is not None else None
@@ -76,20 +78,21 @@ def read_inputs(collector: Collector, settings: TrainSettings, *, resume: bool =
             found and attempt(encode_file, file, found, tokenizer, **settings.lengths)
             for file, found in zip(files, rows, strict=True)
         ]
-    anchors = tuple(file for file in encoded[1:] if file is not None)
-    return Inputs(config, tokenizer, encoded[0], anchors, tokens, context)
+    anchors = tuple(file for file in encoded[1 : 1 + count] if file is not None)
+    held_out = encoded[1 + count] if settings.eval else None
+    return Inputs(config, tokenizer, encoded[0], anchors, held_out, tokens, context)
 
 
 def check_device(settings: TrainSettings) -> None:
     """Check that fp16 and an offload have an accelerator, and that the run sees one GPU at most."""
-    on_cpu = resolve_device("auto").type == "cpu"
+    on_cpu = resolve_device(settings.device).type == "cpu"
     if on_cpu and settings.dtype in ("float16", "mixed-float16"):
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
     if on_cpu and settings.offload == "cpu":
         raise ValueError(
             "offload='cpu': moves checkpoints from a GPU to the CPU, and there is none; use disk."
         )
-    visible = torch.cuda.device_count()
+    visible = 0 if settings.device == "cpu" else torch.cuda.device_count()
     if visible > 1 and "WORLD_SIZE" not in os.environ:  # the trainer would copy the model to all
         raise ValueError(
             f"{visible} GPUs are visible and a run uses one: set CUDA_VISIBLE_DEVICES, or "

@@ -19,11 +19,13 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
+from str_kernels.options import SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
-from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import (
     Interrupt,
     NoProgress,
@@ -34,21 +36,35 @@ from str_kernels.training.callbacks import (
 )
 from str_kernels.training.card import CARD, write_card
 from str_kernels.training.checkpoints import Sealing, settle
-from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
+from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, WHOLE_REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.notices import data_notices, end_notice
 from str_kernels.training.reading import TOKENS
-from str_kernels.training.result import Result, peak_memory, write_description
+from str_kernels.training.result import Result, largest, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
+
+Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 
 class CountingTrainer(Trainer):
-    """A trainer that counts the tokens it has seen, without synchronising."""
+    """A trainer that counts the tokens it has seen, without synchronising.
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
+    Evaluations have ``eval_collator``: no anchors join them.
+    """
+
+    def __init__(self, *args: Any, eval_collator: Collator, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
+        self._eval_collator = eval_collator
         self.tokens_seen: torch.Tensor | int = 0
+
+    def get_eval_dataloader(self, *args: Any, **keywords: Any) -> torch.utils.data.DataLoader:
+        """Collate held-out rows by themselves."""
+        of_training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **keywords)
+        finally:
+            self.data_collator = of_training
 
     def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **keywords: Any):
         """Count the tokens of a forward and backward, without padding."""
@@ -62,7 +78,7 @@ class CountingTrainer(Trainer):
 
 
 def train(prepared: Prepared, progress: Progress | None = None) -> Result:
-    """Run what `prepare` checked.
+    """Run what `prepare` checked; inside ``share_work`` all processes train one model, by DDP.
 
     Returns:
         What was measured; ``interrupted`` means that Ctrl-C ended it, with a checkpoint saved.
@@ -70,7 +86,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    settings, progress = prepared.settings, progress or NoProgress()
+    settings, progress, ranks = prepared.settings, progress or NoProgress(), sharing()
+    ranks.wait()  # nothing is written before all have checked the folder
     for notice in data_notices(prepared):
         progress.notice(notice)
     progress.stage("loading the model")
@@ -78,16 +95,19 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     if notice := end_notice(prepared, model):
         progress.notice(notice)
     tokens = _safety_tokens(model, prepared, progress)
-    for name in settle(settings.folder, prepared.checkpoint):
-        progress.notice(f"{name} was not finished, and is removed.")
-    write_description(prepared, tokens, None)
+    if ranks.first:
+        for name in settle(settings.folder, prepared.checkpoint):
+            progress.notice(f"{name} was not finished, and is removed.")
+        write_description(prepared, tokens, None)
+    ranks.wait()
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
-    patch = _patch(model, prepared, tokens, progress)
+    patch = _patch(model, prepared, tokens)
     with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
-            trainer.add_callback(SafetyLogCallback(patch))
+            # before the callbacks that report elsewhere, which report what it adds
+            trainer.callback_handler.callbacks.insert(0, SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
         trainer.add_callback(Sealing())  # after those that add files to a checkpoint
@@ -100,8 +120,10 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    _save(model, prepared, tokens, result)
-    write_description(prepared, tokens, result)
+    if ranks.first:
+        _save(model, prepared, tokens, result)
+        write_description(prepared, tokens, result)
+    ranks.wait()
     return result
 
 
@@ -130,7 +152,7 @@ def _save(
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
     """Return the trainer's settings of a run over ``rows`` sequences."""
-    total = settings.total_steps(rows)
+    total = settings.total_steps(rows, sharing().size)
     return TrainingArguments(
         output_dir=settings.out,
         per_device_train_batch_size=settings.batch,
@@ -143,7 +165,11 @@ def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "mixed-bfloat16",
         fp16=settings.dtype == "mixed-float16",
-        use_cpu=resolve_device("auto").type == "cpu",
+        use_cpu=resolve_device(settings.device).type == "cpu",
+        per_device_eval_batch_size=settings.batch,
+        eval_strategy="steps" if settings.eval else "no",
+        eval_steps=settings.eval_steps or total,
+        prediction_loss_only=True,  # logits would be built in full
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_steps else "no",
@@ -151,7 +177,7 @@ def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
         save_total_limit=2,
         seed=settings.seed,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         log_level="error",
     )
@@ -175,21 +201,32 @@ def _trainer(
         model=model,
         args=training_arguments(settings, len(features)),
         train_dataset=features,
+        eval_dataset=prepared.held_out and prepared.held_out.features(),
         data_collator=_collator(prepared),
+        eval_collator=_plain_collator(prepared),
         callbacks=[timer],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, timer, reporter, interrupt
 
 
-def _collator(prepared: Prepared) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def _plain_collator(prepared: Prepared) -> Collator:
+    return partial(collate, pad_token_id=prepared.tokenizer.pad_token_id)
+
+
+def _collator(prepared: Prepared) -> Collator:
     settings, pad = prepared.settings, prepared.tokenizer.pad_token_id
-    plain = partial(collate, pad_token_id=pad)
+    plain = _plain_collator(prepared)
     if not prepared.anchors:
         return plain
     pools = [file.features() for file in prepared.anchors]
     return AnchoredCollator(
-        plain, *pools, pad_token_id=pad, positions=settings.positions, seed=settings.seed
+        plain,
+        *pools,
+        pad_token_id=pad,
+        positions=settings.positions,
+        every=settings.anchors_every,
+        seed=settings.seed,
     )
 
 
@@ -202,13 +239,12 @@ def _safety_tokens(
     if tokens is None:
         progress.stage("identifying safety tokens")
         tokens = SafetyTokens.identify(model, prepared.tokenizer, top_k=prepared.settings.top_k)
-    tokens.save(prepared.settings.folder / TOKENS)
+    if sharing().first:
+        tokens.save(prepared.settings.folder / TOKENS)
     return tokens
 
 
-def _patch(
-    model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None, progress: Progress
-) -> Patch | None:
+def _patch(model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None) -> Patch | None:
     settings = prepared.settings
     if settings.method == "unpatched":
         return None
@@ -216,19 +252,29 @@ def _patch(
         return patch_model(model)
     safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
-        arguments["reference"] = reference = settings.folder / REFERENCES
-        if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
-            progress.stage("computing the references")
-            cache_references(model, prepared, safety, reference)
-    return patch_model(model, safety, **arguments)
+        arguments["reference"] = _cache(prepared, safety)
+    return patch_model(model, safety, **arguments, share_seed=settings.seed)
+
+
+def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
+    """Return the cache of a run: one that fills itself, or the whole one of version 0.1."""
+    folder, resumed = prepared.settings.folder, prepared.checkpoint is not None
+    path, whole = folder / REFERENCES, folder / WHOLE_REFERENCES
+    if resumed and whole.is_file():
+        return whole
+    if not resumed and sharing().first:
+        path.unlink(missing_ok=True)  # it may be of another model
+    sharing().wait()
+    return FillingCache(path, safety)
 
 
 def _result(
     prepared: Prepared, trainer: CountingTrainer, timer: StepTimer, interrupted: bool
 ) -> Result:
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    seen = int(trainer.tokens_seen)
-    seconds = sum(timer.seconds)
+    held_out = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    measured = sharing().gathered((int(trainer.tokens_seen), peak_memory()))
+    seen, seconds = sum(tokens for tokens, _ in measured), sum(timer.seconds)
     last = logs[-1] if logs else {}
     return Result(
         steps=trainer.state.global_step,
@@ -239,5 +285,6 @@ def _result(
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
-        **peak_memory(),
+        eval_cross_entropy=held_out.get("eval_cross_entropy", held_out.get("eval_loss")),
+        **largest(peaks for _, peaks in measured),
     )

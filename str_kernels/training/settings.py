@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
 ALL_LINEAR = ("all-linear",)  # every linear layer but the head
 LONG = ("refuse", "skip", "truncate")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # These may differ between the interrupted and the resumed part of a run: none changes a weight.
-FREE_ON_RESUME = ("out", "logging_steps", "save_steps")
+FREE_ON_RESUME = ("out", "logging_steps", "save_steps", "report_to")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class TrainSettings(ConstraintSettings):
         Rule(f"1 to {MAX_SAFETY_TOKENS}", lambda value: 1 <= value <= MAX_SAFETY_TOKENS),
     )
     reference: str = setting(
-        "adapter_off", "adapter_off, cache (computed once, at the start), or a cache file."
+        "adapter_off",
+        "adapter_off, cache (each row computed once, in the first epoch), or a cache file.",
     )
     anchors: tuple[str, ...] = setting(
         (),
@@ -60,6 +62,18 @@ class TrainSettings(ConstraintSettings):
         "it, nothing is learned from it. Give refused requests in one file, benign look-alikes in "
         "another, with the answers of the aligned model.",
         option=list[str] | None,
+    )
+    anchors_every: int = setting(
+        1,
+        "Anchors join one forward in so many, which the seed and the batch draw, and weigh as much "
+        "more, so that the sum is the same on average.",
+        at_least(1),
+    )
+    eval: str | None = setting(
+        None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
+    )
+    eval_steps: int = setting(
+        0, "Steps between measurements of --eval; 0: at the end alone.", at_least(0)
     )
     rank: int = setting(16, "LoRA rank.", at_least(1))
     alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
@@ -87,7 +101,7 @@ class TrainSettings(ConstraintSettings):
     )
     epochs: float = setting(1.0, "Passes over the data.", above(0))
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.", at_least(1))
-    batch: int = setting(8, "Sequences in one forward.", at_least(1))
+    batch: int = setting(8, "Sequences in one forward of a process.", at_least(1))
     accumulation: int = setting(1, "Forwards in one optimizer step.", at_least(1))
     max_length: int = setting(
         2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
@@ -104,6 +118,11 @@ class TrainSettings(ConstraintSettings):
         "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
         one_of(*DTYPES),
     )
+    device: str = setting(
+        "auto",
+        "auto, cpu, cuda or mps; one GPU of several is chosen by CUDA_VISIBLE_DEVICES.",
+        one_of(*DEVICES),
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -119,18 +138,25 @@ class TrainSettings(ConstraintSettings):
         "recomputed in the backward pass.",
         at_least(1),
     )
+    window_attention: bool = setting(
+        False,
+        "Let layers with a sliding window attend in blocks of one window, without a mask.",
+    )
     seed: int = setting(0, "Seed of the adapter, the dropout and the order of the data.")
     save_steps: int = setting(0, "Steps between checkpoints; 0: no checkpoints.", at_least(0))
     logging_steps: int = setting(10, "Steps between log lines.", at_least(1))
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Where the logs go as well, comma-separated: tensorboard, wandb, mlflow, …",
+        option=str | None,
+    )
 
     def __post_init__(self) -> None:
         """Turn lists of names into tuples, check every field, and fill in the strength."""
-        anchors, modules = self.anchors, self.target_modules
-        anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors or ())
-        if isinstance(modules, str):
-            modules = [name.strip() for name in modules.split(",") if name.strip()]
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors or ())
         object.__setattr__(self, "anchors", anchors)
-        object.__setattr__(self, "target_modules", tuple(modules))
+        object.__setattr__(self, "target_modules", _names(self.target_modules))
+        object.__setattr__(self, "report_to", _names(self.report_to))
         super().__post_init__()
         object.__setattr__(self, "strength", self.constraint(range(2)).strength)
 
@@ -143,6 +169,13 @@ class TrainSettings(ConstraintSettings):
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
             )
+        if self.anchors_every > 1 and not self.anchors:
+            found.append(
+                f"anchors_every={self.anchors_every}: there are no anchors; give files of them, or "
+                "leave it out."
+            )
+        if self.eval_steps and self.eval is None:
+            found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
         if self.offload is not None and not self.gradient_checkpointing:
@@ -163,7 +196,7 @@ class TrainSettings(ConstraintSettings):
     @property
     def levers(self) -> LongContext:
         """Return what trades time for memory."""
-        return LongContext(self.gradient_checkpointing, self.offload, self.tile_tokens)
+        return LongContext(**{n.name: getattr(self, n.name) for n in fields(LongContext)})
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -182,14 +215,14 @@ class TrainSettings(ConstraintSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        lists = {"target_modules": list(self.target_modules), "anchors": list(self.anchors)}
-        return {**dataclasses.asdict(self), **lists}
+        lists = ("target_modules", "anchors", "report_to")
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: int, processes: int = 1) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
         if self.steps is not None:
             return self.steps
-        batches = math.ceil(rows / self.batch)
+        batches = math.ceil(rows / (self.batch * processes))
         return math.ceil(self.epochs * max(1, math.ceil(batches / self.accumulation)))
 
     def warmup_steps(self, total: int) -> int:
@@ -204,3 +237,10 @@ class TrainSettings(ConstraintSettings):
         own = self.as_dict()
         other = {**TrainSettings(self.model, self.data, self.out).as_dict(), **other}
         return [n for n in own if n not in FREE_ON_RESUME and own[n] != other[n]]
+
+
+def _names(given: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    """Return the names of a list, or of a text that commas part."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return tuple(given or ())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.cli.calling import call
 
-QUICK = ("bench", "--quick", "--contenders", "ours,ours-str,transformers,cce")
+QUICK = ("bench", "--quick", "--contenders", "ours,ours-str,transformers,cce,liger")
 
 
 @pytest.fixture
@@ -19,14 +20,18 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_quick_run(capsys, tmp_path):
-    """A table on stdout, JSON, Markdown and PNG in the folder, and who did not run and why."""
+    """A table of errors on stdout that ranks nothing, and who did not run and why."""
     called = call(capsys, *QUICK, "--out", tmp_path)
     assert called.code == 0, called.err
     assert "transformers" in called.out
     assert "not measured: cce" in called.err
+    if not torch.cuda.is_available():
+        assert "not measured: liger: needs a GPU" in called.err
     assert "next: str-kernels" in called.err
-    assert (tmp_path / "bench-synthetic-float32.png").read_bytes().startswith(b"\x89PNG")
-    assert "| ours |" in (tmp_path / "bench.md").read_text()
+    assert "a quick run ranks nothing" in called.err
+    heading = called.out.splitlines()[1:4]
+    assert not any(word in line for line in heading for word in (" ms ", "MiB", "product"))
+    assert [path.name for path in tmp_path.iterdir()] == ["quick.jsonl"]
     called = call(capsys, *QUICK, "--out", tmp_path, "--json")  # all of it is there already
     found = json.loads(called.out)
     assert found["schema"] == "str_kernels.bench/1"
@@ -67,3 +72,17 @@ def test_a_wrong_command_is_one_message(capsys, tmp_path, arguments, message):
     assert message in called.err
     assert "Traceback" not in called.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_tells_milliseconds_and_in_a_footnote_products(capsys, tmp_path):
+    """The table has ms and MiB; the folder has JSON Lines, Markdown and a picture."""
+    arguments = ("--shape", "64,4096,32", "--contenders", "ours,transformers", "--out", tmp_path)
+    called = call(capsys, "bench", *arguments)
+    assert called.code == 0, called.err
+    assert " ms " in called.out
+    assert "MiB" in called.out
+    assert "× the bare product of hidden states and head: ours " in called.err
+    table = (tmp_path / "bench.md").read_text()
+    assert "| contender | ms | MiB |" in table
+    assert "× the bare product of hidden states and head: ours " in table
+    assert (tmp_path / "bench-synthetic-float32.png").read_bytes().startswith(b"\x89PNG")

@@ -91,6 +91,20 @@ def test_a_table_for_people(capsys, aligned_model_dir, files):
     assert called.err.splitlines()[-1].startswith("next: str-kernels train")
 
 
+def test_answers_cut_off_in_a_thought_are_said(
+    capsys, monkeypatch, aligned_model_dir, files, tmp_path
+):
+    """A refusal may have followed, and more tokens would show it."""
+
+    def cut(model, tokenizer, rows, **options):
+        return ["<think>I cannot"] * len(rows)
+
+    monkeypatch.setattr(evaluation, "answer_rows", cut)
+    code, out, err = call(capsys, "evaluate", aligned_model_dir, "--refusals", files["refusals"])
+    assert code == 0, err
+    assert "end in the middle of a thought: give more --max-new-tokens" in out + err
+
+
 def test_an_adapter_is_put_on(capsys, aligned_model_dir, files, tmp_path):
     """With an adapter that scrambles the attention, the model does worse than without."""
     import torch
@@ -167,3 +181,50 @@ def test_an_unwritable_output_is_found_before_the_work(capsys, files, tmp_path):
     assert called.code == 2
     assert "there is no folder" in called.err
     assert "reading" not in called.err
+
+
+def test_two_results_are_compared_in_a_page(capsys, aligned_model_dir, files, tmp_path):
+    """Each answer's verdict is in its file, and two results make one page."""
+    results = [tmp_path / name for name in ("before.json", "after.json")]
+    for out, limit in zip(results, (6, 4), strict=True):
+        called = call(
+            capsys, "evaluate", aligned_model_dir, *options(files), "--max-new-tokens", 8,
+            "--limit", limit, "--out", out,
+        )  # fmt: skip
+        assert called.code == 0, called.err
+    lines = (tmp_path / "before.json.answers.jsonl").read_text().splitlines()
+    verdicts = [json.loads(line)["verdict"] for line in lines]
+    assert sorted(set(verdicts)) == ["refusal", "right"]
+    assert len(verdicts) == 12
+    page = tmp_path / "page.html"
+    called = call(capsys, "evaluate", "--compare", *results, "--out", page)
+    assert called.code == 0, called.err
+    assert "8 requests, 0 with other verdicts" in called.err
+    assert page.read_text().count("<tr data-set=") == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a MODEL, or --compare"),
+        (("model", "--compare", "a.json", "b.json"), "--compare reads results; leave MODEL out"),
+        (("--compare", "a.json", "b.json"), "a.json: cannot be read"),
+    ],
+)
+def test_a_comparison_that_is_asked_wrongly(capsys, tmp_path, monkeypatch, arguments, message):
+    """One message, and no page."""
+    monkeypatch.chdir(tmp_path)
+    called = call(capsys, "evaluate", *arguments)
+    assert called.code == 2
+    assert message in called.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_built_in_requests_need_no_file(capsys, aligned_model_dir, tmp_path):
+    """A first look: the requests by which safety tokens are found."""
+    out = tmp_path / "result.json"
+    arguments = ("--refusals", "built-in", "--limit", 3, "--max-new-tokens", 4, "--out", out)
+    called = call(capsys, "evaluate", aligned_model_dir, *arguments)
+    assert called.code == 0, called.err
+    described = json.loads(out.read_text())["files"]["refusals"]
+    assert described == {"path": "built-in", "sha256": None, "rows": 3}

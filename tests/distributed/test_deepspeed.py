@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from str_kernels import patch_model
+from str_kernels.engine.autograd import FusedRows
 from tests.distributed.models import KINDS, Case, Found, assert_right
 from tests.distributed.pool import WORLD
+from tests.distributed.splitting import part
 from tests.huggingface.adapters import SAFETY, wrap
+from tests.huggingface.dense import constant_cache
 from tests.huggingface.models import assert_same, batch, build, gradients
 
 needs_deepspeed = pytest.mark.skipif(
@@ -19,35 +26,78 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def engine_for(case: Case, stage: int, model: torch.nn.Module):
+def start_deepspeed() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
+
+
+def engine_for(case: Case, stage: int, model: torch.nn.Module, persistent: int = 0, **more: Any):
+    start_deepspeed()
+    import deepspeed
+
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": len(case.labels) // WORLD,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 100_000,
+            "stage3_param_persistence_threshold": persistent,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
     }
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **more)[0]
 
 
-def sharded(case: Case, stage: int) -> Found:
-    model = case.model()
-    patch_model(model, case.safety)
-    engine = engine_for(case, stage, model)
+def sharded(
+    case: Case,
+    stage: int,
+    *,
+    steps: int = 1,
+    patched: str = "before",
+    persistent: int = 0,
+    reference: str = "adapter_off",
+) -> Found:
+    model, calls = case.model(), []
+    given = {} if case.safety is None else {"positions": case.positions, "reference": reference}
+    if patched == "before":
+        patch_model(model, case.safety, **given)
+    engine = engine_for(case, stage, model, persistent)
+    if patched == "after":
+        patch_model(model, case.safety, verify=False, **given)
     from deepspeed.utils import safe_get_full_grad
 
-    loss = engine(**case.share(torch.distributed.get_rank())).loss * WORLD
-    engine.backward(loss)
-    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    with counting(calls):
+        for _ in range(steps):
+            loss = engine(**case.share(torch.distributed.get_rank())).loss * WORLD
+            engine.backward(loss)
+            found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+            engine.step()
     mean = loss.detach().clone() / WORLD
     torch.distributed.all_reduce(mean)
-    return Found(mean.item(), {n: g.float() for n, g in found.items() if g is not None})
+    gradients = {n: g.float() for n, g in found.items() if g is not None}
+    return Found(mean.item(), gradients, {"fused": len(calls)})
+
+
+@contextmanager
+def counting(calls: list[int]) -> Iterator[None]:
+    """Notes the rows of every call of the fused operator that has a gradient."""
+    real = FusedRows.forward
+
+    def forward(ctx, hidden_states, *more):
+        if any(more[-1].needs):
+            calls.append(len(hidden_states))
+        return real(ctx, hidden_states, *more)
+
+    FusedRows.forward = staticmethod(forward)
+    try:
+        yield
+    finally:
+        FusedRows.forward = staticmethod(real)
 
 
 @needs_deepspeed
@@ -58,11 +108,80 @@ def test_gradients_and_optimizer_are_sharded(ranks, kind, stage):
     assert_right(ranks.run(sharded, case, stage), case.truth())
 
 
+def by_ulysses(case: Case, reference: str) -> Found:
+    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes."""
+    start_deepspeed()
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp, ulysses_sp
+    from deepspeed.utils import safe_get_full_grad
+    from transformers.integrations.deepspeed import deepspeed_sp_compute_loss
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, attention = case.model(), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    patch_model(model, case.safety, positions=case.positions, reference=reference)
+    mpu = ulysses_sp.UlyssesSPAttentionHF.register_with_transformers(
+        model.get_base_model(), "sdpa", WORLD, len(case.labels), disable_in_eval=True
+    )
+    config = types.SimpleNamespace(sp_backend="deepspeed", sp_size=WORLD)
+    try:
+        engine = engine_for(case, 1, model, mpu=mpu)
+        batch = part(case.batch(), "ulysses")
+        loss = deepspeed_sp_compute_loss(None, engine, batch, False, config)
+        engine.backward(loss)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        parallel_state_sp._release_sequence_parallel_groups()
+    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    return Found(loss.item(), {n: g.float() for n, g in found.items() if g is not None})
+
+
 @needs_deepspeed
-def test_zero_3_is_refused(ranks):
-    for error in ranks.errors(sharded, Case(), 3):
-        assert "ZeRO-3 has split its head" in error
-        assert "use ZeRO-1 or ZeRO-2, or FSDP2" in error
+@pytest.mark.parametrize("labels", [(3, 9), (2, 3)], ids=str)
+@pytest.mark.parametrize("positions", ["all", "labels", 2])
+def test_ulysses(ranks, positions, labels):
+    """A process of prompt alone keeps its constraint; the reference pass exchanges as well."""
+    case = Case("kl", positions=positions, labels=labels)
+    assert_right(ranks.run(by_ulysses, case, "adapter_off"), case.truth())
+
+
+def assert_fused(found: list[Found], want: Found, steps: int = 1) -> None:
+    """Right, and by the fused operator: once a step in every process."""
+    assert [x.more["fused"] for x in found] == [steps] * WORLD
+    assert_right(found, want)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_sharded(ranks, kind):
+    case = Case(kind)
+    assert_fused(ranks.run(sharded, case, 3, steps=2), case.truth(), 2)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["none", "kl"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_trained_head_of_zero_3(ranks, kind, tied, tmp_path):
+    """DeepSpeed gathers it for backward, as it does for the logits of an unpatched model."""
+    case = Case(kind, tied=tied, trained_head=True)
+    more, values = {}, torch.tensor([-1.0, -0.5, 0.5, 1.0])
+    if case.safety is not None:
+        path = constant_cache(tmp_path / "cache", case.batch(), case.safety, values)
+        more["reference"] = str(path)
+    found = ranks.run(sharded, case, 3, steps=2, **more)
+    assert_fused(found, case.truth(values if more else None), 2)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("persistent", [0, 10**6])
+def test_a_tied_head_of_zero_3(ranks, persistent):
+    """Parameters that are smaller than a threshold stay gathered."""
+    case = Case(tied=True)
+    assert_fused(ranks.run(sharded, case, 3, persistent=persistent), case.truth())
+
+
+@needs_deepspeed
+def test_zero_3_that_is_patched_afterwards(ranks):
+    case = Case(labels=(0, 0, 8, 10))
+    assert_fused(ranks.run(sharded, case, 3, patched="after"), case.truth())
 
 
 def test_a_hook_of_the_shape_of_deepspeed_s():
@@ -80,12 +199,3 @@ def test_a_hook_of_the_shape_of_deepspeed_s():
             output.register_hook(backward_hook)
         found = gradients(model, outputs.loss)
     assert_same(found, {n: x if n == "loss" else x / 2 for n, x in want.items()})
-
-
-def test_a_weight_of_zero_3_s_is_refused():
-    """A stand-in: its parameters have an id, and no elements between two uses."""
-    model = build()
-    weight = model.get_output_embeddings().weight
-    weight.ds_id, weight.ds_shape = 7, weight.shape
-    with pytest.raises(ValueError, match=r"ZeRO-3 has split its head.*or FSDP2"):
-        patch_model(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from str_kernels import patch_model
@@ -19,11 +19,13 @@ ENGINES = ("ddp", "fsdp1", "root", "alone", "norm", "tied")
 SEVERAL = 2e-5
 
 
-def alone(case: Case, reference: str) -> Found:
+def alone(case: Case, reference: str, **more: Tensor | None) -> Found:
     """One patched process with the whole batch, since a cache rounds its references."""
     model = case.model()
     patch_model(model, case.safety, positions=case.positions, reference=reference)
-    loss = model(**case.batch(), num_items_in_batch=torch.tensor(case.items)).loss
+    batch = {name: x for name, x in {**case.batch(), **more}.items() if x is not None}
+    items = (batch["labels"][:, 1:] != -100).sum()
+    loss = model(**batch, num_items_in_batch=items).loss
     loss.backward()
     return Found(loss.item(), gradients(model))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import traffic
 from str_kernels.integrations.axolotl import StrKernelsPlugin
 from str_kernels.integrations.settings import PatchSettings
 from str_kernels.safety.tokens import SafetyTokens
@@ -80,9 +81,9 @@ def test_the_measured_ranges_are_those_of_the_runs(histories, row, name):
     """Medians of a run's last 20 steps, of all its steps for the gradient; smallest to largest."""
     (line,) = [x for x in page("logs").splitlines() if x.startswith(f"| {row} ")]
     cells = [cell.strip() for cell in line.split("|")[3:6]]
-    columns = (("penalty", 20), ("drift", 20), ("gradient_norm", 0))
-    for cell, (key, steps) in zip(cells, columns, strict=True):
-        values = [median(history[key][-steps:]) for history in histories[name]]
+    columns = (("penalty", 20, 1), ("drift", 20, 0.5), ("gradient_norm", 0, 1))
+    for cell, (key, steps, power) in zip(cells, columns, strict=True):
+        values = [median(history[key][-steps:]) ** power for history in histories[name]]
         told = [float(number) for number in cell.split(" to ")]
         digits = len(cell.split(" to ")[0].partition(".")[2])
         assert told[0] == pytest.approx(min(values), abs=0.51 * 10**-digits)
@@ -177,3 +178,8 @@ def test_the_pages_name_files_that_exist():
         for name in codes(path.read_text(encoding="utf-8")):
             if re.fullmatch(r"(str_kernels|benchmarks|tests|docs|\.ci)/[\w./-]+", name):
                 assert Path(ROOT / name).exists(), (path.name, name)
+
+
+def test_what_a_split_vocabulary_sends():
+    """The page has the table that is computed."""
+    assert traffic.table(traffic.Loss()) in page("distributed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from tests.huggingface.trainers import (
     run,
     trainer_for,
 )
+
+LOGGED = {"cross_entropy", "safety_penalty", "safety_drift", "live_share", "token_accuracy"}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_callback_logs_both_terms(tmp_path):
         assert 0 <= log["token_accuracy"] <= 1
         # the weights sum to the labels, and mse without token weights is the drift
         drift = log["safety_penalty"] / SAFETY.strength
-        assert log["safety_drift"] == pytest.approx(drift, rel=1e-4)
+        assert log["safety_drift"] == pytest.approx(drift**0.5, rel=1e-4)
     assert logs[-1]["safety_penalty"] > 0
     assert [log["loss"] for log in seen.logs if "loss" in log] == [log["loss"] for log in logs]
 
@@ -150,3 +153,24 @@ def test_peft_training_with_bfloat16_and_checkpointing(tmp_path):
         if not strength:
             for a, b in zip(got, want, strict=True):
                 assert a["loss"] == pytest.approx(b["loss"], rel=2**-7)
+
+
+def test_a_trainer_logs_without_asking(tmp_path):
+    """Made after the patch, before all callbacks that report; an unpatched model's stays silent."""
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    gc.collect()  # patches of other tests
+    before, model, seen = list(DEFAULT_CALLBACKS), lora_model(), Losses()
+    other = build()
+    with patch_model(model, SAFETY):
+        trainer = trainer_for(model, tmp_path, callbacks=[seen], max_steps=2, logging_steps=1)
+        plain = trainer_for(
+            other, tmp_path / "plain", max_steps=2, logging_steps=1, save_strategy="steps"
+        )
+        trainer.train()
+        plain.train()
+    first, second = [log for log in seen.logs if "loss" in log]
+    assert first.keys() >= LOGGED
+    assert first["safety_drift"] == 0 < second["safety_drift"]
+    assert not [log for log in plain.state.log_history if LOGGED & log.keys()]
+    assert before == DEFAULT_CALLBACKS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from str_kernels.huggingface import SafetyLogCallback, patch_model
+from str_kernels.huggingface import patch_model
 from str_kernels.huggingface.patch.install import find_patch
 from tests.huggingface.models import build
 from tests.huggingface.trainers import SAFETY, assert_equal_runs, lora_model, rows, run
@@ -297,9 +297,8 @@ def test_evaluations_tell_the_terms_apart(tmp_path):
     computes without the patch.
     """
     model = lora_model()
-    trainer = sft(model, tmp_path, per_device_eval_batch_size=2)
-    trainer.add_callback(SafetyLogCallback())
-    with patch_model(model, SAFETY):
+    with patch_model(model, SAFETY):  # a trainer made now logs by itself
+        trainer = sft(model, tmp_path, per_device_eval_batch_size=2)
         trainer.train()
         found = trainer.evaluate()
     terms = found["eval_cross_entropy"], found["eval_safety_penalty"]

@@ -7,14 +7,23 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from benchmarks.architectures.tiny_configs import build_architecture
 from str_kernels import patch_model
-from str_kernels.levers import LongContext, checkpoints
+from str_kernels.levers import LongContext, checkpoints, windows
 from str_kernels.levers.checkpoints import OnDisk
 from str_kernels.levers.token_wise import token_wise_modules
 from tests.huggingface.adapters import SAFETY, wrap
-from tests.huggingface.models import MODELS, assert_same, batch, build, loss_and_gradients, snapshot
+from tests.huggingface.models import (
+    _SHAPE,
+    MODELS,
+    assert_same,
+    batch,
+    build,
+    loss_and_gradients,
+    snapshot,
+)
 
 LEVERS = {
     "checkpoints": LongContext(gradient_checkpointing=True),
@@ -204,3 +213,47 @@ def test_on_the_meta_device():
         with torch.device("meta"):
             model = MODELS[name]()
         assert list(token_wise_modules(model)) == list(token_wise_modules(build(name)))
+
+
+def sliding(size: int = 4) -> nn.Module:
+    """A tiny Gemma 3 whose first layer sees ``size`` tokens back and whose second sees all."""
+    kinds = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=size, layer_types=kinds)
+    return Gemma3ForCausalLM(config).train()
+
+
+@pytest.mark.parametrize("length", [8, 9, 23, 24])
+def test_windows_in_blocks(length):
+    """Losses and gradients are those below a mask, whether or not a block is full or padded."""
+    model, inputs, asked = sliding(), batch(rows=1, length=length), []
+    packed = {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
+    packed["position_ids"] = (torch.arange(length) % 7)[None]
+    blocks = windows._blocks
+    with mock.patch.object(windows, "_blocks", lambda *a: asked.append(a) or blocks(*a)):
+        for given, in_blocks in ((inputs, length > 8), (batch(2, length), False), (packed, False)):
+            want = loss_and_gradients(model, **given)
+            asked.clear()
+            with LongContext(window_attention=True).apply(model):
+                assert_same(loss_and_gradients(model, **given), want)
+            assert len(asked) == (3 if in_blocks else 0)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_windows_that_are_refused():
+    """No window, another attention, dropout in it, and a model that computes with its mask."""
+    with pytest.raises(ValueError, match="no layer of LlamaForCausalLM has a sliding window"):
+        LongContext(window_attention=True).apply(build("llama"))
+    model = sliding()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="the model has 'eager'"):
+        LongContext(window_attention=True).apply(model)
+    model.set_attn_implementation("sdpa")
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with (
+        LongContext(window_attention=True).apply(model),
+        pytest.raises(ValueError, match="attention dropout is not supported"),
+    ):
+        model(**batch(1, 23))
+    with pytest.raises(ValueError, match="computes with the mask of its sliding windows"):
+        windows.Window.of(4, "cpu") & True

@@ -30,9 +30,17 @@ def test_all_faults_are_reported_together():
         {"positions": 0},
         {"dtype": "int8"},
         {"steps": 0},
+        {"share": 0.0},
+        {"share": "half"},
+        {"anchors_every": 0, "anchors": ("a.jsonl",)},
+        {"anchors_every": 2},
         {"target_modules": ()},
         {"method": "plain", "tokens": "tokens.json"},
         {"method": "unpatched", "reference": "cache"},
+        {"offload": "ram", "gradient_checkpointing": True},
+        {"offload": "disk"},
+        {"tile_tokens": 0},
+        {"tile_tokens": 512, "dropout": 0.1},
     ],
 )
 def test_a_wrong_value_is_refused_by_name(changes):

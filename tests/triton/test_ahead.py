@@ -33,7 +33,7 @@ INSTRUCTION = {
 SIXTEEN_BYTES = {"cuda": r"cp\.async\.c[ag]\.shared\.global.*0x10", "hip": r"load_dwordx4"}
 WITHOUT_PRODUCTS = (
     *("threshold", "route", "plan", "live", "quantise", "combine", "shares", "prepare", "hot"),
-    *("guard", "reset", "scatter", "penalty", "finish"),
+    *("guard", "reset", "scatter", "penalty", "finish", "reduce"),
 )
 
 SLOW_80 = pytest.param(80, marks=pytest.mark.slow)

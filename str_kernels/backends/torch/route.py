@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from str_kernels.engine.contract import Block, TileMasses, Worklist
+from str_kernels.engine.joins import route_over_shards
 from str_kernels.engine.tiles import LEAST_OPEN, positions_of
 from str_kernels.options import TILE
 
@@ -26,6 +27,10 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     label_tile = positions_of(labels, block.tiles.inverse)[labelled] // TILE
     open_mass = dead.sum(-1)
     open_mass[labelled] -= dead[labelled, label_tile]
+    if not block.shards.alone:
+        shared = route_over_shards(block.shards, shift, dead.sum(-1), open_mass)
+        shift, open_mass, factor = shared
+        dead.mul_(factor[:, None])
     live = dead > (eps * open_mass.clamp(min=LEAST_OPEN))[:, None]
     live[labelled, label_tile] = True
     dead.masked_fill_(live, -0.0)

@@ -40,8 +40,10 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
+from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
+from str_kernels.backends.triton.reduce import reduce_kernel
 from str_kernels.backends.triton.refine import refine_kernel, spread_kernel, spread_launch
 from str_kernels.backends.triton.route import THRESHOLD, plan_kernel, route_kernel, threshold_kernel
 from str_kernels.backends.triton.scatter import scatter_kernel
@@ -72,7 +74,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's, in Triton
-FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most", "z_loss")
+FLOATS = ("logit_scale", "log_eps", "temperature", "strength", "most", "z_loss", "divisor")
 FLOATS += ("smoothing", "smoothing_share")
 _MATRIX = r"\b(wgmma\.mma_async[\w.:]*|tcgen05\.mma[\w.:]*|mma\.sync[\w.:]*|v_mfma_\w+)"
 
@@ -151,6 +153,7 @@ def cases(
         ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
         ("penalty", penalty_kernel, {"KL": True, **penalty}),
         ("penalty", penalty_kernel, {"KL": False, **penalty}),
+        ("penalty rest", rest_kernel, {**penalty, **REST}),
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
         ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),
@@ -160,6 +163,7 @@ def cases(
         ("prepare", prepare_kernel, {"LSE": True, **SCAN}),
         ("guard", guard_kernel, THRESHOLD),
         ("scatter", scatter_kernel, {"BLOCK": 256}),
+        ("reduce", reduce_kernel, {"MEAN": True, **SCAN}),
     ):
         yield Case(name, kernel, torch.float32, alone, blocks)
 

@@ -33,6 +33,7 @@ from str_kernels.backends.triton.launch import (
 from str_kernels.backends.triton.mend import reset_rows, rows_off
 from str_kernels.backends.triton.penalty import penalty_rows
 from str_kernels.backends.triton.prepare import prepare
+from str_kernels.backends.triton.reduce import reduce_rows
 from str_kernels.backends.triton.refine import refine_in_order, refine_pairs
 from str_kernels.backends.triton.route import route_again, route_pairs
 from str_kernels.backends.triton.scatter import scatter_rows
@@ -60,11 +61,13 @@ from str_kernels.engine.contract import (
     RowPlan,
     RowShares,
     RowSums,
+    RowTerms,
     SafetyTerm,
     Saved,
     Statistics,
     TileMasses,
     Tiles,
+    Totals,
     Upstream,
     Wanted,
     Worklist,
@@ -157,10 +160,13 @@ class TritonBackend:
             return prepare(inputs, options, vocab_size, None if tiles is None else tiles.inverse)
 
     @with_default("columns")
-    def columns(self, block: Block, needed: Tensor | None) -> Columns:
-        """See ``RowStages.columns``."""
+    def columns(self, block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
+        """See ``RowStages.columns``; a part of the rows is gathered from the results of all."""
+        whole = rows is None or len(rows) == len(block.labels)
         with _on(block.head.weight.device):
-            return exact_columns(block, needed, self._launch(block.head, "columns"))
+            launch = self._launch(block.head, "columns")
+            found = exact_columns(block, needed, rows if whole else None, launch)
+        return found if whole else found.listed(rows)
 
     def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         """See ``RowStages.join``."""
@@ -176,10 +182,17 @@ class TritonBackend:
 
     def gradient(self, kept: Kept, upstream: Upstream, resolved: Resolved) -> RowGradients:
         """See ``RowStages.gradient``."""
-        wide = kept.weight.dtype.itemsize > resolved.dtype.itemsize
-        launch = self._launch_on(kept.weight.device, "backward", resolved.dtype, wide)
-        with _on(kept.weight.device):
+        device = kept.lse.device
+        launch = self._launch_on(device, "backward", resolved.dtype, False)
+        with _on(device):
             return gradient_rows(kept, upstream, resolved, launch)
+
+    def reduce(
+        self, terms: RowTerms, labels: Tensor, options: LossOptions, count: float | Tensor | None
+    ) -> Totals:
+        """See ``Reduces.reduce``."""
+        with _on(labels.device):
+            return reduce_rows(terms, labels, options, count)
 
     def scratch(self, head: Head, rows: int) -> int:
         """Count the bytes that a block takes while it is computed: no more than its budget."""
@@ -289,10 +302,18 @@ class TritonBackend:
                 return refine_in_order(block, work, wanted, sums, **sizes)
             return refine_pairs(block, work, wanted, sums, **sizes)
 
-    def combine(self, block: Block, opened: OpenRows, shares: RowShares, *, spare: bool) -> Tensor:
+    def combine(
+        self,
+        block: Block,
+        opened: OpenRows,
+        shares: RowShares,
+        *,
+        spare: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """See ``Backend.combine``; the opened rows are left unchanged."""
         with _on(block.head.weight.device):
-            return combine_rows(block, opened, shares)
+            return combine_rows(block, opened, shares, out)
 
     @with_default("gradient", "weight")
     def weight_gradients(

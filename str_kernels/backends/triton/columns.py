@@ -16,10 +16,10 @@ from str_kernels.backends.triton.launch import Launch
 from str_kernels.backends.triton.operands import precision_of, tuning
 from str_kernels.backends.triton.tiles import multiply, tanh
 from str_kernels.engine.contract import Block, Columns
-from str_kernels.engine.logits import ANCHORS, anchor_ids, column_sum, safety_ids
+from str_kernels.engine.logits import ANCHORS, anchor_ids, mean_of, safety_ids
 
 POINTERS = {
-    "i64": ("token", "label"),
+    "i64": ("token", "label", "list"),
     "i1": ("needed",),
     "fp32": ("mean", "mean_bias", "label_logit", "anchor", "safety", "difference"),
 }
@@ -44,6 +44,7 @@ def columns_kernel(
     token_ptr,
     label_ptr,
     needed_ptr,
+    list_ptr,
     mean_ptr,
     mean_bias_ptr,
     label_logit_ptr,
@@ -65,17 +66,20 @@ def columns_kernel(
 
     In: ``hidden [R, D]``, ``weight [V, D]``, ``bias [V]`` or None in token order, ``token
     [ANCHORS + K]`` int64 or None, ``label [R]`` int64, -1 where there is none, ``needed [R]`` bool
-    or None for all, ``mean [D]`` fp32, W's mean row, or None, ``mean_bias [1]`` fp32 or None;
-    ``count`` is K.
-    Out: ``label_logit [R]``, ``anchor [R]`` or None, ``safety [R, K]`` or None and ``difference
-    [R]`` or None, all fp32, as in ``Columns``; without ``needed`` rows become NaN, and anchors 0.
+    or None for all, ``list [R]`` int64 or None, the order of the rows, ``mean [D]`` fp32, W's mean
+    row, or None, ``mean_bias [1]`` fp32 or None; ``count`` is K.
+    Out: ``label_logit [R]``, ``anchor [R]`` or None and ``difference [R]`` or None, in the order of
+    ``list``, and ``safety [R, K]`` or None, all fp32, as in ``Columns``; rows that are not needed
+    become NaN, and anchors 0.
     """
     blocks = tl.cdiv(rows, BLOCK_R)
     tile = tl.program_id(0) // blocks
-    row = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     column, along = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
-    inside = row < rows
-    needed = inside
+    inside = place < rows
+    needed, row = inside, place
+    if list_ptr is not None:
+        row = tl.load(list_ptr + place, mask=inside, other=0).to(tl.int32)
     if needed_ptr is not None:
         needed = tl.load(needed_ptr + row, mask=inside, other=0) != 0
     here = inside & (tl.full([BLOCK_R], tile, tl.int32) == 0)
@@ -108,10 +112,10 @@ def columns_kernel(
         if mean_bias_ptr is not None:
             distance += tl.load(mean_bias_ptr) - its_bias
     own_logit = tl.where(labelled, capped(own_logit, logit_scale, softcap), float("nan"))
-    tl.store(label_logit_ptr + row, own_logit, mask=here)
+    tl.store(label_logit_ptr + place, own_logit, mask=here)
     if difference_ptr is not None:
         distance = tl.where(labelled, distance * logit_scale, float("nan"))
-        tl.store(difference_ptr + row, distance, mask=here)
+        tl.store(difference_ptr + place, distance, mask=here)
     if token_ptr is not None:
         if bias_ptr is not None:
             total += tl.load(bias_ptr + token).to(tl.float32)[None, :]
@@ -122,16 +126,18 @@ def columns_kernel(
             best = tl.max(tl.where(looked_at, z, float("-inf")), 1)
             best = tl.where(own_logit > best, own_logit, best)
             best = tl.where(needed & (tl.abs(best) < float("inf")), best, 0.0)
-            tl.store(anchor_ptr + row, best, mask=here)
+            tl.store(anchor_ptr + place, best, mask=here)
         if safety_ptr is not None:
-            place = column - ANCHORS
-            at = safety_ptr + row.to(tl.int64)[:, None] * count + place[None, :]
-            mask = inside[:, None] & ((place >= 0) & (place < count))[None, :]
+            its = column - ANCHORS
+            at = safety_ptr + row.to(tl.int64)[:, None] * count + its[None, :]
+            mask = inside[:, None] & ((its >= 0) & (its < count))[None, :]
             tl.store(at, tl.where(needed[:, None], z, float("nan")), mask=mask)
 
 
-def exact_columns(block: Block, needed: Tensor | None, launch: Launch) -> Columns:
-    """Compute `Columns` of N rows, where ``needed [N]`` says so."""
+def exact_columns(
+    block: Block, needed: Tensor | None, listed: Tensor | None, launch: Launch
+) -> Columns:
+    """Compute `Columns` of N rows in the order ``listed [N]``, where ``needed [N]`` says so."""
     head, labels, tiles, options = block[:4]
     (rows, dim), vocab = head.hidden_states.shape, head.weight.shape[0]
     device, safety, routed = head.weight.device, options.safety, tiles is not None
@@ -141,8 +147,7 @@ def exact_columns(block: Block, needed: Tensor | None, launch: Launch) -> Column
     elif safety is not None:
         tokens = safety_ids(safety, device)
     if routed and options.label_smoothing:
-        mean = column_sum(block) / vocab
-        mean_bias = None if head.bias is None else head.bias.float().mean()
+        mean, mean_bias = mean_of(block)
     count = len(safety.token_ids) if safety else 0
 
     def make(*shape: int, there: bool = True) -> Tensor | None:
@@ -163,6 +168,7 @@ def exact_columns(block: Block, needed: Tensor | None, launch: Launch) -> Column
         tokens,
         labels,
         needed,
+        listed,
         mean,
         mean_bias,
         *found,

@@ -68,11 +68,15 @@ def combine_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def combine_rows(block: Block, opened: OpenRows, shares: RowShares) -> Tensor:
-    """Return a row gradient ``[R, D]`` in ``kept_dtype``."""
+def combine_rows(
+    block: Block, opened: OpenRows, shares: RowShares, out: Tensor | None = None
+) -> Tensor:
+    """Return a row gradient ``[R, D]`` in ``kept_dtype``, in ``out`` if it is given."""
     head, rows, dim = block.head, *opened.live.shape
     weight, also = head.weight.contiguous(), shares.also
-    out = opened.live.new_empty(rows, dim, dtype=kept_dtype(head.hidden_states.dtype))
+    if out is None:
+        dtype = kept_dtype(head.hidden_states.dtype, block.shards)
+        out = opened.live.new_empty(rows, dim, dtype=dtype)
     combine_kernel[(-(-rows // ROWWISE.block_r) * -(-dim // ROWWISE.block_d),)](
         opened.live,
         opened.dead,

@@ -6,12 +6,16 @@ Stage: ``Block`` → ``Dense``. Blocks of rows × words are so small that their 
     shares_kernel       p = exp(z - shift) in the dtype of H, and sums of each row
     expected += p @ W   [rows, D] fp32, by BLAS, for the p of a few blocks of words at once
 
-The host waits for nothing, and there are no atomics. fp16, whose exponents are too few, and what
-needs a third product keep the pass of ``exact.py``.
+There are no atomics. Where rows without a label are not known to the host, and the call has more
+rows than one block, the device sends their number and computes the first block, while the host
+waits for the number; then only rows that need the vocabulary are queued. BLAS takes sizes from the
+host alone, so that without the wait it would multiply all rows. fp16, whose exponents are too few,
+and what needs a third product keep the pass of ``exact.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.launch import PRODUCT, SHARES
-from str_kernels.backends.triton.operands import label_places, operands, tuning
+from str_kernels.backends.triton.operands import label_places, masked_sum, operands, tuning
 from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
@@ -28,7 +32,7 @@ from str_kernels.engine.logits import columns_of
 from str_kernels.options import TILE, LossOptions
 
 
-class RowSums(NamedTuple):
+class _Sums(NamedTuple):
     """The rows of ``sums``, each ``[R]``; all but the last leave the label out.
 
     ``exact`` and ``kept`` are the sums of the shares before and after they were rounded.
@@ -46,8 +50,8 @@ class RowSums(NamedTuple):
 def exact_pass(block: Block, wanted: Wanted, byte_budget: int) -> Dense:
     """Compute every pair of R rows; the scratch of logits and p takes ``byte_budget`` bytes."""
     work = _Work(block, wanted, byte_budget)
-    for start in range(0, work.given.rows, work.rows):
-        work.run(slice(start, start + work.rows))
+    for part in work.parts():
+        work.run(part)
     return work.finish()
 
 
@@ -64,7 +68,7 @@ class _Work:
         tiles = max(1, numbers // (TILE * self.rows))
         self.words = TILE * min(tiles, given.tiles)
         self.group = self.words * self._held(byte_budget // (self.rows * self.words) - 4)
-        self.sums = given.hidden.new_empty(len(RowSums._fields), given.rows, dtype=torch.float32)
+        self.sums = given.hidden.new_empty(len(_Sums._fields), given.rows, dtype=torch.float32)
         self.logits = self.sums.new_empty(self.rows, self.words)
         self.share = self.expected = None
         if wanted.hidden:
@@ -78,6 +82,23 @@ class _Work:
             return 1  # their rows of W are cast, and take memory as well
         most = bytes_left // given.hidden.element_size()
         return max(1, min(most, -(-given.vocab // self.words)))
+
+    def parts(self) -> Iterator[slice]:
+        """Cut the rows that need the vocabulary, as far as the host knows or can learn them."""
+        present, before, done = self.block.present, self.block.start, 0
+        rows = self.given.rows
+        if present is not None and before == 0:
+            done = min(rows, self.rows)
+            if present.total > done:
+                present.send()
+            if done:
+                yield slice(0, done)
+        if present is not None and done < rows:
+            # of a few sizes, for each of which BLAS chooses a kernel
+            rows = min(rows, 16 * -(-max(0, present.read() - before) // 16))
+        size = _even(rows - done, self.rows)
+        for start in range(done, rows, size):
+            yield slice(start, min(start + size, rows))
 
     def run(self, part: slice) -> None:
         """Pass over the vocabulary for these rows."""
@@ -120,11 +141,11 @@ class _Work:
 
     def finish(self) -> Dense:
         """Add the label's own logit, and correct the rounding of each row's shares."""
-        sums, options = RowSums(*self.sums), self.block.options
+        sums, options = _Sums(*self.sums), self.block.options
         smooth = None
         if options.label_smoothing:
             smooth = options.logit_scale * self.given.weight.sum(0, dtype=torch.float32)
-        dense = join_sums(
+        return join_sums(
             self.block,
             self.label_logit,
             shift=sums.shift,
@@ -132,17 +153,13 @@ class _Work:
             maximum=sums.maximum,
             expected=self.expected,
             weighted=sums.weighted if self.wanted.entropy else None,
-            logit_sum=sums.logit_sum if options.label_smoothing else None,
+            logit_sum=masked_sum(sums.logit_sum, self.given) if options.label_smoothing else None,
             smooth_gradient=smooth,
+            # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
+            exact=sums.exact if self.wanted.hidden else None,
+            kept=sums.kept if self.wanted.hidden else None,
             join=join_rows,
         )
-        if dense.opened is None:
-            return dense
-        # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
-        keep = torch.where(sums.kept > 0, sums.exact / sums.kept, 1.0)
-        opened = dense.opened._replace(scale=dense.opened.scale * keep)
-        factors = dense.factors._replace(opened=dense.factors.opened * keep)
-        return dense._replace(opened=opened, factors=factors)
 
 
 def multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:

@@ -13,15 +13,26 @@ from torch import Tensor
 
 from str_kernels.engine.contract import Block, Factors, Joined, RowSums, Statistics
 
+_ROUNDED = ("exact", "kept")
 POINTERS = {
     "i64": ("label",),
     "i1": ("correct",),
-    "fp32": ("label_logit", "shift", "mass", "maximum", "dead", "weighted", "logit_sum", "out"),
+    "fp32": (
+        "label_logit",
+        "shift",
+        "mass",
+        "maximum",
+        "dead",
+        "weighted",
+        "logit_sum",
+        *_ROUNDED,
+        "out",
+    ),
 }
 # Rows of a program, and tiles that it adds up at once.
 FINISH = {"BLOCK_R": 32, "TILES": 32}
 _RESULTS = ("lse", "lse_rest", "dead_mass", "live_share", "entropy", "surprise", "open_mass")
-_RESULTS += ("rescale", *Factors._fields)
+_RESULTS += ("rescale", "scale", *Factors._fields)
 
 
 @triton.jit
@@ -60,6 +71,8 @@ def finish_kernel(
     dead_ptr,
     weighted_ptr,
     logit_sum_ptr,
+    exact_ptr,
+    kept_ptr,
     correct_ptr,
     out_ptr,
     rows,
@@ -78,8 +91,9 @@ def finish_kernel(
 
     In: ``label [R]`` int64, negative where there is none, and, all fp32, ``label_logit [R]``,
     ``shift [R]``, ``mass [R]``, ``maximum [R]``, ``dead [R, T]`` with two strides, ``weighted [R]``
-    and ``logit_sum [R]``, the last three or None; ``smoothing_share`` is ε/V. Out: ``correct [R]``
-    bool, ``out [12, R]`` fp32 in the order of ``_RESULTS``.
+    and ``logit_sum [R]``, the last three or None, ``exact [R]`` and ``kept [R]`` or both None;
+    ``smoothing_share`` is ε/V. Out: ``correct [R]`` bool, ``out [13, R]`` fp32 in the order of
+    ``_RESULTS``.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
@@ -126,7 +140,11 @@ def finish_kernel(
         slope *= 1.0 - share * share
     slope = tl.where(labelled, slope, 0.0)
     alpha = 1.0 + 2.0 * z_loss * lse
-    opened = logit_scale * rescale
+    scale = logit_scale * rescale
+    if kept_ptr is not None:
+        kept = tl.load(kept_ptr + row, mask=inside, other=0.0)
+        exact = tl.load(exact_ptr + row, mask=inside, other=0.0)
+        scale *= tl.where(kept > 0.0, exact / kept, 1.0)
     out = out_ptr + row
     tl.store(out, lse, mask=inside)
     tl.store(out + rows, rest, mask=inside)
@@ -141,11 +159,12 @@ def finish_kernel(
     tl.store(out + 5 * rows, surprise, mask=inside)
     tl.store(out + 6 * rows, open_mass, mask=inside)
     tl.store(out + 7 * rows, rescale, mask=inside)
-    tl.store(out + 8 * rows, loss, mask=inside)
-    tl.store(out + 9 * rows, alpha * opened, mask=inside)
+    tl.store(out + 8 * rows, scale, mask=inside)
+    tl.store(out + 9 * rows, loss, mask=inside)
+    tl.store(out + 10 * rows, alpha * scale, mask=inside)
     of_label = slope * ((alpha - (1.0 - smoothing)) - alpha * open_mass)
-    tl.store(out + 10 * rows, of_label, mask=inside)
-    tl.store(out + 11 * rows, slope * (1.0 - open_mass), mask=inside)
+    tl.store(out + 11 * rows, of_label, mask=inside)
+    tl.store(out + 12 * rows, slope * (1.0 - open_mass), mask=inside)
     tl.store(correct_ptr + row, label_logit >= maximum, mask=inside)
 
 
@@ -164,6 +183,8 @@ def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         dead,
         sums.weighted,
         sums.logit_sum,
+        sums.exact,
+        sums.kept,
         correct,
         out,
         rows,
@@ -172,14 +193,14 @@ def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         float(options.logit_scale),
         float(options.z_loss),
         float(options.label_smoothing),
-        options.label_smoothing / len(block.head.weight),
+        options.label_smoothing / block.vocab,
         softcap=None if options.softcap is None else float(options.softcap),
         **FINISH,
         num_warps=4,
     )
     found = dict(zip(_RESULTS, out.unbind(), strict=True))
     factors = Factors(**{name: found.pop(name) for name in Factors._fields})
-    rest = {name: found.pop(name) for name in ("surprise", "open_mass", "rescale")}
+    rest = {name: found.pop(name) for name in ("surprise", "open_mass", "rescale", "scale")}
     if sums.weighted is None:
         found["entropy"] = None
     return Joined(Statistics(correct=correct, **found), **rest, factors=factors)

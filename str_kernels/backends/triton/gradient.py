@@ -1,7 +1,7 @@
 """The backward of the hidden states in one pass: row gradients, and the constraint's K columns.
 
 Stage: ``Kept``, upstream gradients, ``β [N, K]`` → ``dH [N, D]``. A program takes BLOCK_R rows ×
-BLOCK_E columns of D. The rows of W at the safety tokens are read through their ids.
+BLOCK_E columns of D.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from str_kernels.backends.triton.operands import precision_of, tuning
 from str_kernels.backends.triton.penalty import penalty_gradients
 from str_kernels.backends.triton.tiles import multiply
 from str_kernels.engine.contract import Kept, Resolved, RowGradients, Upstream
-from str_kernels.engine.logits import safety_ids
 
 POINTERS = {
-    "i64": ("list", "token"),
+    "i64": ("list",),
     "i1": ("dense",),
     "fp32": ("ce_upstream", "penalty_upstream", "beta", "d_lse"),
 }
@@ -66,8 +65,7 @@ def gradient_kernel(
     penalty_upstream_ptr,
     beta_ptr,
     d_lse_ptr,
-    token_ptr,
-    weight_ptr,
+    safety_ptr,
     list_ptr,
     dense_ptr,
     out_ptr,
@@ -84,8 +82,8 @@ def gradient_kernel(
     """One program alone writes BLOCK_R rows × BLOCK_E columns of ``out [N, D]``.
 
     In: ``ce_gradient [R, D]``; ``ce_upstream [N]`` with a stride; with a constraint ``beta
-    [N, K]``, ``penalty_upstream [N]``, zero on rows without one, ``token [K]`` int64 and ``weight
-    [V, D]``, and if it reads the lse ``lse_gradient [R, D]`` and ``d_lse [N]``, or else None;
+    [N, K]``, ``penalty_upstream [N]``, zero on rows without one, and ``safety [K, D]``, the rows
+    of W, and if it reads the lse ``lse_gradient [R, D]`` and ``d_lse [N]``, or else None;
     ``list [rows]`` int64, the rows that are written, R = ``dense_rows`` first, or None for all in
     order; ``dense [N]`` bool, which of those R have gradients, or None for all. Out: ``out`` in the
     dtype of H.
@@ -108,13 +106,12 @@ def gradient_kernel(
             known = token < count
             at = beta_ptr + row[:, None] * count + token[None, :]
             beta = tl.load(at, mask=on[:, None] & known[None, :], other=0.0)
-            its = tl.load(token_ptr + token, mask=known, other=0)
             w = tl.load(
-                weight_ptr + its[:, None] * dim + along[None, :],
+                safety_ptr + token[:, None] * dim + along[None, :],
                 mask=known[:, None] & within[None, :],
                 other=0.0,
             )
-            total = multiply_split(beta, w.to(out_ptr.dtype.element_ty), total, precision)
+            total = multiply_split(beta, w, total, precision)
         total = tl.where(on[:, None], total, 0.0)  # 0 · inf
     if d_lse_ptr is not None:
         upstream = tl.load(d_lse_ptr + row, mask=dense, other=0.0)
@@ -134,13 +131,13 @@ def gradient_rows(
         found = penalty_gradients(resolved.options, kept, upstream.penalty)
     if not resolved.needs[0]:
         return found
-    (count, dim), rows, listed = (len(kept.lse), kept.weight.shape[1]), kept.rows, None
+    (count, dim), rows, listed = (len(kept.lse), kept.ce_gradient.shape[1]), kept.rows, None
     whole = len(rows) == count
     if upstream.dense is not None or not whole:
-        listed = rows = rows if kept.safety_alone is None else torch.cat([rows, kept.safety_alone])
+        alone = kept.safety_alone
+        listed = rows = rows if alone is None or not len(alone) else torch.cat([rows, alone])
     make = torch.empty if whole else torch.zeros  # a row may be in no list
-    hidden = make((count, dim), dtype=resolved.dtype, device=kept.weight.device)
-    safety = None if found.beta is None else resolved.options.safety
+    hidden = make((count, dim), dtype=resolved.dtype, device=kept.lse.device)
     gradient_kernel[(-(-len(rows) // launch.block_r) * -(-dim // launch.block_e),)](
         kept.ce_gradient,
         kept.lse_gradient,
@@ -148,14 +145,13 @@ def gradient_rows(
         upstream.penalty,
         found.beta,
         found.d_lse,
-        None if safety is None else safety_ids(safety, hidden.device),
-        kept.weight.contiguous(),
+        kept.safety_rows,
         listed,
         upstream.dense,
         hidden,
         len(rows),
         len(kept.rows),
-        0 if safety is None else len(safety.token_ids),
+        0 if found.beta is None else found.beta.shape[1],
         upstream.cross_entropy.stride(0),
         dim=dim,
         precision=precision_of(),

@@ -18,7 +18,7 @@ from str_kernels.options import LossOptions
 
 POINTERS = {
     "i64": ("labels", "inverse", "label", "row", "listed_label"),
-    "i32": ("listed_place", "off", "bad"),
+    "i32": ("listed_place", "off", "count", "bad"),
     "fp32": ("weights", "scale"),
     "i1": ("labelled", "dense", "safety"),
 }
@@ -38,6 +38,7 @@ def prepare_kernel(
     listed_label_ptr,
     listed_place_ptr,
     off_ptr,
+    count_ptr,
     bad_ptr,
     rows,
     vocab,
@@ -51,8 +52,8 @@ def prepare_kernel(
     In: ``labels [N]`` int64, ``weights [N]`` or None for 1 on labelled rows, ``inverse [V]`` int64
     or None, the places of the order. Out, as in ``RowPlan``: ``label [N]`` int64, ``labelled [N]``
     and ``dense [N]`` bool, ``safety [N]`` bool or None, ``scale [N]`` fp32 or None, ``bad [1]``
-    int32; as in ``Listed``: ``row [N]`` and ``listed_label [N]`` int64, ``listed_place [N]`` and
-    ``off []`` int32.
+    int32; as in ``Listed``: ``row [N]`` and ``listed_label [N]`` int64, ``listed_place [N]``,
+    ``off []`` and ``count []`` int32.
     With LSE constrained rows are dense too.
     """
     count, bad = 0, 0
@@ -93,6 +94,7 @@ def prepare_kernel(
         count += tl.sum(chosen, 0)
     tl.store(bad_ptr, bad)
     tl.store(off_ptr, 0)
+    tl.store(count_ptr, count)
 
 
 def prepare(
@@ -100,9 +102,9 @@ def prepare(
 ) -> RowPlan:
     """Return the plan of N rows; ``inverse [V]`` is that of the order, if there is one."""
     labels, _, weights = inputs
-    safety, device, shape = options.safety, labels.device, labels.shape
+    safety, device, one = options.safety, labels.device, torch.Size()
 
-    def empty(dtype: torch.dtype) -> Tensor:
+    def empty(dtype: torch.dtype, shape: torch.Size = labels.shape) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     constrained = empty(torch.bool) if safety is not None else None
@@ -112,12 +114,13 @@ def prepare(
         dense=empty(torch.bool),
         safety=constrained,
         penalty_scale=empty(torch.float32) if options.constrained else None,
-        bad=torch.empty((), dtype=torch.int32, device=device),
+        bad=empty(torch.int32, one),
         listed=Listed(
             empty(torch.int64),
             empty(torch.int64),
             empty(torch.int32),
-            torch.empty((), dtype=torch.int32, device=device),
+            empty(torch.int32, one),
+            empty(torch.int32, one),
         ),
     )
     prepare_kernel[(1,)](

@@ -17,6 +17,8 @@ from str_kernels.backends.triton.launch import SCAN
 from str_kernels.backends.triton.operands import label_places
 from str_kernels.backends.triton.tiles import ABSENT, LOWEST, TILE, all_absent
 from str_kernels.engine.contract import Block, TileMasses, Worklist
+from str_kernels.engine.joins import route_over_shards
+from str_kernels.engine.shards import Shards
 from str_kernels.engine.tiles import LEAST_OPEN
 
 # These are the bits of -0.0; the literal loses its sign in Triton 3.4.
@@ -209,6 +211,8 @@ def _route(
         AGAIN=again,
         **THRESHOLD,
     )
+    if not block.shards.alone:
+        _share(block.shards, anchor, work.shift, threshold, log_eps)
     route_kernel[(count,)](
         log_mass,
         anchor,
@@ -223,6 +227,19 @@ def _route(
         AGAIN=again,
         **SCAN,
     )
+
+
+def _share(
+    shards: Shards, anchor: Tensor, shift: Tensor, threshold: Tensor, log_eps: float
+) -> None:
+    """Replace a process's shift and threshold by those of the whole vocabulary, in place."""
+    # a row without any mass here has no shift, and its threshold is as low as none
+    mine = torch.where(threshold == -math.inf, -math.inf, shift)
+    opened = torch.exp(threshold - log_eps - (shift - anchor))
+    common, opened, _ = route_over_shards(shards, mine, torch.ones_like(mine), opened)
+    shift.copy_(common)
+    least = (opened.clamp(min=LEAST_OPEN)).log() + log_eps
+    threshold.copy_(least + (common - anchor))
 
 
 def plan_chunks(counts: Tensor, rows: int, block: int) -> Tensor:

@@ -44,9 +44,9 @@ def shares_kernel(
     In: ``logits [R, words]`` fp32 without bias, scale and softcap; ``bias [V]`` or None; ``label
     [R]`` int32; ``label_logit [R]`` fp32 or None. Out: ``share [R, held + words]`` in the dtype of
     H or None, from column ``held`` on: exp(z - shift) · slope without the label. In and out:
-    ``sums`` fp32, 7 rows of R that are ``plane`` apart, as ``RowSums`` names them, not read for the
-    first word. Where a row's shift rises, the columns of ``share`` before ``held`` and the row of
-    ``expected [R, D]`` fp32 or None are rescaled; ``filled`` is D, or 0 while it is not written.
+    ``sums`` fp32, 7 rows of R that are ``plane`` apart, as ``exact_blas`` names them, not read for
+    the first word. Where a row's shift rises, the columns of ``share`` before ``held`` and the row
+    of ``expected [R, D]`` fp32 or None are rescaled; ``filled`` is D, or 0 while it is not written.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if all_absent(label_ptr, row, rows):
@@ -126,7 +126,7 @@ def _pass(
         position = start + tl.arange(0, BLOCK_D)
         within = (position < stop)[None, :]
         z = _logits(logits, bias_ptr, position, first, stop, logit_scale, softcap)
-        total += tl.where(within, z - its, 0.0)
+        total += tl.where(z > float("-inf"), z - its, 0.0)
         z = tl.where(position[None, :] == label, float("-inf"), z)
         top = tl.maximum(top, z)
         below = z - shift[:, None]

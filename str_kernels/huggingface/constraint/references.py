@@ -2,9 +2,10 @@
 
 Stage: batches → the pass with the adapters off → a file → references ``[B, T, K]`` of a batch.
 
-A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, the reference of every position of
-one token sequence, named by the sequence's hash; the metadata name the safety tokens and the unit.
-Padding does not matter: only the real tokens are hashed, and only they get values.
+A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, or ``[T, K + 1]`` for ``kl_rest``,
+the reference of every position of one token sequence, named by the sequence's hash; the metadata
+name the safety tokens and the unit. Padding does not matter: only the real tokens are hashed, and
+only they get values.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.tensor_files import SavedTensors, save_tensors
+from str_kernels.tensor_rows import TensorRows, is_of_rows
 
 SCHEMA = "str_kernels.reference_cache/1"
 
@@ -40,8 +43,8 @@ _EVALUATING = (
 
 
 def reference_unit(safety: SafetyConstraint) -> str:
-    """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
-    return "logprobs" if safety.kind == "logprob" else "logits"
+    """The unit of this constraint's reference; ``"logprobs and rest"`` has one more column."""
+    return {"logprob": "logprobs", "kl_rest": "logprobs and rest"}.get(safety.kind, "logits")
 
 
 class ReferenceCache:
@@ -63,13 +66,14 @@ class ReferenceCache:
                 f"{name}: no such file; make one with str-kernels cache or "
                 "build_reference_cache, or use 'adapter_off'."
             )
-        self._saved = SavedTensors(path, name)
-        self._check(safety)
+        self._saved = (TensorRows if is_of_rows(path) else SavedTensors)(path, name)
+        self.check(safety)
 
     def __deepcopy__(self, memo: dict) -> ReferenceCache:
         return self  # read only, and the open file cannot be copied
 
-    def _check(self, safety: SafetyConstraint) -> None:
+    def check(self, safety: SafetyConstraint) -> None:
+        """Refuse a constraint that these are not the references of."""
         metadata = self._saved.metadata
         if metadata.get("schema") != SCHEMA:
             raise ValueError(
@@ -100,26 +104,55 @@ class ReferenceCache:
         """
         return self.find(Sequences(input_ids, mask=attention_mask))
 
-    def find(self, sequences: Sequences, *, evaluating: bool = False) -> Tensor:
-        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation."""
-        found = None
+    def find(
+        self, sequences: Sequences, *, places: Tensor | None = None, evaluating: bool = False
+    ) -> Tensor:
+        """As ``lookup``, for sequences that may be those of a decoder, or of an evaluation.
+
+        Args:
+            sequences: the batch.
+            places: ``[B, t]``, the positions whose references are wanted; None: all.
+            evaluating: whether the batch is of an evaluation, for the error.
+        """
+        found, ids = None, sequences.ids
         for row, (where, length, key) in enumerate(sequences.rows()):
             if key not in self._saved.names:
                 raise ValueError(
                     f"reference={str(self.path)!r}: holds nothing for row {row} of this batch "
                     f"({length} tokens); {_EVALUATING if evaluating else _CHANGED}"
                 )
-            values = self._saved[key].float()
+            values, where = self._saved[key], where.cpu()
             if found is None:
-                found = torch.zeros(*sequences.ids.shape, values.shape[-1])
-            found[row, where.cpu()] = values
-        return found.to(sequences.ids.device)
+                shape = (ids if places is None else places).shape
+                found = torch.zeros(*shape, values.shape[-1])
+            if places is None:
+                found[row, where] = values.float()
+                continue
+            at = torch.full((ids.shape[1],), -1)  # which of the real tokens a position is
+            at[where] = torch.arange(length)
+            at = at[places[row].cpu()]
+            found[row, at >= 0] = values[at[at >= 0]].float()
+        return found.to(ids.device)
 
 
 def save_reference_cache(
     path: str | os.PathLike, references: dict[str, Tensor], safety: SafetyConstraint
 ) -> None:
     """Write ``{content_key: [T, K]}`` as fp16; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a value beyond the range of fp16.
+    """
+    metadata = {
+        "schema": SCHEMA,
+        "token_ids": json.dumps(list(safety.token_ids)),
+        "unit": reference_unit(safety),
+    }
+    save_tensors(path, halves(references), metadata)
+
+
+def halves(references: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The references in fp16 on the CPU, rounded by 2⁻¹¹ of their size.
 
     Raises:
         ValueError: a value beyond the range of fp16.
@@ -132,12 +165,7 @@ def save_reference_cache(
                 f"references hold {values.abs().max().item():.4g}: too large for fp16."
             )
         tensors[key] = half
-    metadata = {
-        "schema": SCHEMA,
-        "token_ids": json.dumps(list(safety.token_ids)),
-        "unit": reference_unit(safety),
-    }
-    save_tensors(path, tensors, metadata)
+    return tensors
 
 
 def build_reference_cache(
@@ -166,21 +194,26 @@ def build_reference_cache(
     Raises:
         ValueError: no folder to write into, no batch, or one without the ids.
     """
-    _require_writable(Path(path))
+    require_writable(Path(path))
     inner = causal_lm(model)
     head = find_head(inner)
     validate_tokens(safety.token_ids, head)
     references: dict[str, Tensor] = {}
     with deferrable_head(head):
-        for batch in batches:
-            references.update(_references(inner, dict(batch), safety))
+        ranks = sharing()
+        for found in ranks.in_order(
+            batches, lambda batch: references_of(inner, dict(batch), safety)
+        ):
+            references.update(found if ranks.first else dict.fromkeys(found))
     if not references:
         raise ValueError("batches: there was no sequence, so there is nothing to save.")
-    save_reference_cache(path, references, safety)
+    if ranks.first:
+        save_reference_cache(path, references, safety)
+    ranks.wait()
     return len(references)
 
 
-def _references(
+def references_of(
     model: nn.Module, arguments: dict[str, Tensor], safety: SafetyConstraint
 ) -> dict[str, Tensor]:
     """References ``[T, K]`` of the sequences of a batch, by the key of their content."""
@@ -198,6 +231,7 @@ def _references(
     return {key: values[row, where].cpu() for row, (where, _, key) in enumerate(sequences.rows())}
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
+    """Refuse a path that no file can be written to."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"path={str(path)!r}: must be a file in a folder that can be written to.")

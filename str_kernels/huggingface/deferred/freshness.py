@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from str_kernels.huggingface.deferred.sharding import is_freed
+from str_kernels.huggingface.deferred.fold import GONE
+from str_kernels.huggingface.deferred.holding import is_freed
 
 
 class StepClock:
@@ -80,10 +81,7 @@ class Freshness:
             RuntimeError: a tensor was written into, replaced or freed, or an optimizer has stepped.
         """
         if any(map(is_freed, self._tensors)):
-            raise RuntimeError(
-                "These logits were never computed, and FSDP has freed the head's weight since the "
-                "forward: let it keep the head whole (reshard_after_forward=False)."
-            )
+            raise RuntimeError(GONE)
         if self._versions() != self._seen or (values and not self._same_values()):
             raise RuntimeError(
                 "These logits were never computed, and the head or its input has changed since the "

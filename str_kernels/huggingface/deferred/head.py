@@ -19,21 +19,38 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from str_kernels.huggingface.deferred.forward import (
+    PATCH,
     inner_forward,
     install_forward,
     is_installed,
     remove_forward,
 )
 from str_kernels.huggingface.deferred.head_call import HeadCall, LossOwner
+from str_kernels.huggingface.deferred.holding import (
+    backward_needs,
+    borrow,
+    hold,
+    holding,
+    is_freed,
+    is_lent,
+)
+from str_kernels.huggingface.deferred.parallel import (
+    is_parallel,
+    past_framework,
+    plain_states,
+    require_parallel,
+)
 from str_kernels.huggingface.deferred.sharding import (
     is_gathered_later,
+    is_of_zero3,
     is_sharded,
-    refuse_zero3,
     row_count,
 )
-from str_kernels.huggingface.deferred.tensor import defer_linear
+from str_kernels.huggingface.deferred.tensor import DeferredLogits, defer_linear
+from str_kernels.split import is_split
 from str_kernels.validation import validate_weight
 
+_LINEAR = torch._C._nn.linear  # F.linear, which DeepSpeed may have replaced
 _deferring: ContextVar[LossOwner | None] = ContextVar("str_kernels_deferring", default=None)
 
 
@@ -42,7 +59,8 @@ def deferring(owner: LossOwner | None) -> Iterator[None]:
     """In this block the heads that `defer_head` prepared defer to ``owner``; None: they compute."""
     token = _deferring.set(owner)
     try:
-        yield
+        with holding():
+            yield
     finally:
         _deferring.reset(token)
 
@@ -61,6 +79,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             f"model is a {type(inner).__name__}: must be a transformers causal language model."
         )
     return inner
+
+
+def find_patch(model: Any) -> Any:
+    """The `Patch` that this model carries, inside PEFT's wrapper or not; None: it carries none."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, "__dict__", {}).get(PATCH)
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -129,7 +153,7 @@ def _refuse_head(head: nn.Module) -> None:
 
 
 def _refuse_weight(weight: Tensor, name: str) -> None:
-    if is_sharded(weight):
+    if is_sharded(weight) and (not is_of_zero3(weight) or is_freed(weight)):
         raise ValueError(
             f"{name} is a {type(weight).__name__} in its product, split over processes (tensor "
             "parallelism?), which is not supported: leave lm_head out of the plan, or use DDP or "
@@ -146,11 +170,30 @@ def _refuse_weight(weight: Tensor, name: str) -> None:
 def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner, inner = _deferring.get(), inner_forward(head)
     if owner is None:
+        if torch.is_grad_enabled():
+            backward_needs(head)
         return inner(*args, **kwargs)
-    refuse_zero3(head)
+    if is_parallel(head):
+        require_parallel(head)
+        inner, (args, kwargs) = past_framework(inner), plain_states((args, kwargs))
     states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    with _DeferLinear(vocabulary_size(head), states.shape[:-1], HeadCall(owner, head)):
+    call, block = HeadCall(owner, head), hold(head, DeferredLogits)
+    if block is not None:
+        block.callback(call.let_go)
+    with _own_linear(), _DeferLinear(vocabulary_size(head), states.shape[:-1], call):
         return inner(*args, **kwargs)
+
+
+@contextmanager
+def _own_linear() -> Iterator[None]:
+    """The head meets torch's own ``F.linear``: ZeRO-3's replacement is no torch function."""
+    replaced = F.linear
+    if (getattr(replaced, "__module__", None) or "").startswith("deepspeed."):
+        F.linear = _LINEAR
+    try:
+        yield
+    finally:
+        F.linear = replaced
 
 
 class _DeferLinear(TorchFunctionMode):
@@ -164,15 +207,19 @@ class _DeferLinear(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.linear:
+        if func is not _LINEAR:
             return func(*args, **kwargs)
         hidden_states, weight, bias = _linear_arguments(*args, **kwargs)
         # a product with other rows is not the logits: DoRA multiplies its factors so
         of_all_rows = weight.shape[0] == self._words and hidden_states.shape[:-1] == self._rows
         if not of_all_rows or type(hidden_states) is not Tensor:
             return func(*args, **kwargs)
-        _refuse_weight(weight, "the head's weight")
-        return defer_linear(hidden_states, weight, bias, self._call)
+        if not is_split(weight):
+            _refuse_weight(weight, "the head's weight")
+        lent = is_lent(self._call.head, weight)
+        if lent:
+            weight, bias = borrow(weight), borrow(bias)
+        return defer_linear(hidden_states, weight, bias, self._call, lent=lent)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:

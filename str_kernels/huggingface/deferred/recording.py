@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from str_kernels.huggingface.deferred.fold import Fold
+from str_kernels.huggingface.deferred.parallel import refuse_part
 
 # Every handler: (fold, function, positional arguments, keyword arguments) → Fold, or None for "no".
 # Deferred tensors among the arguments have been replaced by their folds.
@@ -74,7 +75,8 @@ def _times(fold: Fold, other: Any, *, divide: bool) -> Fold | None:
         factor = factor.reshape(())
         bias = None if bias is None else bias * factor
         return replace(fold, hidden_states=fold.hidden_states * factor, bias=bias, dtype=dtype)
-    if other.shape[-1] == fold.weight.shape[0] == other.numel():  # one factor a word, as in DoRA
+    if other.shape[-1] == fold.words == other.numel():  # one factor a word, as in DoRA
+        _refuse_words(fold, "a factor of each logit")
         factor = factor.reshape(-1)
         bias = None if bias is None else bias * factor
         return replace(fold, weight=fold.weight * factor[:, None], bias=bias, dtype=dtype)
@@ -93,8 +95,9 @@ def _add(fold: Fold, function: Callable, args: tuple, kwargs: dict) -> Fold | No
         return _concatenate(fold, other)
     if not isinstance(other, Tensor) or other.dim() == 0 or other.dim() > len(fold.shape):
         return None
-    if other.numel() != fold.weight.shape[0] or other.shape[-1] != other.numel():
+    if other.numel() != fold.words or other.shape[-1] != other.numel():
         return None
+    _refuse_words(fold, "an addend of each logit")
     added = other.reshape(-1) / fold.logit_scale  # a bias that the model adds itself
     dtype = torch.promote_types(fold.dtype, other.dtype)
     return replace(fold, bias=added if fold.bias is None else fold.bias + added, dtype=dtype)
@@ -106,6 +109,7 @@ def _concatenate(fold: Fold, other: Fold) -> Fold | None:
         return None
     if other.shape != fold.shape or other.device != fold.device:
         return None
+    _refuse_words(fold, "a sum of two products with the vocabulary")
     dtype = torch.promote_types(fold.dtype, other.dtype)
     states = [x.hidden_states.to(dtype) * x.logit_scale for x in (fold, other)]
     weights = [x.weight.to(fold.weight.dtype) for x in (fold, other)]
@@ -132,9 +136,15 @@ def _index(fold: Fold, function: Callable, args: tuple, kwargs: dict) -> Fold | 
         return None
     rows = (*index[:-1], slice(None))
     if last != slice(None):
+        _refuse_words(fold, "a slice of the vocabulary")
         bias = None if fold.bias is None else fold.bias[last]
         fold = replace(fold, weight=fold.weight[last], bias=bias)
     return fold.with_rows(lambda x: x[rows])
+
+
+def _refuse_words(fold: Fold, what: str) -> None:
+    if fold.shard is not None:
+        refuse_part(what)
 
 
 def _dims_used(index: Any) -> int:
@@ -147,7 +157,7 @@ def _reshape(fold: Fold, function: Callable, args: tuple, kwargs: dict) -> Fold 
     size = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
     if kwargs or not size or not all(isinstance(n, int) for n in size):
         return None
-    lead, rows, words = size[:-1], fold.rows.numel(), fold.weight.shape[0]
+    lead, rows, words = size[:-1], fold.rows.numel(), fold.words
     if size[-1] == words or (
         size[-1] == -1 and -1 not in lead and torch.Size(lead).numel() == rows
     ):

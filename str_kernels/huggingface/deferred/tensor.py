@@ -29,12 +29,20 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from str_kernels.huggingface.deferred.fold import Fold, fold_linear
+from str_kernels.engine.contract import Head
+from str_kernels.huggingface.deferred.fold import GONE, Fold, Record, fold_linear
 from str_kernels.huggingface.deferred.freshness import Freshness
 from str_kernels.huggingface.deferred.head_call import HeadCall
+from str_kernels.huggingface.deferred.holding import (
+    backward_needs,
+    backward_needs_not,
+    before_backward,
+    borrow,
+    whole_head,
+)
 from str_kernels.huggingface.deferred.modes import Modes
+from str_kernels.huggingface.deferred.parallel import gathered_logits, refuse_part
 from str_kernels.huggingface.deferred.recording import extend, values_read
-from str_kernels.huggingface.deferred.sharding import whole_head
 from str_kernels.huggingface.deferred.torch_functions import (
     GRADIENT_WATCHERS,
     LOSSES,
@@ -44,17 +52,21 @@ from str_kernels.huggingface.deferred.torch_functions import (
     name_of,
     writes,
 )
+from str_kernels.split import is_split, own_part
 
 
 class DeferredLogits(Tensor):
     """Logits of a head, computed when first read; see the module's docstring."""
 
-    _fold: Fold
-    _replay: Callable[[], Tensor]
+    _record: Record
     _call: HeadCall
     _modes: Modes
     _value: Tensor | None
     _hooks: list[Callable]
+
+    @property
+    def _fold(self) -> Fold:
+        return self._record.fold
 
     @property
     def fold(self) -> Fold | None:
@@ -74,9 +86,28 @@ class DeferredLogits(Tensor):
         """
         if self._value is None:
             with self._modes.again():
-                self._value = self._replay()
+                self._value = self._record.replay()
             _hook_all(self._value, self._hooks)
         return self._value
+
+    @property
+    def placements(self) -> tuple:
+        """What torch's ``ColwiseParallel`` asks of the output of a split head: it is whole.
+
+        Raises:
+            AttributeError: the head is not split, and its logits are no ``DTensor``.
+        """
+        if self._fold.shard is None:
+            raise AttributeError("placements: these logits are no DTensor")
+        return ()
+
+    def redistribute(self, *_: Any, **__: Any) -> DeferredLogits:
+        """Stay as they are: what they become is whole in every process."""
+        return self
+
+    def to_local(self, **_: Any) -> DeferredLogits:
+        """Stay as they are."""
+        return self
 
     def __repr__(self, **_: Any) -> str:
         state = "materialised" if self.is_materialised else "pending"
@@ -124,20 +155,53 @@ class DeferredLogits(Tensor):
 
 
 def defer_linear(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: HeadCall,
+    *,
+    lent: bool = False,
 ) -> DeferredLogits:
     """``F.linear(...)`` put off: ``[..., D]``, ``[V, D]``, ``[V]`` → deferred ``[..., V]``."""
-    fresh = Freshness(hidden_states, weight, bias)
+    head, shard = Head(hidden_states, weight, bias), None
+    if is_split(weight):
+        head, shard = own_part(head)
+        head = Head(head.hidden_states, *map(_as_parameter, head[1:]))
+    fresh = Freshness(*head)
     call.fresh.append(fresh)
 
     def replay() -> Tensor:
+        if shard is not None:
+            return _of_all_processes(call, fresh, hidden_states, weight, bias)
         # after the forward one process may read its logits alone, which must not wait for others
         held = whole_head(call.head, weight) if call.inside else nullcontext()
+        if torch.is_grad_enabled():
+            backward_needs(call.head)
         with held:
             fresh.require()
-            return F.linear(hidden_states, weight, bias)
+            return before_backward(call.head, F.linear(hidden_states, weight, bias))
 
-    return _record(fold_linear(hidden_states, weight, bias), replay, call)
+    return _record(fold_linear(head, shard, lent=lent), replay, call)
+
+
+def _as_parameter(values: Tensor | None) -> Tensor | None:
+    """A part of a frozen parameter is one too, which nobody computes anew."""
+    return values if values is None or values.requires_grad else borrow(values)
+
+
+def _of_all_processes(call: HeadCall, fresh: Freshness, *operands: Tensor | None) -> Tensor:
+    """Real logits of a head that several processes share; each of them has to come here.
+
+    Raises:
+        RuntimeError: the forward has ended, so that one may come here alone.
+    """
+    if not call.inside:
+        raise RuntimeError(
+            "These logits were never computed, and tensor parallelism has split their head: read "
+            "them in a forward without labels, where every process computes its part."
+        )
+    fresh.require()
+    return gathered_logits(*operands)
 
 
 class _GraphNode(Function):
@@ -148,8 +212,10 @@ class _GraphNode(Function):
         ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, make: Callable
     ) -> DeferredLogits:
         logits = make()
+        ctx.record, ctx.call = logits._record, logits._call
+        if logits._fold.lent is not None:
+            weight = None  # the record has it, until it lets go
         ctx.save_for_backward(hidden_states, weight, bias)
-        ctx.fold, ctx.call = logits._fold, logits._call
         return logits
 
     @staticmethod
@@ -164,13 +230,18 @@ class _GraphNode(Function):
             raise RuntimeError("logits were written in place and then used below torch functions")
         if isinstance(grad, DeferredLogits):
             grad = grad.materialise()
-        operands, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if ctx.call.gone:
+            raise RuntimeError(GONE)
+        if ctx.record.fold.shard is not None:
+            refuse_part("logits that were used below torch functions")
+        (hidden_states, weight, bias), needs = ctx.saved_tensors, ctx.needs_input_grad
+        operands = (hidden_states, ctx.record.fold.weight if weight is None else weight, bias)
         with torch.enable_grad():
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
                 for x, need in zip(operands, needs, strict=False)
             ]
-            logits = ctx.fold.compute(*leaves).to(grad.dtype)
+            logits = ctx.record.fold.compute(*leaves).to(grad.dtype)
             wanted = [x for x in leaves if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(logits, wanted, grad))
         gradients = (None if x is None or not x.requires_grad else next(found) for x in leaves)
@@ -178,13 +249,14 @@ class _GraphNode(Function):
 
 
 def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> DeferredLogits:
-    modes = Modes.now(fold.device.type)
+    modes, record = Modes.now(fold.device.type), Record(fold, replay)
+    call.records.append(weakref.ref(record))
 
     def make() -> DeferredLogits:
         logits = Tensor._make_wrapper_subclass(
             DeferredLogits, fold.shape, dtype=fold.dtype, device=fold.device
         )
-        logits._fold, logits._replay, logits._call = fold, replay, call
+        logits._record, logits._call = record, call
         logits._modes, logits._value, logits._hooks = modes, None, []
         call.members.append(weakref.ref(logits))
         return logits
@@ -234,6 +306,8 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
         return None
     if target.is_floating_point() or target.shape != fold.hidden_states.shape[:-1]:
         return None
+    if call.gone:
+        raise RuntimeError(GONE)
     call.fused = True
     with whole_head(call.head, fold.weight), logits._modes.autocast_again():
         for fresh in call.fresh:
@@ -245,8 +319,10 @@ def _fused_loss(logits: DeferredLogits, func: Callable, args: tuple, kwargs: dic
             reduction=given.get("reduction", "mean"),
             label_smoothing=given.get("label_smoothing", 0.0),
         )
+    if torch.is_grad_enabled():
+        backward_needs_not(call.head)
     # the logits have no gradient, so their hooks would never be called
-    return _hook_all(loss.to(fold.dtype), call.hooks)
+    return _hook_all(before_backward(call.head, loss.to(fold.dtype)), call.hooks)
 
 
 def _hook_all(tensor: Tensor, hooks: list[Callable]) -> Tensor:

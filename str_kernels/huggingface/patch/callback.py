@@ -7,12 +7,13 @@ trainer writes that file last, and reads it wherever the checkpoint is.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from str_kernels.huggingface.patch.install import find_patch
+from str_kernels.huggingface.deferred.head import find_patch
 from str_kernels.huggingface.patch.patch import Patch
 
 _TIMED = "_runtime"
@@ -21,6 +22,9 @@ _LEARNED = "patch"  # the entry of a callback's state
 
 class SafetyLogCallback(TrainerCallback, ExportableState):
     """Adds both terms, accuracy, the filter's part and the drift to every log of training.
+
+    A Trainer that is made after ``patch_model`` has one without asking (`PatchLog`), before those
+    that report elsewhere; one that is made before is given it by ``trainer.add_callback``.
 
     It also keeps ``Patch.state_dict`` in every checkpoint, and a resumed run goes on with it, so
     that it is the uninterrupted one. With several processes all take over the first one's.
@@ -31,9 +35,9 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
     safety_penalty`` is the loss (without a router's); over several the trainer weighs steps alike,
     these weigh tokens.
 
-    With a constraint also ``safety_drift``, ``Σ w (1/K) Σ (z - r)² / Σ w`` over the same span: how
-    far the safety logits (``logprob``: log-probabilities) are from their reference, whatever the
-    constraint's kind, strength and token weights.
+    With a constraint also ``safety_drift``, ``√(Σ w (1/K) Σ (z - r)² / Σ w)`` over the same span:
+    how far the safety logits (``logprob``, ``kl_rest``: log-probabilities) are from their
+    reference, as a root mean square, whatever the constraint's kind, strength and token weights.
 
     Evaluations log the same with their prefix, over all processes. ``eval_loss`` is the loss that
     is trained, ``eval_cross_entropy + eval_safety_penalty``; the first is what ``eval_loss`` would
@@ -44,6 +48,8 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
     Args:
         patch: what ``patch_model`` returned; None: the one that the trained model carries.
     """
+
+    _required = True
 
     def __init__(self, patch: Patch | None = None) -> None:
         """Log for this patch."""
@@ -58,9 +64,10 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: no patch was given, and the model carries none.
         """
-        if not self._finds_patch(model):
+        found = self._finds_patch(model)
+        if self._required and not found:
             raise ValueError("SafetyLogCallback: the model is not patched; call patch_model first.")
-        if state.global_step > 0:
+        if found and state.global_step > 0:
             learned = _learned(state.stateful_callbacks)
             if learned is not None:
                 self._patch.load_state_dict(learned)
@@ -73,8 +80,10 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {}, **learned}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget an evaluation that did not come to its end."""
+        """Forget an evaluation that did not come to its end; a share is drawn by the step."""
         self._evaluating = False
+        if self._patch is not None:
+            self._patch.sharing.begin(state.global_step)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -89,7 +98,7 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
     ) -> None:
         """Put the averages into the logs and into the trainer's history."""
-        if not logs:
+        if not logs or self._patch is None:
             return
         prefix = _evaluated(logs) if self._evaluating else None
         if prefix is not None:
@@ -117,6 +126,40 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         self._evaluating = False
         totals = self._patch.evaluation_meter.take(args.device)
         return {f"{prefix}_{name}": value for name, value in totals.items()}
+
+
+class PatchLog(SafetyLogCallback):
+    """What a Trainer has by itself: silent, and no error, where its model is not patched."""
+
+    _required = False
+
+
+class TrainerLogs:
+    """While this lives, every Trainer of the process that is made has a `PatchLog`.
+
+    ``TrainerLogs.shared()`` gives the one of the process; every patch keeps it alive.
+    """
+
+    _alive: ClassVar[weakref.ref[TrainerLogs] | None] = None
+
+    def __init__(self) -> None:
+        """Join the callbacks that a Trainer begins with; those that report elsewhere follow."""
+        from transformers.trainer import DEFAULT_CALLBACKS
+
+        DEFAULT_CALLBACKS.append(PatchLog)
+        weakref.finalize(self, DEFAULT_CALLBACKS.remove, PatchLog)
+
+    @classmethod
+    def shared(cls) -> TrainerLogs:
+        """The one that is alive, or a new one."""
+        logs = None if cls._alive is None else cls._alive()
+        if logs is None:
+            logs = cls()
+            cls._alive = weakref.ref(logs)
+        return logs
+
+    def __deepcopy__(self, memo: dict) -> TrainerLogs:
+        return self
 
 
 def _evaluated(logs: dict) -> str | None:

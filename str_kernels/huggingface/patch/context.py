@@ -10,6 +10,8 @@ from torch import Tensor
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn
+from str_kernels.huggingface.constraint.splits import Split
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
 from str_kernels.huggingface.patch.notices import Notices
@@ -39,7 +41,9 @@ class LossContext:
         position_weights: ``[B, T]``, the weight of each position's logits in the constraint,
             instead of ``positions``; None: those.
         together: the processes that make the same forwards.
+        split: the processes that have the other parts of these sequences; None: they are whole.
         tokens: receives the terms of every token, if TRL asks for them.
+        drawn: the rows that are constrained; None: all.
     """
 
     model: str
@@ -54,4 +58,6 @@ class LossContext:
     aligned: Fold | None = None
     position_weights: Tensor | None = None
     together: Together = ALONE
+    split: Split | None = None
     tokens: TokenTerms | None = None
+    drawn: Drawn | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from str_kernels import waits
 from str_kernels.files import cache_folder
@@ -90,7 +90,7 @@ class IndexSource:
         weight = fold.weight
         if options.filter_eps == 0.0 or not _is_frozen_parameter(weight):
             return None
-        if len(weight) < SMALLEST_VOCABULARY:
+        if _rows_of_each(fold) < SMALLEST_VOCABULARY:
             return None
         if self._kept is not None:
             self._take_over(weight)
@@ -103,7 +103,8 @@ class IndexSource:
                     "built again",
                     logging.WARNING,
                 )
-            self._index = _built(weight, _some_states(fold), processes)
+            builders = processes if fold.shard is None else ALONE  # each has rows of its own
+            self._index = _built(weight, _some_states(fold), builders)
             self._head, self._fresh, self._stale = _Head.of(weight), True, False
             self._compared.due(weight)  # counts from here
         return self._index
@@ -232,6 +233,13 @@ class _Head:
     def differs_from(self, weight: Tensor) -> Tensor:
         """Compare the sampled values on the device: one bool, for which the host does not wait."""
         return (sampled_values(weight) != self.values).any()
+
+
+def _rows_of_each(fold: Fold) -> int:
+    """How many rows a process has of the head; those that share it find the same number."""
+    if fold.shard is None:
+        return fold.words
+    return fold.words // distributed.get_world_size(fold.shard.group)
 
 
 def _key_of(weight: Tensor) -> tuple:

@@ -107,15 +107,17 @@ class LabelledForward:
             context.index.find(fold, options, context.together),
         )
         inputs = {"bias": fold.bias, "index": index, "backend": context.backend}
+        inputs["shard"] = fold.shard
         terms = row_terms(
             Head(*operands[:2], fold.bias),
             RowInputs(labels, reference, weights),
             options,
             index=index,
             backend=context.backend,
+            shard=fold.shard,
             entropy=tokens is not None and entropy_is_free(operands[0], options, inputs),
         )
-        loss, parts = reduce_terms(terms, labels, options)
+        loss, parts = self._reduced(terms, labels, options)
         if tokens is not None:
             entropy = terms.statistics.entropy
             if entropy is None:
@@ -126,6 +128,23 @@ class LabelledForward:
             self._fused = True
             self.losses.append(FusedLoss(terms, parts, constrained, operands, options, inputs))
         return loss
+
+    def _reduced(
+        self, terms: RowTerms, labels: Tensor, options: LossOptions
+    ) -> tuple[Tensor, LossParts]:
+        """The loss; a mean over a part of sequences has the penalty of all parts.
+
+        Whoever averages the means of processes weighs each as its labels (DeepSpeed's sequence
+        parallelism), and a part without any would lose its constraint.
+        """
+        loss, parts = reduce_terms(terms, labels, options)
+        split = self._context.split
+        if split is None or options.safety is None or options.reduction != "mean":
+            return loss, parts
+        unconstrained = replace(options, safety=None)
+        cross_entropy, _ = reduce_terms(terms, labels, unconstrained)
+        penalty = split.mean(terms.penalty.sum(), parts.num_labels)
+        return cross_entropy + penalty, replace(parts, penalty=penalty.detach())
 
     def _joins_constraint(self) -> bool:
         """Whether this cross-entropy is the model's own loss; there can be one only."""

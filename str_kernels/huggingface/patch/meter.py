@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import RowTerms
-from str_kernels.engine.logits import log_probabilities
+from str_kernels.engine.logits import outcomes
 from str_kernels.functional import LossParts
-from str_kernels.huggingface.constraint.references import reference_unit
+from str_kernels.huggingface.constraint.splits import Split
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.options import SafetyConstraint
 
 # Two roundings of bf16: two passes of one model, with and without gradients, differ by less.
 _ABOUT_NOTHING = 2**-6
 _SUMS = 7  # how many a `LossMeter` has of each loss, but for the drift
+
+
+class Share(NamedTuple):
+    """What the two terms of one loss count for among others, where it is not their labels.
+
+    Attributes:
+        scale: of the sums over the labels.
+        weight: of this loss in the average.
+    """
+
+    scale: Tensor
+    weight: float
+
+    @staticmethod
+    def of_rows(rows: int, labels: Tensor, split: Split | None) -> Share:
+        """As a trainer's evaluation averages: a mean over labels counts as its sequences.
+
+        Where these are split, each process has a part of the labels and of the sequences.
+        """
+        total, processes = (labels, 1) if split is None else (split.total(labels), split.size)
+        return Share(rows / total.float().clamp(min=1), rows / processes)
 
 
 class LossMeter:
@@ -25,21 +49,15 @@ class LossMeter:
         self._drift: Tensor | None = None
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def add(self, terms: RowTerms, parts: LossParts, rows: int | None = None) -> None:
-        """Add one loss, detached and without synchronising.
-
-        Args:
-            terms: of the loss.
-            parts: of the loss.
-            rows: how many sequences it is of; given, its two terms weigh as much as these, however
-                many labels they have, as in a trainer's evaluations. None: as its labels.
-        """
+    def add(self, terms: RowTerms, parts: LossParts, share: Share | None = None) -> None:
+        """Add one loss, detached and without synchronising; it weighs as its labels by default."""
         found, labels = terms.statistics, parts.num_labels.float()
         sums = (terms.cross_entropy, terms.penalty, found.dead_mass, found.live_share.nan_to_num())
         sums = torch.stack([x.detach().sum().float() for x in sums])
-        weight = labels if rows is None else torch.full_like(labels, rows)
-        if rows is not None:
-            sums[:2] *= rows / labels.clamp(min=1)
+        weight = labels
+        if share is not None:
+            sums[:2] *= share.scale
+            weight = torch.full_like(labels, share.weight)
         added = torch.cat([sums, torch.stack([parts.num_correct.float(), labels, weight])])
         self._sums = _sum(self._sums, added)
         self._latest = added, None
@@ -67,8 +85,8 @@ class LossMeter:
         """Averages since the last call; empty if there was no loss.
 
         All are over the labelled tokens (the two terms over rows, if they were added so), but
-        ``safety_drift``, which is there if there was a constraint: over the weight of the
-        constrained positions.
+        ``safety_drift``, which is there if there was a constraint: the root of the mean square over
+        the weight of the constrained positions, in logits.
 
         Args:
             device: of this process; given, the averages are those of all processes, each of which
@@ -91,7 +109,7 @@ class LossMeter:
         }
         if drift is not None:
             distance, weight = drift.tolist()
-            averages["safety_drift"] = distance / weight if weight else 0.0
+            averages["safety_drift"] = (distance / weight) ** 0.5 if weight else 0.0
         return averages
 
     def state_dict(self) -> dict[str, list[float] | None]:
@@ -147,10 +165,10 @@ class FirstPenalty:
 
 @torch.no_grad()
 def _drift(terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor) -> Tensor:
-    """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference."""
+    """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference; K counts its columns."""
     values = terms.statistics.safety_logits
-    if reference_unit(safety) == "logprobs":
-        values = log_probabilities(values, terms.statistics)
+    if needs_lse(safety):
+        values = outcomes(terms.statistics)
     weights = weights.float()
     distance = (values.float() - reference).float().square().mean(-1)
     distance = torch.where(weights > 0, weights * distance, 0.0)  # the other rows may be NaN

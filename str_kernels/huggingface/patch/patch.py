@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,8 +28,11 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn, Sharing, arguments_of_rows
+from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
     PATCH,
@@ -39,19 +43,21 @@ from str_kernels.huggingface.deferred.forward import (
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
 from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
-from str_kernels.huggingface.deferred.sharding import whole_head
+from str_kernels.huggingface.deferred.holding import gather_again, whole_head
+from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
 from str_kernels.huggingface.patch.context import LossContext, Reference
 from str_kernels.huggingface.patch.filtering import Index, IndexSource
 from str_kernels.huggingface.patch.guard import AccuracyGuard
 from str_kernels.huggingface.patch.learned import SCHEMA, reading_state
 from str_kernels.huggingface.patch.loss import FusedLoss, LabelledForward
-from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter
+from str_kernels.huggingface.patch.meter import FirstPenalty, LossMeter, Share
 from str_kernels.huggingface.patch.notices import Notices
-from str_kernels.huggingface.patch.processes import Together, together
+from str_kernels.huggingface.patch.processes import ALONE, together
 from str_kernels.huggingface.patch.rows import check_weights
 from str_kernels.options import LossOptions
 from str_kernels.settings import Positions
+from str_kernels.vocabulary import VocabularyIndex
 
 
 class Patch:
@@ -62,6 +68,7 @@ class Patch:
         options: ``LossOptions`` of its loss, the constraint among them.
         reference: ``"adapter_off"`` or a ``ReferenceCache``.
         positions: what is constrained.
+        sharing: draws the rows of a batch that are constrained; ``begin`` tells it of a step.
         index: a ``VocabularyIndex``, ``"auto"`` or None.
         backend: as in ``linear_cross_entropy``.
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
@@ -79,21 +86,25 @@ class Patch:
         *,
         reference: Reference = "adapter_off",
         positions: Positions = "all",
+        sharing: Sharing | None = None,
         index: Index = "auto",
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
         verification: Verification | None = None,
+        trainer_logs: object = None,
     ) -> None:
-        """Install; ``patch_model`` has checked everything."""
+        """Install; ``patch_model`` has checked everything. ``trainer_logs`` is kept alive."""
         self.meter, self.evaluation_meter, self.notices = LossMeter(), LossMeter(), Notices()
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
+        self.sharing = Sharing() if sharing is None else sharing
         self.index, self.backend, self.verification = index, backend, verification
         self.last_parts: LossParts | None = None
         self._source, self._head = IndexSource(index), head
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
+        self._trainer_logs = trainer_logs
         self._running = False
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
@@ -105,6 +116,26 @@ class Patch:
         body = model.base_model
         self._body_hook = (
             None if body is model else body.register_forward_pre_hook(self._notice_bypass)
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.installed else "removed, "
+        filtered = f"filter_eps={self.options.filter_eps}, screen={self.options.screen}"
+        backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        index = "given" if isinstance(self.index, VocabularyIndex) else self.index
+        return (
+            f"Patch({type(self.model).__name__}: {state}fused cross-entropy, {self._holds()}; "
+            f"{filtered}, index={index}, backend={backend})"
+        )
+
+    def _holds(self) -> str:
+        safety = self.options.safety
+        if safety is None:
+            return "no constraint"
+        reference = self.reference if isinstance(self.reference, str) else self.reference.path
+        return (
+            f"holds {len(safety.token_ids)} safety tokens by {safety.kind} at {safety.strength:g}, "
+            f"positions={self.positions}, reference={reference}"
         )
 
     def __enter__(self) -> Patch:
@@ -128,13 +159,15 @@ class Patch:
             self._body_hook.remove()
         for module in self.model.modules():
             remove_forward(module)
-        self._clock = None
+        gather_again(self._head)
+        self._clock = self._trainer_logs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
 
         That is the automatic vocabulary index, or that it was dropped; what the guard fell back to
-        and how far it has counted; the sums for the next log; whether the first penalty was judged.
+        and how far it has counted; the sums for the next log; whether the first penalty was judged;
+        how far a share of the rows has been drawn.
         ``SafetyLogCallback`` keeps it in the trainer's checkpoints; a loop of your own keeps it
         beside optimizer and adapter.
         """
@@ -145,6 +178,7 @@ class Patch:
             "guard": self.guard.state_dict(),
             "meter": self.meter.state_dict(),
             "first_penalty_judged": self._first.judged,
+            "sharing": self.sharing.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,6 +196,7 @@ class Patch:
             self.meter.load_state_dict(state["meter"])
             self._first.judged = state["first_penalty_judged"]
             self._fallback = dict(state["fallback"])
+            self.sharing.load_state_dict(state.get("sharing", [0, 0]))  # 0.2's first had none
             self.options = replace(self._given, **self._fallback)
 
     def run(self, args: tuple, kwargs: dict) -> Any:
@@ -192,13 +227,13 @@ class Patch:
         self._follow_head()
         tokens = trl.TokenTerms() if asked else None
         processes = together(self.model)
-        context = self._context(inner, arguments, weights, tokens)
-        forward = LabelledForward(replace(context, together=processes))
+        context = replace(self._context(inner, arguments, weights, tokens), together=processes)
+        forward = LabelledForward(context)
         with deferring(forward):
             outputs = inner(*args, **kwargs)
         forward.leave(outputs)
         while forward.losses:
-            self._observe(forward.losses.pop(0), len(_targets(arguments)), processes)
+            self._observe(forward.losses.pop(0), len(_targets(arguments)), context)
         if tokens is None:
             return outputs
         return tokens.answer(outputs, arguments, constrained=self.options.constrained)
@@ -235,6 +270,8 @@ class Patch:
         weights: Tensor | None,
         tokens: trl.TokenTerms | None,
     ) -> LossContext:
+        split, drawn = split_of(arguments), self._draw(arguments)
+        aligned, drawn = self._aligned(inner, arguments, split, drawn)
         return LossContext(
             model=type(self.model).__name__,
             options=self.options,
@@ -245,27 +282,73 @@ class Patch:
             notices=self.notices,
             sequences=Sequences.of(self.model, arguments),
             evaluating=not self.model.training,
-            aligned=self._aligned(inner, arguments),
+            aligned=aligned,
+            split=split,
             position_weights=weights,
             tokens=tokens,
+            drawn=drawn,
         )
 
-    def _aligned(self, inner: Callable[..., Any], arguments: dict[str, Any]) -> Fold | None:
-        """The reference pass of this batch, where the reference is the model without adapters."""
-        if not self.options.constrained or not isinstance(self.reference, str):
+    def _draw(self, arguments: dict[str, Any]) -> Drawn | None:
+        """The rows of this batch that are constrained, in training alone; None for all."""
+        if not self.options.constrained or not self.model.training:
             return None
-        aligned = reference_fold(self.model, inner, arguments, adapters=True)
-        require_fixed_base(self.model)
-        return aligned
+        return self.sharing.draw(len(_targets(arguments)))
 
-    def _observe(self, loss: FusedLoss, rows: int, processes: Together) -> None:
+    def _aligned(
+        self,
+        inner: Callable[..., Any],
+        arguments: dict[str, Any],
+        split: Split | None,
+        drawn: Drawn | None,
+    ) -> tuple[Fold | None, Drawn | None]:
+        """The reference pass of this batch, where the reference is the model without adapters.
+
+        It runs on the drawn rows alone, unless an argument may belong to other rows.
+        """
+        if not self.options.constrained:
+            return None, drawn
+        if isinstance(self.reference, FillingCache):
+            self._fill(self.reference, arguments, split)
+        if not isinstance(self.reference, str):
+            return None, drawn
+        if drawn is not None:
+            cut = arguments_of_rows(arguments, drawn)
+            if cut is None:
+                drawn = drawn._replace(passed=list(range(drawn.size)))
+            elif not drawn.passed:
+                return None, drawn
+            arguments = arguments if cut is None else cut
+        with attends_whole(self.model, split):
+            aligned = reference_fold(self.model, inner, arguments, adapters=True)
+        require_fixed_base(self.model)
+        same = aligned.weight is aligned.lent and has_one_weight(self._head)
+        # the training pass has it, too
+        return (aligned.without_weight() if same else aligned), drawn
+
+    def _fill(self, cache: FillingCache, arguments: dict[str, Any], split: Split | None) -> None:
+        """Let the cache compute what it lacks of this batch, by the model without adapters."""
+        if split is not None:
+            raise ValueError(
+                f"reference={str(cache.path)!r}: fills itself, which a sequence that is split over "
+                "processes does not allow; make the cache first, with str-kernels cache."
+            )
+        device, processes = next(self.model.parameters()).device, together(self.model)
+        cache.fill(self.model, arguments, partial(processes.any, device=device))
+        require_fixed_base(self.model)
+
+    def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""
+        processes, split = context.together, context.split
         self.last_parts = loss.parts
         filtered = not trl.entropy_is_free(loss.operands[0], loss.options, loss.inputs)
-        self._source.judge(loss.parts.live_share, processes, filtered=filtered)
+        # processes that share the vocabulary have the same live share
+        judges = processes if loss.inputs["shard"] is None else ALONE
+        self._source.judge(loss.parts.live_share, judges, filtered=filtered)
         training = self.model.training
         meter = self.meter if training else self.evaluation_meter
-        meter.add(loss.terms, loss.parts, rows=None if training else rows)
+        share = None if training else Share.of_rows(rows, loss.parts.num_labels, split)
+        meter.add(loss.terms, loss.parts, share)
         if loss.constrained is not None:
             constrained = (loss.terms, self.options.safety, *loss.constrained)
             meter.add_drift(*constrained)

@@ -142,11 +142,6 @@ def _meta(model):
     model.lm_head.to("meta")
 
 
-def _zero3(model):
-    model.lm_head.weight = nn.Parameter(torch.empty(0))
-    model.lm_head.weight.ds_id = 7
-
-
 def _subclass(model):
     class Quantised(torch.Tensor):
         pass
@@ -159,7 +154,6 @@ def _subclass(model):
     [
         (_quantised, "no weight|quantised"),
         (_meta, "meta device"),
-        (_zero3, "ZeRO-3|no weight"),
         (_subclass, "Quantised"),
     ],
 )
@@ -301,3 +295,17 @@ def test_the_logits_are_never_stored():
     with patch_model(model, SAFETY, index=None), _Largest() as largest:
         model(**inputs).loss.backward()
     assert words * 16 <= largest.elements < inputs["input_ids"].numel() * words / 2
+
+
+def test_a_patch_says_what_it_does():
+    """In one line: what it fused, what it holds and how, and whether it is still there."""
+    model = build()
+    with patch_model(model, SafetyConstraint([3, 17, 40], kind="kl"), positions=4) as patch:
+        assert repr(patch) == (
+            "Patch(LlamaForCausalLM: fused cross-entropy, holds 3 safety tokens by kl at 10, "
+            "positions=4, reference=adapter_off; filter_eps=auto, screen=auto, index=auto, "
+            "backend=auto)"
+        )
+    assert "removed, fused" in repr(patch)
+    with patch_model(model, index=None) as patch:
+        assert "no constraint; filter_eps=auto, screen=auto, index=None" in repr(patch)

@@ -59,19 +59,34 @@ def truth_of(block):
 
 
 def check(block, needed=None, tolerance=2e-5):
-    """The kernel's and torch's against fp64; a row that is not needed has NaN, and 0 as anchor."""
-    for got in (TritonBackend().columns(block, needed), exact_columns(block, needed)):
-        for mine, want, fill in zip(got, truth_of(block), (NAN, 0.0, NAN, NAN), strict=True):
-            assert (mine is None) == (want is None)
-            if want is None:
-                continue
-            want = want.clone()
-            if needed is not None:
-                want[~needed] = fill
-            assert mine.dtype == torch.float32
-            torch.testing.assert_close(
-                mine.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True
-            )
+    """The kernel's and torch's against fp64; a row that is not needed has NaN, and 0 as anchor.
+
+    All but the safety logits are asked for in another order, and of a few rows.
+    """
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    for rows in (order, order[:5]):
+        for got in (
+            TritonBackend().columns(block, needed, rows),
+            exact_columns(block, needed, rows),
+        ):
+            _check(got, block, needed, rows, tolerance)
+
+
+def _check(got, block, needed, rows, tolerance):
+    fills = {"label": NAN, "anchor": 0.0, "safety": NAN, "difference": NAN}
+    for mine, want, (name, fill) in zip(got, truth_of(block), fills.items(), strict=True):
+        assert (mine is None) == (want is None)
+        if want is None:
+            continue
+        want = want.clone()
+        if needed is not None:
+            want[~needed] = fill
+        if rows is not None and name != "safety":
+            want = want[rows]
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(
+            mine.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

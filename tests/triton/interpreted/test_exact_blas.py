@@ -8,6 +8,7 @@ import torch
 from str_kernels.backends.triton import TritonBackend, exact_blas
 from str_kernels.backends.triton.exact_blas import _even, blas_refusal
 from str_kernels.backends.triton.launch import Launch, Product
+from str_kernels.bench.launches import counted_launches
 from str_kernels.engine.contract import Block, Head, Wanted
 from str_kernels.options import LossOptions
 from tests.backends.test_exact import OPTIONS
@@ -26,6 +27,18 @@ def backend(request, monkeypatch):
         return TritonBackend(exact="blas")
     monkeypatch.setattr(exact_blas, "PRODUCT", exact_blas.PRODUCT._replace(rows=16))
     return TritonBackend(1, exact="blas")
+
+
+class SmallBlocks(TritonBackend):
+    """Takes a fixed number of rows at a time."""
+
+    def __init__(self, rows, **given):
+        super().__init__(**given)
+        self.rows = rows
+
+    def row_block(self, head, rows, *, routed):
+        """Return the rows of a block."""
+        return min(rows, self.rows)
 
 
 def check(case: Case, dtype: torch.dtype, backend: TritonBackend, **overrides) -> None:
@@ -165,6 +178,35 @@ def test_deterministic_and_no_uninitialised_memory(backend):
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert_close(first, case.truth(), 1e-5)
+
+
+@pytest.mark.parametrize(("labelled", "computed"), [(0, 1), (17, 2), (100, 7)])
+def test_rows_without_a_label_are_not_multiplied(labelled, computed, no_waits, monkeypatch):
+    """Blocks of rows past the last label are skipped; one number is read, after the first block."""
+    monkeypatch.setattr(exact_blas, "PRODUCT", Product(16, 512))
+    case = make_case(100, 300, 24, bias=True, ignored=0.0).to(torch.float32)
+    case.labels[torch.randperm(100)[labelled:]] = -100
+    truth, backend = case.truth(), SmallBlocks(64, exact="blas")
+    case.hidden_states[(case.labels < 0).nonzero()[:1, 0]] = float("nan")
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    try:
+        with counted_launches() as found:
+            got = case.run(backend=backend, filter_eps=0.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, want in truth.items():
+        assert (got[name] - want).norm() <= 1e-5 * want.norm(), name
+    assert found.kernels["shares_kernel"] == computed
+    assert found.waits["read_sent"] == 1
+
+
+def test_one_block_of_rows_is_not_waited_for(no_waits):
+    """Few rows are computed with those that have no label."""
+    case = make_case(40, 300, 24, ignored=0.9).to(torch.float32)
+    with counted_launches() as found:
+        got = case.run(backend=TritonBackend(exact="blas"), filter_eps=0.0)
+    assert_close(got, case.truth(), 1e-5)
+    assert not found.waits["read_sent"]
 
 
 def test_where_it_does_not_run():

@@ -51,12 +51,15 @@ class Given:
         logit_sum = random(ROWS) * VOCAB if "label_smoothing" in options else None
         weighted = None if dead else -random(ROWS).abs()
         mass = random(ROWS).abs() + 1e-3
-        self.sums = RowSums(shift, mass, maximum, masses, weighted, logit_sum)
+        rounded = (None, None) if dead else (random(ROWS).abs(), random(ROWS).abs())
+        if not dead:
+            rounded[1][::4] = 0.0
+        self.sums = RowSums(shift, mass, maximum, masses, weighted, logit_sum, *rounded)
         self.expected = random(ROWS, DIM)
 
     def gradients(self, joined, stages):
         """Row gradients and loss, from what was joined."""
-        opened = OpenRows(self.expected.clone(), None, self.options.logit_scale * joined.rescale)
+        opened = OpenRows(self.expected.clone(), None, joined.scale)
         smooth = torch.ones(DIM) if self.options.label_smoothing else None
         dense = Dense(
             joined.statistics,
@@ -81,7 +84,7 @@ class Given:
             if other is not None:
                 torch.testing.assert_close(mine.double(), other, rtol=tolerance, atol=tolerance)
         assert torch.equal(got.statistics.correct, want.statistics.correct)
-        for name in ("surprise", "open_mass", "rescale"):
+        for name in ("surprise", "open_mass", "rescale", "scale"):
             mine, other = getattr(got, name), getattr(want, name)
             if name == "surprise":
                 mine, other = mine[labelled], other[labelled]
@@ -119,7 +122,7 @@ def test_edges():
     sums.mass[:8] = torch.tensor([0.0, 1.0, 1.0, 1.0, INF, NAN, 0.0, 0.0])
     got = join(given.block, given.label_logit, sums)
     want = join_rows(given.block, given.label_logit, sums)
-    for name in ("surprise", "open_mass", "rescale"):
+    for name in ("surprise", "open_mass", "rescale", "scale"):
         torch.testing.assert_close(
             getattr(got, name)[:8], getattr(want, name)[:8], equal_nan=True, msg=name
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from str_kernels import SafetyConstraint
+from str_kernels import SafetyConstraint, linear_cross_entropy
 from str_kernels.backends.triton import TritonBackend
 from str_kernels.engine.contract import Kept, Resolved, Statistics, Upstream
 from str_kernels.engine.logits import kept_dtype
 from str_kernels.engine.stages import TorchStages
 from str_kernels.options import LossOptions
+from tests.oracle import make_case, relative_error
 
 ROWS, VOCAB, DIM = 37, 150, 75
 KINDS = ["mse", "logprob", "kl"]
@@ -56,6 +57,7 @@ class Setting:
             safety_logits=self.z,
             rows=torch.arange(ROWS),
             safety_alone=torch.empty(0, dtype=torch.int64),
+            safety_rows=self.weight[ids].to(dtype),
             ce_gradient=random(ROWS, DIM).to(kept_dtype(dtype)),
             lse_gradient=random(ROWS, DIM).to(kept_dtype(dtype)) if kind == "logprob" else None,
             open_mass=None,
@@ -91,7 +93,7 @@ class Setting:
         value, _, _ = self.truth(self.scale)
         _, beta, d_lse = self.truth(self.upstream.penalty)
         kept, upstream = self.kept, self.upstream
-        rows = kept.weight[list(self.options.safety.token_ids)].to(self.dtype).double()
+        rows = kept.safety_rows.double()
         hidden = upstream.cross_entropy[:, None].double() * kept.ce_gradient.double() + beta @ rows
         if d_lse is not None:
             hidden = hidden + d_lse[:, None] * kept.lse_gradient.double()
@@ -162,9 +164,8 @@ def test_gradients_beyond_the_range_of_fp16():
     one = Setting("kl", 9, dtype=torch.float16)
     one.upstream = one.upstream._replace(penalty=one.upstream.penalty * 1e6)
     tiny = torch.tensor(1e-4, dtype=torch.float16)
-    one.weight = one.weight * tiny
-    one.kept = one.kept._replace(weight=one.weight)
-    rows = one.weight[list(one.options.safety.token_ids)].double()
+    one.kept = one.kept._replace(safety_rows=one.kept.safety_rows * tiny)
+    rows = one.kept.safety_rows.double()
     found = TritonBackend().gradient(one.kept, one.upstream, one.resolved())
     want = found.beta.double() @ rows
     want += one.upstream.cross_entropy[:, None].double() * one.kept.ce_gradient.double()
@@ -238,3 +239,14 @@ def test_hidden_states_that_need_none():
     assert found.hidden is None
     _, beta, _ = one.truth(one.upstream.penalty)
     torch.testing.assert_close(found.beta.double(), beta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_weight_that_is_gone():
+    """The backward reads the K kept rows: whoever gathered the weight may have freed it."""
+    case = make_case(9, 150, 16, k=3, kind="mse", strength=0.3).to(torch.float32)
+    hidden, weight = case.hidden_states.clone().requires_grad_(), case.weight.clone()
+    settings = {**case.settings, "backend": TritonBackend(), "filter_eps": 0.0}
+    loss = linear_cross_entropy(hidden, weight, case.labels, reference=case.reference, **settings)
+    weight.untyped_storage().resize_(0)
+    want = case.truth()["hidden_states"]
+    assert relative_error(torch.autograd.grad(loss, hidden)[0], want) < 1e-5

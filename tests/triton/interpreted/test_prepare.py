@@ -37,8 +37,8 @@ def test_the_plan_is_the_hosts(kind, weighted, backend, no_waits):
         assert (one is None) == (other is None), name
         if one is not None:
             torch.testing.assert_close(one, other, equal_nan=True, rtol=0, atol=0, msg=name)
-    rows, listed, places, _ = got.listed
-    count = int(want.dense.sum())
+    rows, listed, places, _, count = got.listed
+    assert count == want.dense.sum()
     assert torch.equal(rows[:count], want.dense.nonzero()[:, 0])
     assert torch.equal(rows.sort().values, torch.arange(2100))
     assert torch.equal(listed[:count], want.labels[rows[:count]])
