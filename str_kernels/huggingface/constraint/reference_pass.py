@@ -110,7 +110,7 @@ def _logits(outputs: Any) -> DeferredLogits | None:
 def _evaluating(modules: list[nn.Module], device: torch.device, owner: _NoLoss) -> Iterator[None]:
     """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
 
-    This is ``eval()``, except that every module gets its own mode back, and that a 4-bit layer of
+    This is ``eval()``, except that every module gets its own mode back, and that a layer of
     bitsandbytes stays in its own.
     """
     training = [m for m in modules if m.training and not evaluates_otherwise(m)]
