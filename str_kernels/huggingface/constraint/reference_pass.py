@@ -7,6 +7,7 @@ needs the log-sum-exp, which is computed on constrained rows alone. There is nev
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -84,8 +85,8 @@ def reference_fold(
     left_out = () if labelled else _NOT_FOR_REFERENCE
     kept = {name: x for name, x in arguments.items() if name not in left_out}
     modules = list(model.modules())
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
-        kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
+    if _needs_no_cache(model, modules, kept):
+        kept["use_cache"] = False
     device = next(model.parameters()).device
     with (
         adapters_off(model) if adapters else nullcontext(),
@@ -99,6 +100,19 @@ def reference_fold(
             "its reference cannot be computed; use a cache file."
         )
     return fold
+
+
+def _needs_no_cache(model: nn.Module, modules: list[nn.Module], arguments: dict[str, Any]) -> bool:
+    """Whether keys and values need not be kept: nothing reads them, and they take 2·T·L rows.
+
+    Without a cache transformers tells packed sequences by their positions, if there is no mask.
+    Then the training pass decides, which has a cache unless its layers are checkpointed.
+    """
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        return True
+    if "use_cache" not in inspect.signature(type(model).forward).parameters:
+        return False
+    return arguments.get("attention_mask") is not None or arguments.get("position_ids") is None
 
 
 def _logits(outputs: Any) -> DeferredLogits | None:
