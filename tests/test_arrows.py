@@ -19,10 +19,11 @@ LAYERS = [
         "tensor_rows",
         "options",
         "quantise",
-        "notices",
         "transforms",
         "waits",
+        "ranks",
     },
+    {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
@@ -40,7 +41,9 @@ LAYERS = [
     {"integrations"},
     {"training"},
     {"demo", "bench"},
+    {"planning"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -9,6 +9,7 @@ second backward is right as well.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,13 +23,15 @@ from str_kernels.engine.contract import (
     Resolved,
     RowGradients,
     RowInputs,
+    RowPlan,
     SafetyTerm,
     Saved,
     Tiles,
     Upstream,
 )
-from str_kernels.engine.logits import accumulator, safety_ids
-from str_kernels.engine.rows import plan_for, weight_coefficients
+from str_kernels.engine.logits import accumulator, safety_ids, without_autocast
+from str_kernels.engine.rest import by_dense, leave_out, of_safety, safety_factors
+from str_kernels.engine.rows import lists_rows, plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -49,7 +52,7 @@ def backward_rows(
         grad_cross_entropy = torch.zeros_like(kept.lse)
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
-    with torch.autocast(kept.lse.device.type, enabled=False):
+    with without_autocast(kept.lse.device):
         backward = _Backward(kept, tiles, resolved, grad_cross_entropy, grad_penalty)
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
     return backward.found.hidden, weight, bias
@@ -80,28 +83,33 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
         self.shards = resolved.shards
         self.vocab = self.shards.total or len(kept.weight)
-        self.plan = plan_for(resolved, inputs, self.vocab, tiles)
-        self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
         if self.options.constrained and grad_penalty is not None:
             penalty = grad_penalty * self.plan.penalty_scale
-        dense = None if self.plan.listed is None else self.plan.dense
+        dense = self.plan.dense if lists_rows(resolved, kept.lse.device) else None
         upstream = Upstream(grad_cross_entropy, penalty, dense)
         self.found = _gradient(kept, upstream, resolved)
+
+    @cached_property
+    def plan(self) -> RowPlan:
+        """The forward's plan, made again where something of it is needed."""
+        kept = self.kept
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        return plan_for(self.resolved, inputs, self.vocab, self.tiles)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        rows = slice(None) if self.every else kept.rows
+        every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
+        rows = slice(None) if every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
             self.grad_cross_entropy,
-            self.found.d_lse,
+            by_dense(self.found.d_lse, kept),
             options=self.options,
             vocab_size=self.vocab,
         )
@@ -109,7 +117,8 @@ class _Backward:
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
         head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
-        return self.resolved.backend.weight_gradients(
+        head = leave_out(head, self.options)
+        weight, bias = self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(
                 kept.lse[rows],
@@ -123,18 +132,24 @@ class _Backward:
             safety=self._safety_term(),
             needs=self.resolved.needs[1:],
         )
+        return weight, None if bias is None else bias.to(kept.bias.dtype)
 
     def _block(self, head: Head, rows: Tensor | slice) -> Block:
-        listed = self.plan.listed
-        if listed is None:
-            labels = self.shards.own(self.plan.labels[rows])
-            return Block(head, labels, self.tiles, self.options, shards=self.shards)
-        return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
+        listed, places = self.plan.listed, None
+        labels = self.shards.own(self.plan.labels[rows]) if listed is None else listed.labels
+        if listed is not None:
+            places = listed.places
+        if self.options.leaves_out:  # `safety_factors` has the labels that are safety tokens
+            own = of_safety(labels, self.options).any(-1)
+            labels = labels.masked_fill(own, -1)
+            places = None if places is None else places.masked_fill(own, -1)
+        return Block(head, labels, self.tiles, self.options, places=places, shards=self.shards)
 
     def _safety_term(self) -> SafetyTerm | None:
-        if self.found.beta is None:
+        beta = self._beta()
+        if beta is None:
             return None
-        safety, device, beta = self.options.safety, self.kept.lse.device, self.found.beta
+        safety, device = self.options.safety, self.kept.lse.device
         ids = safety_ids(safety, device)
         if not self.shards.alone:
             places, ids = self.shards.tokens(safety, device)
@@ -146,3 +161,20 @@ class _Backward:
             hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
             hidden = hidden.to(self.dtype)
         return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))
+
+    def _beta(self) -> Tensor | None:
+        """Derivatives ``[N, K]`` by ``H Wᵀ + b`` at the safety tokens that no pass computes."""
+        beta, kept = self.found.beta, self.kept
+        if not self.options.leaves_out:
+            return beta
+        coefficients = weight_coefficients(
+            self.plan,
+            kept.lse,
+            self.grad_cross_entropy,
+            None,
+            options=self.options,
+            vocab_size=len(kept.weight),
+        )
+        rows = slice(None) if self.every else kept.rows
+        own = safety_factors(kept, self.plan.labels, coefficients, rows, self.options)
+        return own if beta is None else own + beta

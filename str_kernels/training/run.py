@@ -21,10 +21,10 @@ from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.patch.filtering import watching_index
-from str_kernels.huggingface.patch.processes import is_first
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.options import SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import (
     Interrupt,
@@ -41,7 +41,7 @@ from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.notices import data_notices, end_notice
 from str_kernels.training.reading import TOKENS
-from str_kernels.training.result import Result, peak_memory, write_description
+from str_kernels.training.result import Result, largest, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
 
 Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
@@ -78,7 +78,7 @@ class CountingTrainer(Trainer):
 
 
 def train(prepared: Prepared, progress: Progress | None = None) -> Result:
-    """Run what `prepare` checked.
+    """Run what `prepare` checked; inside ``share_work`` all processes train one model, by DDP.
 
     Returns:
         What was measured; ``interrupted`` means that Ctrl-C ended it, with a checkpoint saved.
@@ -86,7 +86,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    settings, progress = prepared.settings, progress or NoProgress()
+    settings, progress, ranks = prepared.settings, progress or NoProgress(), sharing()
+    ranks.wait()  # nothing is written before all have checked the folder
     for notice in data_notices(prepared):
         progress.notice(notice)
     progress.stage("loading the model")
@@ -94,9 +95,11 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     if notice := end_notice(prepared, model):
         progress.notice(notice)
     tokens = _safety_tokens(model, prepared, progress)
-    for name in settle(settings.folder, prepared.checkpoint):
-        progress.notice(f"{name} was not finished, and is removed.")
-    write_description(prepared, tokens, None)
+    if ranks.first:
+        for name in settle(settings.folder, prepared.checkpoint):
+            progress.notice(f"{name} was not finished, and is removed.")
+        write_description(prepared, tokens, None)
+    ranks.wait()
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
@@ -117,8 +120,10 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    _save(model, prepared, tokens, result)
-    write_description(prepared, tokens, result)
+    if ranks.first:
+        _save(model, prepared, tokens, result)
+        write_description(prepared, tokens, result)
+    ranks.wait()
     return result
 
 
@@ -147,7 +152,7 @@ def _save(
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
     """Return the trainer's settings of a run over ``rows`` sequences."""
-    total = settings.total_steps(rows)
+    total = settings.total_steps(rows, sharing().size)
     return TrainingArguments(
         output_dir=settings.out,
         per_device_train_batch_size=settings.batch,
@@ -216,7 +221,12 @@ def _collator(prepared: Prepared) -> Collator:
         return plain
     pools = [file.features() for file in prepared.anchors]
     return AnchoredCollator(
-        plain, *pools, pad_token_id=pad, positions=settings.positions, seed=settings.seed
+        plain,
+        *pools,
+        pad_token_id=pad,
+        positions=settings.positions,
+        every=settings.anchors_every,
+        seed=settings.seed,
     )
 
 
@@ -229,7 +239,8 @@ def _safety_tokens(
     if tokens is None:
         progress.stage("identifying safety tokens")
         tokens = SafetyTokens.identify(model, prepared.tokenizer, top_k=prepared.settings.top_k)
-    tokens.save(prepared.settings.folder / TOKENS)
+    if sharing().first:
+        tokens.save(prepared.settings.folder / TOKENS)
     return tokens
 
 
@@ -242,7 +253,7 @@ def _patch(model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | No
     safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
         arguments["reference"] = _cache(prepared, safety)
-    return patch_model(model, safety, **arguments)
+    return patch_model(model, safety, **arguments, share_seed=settings.seed)
 
 
 def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
@@ -251,10 +262,9 @@ def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
     path, whole = folder / REFERENCES, folder / WHOLE_REFERENCES
     if resumed and whole.is_file():
         return whole
-    if not resumed and is_first():
+    if not resumed and sharing().first:
         path.unlink(missing_ok=True)  # it may be of another model
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    sharing().wait()
     return FillingCache(path, safety)
 
 
@@ -263,8 +273,8 @@ def _result(
 ) -> Result:
     logs = [log for log in trainer.state.log_history if "loss" in log]
     held_out = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
-    seen = int(trainer.tokens_seen)
-    seconds = sum(timer.seconds)
+    measured = sharing().gathered((int(trainer.tokens_seen), peak_memory()))
+    seen, seconds = sum(tokens for tokens, _ in measured), sum(timer.seconds)
     last = logs[-1] if logs else {}
     return Result(
         steps=trainer.state.global_step,
@@ -276,5 +286,5 @@ def _result(
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
         eval_cross_entropy=held_out.get("eval_cross_entropy", held_out.get("eval_loss")),
-        **peak_memory(),
+        **largest(peaks for _, peaks in measured),
     )

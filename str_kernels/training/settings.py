@@ -64,6 +64,12 @@ class TrainSettings(ConstraintSettings):
         "another, with the answers of the aligned model.",
         option=list[str] | None,
     )
+    anchors_every: int = setting(
+        1,
+        "Anchors join one forward in so many, which the seed and the batch draw, and weigh as much "
+        "more, so that the sum is the same on average.",
+        at_least(1),
+    )
     eval: str | None = setting(
         None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
     )
@@ -96,7 +102,7 @@ class TrainSettings(ConstraintSettings):
     )
     epochs: float = setting(1.0, "Passes over the data.", above(0))
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.", at_least(1))
-    batch: int = setting(8, "Sequences in one forward.", at_least(1))
+    batch: int = setting(8, "Sequences in one forward of a process.", at_least(1))
     accumulation: int = setting(1, "Forwards in one optimizer step.", at_least(1))
     max_length: int = setting(
         2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
@@ -165,6 +171,11 @@ class TrainSettings(ConstraintSettings):
                 f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
                 "no use; leave them out."
             )
+        if self.anchors_every > 1 and not self.anchors:
+            found.append(
+                f"anchors_every={self.anchors_every}: there are no anchors; give files of them, or "
+                "leave it out."
+            )
         if self.eval_steps and self.eval is None:
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
@@ -219,11 +230,11 @@ class TrainSettings(ConstraintSettings):
         lists = ("target_modules", "anchors", "report_to")
         return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: int, processes: int = 1) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
         if self.steps is not None:
             return self.steps
-        batches = math.ceil(rows / self.batch)
+        batches = math.ceil(rows / (self.batch * processes))
         return math.ceil(self.epochs * max(1, math.ceil(batches / self.accumulation)))
 
     def warmup_steps(self, total: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from str_kernels import patch_model
 from str_kernels.engine.autograd import FusedRows
 from tests.distributed.models import KINDS, Case, Found, assert_right
 from tests.distributed.pool import WORLD
+from tests.distributed.splitting import part
 from tests.huggingface.adapters import SAFETY, wrap
 from tests.huggingface.dense import constant_cache
 from tests.huggingface.models import assert_same, batch, build, gradients
@@ -23,11 +26,17 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def engine_for(case: Case, stage: int, model: torch.nn.Module, persistent: int = 0):
+def start_deepspeed() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
+
+
+def engine_for(case: Case, stage: int, model: torch.nn.Module, persistent: int = 0, **more: Any):
+    start_deepspeed()
+    import deepspeed
+
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": len(case.labels) // WORLD,
@@ -41,7 +50,7 @@ def engine_for(case: Case, stage: int, model: torch.nn.Module, persistent: int =
         "communication_data_type": "fp32",
     }
     optimizer = torch.optim.SGD(trained, lr=0.0)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **more)[0]
 
 
 def sharded(
@@ -97,6 +106,41 @@ def counting(calls: list[int]) -> Iterator[None]:
 def test_gradients_and_optimizer_are_sharded(ranks, kind, stage):
     case = Case(kind)
     assert_right(ranks.run(sharded, case, stage), case.truth())
+
+
+def by_ulysses(case: Case, reference: str) -> Found:
+    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes."""
+    start_deepspeed()
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp, ulysses_sp
+    from deepspeed.utils import safe_get_full_grad
+    from transformers.integrations.deepspeed import deepspeed_sp_compute_loss
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, attention = case.model(), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    patch_model(model, case.safety, positions=case.positions, reference=reference)
+    mpu = ulysses_sp.UlyssesSPAttentionHF.register_with_transformers(
+        model.get_base_model(), "sdpa", WORLD, len(case.labels), disable_in_eval=True
+    )
+    config = types.SimpleNamespace(sp_backend="deepspeed", sp_size=WORLD)
+    try:
+        engine = engine_for(case, 1, model, mpu=mpu)
+        batch = part(case.batch(), "ulysses")
+        loss = deepspeed_sp_compute_loss(None, engine, batch, False, config)
+        engine.backward(loss)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        parallel_state_sp._release_sequence_parallel_groups()
+    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    return Found(loss.item(), {n: g.float() for n, g in found.items() if g is not None})
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("labels", [(3, 9), (2, 3)], ids=str)
+@pytest.mark.parametrize("positions", ["all", "labels", 2])
+def test_ulysses(ranks, positions, labels):
+    """A process of prompt alone keeps its constraint; the reference pass exchanges as well."""
+    case = Case("kl", positions=positions, labels=labels)
+    assert_right(ranks.run(by_ulysses, case, "adapter_off"), case.truth())
 
 
 def assert_fused(found: list[Found], want: Found, steps: int = 1) -> None:

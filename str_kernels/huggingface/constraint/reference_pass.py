@@ -1,8 +1,9 @@
 """The reference of a batch, from the same weights: one pass with the adapters off, no gradients.
 
 Stage: the arguments of a forward → `Fold` of the model without its adapters → reference ``[R, K]``,
-one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` also
-needs the log-sum-exp, which is computed on constrained rows alone. There is never a second model.
+one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` and
+``kl_rest`` also need the log-sum-exp, which is computed on constrained rows alone, without any
+gradient. There is never a second model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Backend, Head, RowInputs
-from str_kernels.engine.logits import log_probabilities
+from str_kernels.engine.logits import outcomes
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
@@ -151,6 +152,8 @@ def safety_reference(
 ) -> Tensor:
     """Reference ``[R, K]`` of the head's R rows: logits, or log-probabilities for ``logprob``.
 
+    For ``kl_rest`` it is ``[R, K + 1]``, log-probabilities with that of all other tokens.
+
     The very arithmetic of the training loss (fp32 accumulation), so that an adapter that has not
     moved has no penalty at all.
 
@@ -174,12 +177,12 @@ def safety_reference(
     wanted = constrained[rows]
     with torch.no_grad():
         labels = torch.full_like(rows, options.ignore_index)
-        reference = states.new_zeros(len(safety.token_ids))
+        reference = states.new_zeros(safety.references)
         inputs = RowInputs(labels, reference, wanted.float())
         head = Head(states, fold.weight, fold.bias)
         if needs_lse(safety):
             found = row_terms(head, inputs, options, backend=backend, shard=fold.shard).statistics
-            values = log_probabilities(found.safety_logits, found)
+            values = outcomes(found)
         else:
             values = safety_logits(head, inputs, options, backend=backend, shard=fold.shard)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)

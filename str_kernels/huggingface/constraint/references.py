@@ -2,9 +2,10 @@
 
 Stage: batches → the pass with the adapters off → a file → references ``[B, T, K]`` of a batch.
 
-A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, the reference of every position of
-one token sequence, named by the sequence's hash; the metadata name the safety tokens and the unit.
-Padding does not matter: only the real tokens are hashed, and only they get values.
+A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, or ``[T, K + 1]`` for ``kl_rest``,
+the reference of every position of one token sequence, named by the sequence's hash; the metadata
+name the safety tokens and the unit. Padding does not matter: only the real tokens are hashed, and
+only they get values.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.tensor_files import SavedTensors, save_tensors
 from str_kernels.tensor_rows import TensorRows, is_of_rows
 
@@ -41,8 +43,8 @@ _EVALUATING = (
 
 
 def reference_unit(safety: SafetyConstraint) -> str:
-    """The unit of this constraint's reference: ``"logits"`` or ``"logprobs"``."""
-    return "logprobs" if safety.kind == "logprob" else "logits"
+    """The unit of this constraint's reference; ``"logprobs and rest"`` has one more column."""
+    return {"logprob": "logprobs", "kl_rest": "logprobs and rest"}.get(safety.kind, "logits")
 
 
 class ReferenceCache:
@@ -198,11 +200,16 @@ def build_reference_cache(
     validate_tokens(safety.token_ids, head)
     references: dict[str, Tensor] = {}
     with deferrable_head(head):
-        for batch in batches:
-            references.update(references_of(inner, dict(batch), safety))
+        ranks = sharing()
+        for found in ranks.in_order(
+            batches, lambda batch: references_of(inner, dict(batch), safety)
+        ):
+            references.update(found if ranks.first else dict.fromkeys(found))
     if not references:
         raise ValueError("batches: there was no sequence, so there is nothing to save.")
-    save_reference_cache(path, references, safety)
+    if ranks.first:
+        save_reference_cache(path, references, safety)
+    ranks.wait()
     return len(references)
 
 

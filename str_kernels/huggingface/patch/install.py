@@ -11,6 +11,7 @@ from str_kernels.backends.selection import select_backend
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.share import Sharing
 from str_kernels.huggingface.deferred.forward import PATCH
 from str_kernels.huggingface.deferred.head import causal_lm, find_head, find_patch, validate_tokens
 from str_kernels.huggingface.patch.callback import TrainerLogs
@@ -29,6 +30,8 @@ def patch_model(
     *,
     reference: str | os.PathLike | FillingCache = ConstraintSettings.reference,
     positions: Positions = ConstraintSettings.positions,
+    share: float = ConstraintSettings.share,
+    share_seed: int = 0,
     filter_eps: float | Literal["auto"] = "auto",
     screen: Screen = "auto",
     index: Index = "auto",
@@ -69,6 +72,11 @@ def patch_model(
             of a data set only with ``remove_unused_columns=False``. In an encoder-decoder the
             positions are the decoder's; without ``decoder_attention_mask`` the padding of a row
             begins after its last label.
+        share: the share of the batch's rows that is constrained in training mode, in (0, 1]. They
+            are drawn for each forward, the reference pass runs on them alone, and their weights are
+            divided by the share. A packed row is drawn as a whole.
+        share_seed: determines, with the trainer's step (`SafetyLogCallback`) and the forwards since
+            it began, which rows are drawn.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch
@@ -100,6 +108,7 @@ def patch_model(
         )
     head = find_head(inner)
     validate_positions(positions)
+    sharing = _sharing(share, share_seed, safety)
     options = LossOptions(safety=safety, filter_eps=filter_eps, screen=screen)
     select_backend(backend, next(head.parameters()).device)
     _validate_index(index)
@@ -111,6 +120,7 @@ def patch_model(
         options,
         reference=reference,
         positions=positions,
+        sharing=sharing,
         index=index,
         backend=backend,
         check_accuracy_every=check_accuracy_every,
@@ -134,6 +144,12 @@ def unpatch_model(model: nn.Module) -> None:
     if patch is None:
         raise ValueError(f"model={type(model).__name__}: is not patched.")
     patch.unpatch()
+
+
+def _sharing(share: Any, seed: Any, safety: SafetyConstraint | None) -> Sharing:
+    if safety is None and share != ConstraintSettings.share:
+        raise ValueError(f"share={share!r} was given without safety: pass a SafetyConstraint too.")
+    return Sharing(share, seed)
 
 
 def _validate_index(index: Any) -> None:
