@@ -63,6 +63,7 @@ class Outputs(NamedTuple):
     ce_gradient: Tensor
     lse_gradient: Tensor
     open_mass: Tensor
+    log_rest: Tensor
     counts: Tensor
 
 
@@ -158,7 +159,8 @@ def traced_terms(
     found = Outputs(*torch.ops.str_kernels.fused_terms(*head, *inputs, *parts, text))
     logits = None if options.safety is None else found.safety_logits
     known = (getattr(found, name) for name in Statistics._fields[:_KNOWN])
-    statistics = Statistics(*known, None, logits)
+    rest = found.log_rest if options.leaves_out else None
+    statistics = Statistics(*known, None, logits, rest)
     terms = RowTerms(found.cross_entropy, found.penalty, statistics)
     return unflatten(terms, shape)
 
@@ -212,6 +214,7 @@ def _padded(terms: RowTerms, kept: Kept, resolved: Resolved) -> Outputs:
         ce_gradient=pad(kept.ce_gradient, of_rows),
         lse_gradient=pad(kept.lse_gradient, of_rows),
         open_mass=pad(kept.open_mass),
+        log_rest=pad(kept.log_rest),
         counts=torch.tensor(
             [len(x) if x is not None else 0 for x in (kept.rows, kept.safety_alone)]
         ),
@@ -244,6 +247,7 @@ def _forward_fake(*arguments: Any) -> Outputs:
             *gradients, dtype=kept, there=of_hidden and constrained and needs_lse(safety)
         ),
         open_mass=make(count, there=settings.trained),
+        log_rest=make(count, there=settings.options.leaves_out),
         counts=torch.empty(2, dtype=torch.int64),
     )
 
@@ -259,6 +263,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         bias=head.bias if trained else None,
         **{name: getattr(found, name) for name in Outputs._fields if name in Kept._fields},
     )
+    if not Settings.from_text(ctx.text).options.leaves_out:
+        kept = kept._replace(log_rest=None)
     ctx.save_for_backward(*kept, found.counts)
     ctx.mark_non_differentiable(*output[2:])
 

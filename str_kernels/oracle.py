@@ -25,6 +25,7 @@ class DenseRows(NamedTuple):
     safety_logits: Tensor | None
     correct: Tensor
     entropy: Tensor
+    log_rest: Tensor | None = None
 
 
 def dense_logits(
@@ -45,6 +46,8 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
     """``C [N]`` from logits ``[N, V]`` of the whole vocabulary."""
     ids = torch.tensor(safety.token_ids, device=logits.device)
     z = logits[:, ids]
+    if safety.kind == "kl_rest":
+        return _dense_kl_rest(_log_outcomes(logits, ids), reference)
     r = reference.to(z.dtype).expand_as(z)
     omega = z.new_tensor(safety.token_weights or [1.0] * len(ids))
     if safety.kind == "mse":
@@ -56,6 +59,21 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
     z, r = (x - x.amax(-1, keepdim=True).detach() for x in (z, r))
     log_p, log_q = (torch.log_softmax(x / safety.temperature + omega.log(), -1) for x in (z, r))
     return safety.temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def _log_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities ``[N, K + 1]`` of the safety tokens and of all the rest together."""
+    logits = logits - logits.detach().amax(-1, keepdim=True)
+    inside = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    inside[ids] = True
+    rest = logits.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.log_softmax(torch.cat([logits[:, ids], rest], -1), -1)
+
+
+def _dense_kl_rest(log_p: Tensor, reference: Tensor) -> Tensor:
+    """``KL(q ‖ p)`` of K + 1 outcomes; the reference is made to sum to 1."""
+    log_q = torch.log_softmax(reference.to(log_p.dtype), -1).expand_as(log_p)
+    return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
 
 
 def dense_rows(
@@ -82,9 +100,12 @@ def dense_rows(
     )
     cross_entropy = cross_entropy + options.z_loss * lse**2
     cross_entropy = torch.where(labelled, cross_entropy, 0.0)
-    safety_logits, penalty = None, torch.zeros_like(cross_entropy)
+    safety_logits, log_rest, penalty = None, None, torch.zeros_like(cross_entropy)
     if options.safety is not None:
-        safety_logits = logits[:, torch.tensor(options.safety.token_ids, device=logits.device)]
+        ids = torch.tensor(options.safety.token_ids, device=logits.device)
+        safety_logits = logits[:, ids]
+        if options.leaves_out:
+            log_rest = _log_outcomes(logits.detach(), ids)[:, -1]
         weights = labelled if position_weights is None else position_weights
         weights = weights.to(logits.dtype)
         each = dense_penalty(options.safety, logits, reference)
@@ -99,4 +120,5 @@ def dense_rows(
         None if safety_logits is None else safety_logits.detach(),
         labelled & (label_logit >= logits.amax(-1)),
         torch.special.entr(p).sum(-1).detach(),
+        log_rest,
     )

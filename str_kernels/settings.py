@@ -76,6 +76,10 @@ def faults_of(settings: Any) -> list[str]:
     return faults
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value <= 1
+
+
 def validate_positions(positions: Positions) -> None:
     """Refuse anything but ``"labels"``, ``"all"`` or a positive integer.
 
@@ -103,11 +107,11 @@ class ConstraintSettings:
 
     strength: float | None = setting(
         SafetyConstraint.strength,
-        "Weight of the constraint; default: 10 for kl, 0.1 for the others.",
+        "Weight of the constraint; default: 10 for kl and kl_rest, 0.1 for the others.",
         option=str,
     )
     kind: str = setting(
-        SafetyConstraint.kind, "What is compared with the reference: kl, mse or logprob."
+        SafetyConstraint.kind, "What is compared with the reference: kl, kl_rest, mse or logprob."
     )
     temperature: float = setting(
         SafetyConstraint.temperature, "Temperature of the probabilities that kl compares."
@@ -116,6 +120,12 @@ class ConstraintSettings:
         "all", "all, labels, or a number k: the first k of each response.", option=str
     )
     reference: str = setting("adapter_off", "adapter_off, or a cache file (str-kernels cache).")
+    share: float = setting(
+        1.0,
+        "Share of the sequences that is constrained: drawn anew for each forward, and weighted so "
+        "that the sum is the same on average. The reference pass runs on these alone.",
+        Rule("above 0 and at most 1", _is_share),
+    )
 
     def __post_init__(self) -> None:
         """Read numbers that are given as text, then check every field."""

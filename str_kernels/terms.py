@@ -133,6 +133,11 @@ def check_inputs(
     (`engine.rows.plan_rows`).
     """
     waits.judge_arrived()
+    if options.leaves_out and not shards.alone:
+        raise ValueError(
+            f"kind={options.safety.kind!r}: the vocabulary is split over processes, which compare "
+            "no probability of the rest; use kind='kl', or gather the head."
+        )
     total = None if shards.alone else shards.total
     validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options, vocab_size=total)
     if waits.checks_at_once(head.weight.device):
@@ -202,7 +207,14 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
     rows = oracle.dense_rows(**head._asdict(), **inputs._asdict(), options=options)
     dead, live = torch.zeros_like(rows.lse), torch.ones_like(rows.lse)
     statistics = Statistics(
-        rows.lse, rows.lse_rest, rows.correct, dead, live, rows.entropy, rows.safety_logits
+        rows.lse,
+        rows.lse_rest,
+        rows.correct,
+        dead,
+        live,
+        rows.entropy,
+        rows.safety_logits,
+        rows.log_rest,
     )
     return RowTerms(rows.cross_entropy, rows.penalty, statistics)
 

@@ -171,19 +171,25 @@ def _validate_reference(
         if reference is not None:
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return
-    largest, count = max(options.safety.token_ids), len(options.safety.token_ids)
+    largest, count = max(options.safety.token_ids), options.safety.references
     if largest >= vocab_size:
         raise ValueError(
             f"safety.token_ids holds {largest}: the head has {vocab_size} rows, 0 to "
             f"{vocab_size - 1}; were the tokens identified with another tokenizer?"
         )
+    if options.leaves_out and vocab_size == len(options.safety.token_ids):
+        raise ValueError(
+            f"safety.token_ids has {vocab_size} entries, all the head's rows: kind='kl_rest' "
+            "compares them with the rest; name fewer tokens, or use kind='kl'."
+        )
     if reference is None:
         raise ValueError("reference=None: a SafetyConstraint needs one, [..., K] or [K].")
     _require_floating("reference", reference)
+    columns = f"K + 1={count} for kind='kl_rest'" if options.leaves_out else f"K={count}"
     allowed = ((count,), (*hidden_states.shape[:-1], count))
     if tuple(reference.shape) not in allowed:
         raise ValueError(
-            f"{_facts('reference', reference)}: must be [K={count}] or {list(allowed[1])}."
+            f"{_facts('reference', reference)}: must be [{columns}] or {list(allowed[1])}."
         )
     _require_constant("reference", reference, hidden_states)
 

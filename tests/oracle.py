@@ -95,10 +95,11 @@ def make_case(
     if k:
         ids = torch.randperm(vocab, generator=g)[:k].tolist()
         chosen = {"kind": settings.pop("kind", "mse"), **settings.pop("constraint", {})}
-        if uneven:
+        if uneven and chosen["kind"] != "kl_rest":  # which has no weights
             chosen["token_weights"] = [(1 + i) % 3 for i in range(k)]  # zeros among them
         settings["safety"] = SafetyConstraint(ids, settings.pop("strength", 0.7), **chosen)
-        reference = normal(k) if static else normal(n, k)
+        columns = settings["safety"].references
+        reference = normal(columns) if static else normal(n, columns)
     if weighted:
         weights = torch.rand(n, generator=g, dtype=torch.float64)
         weights[torch.rand(n, generator=g) < 0.3] = 0.0

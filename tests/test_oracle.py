@@ -72,6 +72,23 @@ def test_constraint_closed_forms(kind, extra, value):
     assert got.item() == pytest.approx(value, abs=1e-12)
 
 
+def test_kl_rest_closed_form():
+    """Z = (1, 0, 2, 0), tokens 0 and 2, and what is left; the reference has all three."""
+    safety = SafetyConstraint([0, 2], 1.0, kind="kl_rest")
+    q, p = [0.5, 0.2, 0.3], [math.e, math.e**2, 2.0]
+    p = [x / sum(p) for x in p]
+    got = _loss(
+        torch.tensor([[1.0, 0.0, 2.0, 0.0]]),
+        [-100],
+        safety=safety,
+        reference=torch.tensor(q, dtype=torch.float64).log(),
+        position_weights=torch.ones(1),
+        reduction="sum",
+    )
+    want = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+    assert got.item() == pytest.approx(want, abs=1e-12)
+
+
 @pytest.mark.parametrize("backend", ["dense", "torch"])
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5], [0.0, 1.0, 2.0]])
 @pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
@@ -86,7 +103,7 @@ def test_nothing_is_asked_of_who_stayed(kind, weights, backend):
     assert all(values.abs().max() < 1e-12 for values in got.values())
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_rest"])
 def test_gradcheck(kind):
     """The derivative of every constraint with all options on equals finite differences."""
     case = make_case(

@@ -18,6 +18,7 @@ OTHER = {
     "temperature": 2.0,
     "positions": "labels",
     "reference": "references.safetensors",
+    "share": 0.25,
 }
 
 
@@ -51,8 +52,8 @@ def test_every_field_reaches_the_constraint_or_the_patch():
 def test_the_constraint_s_own_rules_are_the_rules():
     """All that is wrong is reported together, in the words of ``SafetyConstraint``."""
     with pytest.raises(Faults) as caught:
-        ConstraintSettings(strength=-1.0, kind="mae", temperature=0.0, positions=0)
-    assert len(caught.value.faults) == 4
+        ConstraintSettings(strength=-1.0, kind="mae", temperature=0.0, positions=0, share=2.0)
+    assert len(caught.value.faults) == 5
     with pytest.raises(Faults, match=r"temperature=2\.0: only kind='kl'"):
         ConstraintSettings(kind="mse", temperature=2.0)
     with pytest.raises(Faults, match=r"kind='floor' was removed in 0\.2"):

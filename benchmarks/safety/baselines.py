@@ -1,7 +1,9 @@
 """The nearest published methods are written plainly: they are compared for safety, not speed.
 
-Each takes the tuned model (a PEFT model whose adapters can be switched off) and a batch, and
-returns the penalty that joins the cross-entropy, a mean over labelled positions.
+`full_kl` and `pact` take the tuned model (a PEFT model whose adapters can be switched off) and a
+batch, and return the penalty that joins the cross-entropy, a mean over labelled positions.
+`constrained_sft` returns what takes the cross-entropy's place; `safe_lora` changes the adapter when
+it has been trained.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ TOP_P = 0.9
 GATE = 2.0
 PREFIX = 8  # positions gated in full; the gate fades as exp(-t / PREFIX) behind them
 IGNORED = -100
+# Constrained SFT's: how strictly the first, the second to fifth, and all later answer tokens are
+# kept from moving.
+BETAS = (0.5, 2.0, 2.0, 2.0, 2.0)
+BETA = 0.1
+SIMILAR = 0.35  # Safe LoRA's: layers whose update is less like its projection are projected
 
 
 def full_kl(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -56,6 +63,58 @@ def pact(model: Any, batch: dict[str, Tensor], token_ids: Tensor, header: int) -
     log_p = F.log_softmax(tuned / TEMPERATURE, -1)
     log_q = F.log_softmax(target / TEMPERATURE, -1)
     return TEMPERATURE**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def constrained_sft(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the token-wise constrained objective (arXiv 2406.05946), a mean over labelled tokens.
+
+    ``-2/β_t · log σ(β_t · log(π/π_aligned))``: its gradient begins as the cross-entropy's, and
+    fades as a token becomes more probable than the aligned model has it, the sooner the larger β.
+    """
+    where = _labelled(batch["labels"])
+    head = model.get_base_model().get_output_embeddings().weight
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)[where]
+
+    def log_probabilities() -> Tensor:
+        logits = _states(model, batch)[where] @ head.T
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+    with torch.no_grad(), model.disable_adapter():
+        aligned = log_probabilities()
+    steps = _steps(where).long()
+    known = torch.tensor([*BETAS, BETA])
+    beta = known[steps.clamp(max=len(BETAS))]
+    moved = log_probabilities() - aligned
+    return (-2.0 / beta * F.logsigmoid(beta * moved)).mean()
+
+
+@torch.no_grad()
+def safe_lora(tuned: Any, base: torch.nn.Module) -> int:
+    """Project adapter weights onto what aligning changed (arXiv 2405.16833); return how many.
+
+    With V = W_aligned - W_base of a layer and C = V Vᵀ / ‖V‖, its update B A becomes C B A where
+    the cosine of both is at most `SIMILAR`.
+
+    Args:
+        tuned: a PEFT model with LoRA, whose own weights are the aligned model's.
+        base: the model before it was aligned.
+    """
+    before, projected = dict(base.named_modules()), 0
+    for name, layer in tuned.get_base_model().named_modules():
+        if not hasattr(layer, "lora_B"):
+            continue
+        change = layer.base_layer.weight - before[name].weight
+        norm = change.norm()
+        if norm == 0:  # aligning left it alone, so there is nothing to project onto
+            continue
+        for adapter, b in layer.lora_B.items():
+            a = layer.lora_A[adapter].weight
+            moved = change @ (change.T @ b.weight) / norm
+            likeness = F.cosine_similarity((b.weight @ a).flatten(), (moved @ a).flatten(), dim=0)
+            if likeness <= SIMILAR:
+                b.weight.copy_(moved)
+                projected += 1
+    return projected
 
 
 def _labelled(labels: Tensor) -> Tensor:

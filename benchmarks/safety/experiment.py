@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -19,11 +20,15 @@ import torch
 from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
+from benchmarks.safety.baselines import safe_lora
+from benchmarks.safety.data import REFUSALS, load_split
 from benchmarks.safety.findings import FILE, SCHEMA
 from benchmarks.safety.finetune import finetune
 from benchmarks.safety.identification import identification
+from benchmarks.safety.mass import held_mass
 from benchmarks.safety.measure import Amounts, measure
-from benchmarks.safety.methods import Chain, Run
+from benchmarks.safety.methods import KL, Chain, Run
+from benchmarks.safety.tokens import token_ids
 from str_kernels.bench.report import Row, circumstances, commit, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.evaluation.answers import AnswerFile
@@ -99,13 +104,20 @@ def experiment(
     there = {row["name"] for row in places.rows()}
     missing = [job for job in jobs if _name(job) not in there]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} results are there")
-    threads = max(1, (multiprocessing.cpu_count() or 1) // workers)
+    threads = max(1, _cores() // workers)
     context = multiprocessing.get_context("spawn")
     # one process a run: its peak memory is its own
     with context.Pool(workers, _start, (threads,), maxtasksperchild=1) as pool:
         do = functools.partial(_do, started_from=started_from)
         for name in pool.imap_unordered(do, missing, chunksize=1):
             say(f"saved {name}")
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start(threads: int) -> None:
@@ -173,6 +185,11 @@ def _chain(places: Places, chain: Chain, amounts: Amounts) -> dict[str, Any]:
     return {"stages": stages}
 
 
+def _base(places: Places) -> torch.nn.Module:
+    """Load the model before it was aligned."""
+    return load_model_and_tokenizer(places.model, dtype="float32")[0]
+
+
 def _tuned(
     places: Places,
     run: Run,
@@ -184,14 +201,19 @@ def _tuned(
 ) -> tuple[Any, dict[str, Any]]:
     """Fine-tune a loaded model and measure it; return it with the result."""
     model, tokenizer = loaded
+    held = token_ids(KL, model if aligned is None else aligned, tokenizer, places.derived)
     folders = {"data": places.data, "work": places.derived}
     tuned, history = finetune(model, tokenizer, run, **folders, say=say, aligned=aligned)
+    if run.method.loss == "safe_lora":
+        say(f"{run.name}: projected {safe_lora(tuned, _base(places))} layers")
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     asked = {"amounts": amounts, "known": places.answers(name, amounts)}
     measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
+    harmful = load_split(places.data, REFUSALS).test[: amounts.harmful]
     return tuned, {
         "run": run.as_dict(),
         "measured": measured.as_dict(),
+        "mass": held_mass(tuned, aligned, tokenizer, harmful, held),
         "step_seconds": round(statistics.median(history.seconds), 3),
         "training_peak_mib": trained,
         "history": history.as_dict(),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
 from benchmarks.safety.align import set_rate
-from benchmarks.safety.data import ANCHOR_POOL, anchor_rows, batches, encode, load_split
+from benchmarks.safety.data import ANCHOR_POOL, REFUSALS, anchor_rows, batches, encode, load_split
 from benchmarks.safety.methods import Method, Run
 from benchmarks.safety.tokens import context_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
@@ -30,7 +30,10 @@ Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 @dataclass
 class History:
-    """What happened at every step: loss parts, gradient norm before clipping, seconds."""
+    """What happened at every step: loss parts, gradient norm before clipping, seconds.
+
+    A method that replaces the cross-entropy has its own objective in the latter's place.
+    """
 
     cross_entropy: list[float] = field(default_factory=list)
     penalty: list[float] = field(default_factory=list)
@@ -63,6 +66,8 @@ def finetune(
     setting, history = run.setting, History()
     features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
     features = features[: setting.pool]
+    refused = load_split(data, REFUSALS).train[: run.method.mixed]
+    features += encode(tokenizer, refused, setting.max_length)
     anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
     unlearned = encode(tokenizer, anchors, setting.max_length)
     known = [*features, *unlearned]
@@ -73,6 +78,7 @@ def finetune(
         loss = _loss(run.method, tuned, tokenizer, work)
         optimizer = torch.optim.AdamW(p for p in tuned.parameters() if p.requires_grad)
         for step, batch in enumerate(_queue(run, features, unlearned, tokenizer.pad_token_id)):
+            patch.sharing.begin(step)
             set_rate(optimizer, setting.learning_rate, step, setting.steps, setting.warmup)
             _step(batch, loss, optimizer, setting.max_grad_norm, history)
             _record(patch, history)
@@ -121,7 +127,7 @@ def _constraint(
 
     name = f"{setting.task}-anchors" if method.anchors else setting.task
     path = context_reference(model, safety, every, name, work)
-    return safety, {**method.of_the_patch, "reference": path}
+    return safety, {**method.of_the_patch, "reference": path, "share_seed": run.seed}
 
 
 def _loss(
@@ -130,8 +136,10 @@ def _loss(
     def own(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return tuned(**batch, use_cache=False).loss
 
-    if method.loss in ("plain", "str"):
+    if method.loss in ("plain", "str", "safe_lora"):
         return own
+    if method.loss == "constrained_sft":
+        return lambda batch: baselines.constrained_sft(tuned, batch)
     if method.loss == "full_kl":
         return lambda batch: own(batch) + method.strength * baselines.full_kl(tuned, batch)
     ids = torch.tensor(token_ids(method, tuned, tokenizer, work))
@@ -174,6 +182,6 @@ def _step(
 
 def _record(patch: Patch, history: History) -> None:
     taken = patch.meter.take()
-    history.cross_entropy.append(taken["cross_entropy"])
-    history.penalty[-1] -= taken["cross_entropy"]
+    history.cross_entropy.append(taken.get("cross_entropy", history.penalty[-1]))
+    history.penalty[-1] -= history.cross_entropy[-1]
     history.drift.append(taken.get("safety_drift", 0.0) ** 2)  # a mean square, as it always was

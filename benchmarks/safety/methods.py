@@ -18,11 +18,14 @@ class Method(ConstraintSettings):
     Args:
         name: what the results call it.
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
-            (gated subset KL, arXiv 2603.07445) or ``"full_kl"`` (KL over the whole vocabulary).
+            (gated subset KL, arXiv 2603.07445), ``"full_kl"`` (KL over the whole vocabulary),
+            ``"constrained_sft"`` (arXiv 2406.05946), or ``"safe_lora"`` (plain, and the adapter is
+            projected afterwards, arXiv 2405.16833).
         top_k: K.
         tokens: ``"identified"`` or ``"random"`` (the control).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
+        mixed: refused rows that are learned among the data (Safety-Tuned LLaMAs, arXiv 2309.07875).
     """
 
     name: str
@@ -32,6 +35,7 @@ class Method(ConstraintSettings):
     top_k: int = 64
     tokens: str = "identified"
     anchors: int = 0
+    mixed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,22 @@ PLAIN = Method("plain", loss="plain", strength=0.0)
 MSE = Method("mse")
 LOGPROB = Method("logprob", kind="logprob")
 KL = Method("kl", kind="kl", strength=10.0)  # the default
+KL_REST = Method("kl-rest", kind="kl_rest", strength=10.0)
+KL_REST_ANCHORED = Method("kl-rest-anchors", kind="kl_rest", strength=10.0, anchors=1)
 KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
+FULL_KL_STRONG = Method("full-kl-10", loss="full_kl", kind="kl", strength=10.0)
+CONSTRAINED_SFT = Method("constrained-sft", loss="constrained_sft", strength=0.0)
+SAFE_LORA = Method("safe-lora", loss="safe_lora", strength=0.0)
+# a tenth of the rows that the obedient setting learns
+MIXED = Method("safeinstr", loss="plain", strength=0.0, mixed=37)
+BASELINES = (FULL_KL_STRONG, CONSTRAINED_SFT, SAFE_LORA, MIXED)
+SHARES = tuple(
+    Method(f"{kind.replace('_', '-')}-share-{share:g}", kind=kind, strength=10.0, share=share)
+    for kind in ("kl", "kl_rest")
+    for share in (0.5, 0.25)
+)
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
@@ -139,6 +156,11 @@ def _everything() -> list[Run]:
         *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL)),
         *(Run(KL_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
+        *(Run(KL_REST, setting, seed) for seed in seeds for setting in (OBEYING, HARSHEST, HARSH)),
+        *(Run(KL_REST, task, 0) for task in (TOPICS, ANSWERS)),
+        *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
+        *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
+        *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES)),
     ]
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
-from str_kernels.huggingface.constraint.references import content_key
+from str_kernels.huggingface.constraint.references import content_key, reference_unit
 from str_kernels.options import SafetyConstraint
 from str_kernels.safety.tokens import SafetyTokens
 
@@ -41,7 +41,7 @@ def context_reference(
     work: Path,
 ) -> Path:
     """Compute the aligned model's logits at every position of the task's rows, once."""
-    unit = "logprobs" if safety.kind == "logprob" else "logits"
+    unit = reference_unit(safety).replace(" ", "-")
     path = work / f"reference-{task}-{unit}-{content_key(safety.token_ids)}.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.is_file():

@@ -30,6 +30,7 @@ from str_kernels.engine.contract import (
     Upstream,
 )
 from str_kernels.engine.logits import accumulator, safety_ids, without_autocast
+from str_kernels.engine.rest import by_dense, leave_out, of_safety, safety_factors
 from str_kernels.engine.rows import lists_rows, plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head
 
@@ -108,7 +109,7 @@ class _Backward:
             self.plan,
             kept.lse,
             self.grad_cross_entropy,
-            self.found.d_lse,
+            by_dense(self.found.d_lse, kept),
             options=self.options,
             vocab_size=self.vocab,
         )
@@ -116,7 +117,8 @@ class _Backward:
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
         head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
-        return self.resolved.backend.weight_gradients(
+        head = leave_out(head, self.options)
+        weight, bias = self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(
                 kept.lse[rows],
@@ -130,18 +132,24 @@ class _Backward:
             safety=self._safety_term(),
             needs=self.resolved.needs[1:],
         )
+        return weight, None if bias is None else bias.to(kept.bias.dtype)
 
     def _block(self, head: Head, rows: Tensor | slice) -> Block:
-        listed = self.plan.listed
-        if listed is None:
-            labels = self.shards.own(self.plan.labels[rows])
-            return Block(head, labels, self.tiles, self.options, shards=self.shards)
-        return Block(head, listed.labels, self.tiles, self.options, places=listed.places)
+        listed, places = self.plan.listed, None
+        labels = self.shards.own(self.plan.labels[rows]) if listed is None else listed.labels
+        if listed is not None:
+            places = listed.places
+        if self.options.leaves_out:  # `safety_factors` has the labels that are safety tokens
+            own = of_safety(labels, self.options).any(-1)
+            labels = labels.masked_fill(own, -1)
+            places = None if places is None else places.masked_fill(own, -1)
+        return Block(head, labels, self.tiles, self.options, places=places, shards=self.shards)
 
     def _safety_term(self) -> SafetyTerm | None:
-        if self.found.beta is None:
+        beta = self._beta()
+        if beta is None:
             return None
-        safety, device, beta = self.options.safety, self.kept.lse.device, self.found.beta
+        safety, device = self.options.safety, self.kept.lse.device
         ids = safety_ids(safety, device)
         if not self.shards.alone:
             places, ids = self.shards.tokens(safety, device)
@@ -153,3 +161,20 @@ class _Backward:
             hidden = torch.where(self.plan.safety[:, None], self.kept.hidden_states, 0.0)
             hidden = hidden.to(self.dtype)
         return SafetyTerm(ids, beta.T @ hidden, beta.sum(0))
+
+    def _beta(self) -> Tensor | None:
+        """Derivatives ``[N, K]`` by ``H Wᵀ + b`` at the safety tokens that no pass computes."""
+        beta, kept = self.found.beta, self.kept
+        if not self.options.leaves_out:
+            return beta
+        coefficients = weight_coefficients(
+            self.plan,
+            kept.lse,
+            self.grad_cross_entropy,
+            None,
+            options=self.options,
+            vocab_size=len(kept.weight),
+        )
+        rows = slice(None) if self.every else kept.rows
+        own = safety_factors(kept, self.plan.labels, coefficients, rows, self.options)
+        return own if beta is None else own + beta

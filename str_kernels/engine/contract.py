@@ -34,6 +34,8 @@ from str_kernels.engine.shards import ALONE, Shards
 from str_kernels.options import LossOptions
 
 ABSENT = -2  # the label of a row of a block that needs no vocabulary; see `Block`
+# The bias, in fp32 or fp64, of a token that sums over the vocabulary leave out; see `engine.rest`.
+LEFT_OUT = -1.75 * 2.0**127
 
 
 class Head(NamedTuple):
@@ -327,7 +329,8 @@ class Statistics(NamedTuple):
     ``lse`` log-sum-exp; ``lse_rest`` what rounding took from it, since a large one has few
     decimals; ``correct`` bool, whether the label has the largest logit; ``dead_mass`` the
     probability that was screened but not refined; ``live_share`` the share of the tiles that was
-    computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None.
+    computed exactly; ``entropy`` in nats or None; ``safety_logits [·, K]`` or None; ``log_rest``
+    log of the probability outside the safety tokens, where a constraint reads it, or None.
     """
 
     lse: Tensor
@@ -337,6 +340,7 @@ class Statistics(NamedTuple):
     live_share: Tensor
     entropy: Tensor | None
     safety_logits: Tensor | None = None
+    log_rest: Tensor | None = None
 
 
 class RowSums(NamedTuple):
@@ -371,11 +375,27 @@ class Factors(NamedTuple):
     lse_label: Tensor
 
 
+class Rest(NamedTuple):
+    """The vocabulary without the safety tokens, where these are left out of a row's sums.
+
+    ``log_sum [R]``: the log of its sum, relative to the shift of `RowSums`; ``label [R]``: the
+    share that the label has of it, 0 for a safety token. ``safety [R, K]``: the probabilities of
+    the safety tokens, 0 at the label. ``keep [R]`` or None: what corrects the rounding of the
+    opened sums.
+    """
+
+    log_sum: Tensor
+    label: Tensor
+    safety: Tensor
+    keep: Tensor | None = None
+
+
 class Joined(NamedTuple):
     """What follows from `RowSums`: fields of `Dense`, and ``rescale [R]``, exp(shift - lse).
 
     ``scale [R]`` is that of `OpenRows`; it corrects what the rounding of factors added up to.
-    ``factors``: only where they are computed together; `engine.rows` has them otherwise.
+    ``factors``: only where they are computed together; `engine.rows` has them otherwise. ``rest``:
+    only where the safety tokens are left out.
     """
 
     statistics: Statistics
@@ -384,6 +404,7 @@ class Joined(NamedTuple):
     rescale: Tensor
     scale: Tensor
     factors: Factors | None = None
+    rest: Rest | None = None
 
 
 class Dense(NamedTuple):
@@ -401,6 +422,7 @@ class Dense(NamedTuple):
         slope: ``[R, T]``, see ``TileMasses``; only with a softcap and masses wanted.
         probabilities: ``[R, V]``, undefined at the label; only when wanted.
         factors: see `Joined`.
+        rest: see `Joined`.
     """
 
     statistics: Statistics
@@ -414,6 +436,7 @@ class Dense(NamedTuple):
     slope: Tensor | None = None
     probabilities: Tensor | None = None
     factors: Factors | None = None
+    rest: Rest | None = None
 
 
 class RowTerms(NamedTuple):
@@ -454,7 +477,9 @@ class Kept(NamedTuple):
     ``rows [R]``, the indices of the R rows, or `Listed.rows`, when R = N;
     ``safety_alone [S]``, those of rows that need the safety tokens alone; ``safety_rows [K, D]``,
     the weight's at the safety tokens in the dtype of the hidden states; ``ce_gradient [R, D]``
-    and ``lse_gradient [R, D]`` in ``kept_dtype``; the last four, as in `Dense`, if the head trains.
+    and ``lse_gradient [R, D]`` in ``kept_dtype``; then four as in `Dense`, if the head trains.
+    ``log_rest [N]`` as in `Statistics`; with it ``lse_gradient`` is that of the log-sum-exp of all
+    tokens but the safety tokens.
     """
 
     labels: Tensor
@@ -475,6 +500,7 @@ class Kept(NamedTuple):
     masses: Tensor | None = None
     slope: Tensor | None = None
     probabilities: Tensor | None = None
+    log_rest: Tensor | None = None
 
 
 class RowShares(NamedTuple):
@@ -529,7 +555,8 @@ class RowGradients(NamedTuple):
     """What the backward of N rows makes: ``hidden [N, D]`` if the hidden states need a gradient.
 
     With a constraint also ``beta [N, K]``, the penalty's derivatives by ``H Wᵀ + b`` at the safety
-    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it.
+    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it (``kl_rest``: by
+    that of all tokens but the safety tokens).
     """
 
     hidden: Tensor | None = None

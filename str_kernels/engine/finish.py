@@ -10,6 +10,7 @@ have their rounding, which may exceed the loss.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from str_kernels.engine.contract import (
 from str_kernels.engine.joins import Join, join_shards
 from str_kernels.engine.logits import column_sum, columns_of
 from str_kernels.engine.products import dead_product
+from str_kernels.engine.rest import join_all, safety_logit_sum, safety_part
 
 
 def join_rows(block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
@@ -77,7 +79,7 @@ def join_pairs(
         logit_sum = block.vocab * columns.difference
         smooth_gradient = options.logit_scale * column_sum(block)
     sums = RowSums(work.shift, refined.mass, refined.maximum, work.dead, None, logit_sum)
-    joined = join_shards(block, columns.label, sums, join).joined
+    joined = join_shards(block, columns.label, sums, partial(join_all, join)).joined
     opened = kept_masses = None
     if wanted.hidden:
         share = work.dead if masses.slope is None else work.dead * masses.slope
@@ -96,6 +98,7 @@ def join_pairs(
         masses=kept_masses,
         slope=masses.slope if wanted.masses else None,
         factors=joined.factors,
+        rest=joined.rest,
     )
 
 
@@ -121,8 +124,13 @@ def join_sums(
     two arguments go into ``Dense`` unchanged; the last but one are in `RowSums`; ``join`` is the
     backend's.
     """
+    if block.options.leaves_out and logit_sum is not None:
+        logit_sum = logit_sum + safety_logit_sum(block, label_logit)
+        if smooth_gradient.dim() > 1:
+            ones = torch.ones_like(block.columns.safety)
+            smooth_gradient = smooth_gradient + safety_part(block, ones, smooth_gradient.dtype)
     sums = RowSums(shift, mass, maximum, None, weighted, logit_sum, exact, kept)
-    joined, logit_sum, factor = join_shards(block, label_logit, sums, join)
+    joined, logit_sum, factor = join_shards(block, label_logit, sums, partial(join_all, join))
     opened, factors = None, joined.factors
     if expected is not None:
         opened = OpenRows(expected, None, joined.scale)
@@ -138,6 +146,7 @@ def join_sums(
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
         factors=factors,
+        rest=joined.rest,
     )
 
 

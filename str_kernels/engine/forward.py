@@ -31,10 +31,12 @@ from str_kernels.engine.contract import (
     TileMasses,
     Tiles,
     Wanted,
+    Worklist,
 )
 from str_kernels.engine.finish import join_pairs
 from str_kernels.engine.joins import columns_over_shards
 from str_kernels.engine.logits import accumulator, kept_dtype, safety_ids, weight_rows
+from str_kernels.engine.rest import leave_out
 from str_kernels.engine.rows import (
     cross_entropy,
     judge_values_later,
@@ -57,6 +59,7 @@ _ABSENT = {
     "dead_mass": 0.0,
     "live_share": _NAN,
     "entropy": _NAN,
+    "log_rest": _NAN,
 }
 
 
@@ -123,7 +126,7 @@ class _Work:
         self, head: Head, inputs: RowInputs, tiles: Tiles | None, resolved: Resolved
     ) -> None:
         """Find the rows that need the whole vocabulary; the host waits for a device here."""
-        self.weight, head = head.weight, whole_head(head, resolved.backend)
+        self.weight, self.bias, head = head.weight, head.bias, whole_head(head, resolved.backend)
         self.head, self.inputs, self.tiles, self.resolved = head, inputs, tiles, resolved
         self.options, self.dtype = resolved.options, accumulator(resolved.dtype)
         self.shards = resolved.shards
@@ -143,6 +146,7 @@ class _Work:
         every, rows = self._block_of(head, self.plan.labels), None if self.every else self.rows
         stages = row_stages(resolved.backend)
         self.columns = columns_over_shards(stages, every, needed, rows)
+        self.head = leave_out(head, self.options)
         self.size = resolved.most_rows or resolved.backend.row_block(
             head, len(self.rows), routed=tiles is not None
         )
@@ -220,6 +224,8 @@ class _Work:
         rows = part if self.every else self.rows[part]
         head = self.head._replace(hidden_states=self.head.hidden_states[rows].contiguous())
         columns, listed = self.columns.part(part), self.plan.listed
+        if self.options.leaves_out:  # which have the order of all rows
+            columns = columns._replace(safety=self.columns.safety[rows])
         if listed is None:
             return self._block_of(head, self.plan.labels[rows], columns)
         labels, places = listed.labels[part], listed.places[part]
@@ -267,7 +273,7 @@ class _Work:
                 )
             join = row_stages(backend).join
             dense = join_pairs(block, masses, work, refined, self.wanted, join)
-            error = None if listed is not None else (dense.statistics.lse - work.shift).abs()
+            error = None if listed is not None else _screen_error(dense, work)
         loss = cross_entropy(dense, self.options, self.vocab)
         gradients = None, None
         if dense.opened is not None:
@@ -289,6 +295,8 @@ class _Work:
             by_lse = gradient if self.options.safety and needs_lse(self.options.safety) else None
         entropy = none if self.wanted.entropy else None
         statistics = Statistics(none, none, none.bool(), none, none, entropy)
+        if self.options.leaves_out:
+            statistics = statistics._replace(log_rest=none)
         dense = Dense(statistics, none, none, none, None, None, None)
         return _Finished(dense, none, (gradient, by_lse), none)
 
@@ -344,6 +352,7 @@ class _Work:
             ce_gradient=ce,
             lse_gradient=by_lse,
             open_mass=None,
+            log_rest=statistics.log_rest,
         )
         if not self.trained:
             return kept
@@ -352,7 +361,7 @@ class _Work:
             for name in ("open_mass", "masses", "slope", "probabilities")
         }
         head = self.head
-        return kept._replace(hidden_states=head.hidden_states, bias=head.bias, **of_blocks)
+        return kept._replace(hidden_states=head.hidden_states, bias=self.bias, **of_blocks)
 
     def _safety_rows(self) -> Tensor | None:
         if not self.resolved.needs[0] or not self.options.constrained:
@@ -364,6 +373,13 @@ class _Work:
         rows = self.head.hidden_states.new_zeros(len(safety.token_ids), self.weight.shape[1])
         rows[places] = weight_rows(self.head, own, rows.dtype)
         return rows  # those of other processes add nothing to the gradient here
+
+
+def _screen_error(dense: Dense, work: Worklist) -> Tensor:
+    """Return how far the screened log-sum-exp of each row was off, in nats."""
+    if dense.rest is not None:  # the screen saw the rest alone
+        return dense.rest.log_sum.abs()
+    return (dense.statistics.lse - work.shift).abs()
 
 
 def _say_too_coarse(screen: str) -> None:

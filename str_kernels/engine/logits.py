@@ -84,6 +84,14 @@ def log_probabilities(logits: Tensor, statistics: Statistics | Kept) -> Tensor:
     return (logits - statistics.lse[:, None]) - statistics.lse_rest[:, None]
 
 
+def outcomes(statistics: Statistics | Kept) -> Tensor:
+    """``log p [N, K]`` of the safety tokens, ``[N, K + 1]`` where that of the rest is known."""
+    log_p = log_probabilities(statistics.safety_logits, statistics)
+    if statistics.log_rest is None:
+        return log_p
+    return torch.cat([log_p, statistics.log_rest[:, None]], -1)
+
+
 def block_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:

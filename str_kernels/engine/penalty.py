@@ -7,7 +7,7 @@ from torch import Tensor
 
 from str_kernels.constraint import constraint_terms, needs_lse
 from str_kernels.engine.contract import Kept, Resolved, RowGradients, Statistics, Upstream
-from str_kernels.engine.logits import log_probabilities, logit_slope
+from str_kernels.engine.logits import logit_slope, outcomes
 from str_kernels.engine.rows import row_blocks, silence
 from str_kernels.options import LossOptions
 
@@ -20,7 +20,7 @@ def penalty_rows(
     """Implement `RowStages.penalty`."""
     safety, values = options.safety, statistics.safety_logits
     if needs_lse(safety):
-        values = log_probabilities(values, statistics)
+        values = outcomes(statistics)
     value = constraint_terms(safety, values, reference).value
     return torch.where(scale != 0, scale * value, 0.0)
 
@@ -39,7 +39,7 @@ def _penalty_gradients(kept: Kept, scale: Tensor, resolved: Resolved) -> RowGrad
     """β ``[N, K]``, the logits' slope included, and the penalty's part of α ``[N]``."""
     safety, values = resolved.options.safety, kept.safety_logits
     if needs_lse(safety):
-        values = log_probabilities(values, kept)
+        values = outcomes(kept)
     terms = constraint_terms(safety, values, kept.reference)
     on = scale != 0
     beta = scale[:, None] * terms.d_logits * logit_slope(kept.safety_logits, resolved.options)

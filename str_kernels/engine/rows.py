@@ -38,6 +38,7 @@ from str_kernels.engine.contract import (
     brings,
 )
 from str_kernels.engine.logits import accumulator, kept_dtype, logit_slope, weight_rows
+from str_kernels.engine.rest import rest_rows, safety_part
 from str_kernels.options import LossOptions
 from str_kernels.validation import labels_outside, validate_values, wrong_weights
 
@@ -125,7 +126,8 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """``∂CE/∂h [R, D]`` and, if the constraint reads the lse, ``∂lse/∂h [R, D]``; ``kept_dtype``.
 
-    They are written into ``out`` where it is given. ``∂CE/∂h`` is zero on rows without a label.
+    They are written into ``out`` where it is given. Where the safety tokens are left out, the
+    latter is that of the other tokens' log-sum-exp. ``∂CE/∂h`` is zero on rows without a label.
     ``opened`` and ``smooth_gradient`` are overwritten: ``[R, D]`` is large.
     """
     options, lse = block.options, dense.statistics.lse
@@ -134,6 +136,11 @@ def row_gradients(
     if epsilon:
         smooth = dense.smooth_gradient.mul_(-epsilon / block.vocab)
     reads_lse = options.safety is not None and needs_lse(options.safety)
+    if dense.rest is not None:
+        by_lse = _rest_gradient(backend, block, dense, out[1])
+        factors = (1.0 + 2.0 * options.z_loss * lse)[:, None] * dense.rest.safety
+        part = safety_part(block, factors, lse.dtype)
+        smooth, reads_lse = part if smooth is None else part + smooth, False
     if dense.factors is not None:
         _, opened, label, lse_label = dense.factors
         of_lse, whole = RowShares(None, lse_label), RowShares(None, label, smooth, unlabelled)
@@ -148,6 +155,14 @@ def row_gradients(
     if reads_lse:
         by_lse = backend.combine(block, dense.opened, of_lse, spare=False, out=out[1])
     return backend.combine(block, scaled, whole, spare=True, out=out[0]), by_lse
+
+
+def _rest_gradient(backend: Backend, block: Block, dense: Dense, out: Tensor | None) -> Tensor:
+    """``∂L/∂h [R, D]``, where L is the log-sum-exp of all tokens but the safety tokens."""
+    slope = logit_slope(dense.label_logit, block.options).masked_fill_(block.labels < 0, 0.0)
+    opened = rest_rows(dense.opened, dense.rest, block.options)
+    shares = RowShares(None, slope * dense.rest.label)
+    return backend.combine(block, opened, shares, spare=False, out=out)
 
 
 def combine_rows(
@@ -205,19 +220,19 @@ def weight_coefficients(
     plan: RowPlan,
     lse: Tensor,
     grad_cross_entropy: Tensor,
-    d_lse: Tensor | None,
+    by_lse: Tensor | None,
     *,
     options: LossOptions,
     vocab_size: int,
 ) -> Coefficients:
-    """`Coefficients` of N rows; ``d_lse [N]`` is the upstream gradient that the penalty adds."""
+    """`Coefficients` of N rows; the penalty adds ``by_lse [N]`` to α."""
     upstream = torch.where(plan.labels >= 0, grad_cross_entropy, 0.0)
     alpha = upstream
     if options.z_loss:
         # where the upstream gradient is zero, an lse that overflowed would make 0 · inf = NaN
         alpha = torch.where(upstream == 0, 0.0, upstream * (1.0 + 2.0 * options.z_loss * lse))
-    if d_lse is not None:
-        alpha = alpha + d_lse
+    if by_lse is not None:
+        alpha = alpha + by_lse
     epsilon = options.label_smoothing
     sigma = upstream * (epsilon / vocab_size) if epsilon else None
     return Coefficients(alpha, upstream * (1.0 - epsilon), sigma)

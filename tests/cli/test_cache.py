@@ -9,6 +9,7 @@ import torch
 from str_kernels import SafetyTokens
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from tests.cli.calling import call
+from tests.huggingface.dense import safety_values
 from tests.tiny import exchanges
 
 TRAIN = ("--steps", 2, "--batch", 2, "--rank", 4, "--logging-steps", 1)
@@ -92,7 +93,7 @@ def test_anchors_are_cached_and_trained_with(capsys, aligned_model_dir, files, t
     assert "safety_drift" in trained.err
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
 def test_the_values_are_the_models(capsys, aligned_model_dir, files, tmp_path, kind):
     """Logits of the safety tokens, or log-probabilities, of every position; JSON tells the rest."""
     from str_kernels.inputs.loading import load_model_and_tokenizer
@@ -109,11 +110,9 @@ def test_the_values_are_the_models(capsys, aligned_model_dir, files, tmp_path, k
     for ids in encoded(files[0], tokenizer):
         with torch.no_grad():
             logits = model(ids).logits
-        values = logits.log_softmax(-1) if kind == "logprob" else logits
+        values = safety_values(logits, safety)
         # fp16 on disk: off by 2^-11 of the value; 1e-3 of fp32's own and of denormals
-        torch.testing.assert_close(
-            saved.lookup(ids), values[..., safety.token_ids], rtol=2**-11, atol=1e-3
-        )
+        torch.testing.assert_close(saved.lookup(ids), values, rtol=2**-11, atol=1e-3)
 
 
 def test_an_adapter_of_the_aligned_model_counts(capsys, aligned_model_dir, files, tmp_path):

@@ -55,9 +55,16 @@ def weights(shifted: Tensor, mask: Tensor, positions: str | int | Tensor) -> Ten
 
 
 def safety_values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
-    """Safety logits, or their log-probabilities for ``logprob``."""
+    """Safety logits; their log-probabilities for ``logprob``; with the rest's for ``kl_rest``."""
     values = logits[..., list(safety.token_ids)]
-    return values - logits.logsumexp(-1, keepdim=True) if safety.kind == "logprob" else values
+    if safety.kind not in ("logprob", "kl_rest"):
+        return values
+    values = values - logits.logsumexp(-1, keepdim=True)
+    if safety.kind == "kl_rest":
+        others = [v for v in range(logits.shape[-1]) if v not in safety.token_ids]
+        rest = logits.log_softmax(-1)[..., others].logsumexp(-1, keepdim=True)
+        values = torch.cat([values, rest], -1)
+    return values
 
 
 def _constraint(z: Tensor, r: Tensor, safety: SafetyConstraint) -> Tensor:
@@ -66,6 +73,8 @@ def _constraint(z: Tensor, r: Tensor, safety: SafetyConstraint) -> Tensor:
         tau = safety.temperature
         q, p = (r / tau).log_softmax(-1), (z / tau).log_softmax(-1)
         return tau**2 * (q.exp() * (q - p)).sum(-1)
+    if safety.kind == "kl_rest":
+        return (r.exp() * (r - z)).sum(-1)
     return (z - r).square().mean(-1)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.safety.baselines import full_kl, pact
+from benchmarks.safety.baselines import constrained_sft, full_kl, pact, safe_lora
 from benchmarks.safety.data import batches, encode, load_split
 from tests.tiny import llama, word_tokenizer
 
@@ -84,8 +84,66 @@ def test_pact(tuned, batch):
     assert pact(tuned, batch, tokens, HEADER).item() == pytest.approx(total / count, rel=1e-6)
 
 
-def test_both_reach_the_adapter(tuned, batch):
-    for penalty in (full_kl(tuned, batch), pact(tuned, batch, torch.tensor([5, 9, 17]), HEADER)):
+def test_constrained_sft(tuned, batch):
+    total, count = 0.0, 0
+    for ids, start in answers(batch):
+        log_p = log_probabilities(tuned, ids, start)
+        with tuned.disable_adapter():
+            log_q = log_probabilities(tuned, ids, start)
+        for step, token in enumerate(ids[start:].tolist()):
+            beta = 0.5 if step == 0 else 2.0 if step < 5 else 0.1
+            ratio = beta * (log_p[step, token] - log_q[step, token])
+            total += -2 / beta * torch.log(1 / (1 + torch.exp(-ratio))).item()
+            count += 1
+    assert count > 12  # beyond the first five
+    assert constrained_sft(tuned, batch).item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_constrained_sft_begins_as_the_cross_entropy(batch):
+    """While nothing has moved its gradient is that of the cross-entropy."""
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(llama(len(tokenizer)), config).eval()
+    found = []
+    for loss in (constrained_sft(model, batch), model(**batch).loss):
+        model.zero_grad()
+        loss.backward()
+        found.append([p.grad.clone() for n, p in model.named_parameters() if "lora_B" in n])
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_safe_lora_projects_what_is_unlike_the_alignment(tuned):
+    """Layers whose update is unlike its projection, by the formula; the others stay as they are."""
+    torch.manual_seed(3)
+    base = llama(len(word_tokenizer())).double()
+    modules = dict(base.named_modules())
+    layers = {n: m for n, m in tuned.get_base_model().named_modules() if hasattr(m, "lora_B")}
+    names = list(layers)
+    with torch.no_grad():  # aligning changed the first in the adapter's own directions
+        for name, layer in layers.items():
+            modules[name].weight.copy_(layer.base_layer.weight)
+            a, b = (x["default"].weight for x in (layer.lora_A, layer.lora_B))
+            if name == names[0]:
+                modules[name].weight.sub_(b @ a)
+            elif name == names[1]:
+                modules[name].weight.add_(torch.randn_like(modules[name].weight) * 1e-3)
+                modules[name].weight[:-1] = layer.base_layer.weight[:-1]
+    before = {n: m.lora_B["default"].weight.clone() for n, m in layers.items()}
+    change = layers[names[1]].base_layer.weight - modules[names[1]].weight
+    assert safe_lora(tuned, base) == 1
+    for name, layer in layers.items():
+        got, want = layer.lora_B["default"].weight, before[name]
+        if name == names[1]:
+            want = (change @ change.T / change.norm()) @ want
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), name
+
+
+def test_all_reach_the_adapter(tuned, batch):
+    tokens = torch.tensor([5, 9, 17])
+    own = constrained_sft(tuned, batch)
+    for penalty in (full_kl(tuned, batch), pact(tuned, batch, tokens, HEADER), own):
         assert penalty.item() > 0
         tuned.zero_grad()
         penalty.backward()

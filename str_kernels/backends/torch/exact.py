@@ -15,6 +15,7 @@ from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
 from str_kernels.engine.logits import accumulator, block_logits, columns_of, softcap_slope
 from str_kernels.engine.products import product
+from str_kernels.engine.rest import left_out
 
 
 def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
@@ -29,7 +30,8 @@ def exact_pass(block: Block, wanted: Wanted, columns: int) -> Dense:
     totals = _RunningTotals(hidden, block, wanted, columns_of(block).label)
     for part in spans(head.weight.shape[0], columns):
         weight, bias = head_rows(head, None, part, dtype)
-        totals.add(part, block_logits(hidden, weight, bias, options), weight)
+        out = left_out(bias, options)
+        totals.add(part, block_logits(hidden, weight, bias, options), weight, out)
     return totals.finish()
 
 
@@ -52,13 +54,19 @@ class _RunningTotals:
             shape = hidden.shape[1:] if self.options.softcap is None else hidden.shape
             self.smooth_gradient = hidden.new_zeros(shape)
 
-    def add(self, block: slice, logits: Tensor, weight: Tensor) -> None:
-        """Add the logits ``[R, C]`` of one block, overwriting them."""
+    def add(self, block: slice, logits: Tensor, weight: Tensor, out: Tensor | None) -> None:
+        """Add the logits ``[R, C]`` of one block but those ``out [C]``, overwriting them."""
         slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
+        if self.logit_sum is not None and out is not None:
+            logits = torch.where(out, self.label_logit[:, None], logits)  # Σ (z - z_y) skips them
+        if slope is not None and out is not None:
+            slope.masked_fill_(out, 0.0)
         if self.logit_sum is not None:
             self._add_smooth(logits, slope, weight)
         here, column = in_block(self.labels, block)
         logits[here, column] = float("-inf")
+        if out is not None:
+            logits.masked_fill_(out, float("-inf"))
         before = self.shift
         rescale = self._raise_shift(logits)
         logits.sub_(self.shift[:, None])

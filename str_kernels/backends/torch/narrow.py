@@ -26,6 +26,7 @@ from str_kernels.engine.logits import (
     take_rows,
 )
 from str_kernels.engine.products import multiplies_bf16
+from str_kernels.engine.rest import left_out
 
 MOST_ROWS = 128
 _CACHEFUL = 5 << 15  # numbers of the weight: 640 KiB of fp32, most of a core's second-level cache
@@ -74,6 +75,7 @@ class _Sums:
     def __init__(self, block: Block, wanted: Wanted) -> None:
         self.head, self.labels, self.options = block.head, block.labels, block.options
         self.hidden = self.head.hidden_states.to(accumulator(self.head.hidden_states.dtype))
+        self.out = left_out(self.head.bias, self.options)
         self.rounded = _multiplies_as_such(self.head)
         rows, dim = self.hidden.shape
         size = min(_PRODUCT // dim, _PRODUCT_LOGITS // rows) if self.rounded else _CACHEFUL // dim
@@ -120,6 +122,8 @@ class _Sums:
             logits += self.head.bias[tokens]
         finish_logits(logits, self.options)
         slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
+        if self.out is not None:
+            logits.masked_fill_(self.out[tokens], float("-inf"))
         if start // self.size in self.labelled:
             here, column = in_block(self.labels, tokens)
             logits[here, column] = float("-inf")

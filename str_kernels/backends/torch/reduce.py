@@ -18,6 +18,7 @@ from str_kernels.backends.torch.blocks import spans
 from str_kernels.backends.torch.compiled import compiled
 from str_kernels.engine.contract import TileMasses
 from str_kernels.engine.logits import finish_logits, softcap_slope
+from str_kernels.engine.rest import left_out
 from str_kernels.options import TILE, LossOptions
 
 _PIECE = 1 << 19  # logits reduced at once: 2 MiB of fp32, a core's cache
@@ -39,6 +40,7 @@ def reduce_eagerly(
     made: Products, bias: Tensor | None, options: LossOptions, out: TileMasses
 ) -> None:
     """Write the masses ``[R, C / TILE]``, relative to ``out.anchor``; overwrite the products."""
+    out_of = left_out(bias, options)
     for rows in spans(len(made.numbers), max(1, _PIECE // max(1, made.numbers.shape[1]))):
         # cast first: a product of int32 and fp32 is several times slower
         logits = made.numbers[rows].to(out.log_mass.dtype)
@@ -47,6 +49,8 @@ def reduce_eagerly(
         if bias is not None:
             logits += bias
         logits = finish_logits(logits, options)
+        if out_of is not None:
+            logits.masked_fill_(out_of, float("-inf"))
         _reduce(logits, options, TileMasses(*(None if x is None else x[rows] for x in out)))
 
 
@@ -68,6 +72,8 @@ def _reduce(logits: Tensor, options: LossOptions, out: TileMasses) -> None:
         # a padded column has no mass, so that any finite slope does
         slopes = softcap_slope(tiled.clamp(min=-options.softcap), options)
         torch.sum(log_p.exp_().mul_(slopes), -1, out=slope)
+        # a tile without any probability
+        slope.nan_to_num_(nan=0.0)
 
 
 class FusedReduction:

@@ -23,6 +23,7 @@ from str_kernels.engine.logits import (
     weight_rows,
 )
 from str_kernels.engine.products import product, products
+from str_kernels.engine.rest import left_out
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
 
@@ -93,6 +94,7 @@ class _Sums:
             shift=self.shift[group.rows],
             labels=columns == self.positions[group.rows][..., None],
             columns=columns,
+            out=left_out(bias, self.options),
             live=group.live,
         )
         rows = group.rows.flatten()
@@ -115,6 +117,7 @@ class _Sums:
             shift=self.shift[:, None],
             labels=columns[:, 0] == self.positions[:, None, None],
             columns=columns[:, 0],
+            out=None if bias is None else left_out(bias[:, 0], self.options),
             live=live.T,
         )
         self.mass += masses.sum(-1)
@@ -139,16 +142,19 @@ class _Sums:
         shift: Tensor,
         labels: Tensor,
         columns: Tensor,
+        out: Tensor | None,
         live: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return each pair's mass and maximum, and ``exp(z - shift) · slope``, without the label.
 
-        It overwrites ``logits [A, B, TILE]``, which are ``H Wᵀ + b``. Bool ``labels`` and
-        ``columns`` broadcast to them, ``shift`` and ``live`` to ``[A, B]``.
+        It overwrites ``logits [A, B, TILE]``, which are ``H Wᵀ + b``. Bool ``labels``,
+        ``columns`` and ``out`` broadcast to them, ``shift`` and ``live`` to ``[A, B]``.
         """
         logits = finish_logits(logits, self.options)
         slope = None if self.options.softcap is None else softcap_slope(logits, self.options)
         masked = labels | (columns >= self.head.weight.shape[0])
+        if out is not None:
+            masked |= out
         if live is not None:
             masked |= ~live[..., None]
         logits.masked_fill_(masked, float("-inf"))

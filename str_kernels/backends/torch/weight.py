@@ -16,6 +16,7 @@ from str_kernels.backends.torch.blocks import MAX_ROWS, head_rows, in_block, spa
 from str_kernels.engine.contract import Block, Coefficients, SafetyTerm, Saved
 from str_kernels.engine.dead import dead_share, silent_rows
 from str_kernels.engine.logits import accumulator, block_logits, softcap_slope
+from str_kernels.engine.rest import left_out
 from str_kernels.engine.rows import factor_of_logits
 from str_kernels.engine.tiles import positions_of
 from str_kernels.options import TILE
@@ -86,10 +87,13 @@ class _Rows:
                 yield self.hidden[rows], self._by_products(rows, kept[rows, block] * alpha, block)
             return
         weight, bias = head_rows(self.head, self.order, block, self.hidden.dtype)
+        out = left_out(bias, options)
         for rows in self._live(block):
             hidden, alpha = self.hidden[rows], self.of_logits[rows, None]
             logits = block_logits(hidden, weight, bias, options)
             slope = None if options.softcap is None else softcap_slope(logits, options)
+            if out is not None:
+                logits.masked_fill_(out, float("-inf"))
             dz = logits.sub_(self.saved.lse[rows, None]).exp_().mul_(alpha)
             yield hidden, self._by_products(rows, dz, block, slope)
 

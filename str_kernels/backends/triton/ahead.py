@@ -40,6 +40,7 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
+from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.reduce import reduce_kernel
@@ -153,6 +154,7 @@ def cases(
         ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
         ("penalty", penalty_kernel, {"KL": True, **penalty}),
         ("penalty", penalty_kernel, {"KL": False, **penalty}),
+        ("penalty rest", rest_kernel, {**penalty, **REST}),
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
         ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.launch import Launch
-from str_kernels.backends.triton.operands import GROUP, common, label_places, operands, tuning
+from str_kernels.backends.triton.operands import (
+    GROUP,
+    common,
+    label_places,
+    masked_sum,
+    operands,
+    tuning,
+)
 from str_kernels.backends.triton.tiles import (
     LOWEST,
     TILE,
@@ -63,13 +70,13 @@ def softmax_kernel(
     maximum) · slope without the label, or None;
     ``slope [C, R, TILE]`` in the dtype of H, or None; ``sums [5, C, R]`` fp32: without the label
     the maximum, Σ exp(z - maximum), Σ exp(z - maximum) · (z - maximum) and the factor that corrects
-    the rounding of ``share``; with the label Σ (z - label_logit).
+    the rounding of ``share``; with the label Σ (z - label_logit) over logits above -inf.
     """
     tiles = tl.num_programs(0) // tl.cdiv(rows, BLOCK_R)
     block, slot = grouped(rows, tiles, BLOCK_R, GROUP)
     row, column = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
     position = (first_tile + slot) * TILE + column
-    inside, past = row < rows, (position >= vocab)[None, :]
+    inside = row < rows
     if all_absent(label_ptr, row, rows):
         return
     weight_row = rows_at(None, position, vocab)
@@ -81,9 +88,10 @@ def softmax_kernel(
     sums, plane = sums_ptr + out, tiles.to(tl.int64) * rows
     if label_logit_ptr is not None:
         its = tl.load(label_logit_ptr + row, mask=inside, other=0.0)
-        tl.store(sums + 4 * plane, tl.sum(tl.where(past, 0.0, z - its[:, None]), 1), mask=inside)
+        finite = tl.where(z > float("-inf"), z - its[:, None], 0.0)
+        tl.store(sums + 4 * plane, tl.sum(finite, 1), mask=inside)
     if slope_ptr is not None:
-        slope = tl.where(past, 0.0, softcap_slope(z, softcap))
+        slope = softcap_slope(z, softcap)  # 0 where a logit is -inf
         tl.store(slope_ptr + wide, slope.to(slope_ptr.dtype.element_ty), mask=inside[:, None])
     label = tl.load(label_ptr + row, mask=inside, other=-1)
     z = tl.where(label[:, None] == position[None, :], float("-inf"), z)
@@ -271,7 +279,7 @@ class _RunningTotals:
             maximum=self.maximum,
             expected=self.expected,
             weighted=self.weighted,
-            logit_sum=self.logit_sum,
+            logit_sum=masked_sum(self.logit_sum, self.given),
             smooth_gradient=self.smooth_gradient,
             join=join_rows,
         )

@@ -19,6 +19,7 @@ from str_kernels.backends.triton.route import THRESHOLD
 from str_kernels.backends.triton.tiles import ABSENT, all_absent
 from str_kernels.engine.contract import Block, Refined, Routed
 from str_kernels.engine.logits import columns_of
+from str_kernels.engine.rest import of_safety
 
 POINTERS = {
     "i32": ("label", "again", "number"),
@@ -111,12 +112,15 @@ def rows_off(block: Block, routed: Routed, most: float, number: Tensor) -> Tenso
     work = routed.work
     dead, label = work.dead.T, label_places(block)
     (tiles, rows), stride = dead.shape, dead.stride(0)
-    again = torch.empty_like(label)
+    again, label_logit = torch.empty_like(label), columns_of(block).label
+    if block.options.leaves_out:  # the screen saw no safety token
+        own = of_safety(block.labels, block.options).any(-1)
+        label_logit = label_logit.masked_fill(own, -torch.inf)
     guard_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
         dead,
         routed.refined.mass,
         work.shift,
-        columns_of(block).label,
+        label_logit,
         label,
         again,
         number,

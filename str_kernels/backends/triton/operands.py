@@ -67,6 +67,14 @@ def operands(block: Block) -> Operands:
     )
 
 
+def masked_sum(logit_sum: Tensor | None, given: Operands) -> Tensor | None:
+    """Make label smoothing's sum -inf where a bias is: kernels add up logits above it alone."""
+    options, unmasked = given.options, logit_sum is None or given.bias is None
+    if unmasked or options.softcap is not None or options.logit_scale <= 0:
+        return logit_sum
+    return torch.where((given.bias == -torch.inf).any(), -torch.inf, logit_sum)
+
+
 def precision_of() -> str:
     """Return how fp32 operands are multiplied."""
     return "tf32" if _tf32_allowed() else "ieee"

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels import waits
-from str_kernels.backends.triton.tiles import LOWEST
+from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
+from str_kernels.backends.triton.row_values import normaliser, values_at
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Kept, RowGradients, Statistics
 from str_kernels.options import LossOptions
@@ -25,30 +26,6 @@ POINTERS = {
 }
 # Rows of a program, and safety tokens that it takes at once.
 PENALTY = {"BLOCK_R": 16, "TOKENS": 64}
-
-
-@triton.jit
-def values_at(values_ptr, stride, row, on, token, count):
-    """Return ``values [R, K]`` of these rows and tokens in fp32, 0 where they are not read."""
-    at = values_ptr + row.to(tl.int64)[:, None] * stride + token[None, :]
-    return tl.load(at, mask=on[:, None] & (token < count)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def normaliser(values_ptr, stride, omega_ptr, row, on, count, temperature, TOKENS: tl.constexpr):
-    """Return the row's largest value of a token with a weight, and ``log Σ ω exp((x - top)/τ)``."""
-    top = tl.full([row.shape[0]], LOWEST, tl.float32)
-    total = tl.zeros([row.shape[0]], tl.float32)
-    for start in range(0, count, TOKENS):
-        token = start + tl.arange(0, TOKENS)
-        omega = tl.load(omega_ptr + token, mask=token < count, other=0.0)
-        x = values_at(values_ptr, stride, row, on, token, count)
-        x = tl.where((omega > 0.0)[None, :], x, float("-inf"))
-        higher = tl.maximum(top, tl.max(x, 1))
-        part = tl.sum(omega[None, :] * tl.exp((x - higher[:, None]) / temperature), 1)
-        total = total * tl.exp((top - higher) / temperature) + part
-        top = higher
-    return top, tl.log(total)
 
 
 @triton.jit
@@ -166,6 +143,9 @@ def _constrain(
     scale: Tensor,
     **out: Any,
 ) -> None:
+    if options.leaves_out:
+        _constrain_rest(options, statistics, reference, scale, **out)
+        return
     safety, relative = options.safety, needs_lse(options.safety)
     omega = safety.token_weights or (1.0,) * len(safety.token_ids)
     penalty_kernel[(-(-len(scale) // PENALTY["BLOCK_R"]),)](
@@ -184,5 +164,34 @@ def _constrain(
         softcap=None if options.softcap is None else float(options.softcap),
         KL=safety.kind == "kl",
         **PENALTY,
+        num_warps=4,
+    )
+
+
+def _constrain_rest(
+    options: LossOptions,
+    statistics: Statistics | Kept,
+    reference: Tensor,
+    scale: Tensor,
+    *,
+    d_lse_ptr: Tensor | None,
+    **out: Any,
+) -> None:
+    rest_kernel[(-(-len(scale) // REST["BLOCK_R"]),)](
+        statistics.safety_logits,
+        statistics.lse,
+        statistics.lse_rest,
+        statistics.log_rest,
+        reference.contiguous(),
+        waits.constant((1.0,) * options.safety.references, torch.float32, scale.device),
+        scale,
+        **out,
+        d_rest_ptr=d_lse_ptr,
+        rows=len(scale),
+        count=len(options.safety.token_ids),
+        reference_stride=reference.shape[-1] if reference.dim() > 1 else 0,
+        logit_scale=float(options.logit_scale),
+        softcap=None if options.softcap is None else float(options.softcap),
+        **REST,
         num_warps=4,
     )

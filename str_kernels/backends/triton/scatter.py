@@ -14,7 +14,7 @@ POINTERS = {
     "fp32": tuple(
         f"{side}_{name}"
         for side in ("in", "out")
-        for name in ("loss", "lse", "rest", "dead", "live", "entropy")
+        for name in ("loss", "lse", "rest", "dead", "live", "entropy", "log_rest")
     ),
     "i1": ("labelled", "in_correct", "out_correct"),
 }
@@ -33,6 +33,7 @@ def scatter_kernel(
     in_dead_ptr,
     in_live_ptr,
     in_entropy_ptr,
+    in_log_rest_ptr,
     out_loss_ptr,
     out_lse_ptr,
     out_rest_ptr,
@@ -40,13 +41,15 @@ def scatter_kernel(
     out_dead_ptr,
     out_live_ptr,
     out_entropy_ptr,
+    out_log_rest_ptr,
     rows,
     BLOCK: tl.constexpr,
 ):
     """One program moves BLOCK of the R rows of a block.
 
     In: ``row [R]`` int64, each one's place among N, ``label [R]`` int64, ``labelled [N]`` bool, and
-    of R rows, fp32: loss, lse, lse_rest, dead mass, live share, entropy or None; bool: correct.
+    of R rows, fp32: loss, lse, lse_rest, dead mass, live share, entropy and log_rest, each of the
+    last two or None; bool: correct.
     Out: the same of N rows. An absent row has no loss, and no statistics.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -66,6 +69,9 @@ def scatter_kernel(
     if in_entropy_ptr is not None:
         entropy = tl.load(in_entropy_ptr + at, mask=here, other=none)
         tl.store(out_entropy_ptr + row, entropy, mask=inside)
+    if in_log_rest_ptr is not None:
+        log_rest = tl.load(in_log_rest_ptr + at, mask=here, other=none)
+        tl.store(out_log_rest_ptr + row, log_rest, mask=inside)
 
 
 def scatter_rows(
@@ -74,7 +80,7 @@ def scatter_rows(
     """Return the loss ``[N]`` and the statistics ``[N]`` of blocks of rows, in the plan's order."""
     _, first = blocks[0]
     fields = [first.lse, first.lse, first.lse_rest, first.correct, first.dead_mass]
-    fields += [first.live_share, first.entropy]
+    fields += [first.live_share, first.entropy, first.log_rest]
     count = len(plan.labels)
     found = [None if x is None else x.new_empty(count) for x in fields]
     start = 0
@@ -86,9 +92,11 @@ def scatter_rows(
             plan.labelled,
             loss,
             *statistics[:6],
+            statistics.log_rest,
             *found,
             len(loss),
             **_SIZE,
         )
         start = part.stop
-    return found[0], Statistics(*found[1:])
+    *found, log_rest = found
+    return found[0], Statistics(*found[1:], log_rest=log_rest)

@@ -23,10 +23,12 @@ import triton
 import triton.language as tl
 
 from str_kernels.engine.contract import ABSENT as _ABSENT
+from str_kernels.engine.contract import LEFT_OUT as _LEFT_OUT
 from str_kernels.options import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
 ABSENT = tl.constexpr(_ABSENT)
+LEFT_OUT = tl.constexpr(_LEFT_OUT)
 # This replaces the maximum of nothing: -inf minus it is -inf, where -inf minus -inf is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -119,11 +121,13 @@ def tanh(x):
 def finish_logits(total, bias_ptr, position, vocab, logit_scale, softcap: tl.constexpr):
     """Return ``softcap · tanh(scale · (H Wᵀ + b) / softcap)``; the bias is in tile order.
 
-    Past the end of the vocabulary logits are -inf.
+    Logits are -inf past the end of the vocabulary, and where ``LEFT_OUT`` is the bias.
     """
     inside = position < vocab
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + position, mask=inside, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + position, mask=inside, other=0.0).to(tl.float32)
+        total += bias[None, :]
+        inside = inside & (bias != LEFT_OUT)
     z = total * logit_scale
     if softcap is not None:
         if softcap > 64.0:

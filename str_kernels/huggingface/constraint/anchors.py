@@ -44,12 +44,14 @@ class AnchoredCollator:
         pad_token_id: fills up what is shorter.
         positions: as in ``patch_model``, for the other rows; they replace the patch's.
         share: the anchors' weight in the constraint, relative to the other rows' own; above 0.
+        every: anchors join one batch in so many, drawn by the batch, and weigh ``every`` times as
+            much there; 1 or more.
         seed: determines, together with the batch, which rows join it, so that a resumed run and
             every worker draw alike.
 
     Raises:
-        ValueError: no pool, an empty one, a row without ids, no share, or positions that there are
-            not.
+        ValueError: no pool, an empty one, a row without ids, no share, no number of batches, or
+            positions that there are not.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class AnchoredCollator:
         pad_token_id: int,
         positions: Positions = "all",
         share: float = SHARE,
+        every: int = 1,
         seed: int = 0,
     ) -> None:
         if not pools:
@@ -70,13 +73,19 @@ class AnchoredCollator:
         validate_positions(positions)
         if not share > 0:
             raise ValueError(f"share={share!r}: must be above 0.")
-        self._collator, self._pools, self._share = collator, pools, share
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}: must be an integer, 1 or more.")
+        self._collator, self._pools = collator, pools
+        self._share, self._every = share * every, every
         self._pad, self._positions, self._seed = pad_token_id, positions, seed
 
     def __call__(self, features: list[Feature]) -> Batch:
         """The three entries ``[B + pools, T]``, int64, and their ``position_weights``, fp32."""
         batch = self._collator(features)
         draw = Random(f"{self._seed} {batch['input_ids'].tolist()}")
+        # the batch draws, not a count: a resumed run and every worker draw alike
+        if self._every > 1 and draw.randrange(self._every):
+            return {**batch, "position_weights": _own_weights(batch, self._positions)}
         drawn = [draw.choice(pool) for pool in self._pools]
         rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in drawn]
         anchors = collate(rows, pad_token_id=self._pad)
@@ -94,12 +103,7 @@ def join_anchors(
     Raises:
         ValueError: the batch has another entry, which would not fit the rows below.
     """
-    if set(batch) != set(_JOINED):
-        raise ValueError(
-            f"a batch of {sorted(batch)}: anchor rows join {', '.join(_JOINED)}, and nothing else."
-        )
-    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    own = position_weights(shifted, positions, attention_mask=batch["attention_mask"])
+    own = _own_weights(batch, positions)
     mask = anchors["attention_mask"].float()
     added = mask / mask.sum(-1, keepdim=True) * own.sum() * share / len(mask)
     nothing = torch.full_like(anchors["input_ids"], IGNORED)
@@ -109,6 +113,16 @@ def join_anchors(
         "labels": _stacked(batch["labels"], nothing, IGNORED),
         "position_weights": _stacked(own, added, 0.0),
     }
+
+
+def _own_weights(batch: Batch, positions: Positions) -> Tensor:
+    """``[B, T]`` of the batch's own rows."""
+    if set(batch) != set(_JOINED):
+        raise ValueError(
+            f"a batch of {sorted(batch)}: anchor rows join {', '.join(_JOINED)}, and nothing else."
+        )
+    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return position_weights(shifted, positions, attention_mask=batch["attention_mask"])
 
 
 def _stacked(above: Tensor, below: Tensor, filler: float) -> Tensor:

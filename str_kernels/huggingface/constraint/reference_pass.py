@@ -1,12 +1,14 @@
 """The reference of a batch, from the same weights: one pass with the adapters off, no gradients.
 
 Stage: the arguments of a forward → `Fold` of the model without its adapters → reference ``[R, K]``,
-one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` also
-needs the log-sum-exp, which is computed on constrained rows alone. There is never a second model.
+one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` and
+``kl_rest`` also need the log-sum-exp, which is computed on constrained rows alone, without any
+gradient. There is never a second model.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Backend, Head, RowInputs
-from str_kernels.engine.logits import log_probabilities
+from str_kernels.engine.logits import outcomes
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.huggingface.constraint.sequences import is_encoder_decoder
 from str_kernels.huggingface.deferred.fold import Fold
@@ -84,8 +86,8 @@ def reference_fold(
     left_out = () if labelled else _NOT_FOR_REFERENCE
     kept = {name: x for name, x in arguments.items() if name not in left_out}
     modules = list(model.modules())
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
-        kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
+    if _needs_no_cache(model, modules, kept):
+        kept["use_cache"] = False
     device = next(model.parameters()).device
     with (
         adapters_off(model) if adapters else nullcontext(),
@@ -101,6 +103,19 @@ def reference_fold(
     return fold
 
 
+def _needs_no_cache(model: nn.Module, modules: list[nn.Module], arguments: dict[str, Any]) -> bool:
+    """Whether keys and values need not be kept: nothing reads them, and they take 2·T·L rows.
+
+    Without a cache transformers tells packed sequences by their positions, if there is no mask.
+    Then the training pass decides, which has a cache unless its layers are checkpointed.
+    """
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        return True
+    if "use_cache" not in inspect.signature(type(model).forward).parameters:
+        return False
+    return arguments.get("attention_mask") is not None or arguments.get("position_ids") is None
+
+
 def _logits(outputs: Any) -> DeferredLogits | None:
     found = outputs if isinstance(outputs, tuple) else (outputs.logits,)
     return next((x for x in found if isinstance(x, DeferredLogits)), None)
@@ -110,7 +125,7 @@ def _logits(outputs: Any) -> DeferredLogits | None:
 def _evaluating(modules: list[nn.Module], device: torch.device, owner: _NoLoss) -> Iterator[None]:
     """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
 
-    This is ``eval()``, except that every module gets its own mode back, and that a 4-bit layer of
+    This is ``eval()``, except that every module gets its own mode back, and that a layer of
     bitsandbytes stays in its own.
     """
     training = [m for m in modules if m.training and not evaluates_otherwise(m)]
@@ -137,6 +152,8 @@ def safety_reference(
 ) -> Tensor:
     """Reference ``[R, K]`` of the head's R rows: logits, or log-probabilities for ``logprob``.
 
+    For ``kl_rest`` it is ``[R, K + 1]``, log-probabilities with that of all other tokens.
+
     The very arithmetic of the training loss (fp32 accumulation), so that an adapter that has not
     moved has no penalty at all.
 
@@ -160,12 +177,12 @@ def safety_reference(
     wanted = constrained[rows]
     with torch.no_grad():
         labels = torch.full_like(rows, options.ignore_index)
-        reference = states.new_zeros(len(safety.token_ids))
+        reference = states.new_zeros(safety.references)
         inputs = RowInputs(labels, reference, wanted.float())
         head = Head(states, fold.weight, fold.bias)
         if needs_lse(safety):
             found = row_terms(head, inputs, options, backend=backend, shard=fold.shard).statistics
-            values = log_probabilities(found.safety_logits, found)
+            values = outcomes(found)
         else:
             values = safety_logits(head, inputs, options, backend=backend, shard=fold.shard)
         table = values.new_full((fold.batch_shape.numel(), values.shape[-1]), torch.nan)

@@ -36,8 +36,8 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
     these weigh tokens.
 
     With a constraint also ``safety_drift``, ``√(Σ w (1/K) Σ (z - r)² / Σ w)`` over the same span:
-    how far the safety logits (``logprob``: log-probabilities) are from their reference, as a root
-    mean square in logits, whatever the constraint's kind, strength and token weights.
+    how far the safety logits (``logprob``, ``kl_rest``: log-probabilities) are from their
+    reference, as a root mean square, whatever the constraint's kind, strength and token weights.
 
     Evaluations log the same with their prefix, over all processes. ``eval_loss`` is the loss that
     is trained, ``eval_cross_entropy + eval_safety_penalty``; the first is what ``eval_loss`` would
@@ -80,8 +80,10 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {}, **learned}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget an evaluation that did not come to its end."""
+        """Forget an evaluation that did not come to its end; a share is drawn by the step."""
         self._evaluating = False
+        if self._patch is not None:
+            self._patch.sharing.begin(state.global_step)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any

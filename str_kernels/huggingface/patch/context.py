@@ -10,6 +10,7 @@ from torch import Tensor
 from str_kernels.engine.contract import Backend
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn
 from str_kernels.huggingface.constraint.splits import Split
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.filtering import IndexSource
@@ -42,6 +43,7 @@ class LossContext:
         together: the processes that make the same forwards.
         split: the processes that have the other parts of these sequences; None: they are whole.
         tokens: receives the terms of every token, if TRL asks for them.
+        drawn: the rows that are constrained; None: all.
     """
 
     model: str
@@ -58,3 +60,4 @@ class LossContext:
     together: Together = ALONE
     split: Split | None = None
     tokens: TokenTerms | None = None
+    drawn: Drawn | None = None

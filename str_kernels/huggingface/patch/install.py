@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from str_kernels.backends.selection import select_backend
 from str_kernels.engine.contract import Backend
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.share import Sharing
 from str_kernels.huggingface.deferred.forward import PATCH
 from str_kernels.huggingface.deferred.head import causal_lm, find_head, find_patch, validate_tokens
 from str_kernels.huggingface.patch.callback import TrainerLogs
@@ -26,8 +28,10 @@ def patch_model(
     model: nn.Module,
     safety: SafetyConstraint | None = None,
     *,
-    reference: str | os.PathLike = ConstraintSettings.reference,
+    reference: str | os.PathLike | FillingCache = ConstraintSettings.reference,
     positions: Positions = ConstraintSettings.positions,
+    share: float = ConstraintSettings.share,
+    share_seed: int = 0,
     filter_eps: float | Literal["auto"] = "auto",
     screen: Screen = "auto",
     index: Index = "auto",
@@ -53,7 +57,8 @@ def patch_model(
         model: a transformers causal LM, PEFT-wrapped or not; only this instance is touched.
         safety: the constraint, or None for the fused cross-entropy alone.
         reference: ``"adapter_off"`` (the same model with its trained adapters disabled, one no-grad
-            pass a step), or the path of a cache that ``build_reference_cache`` wrote. Adapters that
+            pass a step), the path of a cache that ``build_reference_cache`` wrote, or a
+            ``FillingCache``, which computes each row once, when it is first met. Adapters that
             are active and have no trained parameter stay on, so that one that carries the alignment
             is part of the reference (``is_trainable=False``); one that is loaded and trained on is
             not, and the first penalty, which is not 0 then, is said. The forwards check that there
@@ -67,6 +72,11 @@ def patch_model(
             of a data set only with ``remove_unused_columns=False``. In an encoder-decoder the
             positions are the decoder's; without ``decoder_attention_mask`` the padding of a row
             begins after its last label.
+        share: the share of the batch's rows that is constrained in training mode, in (0, 1]. They
+            are drawn for each forward, the reference pass runs on them alone, and their weights are
+            divided by the share. A packed row is drawn as a whole.
+        share_seed: determines, with the trainer's step (`SafetyLogCallback`) and the forwards since
+            it began, which rows are drawn.
         filter_eps: as in ``linear_cross_entropy``.
         screen: as in ``linear_cross_entropy``.
         index: as in ``linear_cross_entropy``; ``"auto"`` makes one from the first training batch
@@ -98,6 +108,7 @@ def patch_model(
         )
     head = find_head(inner)
     validate_positions(positions)
+    sharing = _sharing(share, share_seed, safety)
     options = LossOptions(safety=safety, filter_eps=filter_eps, screen=screen)
     select_backend(backend, next(head.parameters()).device)
     _validate_index(index)
@@ -109,6 +120,7 @@ def patch_model(
         options,
         reference=reference,
         positions=positions,
+        sharing=sharing,
         index=index,
         backend=backend,
         check_accuracy_every=check_accuracy_every,
@@ -134,6 +146,12 @@ def unpatch_model(model: nn.Module) -> None:
     patch.unpatch()
 
 
+def _sharing(share: Any, seed: Any, safety: SafetyConstraint | None) -> Sharing:
+    if safety is None and share != ConstraintSettings.share:
+        raise ValueError(f"share={share!r} was given without safety: pass a SafetyConstraint too.")
+    return Sharing(share, seed)
+
+
 def _validate_index(index: Any) -> None:
     if index is not None and index != "auto" and not isinstance(index, VocabularyIndex):
         raise ValueError(f"index={index!r}: must be a VocabularyIndex, 'auto' or None.")
@@ -144,13 +162,17 @@ def _validate_reference(
 ) -> Reference:
     if isinstance(reference, tuple | Tensor) or reference == "static":
         raise ValueError(removed("a fixed reference tensor"))
-    if not isinstance(reference, str | os.PathLike):
+    if not isinstance(reference, str | os.PathLike | FillingCache):
         raise ValueError(
-            f"reference={reference!r}: must be 'adapter_off' or the path of a cache file."
+            f"reference={reference!r}: must be 'adapter_off', the path of a cache file, or a "
+            "FillingCache."
         )
     if safety is None:
         if reference != "adapter_off":
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return reference
     validate_tokens(safety.token_ids, head)
+    if isinstance(reference, FillingCache):
+        reference.check(safety)
+        return reference
     return reference if reference == "adapter_off" else ReferenceCache(reference, safety)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import RowTerms
-from str_kernels.engine.logits import log_probabilities
+from str_kernels.engine.logits import outcomes
 from str_kernels.functional import LossParts
-from str_kernels.huggingface.constraint.references import reference_unit
 from str_kernels.huggingface.constraint.splits import Split
 from str_kernels.huggingface.patch.notices import Notices
 from str_kernels.options import SafetyConstraint
@@ -165,10 +165,10 @@ class FirstPenalty:
 
 @torch.no_grad()
 def _drift(terms: RowTerms, safety: SafetyConstraint, reference: Tensor, weights: Tensor) -> Tensor:
-    """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference."""
+    """``[Σ w (1/K) Σ (z - r)², Σ w]`` fp32, in the unit of the reference; K counts its columns."""
     values = terms.statistics.safety_logits
-    if reference_unit(safety) == "logprobs":
-        values = log_probabilities(values, terms.statistics)
+    if needs_lse(safety):
+        values = outcomes(terms.statistics)
     weights = weights.float()
     distance = (values.float() - reference).float().square().mean(-1)
     distance = torch.where(weights > 0, weights * distance, 0.0)  # the other rows may be NaN

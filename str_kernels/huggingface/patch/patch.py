@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,8 +28,10 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn, Sharing, arguments_of_rows
 from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
@@ -65,6 +68,7 @@ class Patch:
         options: ``LossOptions`` of its loss, the constraint among them.
         reference: ``"adapter_off"`` or a ``ReferenceCache``.
         positions: what is constrained.
+        sharing: draws the rows of a batch that are constrained; ``begin`` tells it of a step.
         index: a ``VocabularyIndex``, ``"auto"`` or None.
         backend: as in ``linear_cross_entropy``.
         guard: checks the accuracy of the filter; ``guard.last_report`` is its latest finding.
@@ -82,6 +86,7 @@ class Patch:
         *,
         reference: Reference = "adapter_off",
         positions: Positions = "all",
+        sharing: Sharing | None = None,
         index: Index = "auto",
         backend: str | Backend = "auto",
         check_accuracy_every: int | None = None,
@@ -93,6 +98,7 @@ class Patch:
         self.guard = AccuracyGuard(check_accuracy_every, self.notices)
         self.model, self.options = model, options
         self.reference, self.positions = reference, positions
+        self.sharing = Sharing() if sharing is None else sharing
         self.index, self.backend, self.verification = index, backend, verification
         self.last_parts: LossParts | None = None
         self._source, self._head = IndexSource(index), head
@@ -160,7 +166,8 @@ class Patch:
         """What the patch has learned since it was made, as JSON values for a checkpoint.
 
         That is the automatic vocabulary index, or that it was dropped; what the guard fell back to
-        and how far it has counted; the sums for the next log; whether the first penalty was judged.
+        and how far it has counted; the sums for the next log; whether the first penalty was judged;
+        how far a share of the rows has been drawn.
         ``SafetyLogCallback`` keeps it in the trainer's checkpoints; a loop of your own keeps it
         beside optimizer and adapter.
         """
@@ -171,6 +178,7 @@ class Patch:
             "guard": self.guard.state_dict(),
             "meter": self.meter.state_dict(),
             "first_penalty_judged": self._first.judged,
+            "sharing": self.sharing.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,6 +196,7 @@ class Patch:
             self.meter.load_state_dict(state["meter"])
             self._first.judged = state["first_penalty_judged"]
             self._fallback = dict(state["fallback"])
+            self.sharing.load_state_dict(state.get("sharing", [0, 0]))  # 0.2's first had none
             self.options = replace(self._given, **self._fallback)
 
     def run(self, args: tuple, kwargs: dict) -> Any:
@@ -261,7 +270,8 @@ class Patch:
         weights: Tensor | None,
         tokens: trl.TokenTerms | None,
     ) -> LossContext:
-        split = split_of(arguments)
+        split, drawn = split_of(arguments), self._draw(arguments)
+        aligned, drawn = self._aligned(inner, arguments, split, drawn)
         return LossContext(
             model=type(self.model).__name__,
             options=self.options,
@@ -272,23 +282,60 @@ class Patch:
             notices=self.notices,
             sequences=Sequences.of(self.model, arguments),
             evaluating=not self.model.training,
-            aligned=self._aligned(inner, arguments, split),
+            aligned=aligned,
             split=split,
             position_weights=weights,
             tokens=tokens,
+            drawn=drawn,
         )
 
-    def _aligned(
-        self, inner: Callable[..., Any], arguments: dict[str, Any], split: Split | None
-    ) -> Fold | None:
-        """The reference pass of this batch, where the reference is the model without adapters."""
-        if not self.options.constrained or not isinstance(self.reference, str):
+    def _draw(self, arguments: dict[str, Any]) -> Drawn | None:
+        """The rows of this batch that are constrained, in training alone; None for all."""
+        if not self.options.constrained or not self.model.training:
             return None
+        return self.sharing.draw(len(_targets(arguments)))
+
+    def _aligned(
+        self,
+        inner: Callable[..., Any],
+        arguments: dict[str, Any],
+        split: Split | None,
+        drawn: Drawn | None,
+    ) -> tuple[Fold | None, Drawn | None]:
+        """The reference pass of this batch, where the reference is the model without adapters.
+
+        It runs on the drawn rows alone, unless an argument may belong to other rows.
+        """
+        if not self.options.constrained:
+            return None, drawn
+        if isinstance(self.reference, FillingCache):
+            self._fill(self.reference, arguments, split)
+        if not isinstance(self.reference, str):
+            return None, drawn
+        if drawn is not None:
+            cut = arguments_of_rows(arguments, drawn)
+            if cut is None:
+                drawn = drawn._replace(passed=list(range(drawn.size)))
+            elif not drawn.passed:
+                return None, drawn
+            arguments = arguments if cut is None else cut
         with attends_whole(self.model, split):
             aligned = reference_fold(self.model, inner, arguments, adapters=True)
         require_fixed_base(self.model)
         same = aligned.weight is aligned.lent and has_one_weight(self._head)
-        return aligned.without_weight() if same else aligned  # the training pass has it, too
+        # the training pass has it, too
+        return (aligned.without_weight() if same else aligned), drawn
+
+    def _fill(self, cache: FillingCache, arguments: dict[str, Any], split: Split | None) -> None:
+        """Let the cache compute what it lacks of this batch, by the model without adapters."""
+        if split is not None:
+            raise ValueError(
+                f"reference={str(cache.path)!r}: fills itself, which a sequence that is split over "
+                "processes does not allow; make the cache first, with str-kernels cache."
+            )
+        device, processes = next(self.model.parameters()).device, together(self.model)
+        cache.fill(self.model, arguments, partial(processes.any, device=device))
+        require_fixed_base(self.model)
 
     def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""

@@ -15,6 +15,7 @@ from str_kernels.huggingface.constraint.positions import position_weights
 from str_kernels.huggingface.constraint.reference_pass import safety_reference
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.sequences import Sequences
+from str_kernels.huggingface.constraint.share import Drawn, spread_rows
 from str_kernels.huggingface.constraint.splits import Whole, gathered, require_whole
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
@@ -57,7 +58,7 @@ def constrained_rows(
     scored = torch.zeros_like(every, dtype=torch.bool)
     scored[rows] = True
     targets = Targets(every.reshape(shape), scored.reshape(shape), ignore_index)
-    table = _weights(context, targets, whole).reshape(-1)
+    table = _drawn(_weights(context, targets, whole), context).reshape(-1)
     if isinstance(context.reference, ReferenceCache):
         reference = _cached(context, fold, whole)
     else:
@@ -130,6 +131,19 @@ def _given_weights(context: LossContext, labels: Tensor, whole: Whole | None) ->
     return given
 
 
+def _drawn(weights: Tensor, context: LossContext) -> Tensor:
+    """Weights ``[B, T]`` of the drawn rows of the batch alone, divided by their share."""
+    drawn = context.drawn
+    if drawn is None:
+        return weights
+    if len(weights) != drawn.size:
+        raise ValueError(
+            f"share={drawn.share}: model={context.model} calls its head with rows "
+            f"{list(weights.shape)}, not one for each of the batch's {drawn.size}; leave share=1."
+        )
+    return weights * drawn.factors(weights.device)[:, None]
+
+
 def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
     """``[B, T]`` of the rows that the head was called with."""
     shape, ids = fold.batch_shape, context.sequences.ids
@@ -145,6 +159,11 @@ def batch_shape(context: LossContext, fold: Fold) -> torch.Size:
 
 def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
     """References ``[R, K]`` from the pass with the adapters off."""
+    drawn, count = context.drawn, fold.batch_shape.numel()
+    if context.aligned is None:  # no row of this batch is constrained
+        return fold.hidden_states.new_zeros(count, context.options.safety.references)
+    if drawn is not None:
+        return _computed_share(context, fold, constrained, drawn)
     if context.aligned.batch_shape != fold.batch_shape:
         raise ValueError(
             f"reference='adapter_off': with labels the head is called with rows "
@@ -153,6 +172,21 @@ def _computed(context: LossContext, fold: Fold, constrained: Tensor) -> Tensor:
         )
     aligned = context.aligned.lend_by(fold)
     return safety_reference(aligned, constrained, context.options, context.backend)
+
+
+def _computed_share(context: LossContext, fold: Fold, constrained: Tensor, drawn: Drawn) -> Tensor:
+    """References ``[R, K]`` from the pass of a part of the rows."""
+    wanted, length = fold.batch_shape.numel() // drawn.size, len(drawn.passed)
+    if context.aligned.batch_shape.numel() != wanted * length:
+        raise ValueError(
+            f"reference='adapter_off': with labels the head is called with rows "
+            f"{list(fold.batch_shape)}, without them {list(context.aligned.batch_shape)} for "
+            f"{length} of {drawn.size}; leave share=1."
+        )
+    part = constrained.reshape(drawn.size, wanted)[drawn.passed].reshape(-1)
+    aligned = context.aligned.lend_by(fold)
+    found = safety_reference(aligned, part, context.options, context.backend)
+    return spread_rows(found, drawn)
 
 
 def _cached(context: LossContext, fold: Fold, whole: Whole | None) -> Tensor:

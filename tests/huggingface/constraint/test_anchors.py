@@ -66,6 +66,25 @@ def test_the_draw_is_the_batch_s_and_the_seed_s():
     assert len({drawn(rows[:2], seed) for seed in range(8)}) > 3
 
 
+def test_anchors_join_one_batch_in_so_many_and_weigh_as_much_more():
+    """The batch and the seed draw; without anchors a batch has the weights of its own rows."""
+    rows, plain = task(120), collator()
+    batches = [rows[i : i + 2] for i in range(0, 120, 2)]
+    made = [collator(every=3)(batch) for batch in batches]
+    joined = [len(batch["labels"]) == 4 for batch in made]
+    assert 10 <= sum(joined) <= 30  # 20 on average, with a deviation of 3.7
+    assert made[-1].keys() == made[0].keys()
+    for batch, got, with_them in zip(batches, made, joined, strict=True):
+        want = plain(batch)["position_weights"]
+        own = got["position_weights"][:2]
+        assert torch.equal(own, want[:2, : own.shape[1]])
+        if with_them:
+            assert torch.allclose(got["position_weights"][2:], 3 * want[2:])
+    again = [len(collator(every=3)(batch)["labels"]) == 4 for batch in batches]
+    other = [len(collator(every=3, seed=1)(batch)["labels"]) == 4 for batch in batches]
+    assert again == joined != other
+
+
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_the_loss_is_the_formula_s(kind):
     """Cross-entropy of the task's rows, the constraint of all: values and every gradient."""
@@ -89,6 +108,7 @@ def test_the_loss_is_the_formula_s(kind):
         (lambda: AnchoredCollator(PLAIN, [REFUSED, BENIGN], pad_token_id=0), r"pools\[0\]"),
         (lambda: collator(positions="some"), "positions='some'"),
         (lambda: collator(share=0.0), "share=0.0: must be above 0"),
+        (lambda: collator(every=0), "every=0: must be an integer, 1 or more"),
         (
             lambda: AnchoredCollator(
                 lambda rows: {**PLAIN(rows), "position_ids": None}, REFUSED, pad_token_id=0

@@ -218,6 +218,9 @@ def test_a_foreign_state_is_refused():
             for damaged in ({k: x for k, x in good.items() if k != name}, good | {name: 7}):
                 if name == "first_penalty_judged" and name in damaged:
                     continue
+                if name == "sharing" and name not in damaged:  # as in earlier checkpoints
+                    patch.load_state_dict(damaged)
+                    continue
                 with pytest.raises(ValueError, match="state of a patch: is damaged"):
                     patch.load_state_dict(damaged)
         patch.load_state_dict(good)
