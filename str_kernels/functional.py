@@ -18,7 +18,7 @@ from str_kernels.engine.reduce import totals_of
 from str_kernels.engine.shards import VocabularyShard
 from str_kernels.operator import traced_terms
 from str_kernels.options import LossOptions, Reduction, SafetyConstraint, Screen
-from str_kernels.split import is_split
+from str_kernels.split import is_split, split_terms
 from str_kernels.terms import row_terms
 from str_kernels.validation import validate_num_items
 from str_kernels.vocabulary import VocabularyIndex
@@ -138,9 +138,11 @@ def linear_cross_entropy(
     validate_num_items(num_items_in_batch, reduction)
     head, inputs = Head(hidden_states, weight, bias), RowInputs(labels, reference, position_weights)
     if shard is not None or is_split(weight):
-        from str_kernels.untraced import split_terms
+        terms = split_terms
+        if torch.compiler.is_compiling():
+            from str_kernels.untraced import split_terms as terms
 
-        rows = split_terms(head, inputs, options, index=index, backend=backend, shard=shard)
+        rows = terms(head, inputs, options, index=index, backend=backend, shard=shard)
     elif torch.compiler.is_compiling() and backend != "dense":
         rows = traced_terms(head, inputs, options, index, backend)
     else:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from str_kernels.engine.contract import Head
+from str_kernels.engine.contract import Head, RowInputs, RowTerms
 from str_kernels.engine.shards import VocabularyShard
+from str_kernels.options import LossOptions
+from str_kernels.terms import row_terms
 
 
 def own_part(
@@ -33,6 +35,19 @@ def own_part(
         _require(bias, "bias", alike)
         bias = bias.to_local()
     return Head(hidden, weight.to_local(), bias), shard
+
+
+def split_terms(
+    head: Head,
+    inputs: RowInputs,
+    options: LossOptions,
+    *,
+    shard: VocabularyShard | None,
+    **settings: Any,
+) -> RowTerms:
+    """Compute ``row_terms`` of a ``DTensor``'s part, or of a shard that is given."""
+    head, shard = own_part(head, shard)
+    return row_terms(head, inputs, options, shard=shard, **settings)
 
 
 def is_split(tensor: Any) -> bool:
