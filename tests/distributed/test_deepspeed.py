@@ -112,8 +112,12 @@ def test_gradients_and_optimizer_are_sharded(ranks, kind, stage):
     assert_right(ranks.run(sharded, case, stage), case.truth())
 
 
-def by_ulysses(case: Case, reference: str) -> Found:
-    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes."""
+def by_ulysses(case: Case) -> Found:
+    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes.
+
+    Its gradient is WORLD times the loss's, of an unpatched model too: transformers' gather adds up
+    what all processes ask of a loss, and DeepSpeed adds up the parts of a sequence.
+    """
     start_deepspeed()
     from deepspeed.runtime.sequence_parallel import parallel_state_sp, ulysses_sp
     from deepspeed.utils import safe_get_full_grad
@@ -121,7 +125,8 @@ def by_ulysses(case: Case, reference: str) -> Found:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model, attention = case.model(), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    patch_model(model, case.safety, positions=case.positions, reference=reference)
+    if case.safety is not None:
+        patch_model(model, case.safety, positions=case.positions)
     mpu = ulysses_sp.UlyssesSPAttentionHF.register_with_transformers(
         model.get_base_model(), "sdpa", WORLD, len(case.labels), disable_in_eval=True
     )
@@ -135,7 +140,14 @@ def by_ulysses(case: Case, reference: str) -> Found:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         parallel_state_sp._release_sequence_parallel_groups()
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
-    return Found(loss.item(), {n: g.float() for n, g in found.items() if g is not None})
+    return Found(loss.item(), {n: g.float() / WORLD for n, g in found.items() if g is not None})
+
+
+@needs_deepspeed
+def test_ulysses_without_a_patch(ranks):
+    """What the next test compares with is right."""
+    case = Case("none", labels=(2, 3))
+    assert_right(ranks.run(by_ulysses, case), case.truth())
 
 
 @needs_deepspeed
@@ -144,7 +156,7 @@ def by_ulysses(case: Case, reference: str) -> Found:
 def test_ulysses(ranks, positions, labels):
     """A process of prompt alone keeps its constraint; the reference pass exchanges as well."""
     case = Case("kl", positions=positions, labels=labels)
-    assert_right(ranks.run(by_ulysses, case, "adapter_off"), case.truth())
+    assert_right(ranks.run(by_ulysses, case), case.truth())
 
 
 def assert_fused(found: list[Found], want: Found, steps: int = 1, whole: int | None = 0) -> None:
