@@ -1,5 +1,7 @@
 """A whole run: what it learns, what it writes, and that a resumed one is the same run."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -308,3 +310,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_settings):
     with pytest.raises(FloatingPointError, match="not finite at step"):
         train(prepare(settings))
     assert not (settings.folder / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_a_body_in_few_bits(make_settings, dtype):
+    """It is trained below a bf16 head, its safety tokens found first; a GGUF file is refused."""
+    with pytest.raises(Faults, match=f"dtype='{dtype}': a GGUF file is dequantised"):
+        dataclasses.replace(make_settings(), dtype=dtype, model="model.gguf")
+    settings = make_settings(dtype=dtype, gradient_checkpointing=True, tile_tokens=8)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(Faults, match="pip install bitsandbytes"):
+            prepare(settings)
+        return
+    result = train(prepare(settings))
+    assert result.safety_penalty > 0.0
+    assert {x.dtype for x in adapter(settings).values()} <= {torch.float32, torch.bfloat16}
