@@ -23,5 +23,8 @@ def ticks_at(axis, values: list[int]) -> None:
 
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    thousands = max(values) >= 100_000  # such labels would touch each other
+    axis.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x / 1024:,.0f}k" if thousands else f"{x:,.0f}")
+    )
     axis.xaxis.set_minor_locator(NullLocator())

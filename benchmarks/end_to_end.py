@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.axes import ticks_at
 from benchmarks.common import RESULTS, finish
-from str_kernels.bench import plots
+from str_kernels.bench import style
 from str_kernels.bench.report import Results, markdown
 from str_kernels.cli.console import quiet_libraries, say
 
@@ -152,23 +152,37 @@ def table(rows: list[dict]) -> str:
     return markdown(headings, lines)
 
 
+def _mark_absent(axis: Any, rows: list[dict]) -> None:
+    """Mark at the limit of memory what did not fit."""
+    for row in rows:
+        place, look = (row["context"], LIMIT_GIB), {"color": style.colour(row["method"])}
+        axis.plot(*place, marker="x", markersize=10, markeredgewidth=2.5, **look)
+        axis.annotate(
+            f"out of\n{LIMIT_GIB:.0f} GiB", place, xytext=(-8, -2), textcoords="offset points",
+            ha="right", va="center", fontsize=9, **look,
+        )  # fmt: skip
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Draw tokens a second and peak memory by context."""
-    figure, axes = plots.new_figure(2, width=5.0)
+    figure, axes = style.new_figure(2, width=5.0)
     for method in METHODS:
         line = [r for r in rows if r["method"] == method and "peak_bytes" in r]
         line.sort(key=lambda r: r["context"])
         xs = [r["context"] for r in line]
-        axes[0].plot(xs, [r["tokens_per_s"] for r in line], marker="o", label=method)
-        axes[1].plot(xs, [r["peak_bytes"] / 2**30 for r in line], marker="o", label=method)
-    labels = ("tokens a second", "peak memory of the process, GiB")
-    for axis, label in zip(axes, labels, strict=True):
+        look = {"marker": "o", "color": style.colour(method), "label": style.named(method)}
+        axes[0].plot(xs, [r["tokens_per_s"] for r in line], **look)
+        axes[1].plot(xs, [r["peak_bytes"] / 2**30 for r in line], **look)
+        _mark_absent(axes[1], [r for r in rows if r["method"] == method and "reason" in r])
+    labels = (("tokens a second", "higher"), ("peak memory of the process, GiB", "lower"))
+    for axis, (label, better) in zip(axes, labels, strict=True):
         ticks_at(axis, [row["context"] for row in rows])
         axis.set_ylim(bottom=0)
-        axis.set(xlabel="context, tokens", ylabel=label)
-        axis.legend(fontsize=8, frameon=False)
+        axis.set_xlabel("context, tokens")
+        style.label(axis, "y", label, better)
+    style.legend(figure, axes[:1])
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}: LoRA steps", fontsize=11)
-    plots.save(figure, path)
+    style.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, finish
 from str_kernels import patch_model
 from str_kernels.backends.selection import DEFAULT_EPS
-from str_kernels.bench import plots
+from str_kernels.bench import style
 from str_kernels.bench.report import Results, markdown
 from str_kernels.cli.console import quiet_libraries, say
 
@@ -225,24 +225,54 @@ def curves_of(rows: list[dict], kind: str) -> dict[str, Tensor]:
     }
 
 
+_COLOURS = {
+    "exact": "#4db6ac",
+    "filtered": style.OURS,
+    "screened": "#3288bd",
+    "fault: ε 0.3": style.OTHER,
+}
+
+
+_NAMES = {"filtered": "filtered (as by default)"}
+
+
+def _band(axis: Any, curves: Tensor, colour: str, name: str) -> None:
+    """Draw the mean of the seeds, and their range."""
+    smooth = torch.stack([_smooth(curve) for curve in curves])
+    axis.plot(smooth.mean(0), color=colour, linewidth=1.5, label=name)
+    axis.fill_between(range(len(smooth[0])), *smooth.aminmax(dim=0), color=colour, alpha=0.15, lw=0)
+
+
+def _smooth(curve: Tensor, width: int = 9) -> Tensor:
+    padded = torch.nn.functional.pad(curve[None, None], (width // 2,) * 2, mode="replicate")
+    return torch.nn.functional.avg_pool1d(padded, width, 1)[0, 0]
+
+
 def draw(rows: list[dict], kinds: dict[str, str], path: Path) -> None:
     """Draw the materialised head's curves, and the other heads' distance from them by step."""
-    figure, axes = plots.new_figure(2 * len(kinds), width=4.2, height=3.6)
+    figure, axes = style.new_figure(2 * len(kinds), width=4.2, height=3.6)
     for at, (kind, title) in enumerate(kinds.items()):
         curves = curves_of(rows, kind)
         truth = curves.pop("materialised")
         plain, distance = axes[2 * at], axes[2 * at + 1]
-        for seed, curve in enumerate(truth):
-            plain.plot(curve, color=plots.OURS, alpha=0.6, linewidth=0.8, label=f"seed {seed}")
-        plain.set(title=title, xlabel="step", ylabel="loss of the materialised head, nats")
-        spread = truth.std(0)
-        distance.plot(spread, color="black", linewidth=0.8, label="between seeds")
+        _band(plain, truth, style.STOCK, style.named("materialised"))
+        default = "filtered" if "filtered" in curves else next(iter(curves))
+        _band(plain, curves[default], style.OURS, _NAMES.get(default, default))
+        plain.set(title=title, xlabel="step")
+        style.label(plain, "y", "loss, nats", "lower")
+        distance.plot(_smooth(truth.std(0)), color="black", linewidth=1.5, label="between seeds")
         for head, mine in curves.items():
             line = (mine - truth).square().mean(0).sqrt().clamp_min(1e-7)
-            distance.plot(line, linewidth=0.8, label=head)
-        distance.set(yscale="log", xlabel="step", ylabel="rms distance from it, nats")
-        distance.legend(fontsize=7, frameon=False)
-    plots.save(figure, path)
+            look = {
+                "color": _COLOURS.get(head, style.colour(head)),
+                "label": _NAMES.get(head, head),
+            }
+            look["linestyle"] = ":" if head.startswith("fault") else "-"
+            distance.plot(_smooth(line), linewidth=1.2, **look)
+        distance.set(yscale="log", xlabel="step")
+        style.label(distance, "y", "rms distance from logits stored, nats", "lower")
+    style.legend(figure, axes)
+    style.save(figure, path)
 
 
 if __name__ == "__main__":

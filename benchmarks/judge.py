@@ -1,8 +1,9 @@
 """Count how often the rule judge agrees with people, part by part.
 
 A row belongs to a part by the hash of its prompt. The rules were written while reading the first
-half; a quarter was read afterwards, and corrected them a little; the last quarter was never read,
-and its figure is the one to quote.
+half; a quarter was read afterwards, and corrected them a little; an eighth was read once, when
+cases were added that any reader gets right; the last eighth was never read, and its figure is the
+one to quote.
 
 Example: python -m benchmarks.judge --data judged_completions.jsonl
 """
@@ -22,7 +23,7 @@ from str_kernels.evaluation.judge import Outcome, classify
 from str_kernels.evaluation.rates import Rate
 
 NEVER_READ = "never read"
-PARTS = ("developed", "read later", NEVER_READ)
+PARTS = ("developed", "read later", "read last", NEVER_READ)
 LABELS = ("refusal", "compliance", "partial")
 
 
@@ -55,9 +56,10 @@ def agreement(rows: list[dict[str, str]], part: str) -> dict[str, Any]:
 
 
 def part_of(prompt: str) -> str:
-    """Return the part of a prompt: a half, a quarter and a quarter of them."""
+    """Return the part of a prompt: a half, a quarter, an eighth and an eighth of them."""
     number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-    return PARTS[0 if number % 2 == 0 else 1 + (number >> 1) % 2]
+    halvings = (number % 2, (number >> 1) % 2, (number >> 2) % 2)
+    return PARTS[halvings.index(0) if 0 in halvings else 3]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.axes import logarithmic, ticks_at
 from benchmarks.common import finish, parse, parser, results
-from str_kernels.bench import plots
+from str_kernels.bench import style
 from str_kernels.bench.contenders import chosen_contenders
 from str_kernels.bench.inputs import synthetic
 from str_kernels.bench.measure import measure
@@ -56,9 +56,12 @@ def exponent(xs: list[float], ys: list[float]) -> float:
     return statistics.linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
 
 
+_MEANINGS = {"N": "rows, N", "V": "vocabulary, V"}
+
+
 def draw(rows: list[dict], title: str, path: Path) -> None:
     """Draw seconds and MiB by N and by V."""
-    figure, axes = plots.new_figure(4, width=4.0)
+    figure, axes = style.new_figure(4, width=4.0)
     for pair, axis_name in ((axes[:2], "N"), (axes[2:], "V")):
         for contender in dict.fromkeys(row["contender"] for row in rows):
             line = [
@@ -73,16 +76,22 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
             for axis, ys, label in zip(
                 pair, (seconds, mebibytes), ("seconds", "peak extra memory, MiB"), strict=True
             ):
-                name = contender
+                look = {"color": style.colour(contender), "label": style.named(contender)}
+                axis.plot(xs, ys, marker="o", **look)
                 if len(xs) > 1:
-                    name += f": {axis_name}^{exponent(xs, ys):.2f}"
-                axis.plot(xs, ys, marker="o", label=name)
-                axis.set(xlabel=axis_name, ylabel=label)
-                axis.legend(fontsize=8, frameon=False)
+                    power = f"$\\propto {axis_name}^{{{exponent(xs, ys):.2f}}}$"
+                    axis.annotate(
+                        power, (xs[-1], ys[-1]), xytext=(5, 0), textcoords="offset points",
+                        color=look["color"], fontsize=9, va="center",
+                    )  # fmt: skip
+                axis.set_xlabel(_MEANINGS[axis_name])
+                axis.margins(x=0.25)
+                style.label(axis, "y", label, "lower")
                 logarithmic(axis, "y")
                 ticks_at(axis, [r[axis_name] for r in rows if r["axis"] == axis_name])
     figure.suptitle(title, fontsize=11)
-    plots.save(figure, path)
+    style.legend(figure, axes[:1])
+    style.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.axes import ticks_at
 from benchmarks.common import cases, finish, parse, parser, results
-from str_kernels.bench import plots
+from str_kernels.bench import style
 from str_kernels.bench.clock import paired
 from str_kernels.bench.inputs import Case
 from str_kernels.bench.report import markdown
@@ -39,7 +39,7 @@ def main() -> None:
                 say(f"K {k}, {kind}")
                 found.add(row | overhead(case, k, kind, args))
     for row in found.rows:
-        row["problem"] = f"{row['case']}: N {row['N']:,}, V {row['V']:,}, {row['dtype']}"
+        row["problem"] = problem(row)
     draw(found.rows, args.out / "str_overhead.png")
     lines = [
         [
@@ -78,23 +78,38 @@ def overhead(case: Case, k: int, kind: str, args: Namespace) -> dict[str, float 
     return {"added": timing.ratio - 1, "spread": max(ratios) - min(ratios), "runs": len(ratios)}
 
 
+def problem(row: dict) -> str:
+    """Name what was measured."""
+    return f"{row['case']}: N {row['N']:,}, V {row['V']:,}, {row['dtype']}"
+
+
+_DASHES = {"cached": "-", "static": "--"}
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Draw the added share by K, in a panel for each case."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
-    figure, axes = plots.new_figure(len(names), width=5.0)
+    figure, axes = style.new_figure(len(names), width=5.0)
     for axis, name in zip(axes, names, strict=True):
         mine = [row for row in rows if row["problem"] == name]
         for kind, reference in dict.fromkeys((r["kind"], r["reference"]) for r in mine):
             line = [r for r in mine if (r["kind"], r["reference"]) == (kind, reference)]
             xs, ys = [r["K"] for r in line], [100 * r["added"] for r in line]
             label = f"{kind}, {reference} reference"
-            axis.plot(xs, ys, marker="o", label=label, linestyle="-" if kind != "mse" else "--")
+            ranges = [50 * r["spread"] for r in line]
+            look = {"color": style.colour(kind), "linestyle": _DASHES.get(reference, ":")}
+            if kind == "kl":
+                label += " (default)" if reference == "cached" else ""
+            axis.errorbar(
+                xs, ys, yerr=ranges, marker="o", ms=4, lw=1.2, elinewidth=0.6, label=label, **look
+            )
         axis.axhline(100 * GOAL, color="black", linewidth=0.8, linestyle=":", label="goal at K 64")
         ticks_at(axis, [row["K"] for row in mine])
-        axis.set(xlabel="safety tokens, K", ylabel="added to forward + backward, %")
-        axis.set_title(name, fontsize=10)
-        axis.legend(fontsize=8, frameon=False)
-    plots.save(figure, path)
+        axis.set_xlabel("safety tokens, K")
+        style.label(axis, "y", "added to forward and backward, %", "lower")
+        axis.set_title(name.replace(": ", "\n"), fontsize=10)
+    style.legend(figure, axes)
+    style.save(figure, path)
 
 
 if __name__ == "__main__":

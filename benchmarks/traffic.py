@@ -66,12 +66,12 @@ def sent(messages: list[Message], processes: int) -> float:
 
 
 def gathered(loss: Loss, processes: int, *, trained: bool) -> float:
-    """Bytes that a process sends where FSDP2 gathers the bf16 head for forward and for backward.
+    """Bytes that a process sends where FSDP2 gathers the bf16 head for its product and the loss.
 
-    The gradient of a trained head is scattered in fp32.
+    A trained one is gathered for backward too, and its gradient is scattered in fp32.
     """
     numbers = loss.vocab * loss.hidden_size * (processes - 1) / processes
-    return numbers * (2 * 2 + 4 * trained)
+    return numbers * (2 + (2 + 4) * trained)
 
 
 def table(loss: Loss) -> str:
@@ -79,8 +79,8 @@ def table(loss: Loss) -> str:
     exact = Loss(**{**vars(loss), "filtered": False})
     lines = [
         "| processes | head of a process | forward, filtered | forward, exact | backward | "
-        "FSDP2, frozen | FSDP2, trained |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "logits, gathered | FSDP2, frozen | FSDP2, trained |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for processes in PROCESSES:
         (forward, backward), (exactly, _) = loss.messages(), exact.messages()
@@ -90,6 +90,7 @@ def table(loss: Loss) -> str:
             sent(forward, processes),
             sent(exactly, processes),
             sent(backward, processes),
+            2 * loss.positions * loss.vocab * (processes - 1) / processes,
             gathered(loss, processes, trained=False),
             gathered(loss, processes, trained=True),
         ]

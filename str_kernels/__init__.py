@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from str_kernels.functional import LinearCrossEntropyLoss, LossParts, linear_cross_entropy
     from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+    from str_kernels.planning import plan
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
 
@@ -28,6 +29,7 @@ _HOMES = {
     "VocabularyShard": "str_kernels.engine.shards",
     "linear_cross_entropy": "str_kernels.functional",
     "patch_model": "str_kernels.huggingface",
+    "plan": "str_kernels.planning",
     "unpatch_model": "str_kernels.huggingface",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "linear_cross_entropy",
     "patch_model",
+    "plan",
     "unpatch_model",
 ]
 

@@ -27,6 +27,7 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.forward import tiles_of
 from str_kernels.engine.joins import columns_over_shards
+from str_kernels.engine.logits import without_autocast
 from str_kernels.engine.shards import ALONE, Shards, VocabularyShard, shards_of
 from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.options import LossOptions
@@ -63,9 +64,10 @@ def row_terms(
         needs=gradients_needed(head),
         positions=len(flat),
     )
-    resolved = agreed(replace(resolved, shards=shards), head, inputs)
+    if not shards.alone:
+        resolved = agreed(replace(resolved, shards=shards), head, inputs)
     # `flatten` has made autocast's casts; inside, autocast would only round fp32 scratch blocks
-    with torch.autocast(flat.device.type, enabled=False):
+    with without_autocast(flat.device):
         if resolved.backend is None:
             if not waits.checks_at_once(head.weight.device):
                 # autograd would index with them
@@ -96,7 +98,7 @@ def safety_logits(
     chosen, _ = select_backend(backend, flat.weight.device, flat.hidden_states.dtype)
     if chosen is None:
         return row_terms(head, inputs, options, backend=backend).statistics.safety_logits
-    with torch.no_grad(), torch.autocast(flat.weight.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(flat.weight.device):
         labels = torch.full_like(rows.labels, -1)
         elsewhere = shards.elsewhere(labels)
         block = Block(
@@ -159,7 +161,10 @@ def flatten(head: Head, inputs: RowInputs) -> tuple[Head, RowInputs]:
     if weights is not None:
         weights = weights.reshape(-1)
     # built anew, not by _replace, which torch 2.8 does not trace
-    head = Head(_autocast(hidden).reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+    flat = _autocast(hidden)
+    if hidden.dim() != 2:
+        flat = flat.reshape(-1, hidden.shape[-1])
+    head = Head(flat, head.weight, head.bias)
     return head, RowInputs(labels.reshape(-1).long(), reference, weights)
 
 
@@ -216,6 +221,8 @@ def _dense_terms(head: Head, inputs: RowInputs, options: LossOptions) -> RowTerm
 
 def unflatten(terms: RowTerms, shape: torch.Size) -> RowTerms:
     """Reshape ``[N, ...]`` to ``[..., ...]``."""
+    if len(shape) == 1:
+        return terms
 
     def view(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(shape + values.shape[1:])

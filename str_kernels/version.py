@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "str_kernels"
 
 # In the order of the data. What stands on one line may import each other.
 LAYERS = [
-    {"version", "files", "tensor_files", "options", "quantise", "notices", "transforms", "waits"},
+    {
+        "version",
+        "files",
+        "tensor_files",
+        "tensor_rows",
+        "options",
+        "quantise",
+        "transforms",
+        "waits",
+        "ranks",
+    },
+    {"notices"},
     {"settings"},
     {"validation", "constraint", "oracle"},
     {"vocabulary"},
@@ -30,7 +41,9 @@ LAYERS = [
     {"integrations"},
     {"training"},
     {"demo", "bench"},
+    {"planning"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

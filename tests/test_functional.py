@@ -336,6 +336,7 @@ def test_public_names():
         "__version__",
         "linear_cross_entropy",
         "patch_model",
+        "plan",
         "unpatch_model",
     }
     assert all(getattr(str_kernels, name) is not None for name in str_kernels.__all__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.axes import logarithmic, ticks_at
 from benchmarks.gpu.record import STATE
-from str_kernels.bench import plots
+from str_kernels.bench import style
 from str_kernels.bench.report import Row
 
 
@@ -29,29 +29,34 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
 
 
 def _head(rows: list[Row], title: str, path: Path) -> None:
-    figure, axes = plots.new_figure(3, width=4.2, height=4.4)
+    figure, axes = style.new_figure(3, width=4.2, height=4.4)
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         line = sorted((row for row in rows if row["name"] == name), key=lambda row: row["N"])
         ours = name.startswith("ours")
-        style = {"marker": "osD^vPX*<>"[i % 10], "linestyle": "-" if ours else ":", "label": name}
-        style["color"] = plots.OURS if ours else f"C{i}"
+        look = {"marker": "osD^vPX*<>"[i % 10], "linestyle": "-" if ours else ":"}
+        look |= {"label": style.named(name), "color": style.colour(name)}
         xs = [row["N"] for row in line]
-        axes[0].plot(xs, [1e3 * statistics.median(row["seconds"]) for row in line], **style)
-        axes[1].plot(xs, [row["gemms"] for row in line], **style)
-        axes[2].plot(xs, [max(row["peak_bytes"], 1) / 2**20 for row in line], **style)
-    labels = ("ms, forward + backward", "bare products of these rows", "peak extra memory, MiB")
+        axes[0].plot(xs, [1e3 * statistics.median(row["seconds"]) for row in line], **look)
+        axes[1].plot(xs, [row["gemms"] for row in line], **look)
+        axes[2].plot(xs, [max(row["peak_bytes"], 1) / 2**20 for row in line], **look)
+    labels = (
+        "ms, forward + backward",
+        "× the bare product of these rows",
+        "peak extra memory, MiB",
+    )
     for axis, label in zip(axes, labels, strict=True):
         logarithmic(axis, "y")
         ticks_at(axis, [row["N"] for row in rows])
-        axis.set(xlabel="rows, N", ylabel=label)
+        axis.set_xlabel("rows, N")
+        style.label(axis, "y", label, "lower")
     axes[1].axhline(1.0, color="black", linewidth=0.8)
-    axes[2].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    style.legend(figure, axes[:1])
     figure.suptitle(f"{title}: single calls", fontsize=11)
-    plots.save(figure, path)
+    style.save(figure, path)
 
 
 def _stages(rows: list[Row], path: Path) -> None:
-    figure, (axis,) = plots.new_figure(1, width=8.0, height=1.2 + 0.5 * len(rows))
+    figure, (axis,) = style.new_figure(1, width=8.0, height=1.2 + 0.5 * len(rows))
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     names = [name for name in names if name not in ("whole", "forward")]
     labels, left = [row["name"] for row in rows], [0.0] * len(rows)
@@ -64,4 +69,4 @@ def _stages(rows: list[Row], path: Path) -> None:
         left = [x + width for x, width in zip(left, widths, strict=True)]
     axis.set_xlabel("ms of one call")
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    plots.save(figure, path)
+    style.save(figure, path)

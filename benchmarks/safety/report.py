@@ -17,7 +17,7 @@ from str_kernels.bench.report import markdown
 from str_kernels.evaluation.judge import Outcome
 from str_kernels.evaluation.rates import Rate
 
-PLOTTED = ("plain", "mse", "kl-weak", "floor", "logprob", "pact")
+PLOTTED = ("plain", "kl", "mse", "logprob", "pact")
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 HOW = """\
@@ -100,7 +100,7 @@ def _aligned(findings: Findings) -> str:
 def _setting(findings: Findings, name: str, folder: Path) -> str:
     groups = findings.of(name)
     setting = groups[0].results[0]["run"]["setting"]
-    pictures = _pictures(findings, name, folder)
+    drawn = pictures(findings, name, folder)
     return "\n\n".join(
         part
         for part in (
@@ -110,7 +110,7 @@ def _setting(findings: Findings, name: str, folder: Path) -> str:
             _sentences(groups),
             _outcome_table(groups),
             _cost_table(groups),
-            pictures,
+            drawn,
         )
         if part
     )
@@ -244,7 +244,8 @@ def _cost_table(groups: Sequence[Group]) -> str:
     return markdown(headings, rows).rstrip()
 
 
-def _pictures(findings: Findings, setting: str, folder: Path) -> str:
+def pictures(findings: Findings, setting: str, folder: Path) -> str:
+    """Draw a setting's pictures; return what shows them."""
     made = []
     groups = findings.of(setting)
     if any(group.rate("task") for group in groups):

@@ -65,14 +65,15 @@ class EmptyBackend:
         """See ``Backend.screen_rows``."""
         return size
 
-    def columns(self, block: Block, needed: Tensor | None) -> Columns:
+    def columns(self, block: Block, needed: Tensor | None, rows: Tensor | None = None) -> Columns:
         """No label and no safety token is here."""
         zeros, routed = _zeros(block), block.tiles is not None
         if routed and block.options.label_smoothing:
             mean_of(block)  # the others add up theirs
         none = torch.full_like(zeros, float("nan"))
         smoothed = routed and block.options.label_smoothing > 0
-        return Columns(none, zeros if routed else None, None, none if smoothed else None)
+        found = Columns(none, zeros if routed else None, None, none if smoothed else None)
+        return found.listed(rows)
 
     def join(self, block: Block, label_logit: Tensor, sums: RowSums) -> Joined:
         """See ``RowStages.join``."""
@@ -128,9 +129,8 @@ class EmptyBackend:
         total = opened.live.clone() if shares.also is None else opened.live + shares.also
         if shares.silent is not None:
             silence(total, shares.silent)
-        if out is not None:
-            return out.copy_(total)
-        return total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
+        total = total.to(kept_dtype(block.head.hidden_states.dtype, block.shards))
+        return total if out is None else out.copy_(total)
 
     def weight_gradients(
         self,

@@ -1,46 +1,37 @@
-"""Draw the plots without a display; every axis says what it counts."""
+"""Draw what a comparison of heads found."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from str_kernels.bench import style
 from str_kernels.bench.report import Row
-
-OURS, THEIRS = "#1f6f8b", "#b8b8b8"
-
-
-def new_figure(columns: int = 1, width: float = 6.0, height: float = 4.0):
-    """Make a figure and its axes, side by side, without top and right spines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save(figure, path: Path) -> None:
-    """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
 
 
 def head_bars(rows: list[Row], title: str, path: Path) -> None:
     """Draw time and peak memory of every contender that ran, the quickest on top."""
-    ran = sorted((row for row in rows if "gemms" in row), key=lambda row: -row["gemms"])
-    figure, axes = new_figure(2, width=5.5, height=1.2 + 0.32 * max(len(ran), 3))
-    names = [row["contender"] for row in ran]
-    colors = [OURS if name.startswith("ours") else THEIRS for name in names]
+    ran = [(style.whiskers([1e3 * s for s in r["seconds"]]), r) for r in rows if "gemms" in r]
+    ran.sort(key=lambda timed: -timed[0][0])
+    figure, axes = style.new_figure(2, width=5.5, height=1.4 + 0.32 * max(len(ran), 3))
+    names = [style.named(row["contender"]) for _, row in ran]
+    colours = [style.colour(row["contender"]) for _, row in ran]
+    spread = [list(side) for side in zip(*(time[1] for time, _ in ran), strict=True)]
     panels = (
-        ([row["gemms"] for row in ran], "time, forward + backward (1 = the bare GEMM)", "{:.2f}"),
-        ([row["peak_bytes"] / 2**20 for row in ran], "peak extra memory, MiB", "{:.0f}"),
+        ([time[0] for time, _ in ran], spread, "forward and backward, ms"),
+        ([row["peak_bytes"] / 2**20 for _, row in ran], None, "peak extra memory, MiB"),
     )
-    for axis, (values, label, form) in zip(axes, panels, strict=True):
-        bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, fmt=form, padding=3, fontsize=9)
-        axis.set_xlabel(label)
-        axis.margins(x=0.15)
+    for axis, (values, error, text) in zip(axes, panels, strict=True):
+        axis.barh(names, values, xerr=error, color=colours, error_kw={"lw": 0.9})
+        axis.grid(visible=False, axis="y")
+        axis.set_xscale("log" if max(values) > 40 * max(min(values), 1e-9) else "linear")
+        for at, value in enumerate(values):
+            reach = value + (error[1][at] if error else 0)
+            axis.annotate(
+                f"{value:,.0f}" if value >= 100 else f"{value:.3g}", (reach, at), xytext=(4, 0),
+                textcoords="offset points", va="center", fontsize=9,
+            )  # fmt: skip
+        axis.margins(x=0.2)
+        style.label(axis, "x", text, "lower")
     axes[1].set_yticks([])
     figure.suptitle(title, fontsize=11)
-    save(figure, path)
+    style.save(figure, path)

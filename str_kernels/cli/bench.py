@@ -9,6 +9,7 @@ import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
+from str_kernels.ranks import require_one
 
 SHAPE, QUICK_SHAPE = "1024,65536,512", "256,8192,64"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,6 +64,7 @@ def bench(
     A footnote tells the times in bare products of hidden states and head, which are timed in turns
     with each contender. An interrupted run continues where it stopped.
     """
+    require_one("bench")
     default_shape = QUICK_SHAPE if quick else SHAPE
     sizes = _checked(model, data, shape, dtype=dtype, default_shape=default_shape)
     with console.stage("preparing"):

@@ -11,6 +11,7 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, DataFile, ModelName, options_of
 from str_kernels.options import DEFAULT_KIND
+from str_kernels.ranks import share_work
 from str_kernels.training.settings import LONG, TrainSettings
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def cache(
     with console.stage("loading the model"):
         loaded = load(settings, adapter=adapter)
     safety = settings.constraint(prepared.tokens.token_ids)
-    with console.counting("batches of references", batch_count(prepared)) as advance:
+    counting = console.counting("batches of references", batch_count(prepared))
+    with share_work(), counting as advance:
         stored = cache_references(loaded, prepared, safety, out, advance)
     _show(_facts(prepared, out, stored), as_json)
     console.say(f"saved {out}")

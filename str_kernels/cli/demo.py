@@ -11,6 +11,7 @@ import typer
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson
 from str_kernels.files import write_json
+from str_kernels.ranks import require_one
 from str_kernels.version import run_versions
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ THREADS = 2  # at this size more threads only wait
 def demo(
     *,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for demo.png and demo.json; created if missing.")
-    ] = None,
+        Path, typer.Option(help="Folder for demo.png and demo.json; created if missing.")
+    ] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.", min=0)] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run for seconds; the numbers then mean little.")
@@ -37,8 +38,8 @@ def demo(
 
     It needs this package alone: model, tokenizer and text are made on the spot, on the CPU.
     """
-    if out is not None:
-        _check_folder(out)
+    require_one("demo")
+    _check_folder(out)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with console.stage("loading"):
@@ -55,10 +56,9 @@ def demo(
         console.print_json(content)
     else:
         _show(result)
-    if out is not None:
-        write_json(out / "demo.json", content)
-        report.save_plot(result, out / "demo.png")
-        console.say(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
+    write_json(out / "demo.json", content)
+    report.save_plot(result, out / "demo.png")
+    console.say(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
     console.say("next: str-kernels train MODEL DATA.jsonl --out ADAPTER, with a model of your own")
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from str_kernels.cli import console
-from str_kernels.cli.evaluation_view import Command, next_command, record, show
+from str_kernels.cli.evaluation_view import BUILT_IN, Command, next_command, record, show
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype
 from str_kernels.files import replacing, write_json
+from str_kernels.ranks import share_work
 
 if TYPE_CHECKING:
     from str_kernels.evaluation.evaluation import Evaluation
@@ -21,7 +22,11 @@ def evaluate(
     *,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter to put on the model.")] = None,
     refusals: Annotated[
-        Path | None, typer.Option(help="JSONL of requests that should be refused.")
+        Path | None,
+        typer.Option(
+            help=f"JSONL of requests that should be refused; {BUILT_IN}: the requests by which "
+            "safety tokens are found, for a first look."
+        ),
     ] = None,
     task: Annotated[
         Path | None, typer.Option(help="JSONL of requests with the right answer.")
@@ -84,9 +89,10 @@ def evaluate(
     for notice in notices:
         console.say(f"note: {notice}")
     rows = {name: [row for _, row in numbered] for name, numbered in rows.items()}
-    measured = _measure(command, rows, out)
+    with share_work() as ranks:
+        measured = _measure(command, rows, out)
     result = record(command, rows, measured)
-    if out is not None:
+    if out is not None and ranks.first:
         write_json(out, result)
         console.say(f"saved {out}")
     if as_json:
@@ -114,6 +120,10 @@ def _compare(first: Path, second: Path, out: Path, model: str | None) -> None:
 def _numbered(name: str, path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
     from str_kernels.inputs.data import read_numbered
 
+    if (name, str(path)) == ("refusals", BUILT_IN):
+        from str_kernels.safety.templates import REFUSED_REQUESTS
+
+        return list(enumerate(({"prompt": one} for one in REFUSED_REQUESTS), start=1))[:limit]
     return read_numbered(path, response_required=name == "task")[:limit]
 
 

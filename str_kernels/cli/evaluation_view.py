@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from str_kernels.cli.console import print_table
+from str_kernels.cli.console import print_table, say
 from str_kernels.files import sha256_of
 from str_kernels.version import __version__, versions
 
@@ -18,6 +18,7 @@ MEANINGS = {
     "over_refusal_rate": "refuses harmless requests",
     "judge_agreement": "judge and rules agree",
 }
+BUILT_IN = "built-in"  # in place of a file of requests to refuse
 FILES = {"refusals": "requests to refuse", "benign": "harmless requests"}
 
 
@@ -37,7 +38,7 @@ def record(command: Command, rows: dict[str, list], measured: Evaluation) -> dic
     files = {
         name: {
             "path": str(path),
-            "sha256": sha256_of(path),
+            "sha256": None if str(path) == BUILT_IN else sha256_of(path),
             "rows": len(rows[name]),
         }
         for name, path in command.paths.items()
@@ -66,6 +67,9 @@ def show(command: Command, measured: Evaluation) -> None:
     print_table(title, ["", "rate", "95 % interval", "rows"], rows)
     if measured.outcomes:
         _show_counts(measured.counts)
+    unfinished = sum(given["unfinished"] for given in measured.counts.values())
+    if unfinished:
+        say(f"{unfinished} answers end in the middle of a thought: give more --max-new-tokens.")
 
 
 def _show_counts(counts: dict[str, dict[str, int]]) -> None:

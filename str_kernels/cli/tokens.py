@@ -9,6 +9,7 @@ import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
+from str_kernels.ranks import share_work
 from str_kernels.safety.tokens import SafetyTokens
 
 ASKED = 20  # requests
@@ -55,15 +56,16 @@ def tokens(
         loaded, tokenizer = load_model_and_tokenizer(
             model, dtype=dtype, adapter=adapter, device=device
         )
-    with console.stage("asking what it refuses"):
+    with share_work(), console.stage("asking what it refuses"):
         refused = _refused(loaded, tokenizer, texts["prompts"], batch_size)
     requests = "built-in requests" if prompts is None else f"requests of {prompts}"
     console.say(_how_often(model, *refused, requests))
-    with console.stage("identifying safety tokens"):
+    with share_work() as ranks, console.stage("identifying safety tokens"):
         found = SafetyTokens.identify(
             loaded, tokenizer, top_k=top_k, batch_size=batch_size, **texts
         )
-    found.save(out)
+    if ranks.first:
+        found.save(out)
     if as_json:
         console.print_json({"path": str(out), **found.as_dict()})
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from str_kernels.cli.console import print_json, print_table, quiet_libraries, say
+from str_kernels.ranks import share_work
 
 if TYPE_CHECKING:
     from str_kernels.training.result import Result
@@ -86,13 +87,14 @@ def run_training(given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
         ValueError: the command has faults; they are found before its first slow step.
         FloatingPointError: the loss is not finite.
     """
-    with terminal_progress() as progress:
+    with terminal_progress() as progress, share_work():
         progress.stage("checking")
         quiet_libraries()
-        from str_kernels.training.checks import prepare
+        from str_kernels.training.checks import prepare, refuse_other_engines
         from str_kernels.training.run import train
         from str_kernels.training.settings import TrainSettings
 
+        refuse_other_engines()
         settings = TrainSettings(**given)
         result = train(prepare(settings, resume=resume), progress)
     if as_json:

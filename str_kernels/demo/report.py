@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from str_kernels.bench import style
 from str_kernels.demo.measure import Behaviour
 from str_kernels.demo.run import METHODS, DemoResult
 
@@ -22,7 +24,11 @@ _SHARES = {
 }
 _NAMES = {"aligned": "aligned", "plain": "tuned plainly", "str": "tuned with STR"}
 _HEADS = {"fused": "fused", "materialised": "logits stored"}
-_COLOURS = {"aligned": "#7f7f7f", "plain": "#d95f02", "str": "#1b9e77"}
+_GROUPS = {
+    "refusal_rate": "refuses forbidden requests\n↑ better",
+    "lookalike_refusal_rate": "refuses harmless look-alikes\n↓ better",
+    "task_accuracy": "task accuracy\n↑ better",
+}
 
 
 def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
@@ -109,31 +115,26 @@ def _on_refusals(aligned: Behaviour, plain: Behaviour, held: Behaviour) -> str:
 
 
 def save_plot(result: DemoResult, path: str | os.PathLike) -> None:
-    """Draw the shares of the three models beside the head's two peaks, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    _draw_shares(left, result)
-    names = [_HEADS[name].replace(" ", "\n") for name in result.head]
-    bars = right.bar(names, result.head.values(), color=["#1b9e77", "#d95f02"])
-    right.bar_label(bars, fmt="{:,.0f}")
-    right.margins(y=0.12)
-    right.set_title(f"head's peak memory, MiB\n{result.settings.head}", fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def _draw_shares(axes: Any, result: DemoResult) -> None:
-    width = 0.27
+    """Draw what the three models refuse and can do, under a sentence that says it, as a PNG."""
+    figure, (axis,) = style.new_figure(width=7.5, height=3.6)
     for offset, name in enumerate(METHODS):
-        places = [index + (offset - 1) * width for index in range(len(_SHARES))]
-        shares = [100 * getattr(result.behaviour[name], column) for column in _SHARES]
-        bars = axes.bar(places, shares, width, label=_NAMES[name], color=_COLOURS[name])
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
-    axes.set_xticks(range(len(_SHARES)), [text.replace(" ", "\n") for text in _SHARES.values()])
-    axes.set_ylabel("% of held-out prompts")
-    axes.set_ylim(0, 125)  # room for the legend
-    axes.set_title(
-        f"seed {result.settings.seed}, {result.settings.prompts} prompts of each kind", fontsize=9
-    )
-    axes.legend(ncols=3, fontsize=8, loc="upper center")
+        places = [index + 0.27 * (offset - 1) for index in range(len(_GROUPS))]
+        shares = [100 * getattr(result.behaviour[name], column) for column in _GROUPS]
+        look = {"label": _NAMES[name], "color": style.colour(name)}
+        axis.bar_label(axis.bar(places, shares, 0.25, **look), fmt="{:.0f}", fontsize=9)
+    axis.set_xticks(range(len(_GROUPS)), _GROUPS.values())
+    axis.grid(visible=False, axis="x")
+    axis.set_ylim(0, 108)
+    axis.set_ylabel("% of held-out prompts")
+    axis.set_title(_headline(result), fontsize=11)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    style.save(figure, Path(path))
+
+
+def _headline(result: DemoResult) -> str:
+    settings = result.settings
+    of = f"seed {settings.seed}, {settings.prompts} prompts of each kind"
+    if not settings.claims:
+        return f"A quick run: these numbers mean nothing ({of})"
+    aligned, plain, held = (f"{result.behaviour[name].refusal_rate:.0%}" for name in METHODS)
+    return f"Refusals: {aligned} aligned, {plain} tuned plainly, {held} with STR\n{of}"

@@ -9,6 +9,7 @@ second backward is right as well.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ from str_kernels.engine.contract import (
     Resolved,
     RowGradients,
     RowInputs,
+    RowPlan,
     SafetyTerm,
     Saved,
     Tiles,
     Upstream,
 )
-from str_kernels.engine.logits import accumulator, safety_ids
+from str_kernels.engine.logits import accumulator, safety_ids, without_autocast
 from str_kernels.engine.rest import by_dense, leave_out, of_safety, safety_factors
-from str_kernels.engine.rows import plan_for, weight_coefficients
+from str_kernels.engine.rows import lists_rows, plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -50,7 +52,7 @@ def backward_rows(
         grad_cross_entropy = torch.zeros_like(kept.lse)
     needs = resolved.needs
     # backward() may be called under the user's autocast, which would round the fp32 scratch
-    with torch.autocast(kept.lse.device.type, enabled=False):
+    with without_autocast(kept.lse.device):
         backward = _Backward(kept, tiles, resolved, grad_cross_entropy, grad_penalty)
         weight, bias = backward.weight_gradients() if any(needs[1:]) else (None, None)
     return backward.found.hidden, weight, bias
@@ -81,23 +83,28 @@ class _Backward:
     ) -> None:
         self.kept, self.tiles, self.resolved = kept, tiles, resolved
         self.options, self.dtype = resolved.options, kept.lse.dtype
-        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
         self.shards = resolved.shards
         self.vocab = self.shards.total or len(kept.weight)
-        self.plan = plan_for(resolved, inputs, self.vocab, tiles)
-        self.every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
         self.grad_cross_entropy = grad_cross_entropy
         penalty = None
         if self.options.constrained and grad_penalty is not None:
             penalty = grad_penalty * self.plan.penalty_scale
-        dense = None if self.plan.listed is None else self.plan.dense
+        dense = self.plan.dense if lists_rows(resolved, kept.lse.device) else None
         upstream = Upstream(grad_cross_entropy, penalty, dense)
         self.found = _gradient(kept, upstream, resolved)
+
+    @cached_property
+    def plan(self) -> RowPlan:
+        """The forward's plan, made again where something of it is needed."""
+        kept = self.kept
+        inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
+        return plan_for(self.resolved, inputs, self.vocab, self.tiles)
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        rows = slice(None) if self.every else kept.rows
+        every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
+        rows = slice(None) if every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from str_kernels import waits
 from str_kernels.engine.contract import Reduces, RowTerms, Totals, brings
 from str_kernels.options import LossOptions
 
@@ -36,6 +37,9 @@ def totals_of(terms: RowTerms, labels: Tensor, options: LossOptions, count: Coun
         penalty = penalty.sum() if options.constrained else torch.zeros_like(cross_entropy)
     if options.reduction == "mean":
         divisor = num_labels if count is None else count
+        # in compiled code and under transforms of torch.func no backend is named
+        if backend is not None and isinstance(divisor, Tensor) and waits.allowed(divisor.device):
+            divisor = divisor.item()
         cross_entropy, *rest = _divided(divisor, cross_entropy, *[penalty] * options.constrained)
         penalty = rest[0] if rest else penalty
     loss = cross_entropy + penalty if options.constrained else cross_entropy

@@ -47,12 +47,17 @@ def plan_for(
     resolved: Resolved, inputs: RowInputs, vocab_size: int, tiles: Tiles | None
 ) -> RowPlan:
     """Return the backend's plan where the host must not wait, and else `plan_rows`."""
-    backend, options = resolved.backend, resolved.options
-    # rows that the host lists are fewer to exchange with other processes
-    listing = resolved.shards.alone and not waits.allowed(inputs.labels.device)
-    if listing and brings(type(backend), Prepares):
-        return backend.prepare(inputs, options, vocab_size, tiles)
+    options = resolved.options
+    if lists_rows(resolved, inputs.labels.device):
+        return resolved.backend.prepare(inputs, options, vocab_size, tiles)
     return plan_rows(inputs, options, accumulator(resolved.dtype), vocab_size)
+
+
+def lists_rows(resolved: Resolved, device: torch.device) -> bool:
+    """Whether the backend lists the rows on the device, so that the host need not wait."""
+    # rows that the host lists are fewer to exchange with other processes
+    alone = resolved.shards.alone and not waits.allowed(device)
+    return alone and brings(type(resolved.backend), Prepares)
 
 
 def plan_rows(

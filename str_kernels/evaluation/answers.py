@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from str_kernels.files import replacing
+from str_kernels.ranks import sharing
 
 
 class AnswerFile:
@@ -49,11 +50,12 @@ class AnswerFile:
         return None if row is None else row["answer"]
 
     def add(self, prompt: Sequence[int], text: str, answer: str) -> None:
-        """Write an answer; ``text`` is the request, for people who read the file."""
+        """Write an answer, in the first process; ``text`` is the request, for people."""
         key = self.key(prompt)
         self._rows[key] = {"key": key, "prompt": text, "answer": answer}
-        self._file.write(_line(self._rows[key]))
-        self._file.flush()
+        if sharing().first:
+            self._file.write(_line(self._rows[key]))
+            self._file.flush()
 
     def judge(self, prompt: Sequence[int], verdict: str) -> None:
         """Note what an answer of the file does; `close` writes it."""
@@ -64,7 +66,7 @@ class AnswerFile:
     def close(self) -> None:
         """Close the file, with its new verdicts."""
         self._file.close()
-        if self._judged:
+        if self._judged and sharing().first:
             with replacing(self.path) as partial:
                 text = "".join(map(_line, self._rows.values()))
                 partial.write_text(text, encoding="utf-8", newline="\n")

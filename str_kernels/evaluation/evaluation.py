@@ -17,12 +17,14 @@ from str_kernels.evaluation.answers import AnswerFile
 from str_kernels.evaluation.judge import Outcome, classify
 from str_kernels.evaluation.judge_model import JudgeModel
 from str_kernels.evaluation.rates import Rate, exact_match
+from str_kernels.evaluation.reasoning import answer_of, open_thought
 from str_kernels.inputs.rows import Row, prompt_messages, response_of
 from str_kernels.safety.inference import check_fits, generate_greedy, prompt_token_ids
 
 SCHEMA = "str_kernels.evaluation/2"
 MOST_LABELS = 50
 LONGEST_LABEL = 3  # words
+_TAIL = 16  # tokens; the mark that opens a thought has fewer
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _evaluation(
 ) -> Evaluation:
     """Judge the answers to every group of rows."""
     right = tuple(
-        exact_match(answer, response_of(row) or "")
+        exact_match(answer_of(answer) or "", response_of(row) or "")
         for row, answer in zip(groups["task"], answers["task"], strict=True)
     )
     labels = task_words(groups["task"])
@@ -195,7 +197,10 @@ def answer_rows(
     known: AnswerFile | None = None,
     on_answer: Callable[[], None] | None = None,
 ) -> list[str]:
-    """Return the greedy answer to each row's request, as text."""
+    """Return the greedy answer to each row's request, as text.
+
+    An answer whose thought the prompt has opened begins with the mark that opens it.
+    """
     prompts = _prompts(tokenizer, "rows", rows)
     answers = [known.get(prompt) if known is not None else None for prompt in prompts]
     missing = [index for index, answer in enumerate(answers) if answer is None]
@@ -219,7 +224,8 @@ def answer_rows(
         batch_size=batch_size,
         on_answer=keep,
     )
-    return [answer or "" for answer in answers]
+    opened = (open_thought(tokenizer.decode(prompt[-_TAIL:])) for prompt in prompts)
+    return [mark + (answer or "") for mark, answer in zip(opened, answers, strict=True)]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, name: str, rows: Sequence[Row]) -> list[list[int]]:
@@ -251,7 +257,7 @@ def _judged(
     chosen = [index for index, outcome in enumerate(outcomes) if outcome in judged]
     refused = judge.refused(
         [_request(rows[index]) for index in chosen],
-        [answers[index] for index in chosen],
+        [answer_of(answers[index]) or "" for index in chosen],
         batch_size=batch_size,
     )
     result = list(outcomes)

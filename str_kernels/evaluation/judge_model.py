@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from str_kernels.ranks import sharing
 from str_kernels.safety.inference import check_fits, last_logits, prompt_token_ids, reading
 
 QUESTION = """A user asked an assistant this:
@@ -72,9 +73,10 @@ class JudgeModel:
         order = sorted(range(len(questions)), key=lambda index: -len(questions[index]))
         verdicts = [False] * len(questions)
         with reading(self.model):
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                for index, verdict in zip(chosen, self._yes(questions, chosen), strict=True):
+            batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            judged = sharing().in_order(batches, lambda chosen: self._yes(questions, chosen))
+            for chosen, found in zip(batches, judged, strict=True):
+                for index, verdict in zip(chosen, found, strict=True):
                     verdicts[index] = verdict
         return verdicts
 

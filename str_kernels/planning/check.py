@@ -27,7 +27,7 @@ def measured_bytes(
     safety_tokens: int,
     device: torch.device,
 ) -> int:
-    """Run two steps of a model with random weights, and return the most bytes of the second.
+    """Run two steps of a model with random weights, and return the most bytes alive at once.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine has no room for it.
@@ -51,17 +51,18 @@ def measured_bytes(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+        def steps() -> None:  # the first makes the optimizer's states and the vocabulary index
+            step()
+            step()
+
         with levers.body.apply(adapted):
-            step()  # makes the optimizer's states and the vocabulary index
-            before = _held(adapted, optimizer)
-            found = before + peak_bytes(step, device).peak
+            found = _held(adapted) + peak_bytes(steps, device).peak
         if patch is not None:
             patch.unpatch()
         return found
 
 
-def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    states = [x for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x)]
-    tensors = [*model.parameters(), *model.buffers(), *states]
+def _held(model: torch.nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(sizes.values())

@@ -12,15 +12,15 @@ from typing import NamedTuple
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from str_kernels.huggingface.deferred.head import find_head
 from str_kernels.levers.checkpoints import checkpointed
 from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
 from str_kernels.planning.depth import Depths, depths_of, layers_of, shortened, whole
-from str_kernels.planning.head import HeadShape, index_bytes
+from str_kernels.planning.head import HeadShape, building_bytes, index_bytes
 from str_kernels.planning.ledger import Ledger, Most
 from str_kernels.planning.levers import Levers
-from str_kernels.planning.step import ADAPTER, GRADIENTS, WEIGHTS, Shape, count_step
+from str_kernels.planning.request import Request
+from str_kernels.planning.step import FIRST_LOSS, Shape, count_step
 from str_kernels.planning.subject import Subject
 
 OPTIMIZER, INDEX, BUCKETS = "optimizer states", "vocabulary index", "buckets between processes"
@@ -46,15 +46,14 @@ class Count(NamedTuple):
 class Counter:
     """Counts steps of one model; what was counted is remembered."""
 
-    def __init__(self, subject: Subject, *, batch: int, safety_tokens: int, device: str, processes: int) -> None:
-        self.subject, self.batch, self.device = subject, batch, device
-        self.safety_tokens = safety_tokens
+    def __init__(self, subject: Subject, asked: Request) -> None:
+        self.subject, self.asked = subject, asked
         self.layers = layers_of(subject.inner, subject.config)
         self.depths = (
             Depths(1, 1, 1) if self.layers is None else depths_of(self.layers, subject.config)
         )
         trained = subject.bytes_of(trained=True)
-        self.always = {OPTIMIZER: _STATES * trained, BUCKETS: trained if processes > 1 else 0}
+        self.always = {OPTIMIZER: _STATES * trained, BUCKETS: trained if asked.processes > 1 else 0}
         self.fixed = subject.bytes_of(trained=False) + trained + self.always[OPTIMIZER]
         self._counted: dict[tuple[int, Levers], Count] = {}
         self._tiled: list[str] | None = None
@@ -63,8 +62,13 @@ class Counter:
         """Count a step.
 
         Raises:
-            ValueError: a model that cannot run on tensors without values, or does not allow a lever.
+            ValueError: a model that needs values to run, or does not allow a lever.
         """
+        if levers.offload == "cpu" and self.asked.device == "cpu":
+            raise ValueError(
+                "offload='cpu': the device is the CPU, and so are its checkpoints; give 'disk' or "
+                "leave it out."
+            )
         key = context, levers
         if key not in self._counted:
             self._counted[key] = self._count(context, levers)
@@ -79,21 +83,27 @@ class Counter:
             more = self._at(self.depths.more, context, levers)
         most = whole(few.most, more.most, self.depths)
         host = whole({("host",): Most(few.host, {})}, {("host",): Most(more.host, {})}, self.depths)
-        extra = {**self.always, INDEX: self._index(levers)}
-        extra = {name: size for name, size in extra.items() if size}
+        for key in most:
+            for name, size in self._beside(key, levers).items():
+                most[key] = _with(most[key], name, size)
         moment = max(most, key=lambda key: most[key].total)
-        owners = {**most[moment].owners, **extra}
-        total = most[moment].total + sum(extra.values())
+        total, owners = most[moment]
         return Count(total, owners, _words(moment), host[("host",)].total)
 
-    def _index(self, levers: Levers) -> int:
-        head = HeadShape(self.subject.head.weight, self.safety_tokens, self.device)
-        return index_bytes(head) if levers.fused_head else 0
+    def _beside(self, moment: tuple, levers: Levers) -> dict[str, int]:
+        """What else is there; the first loss builds the index, before the optimizer has states."""
+        found = dict(self.always)
+        if levers.fused_head:
+            shape = HeadShape(self.subject.head.weight, self.asked.safety_tokens, self.asked.device)
+            found[INDEX] = index_bytes(shape)
+            if moment == FIRST_LOSS:
+                found |= {INDEX: building_bytes(shape), OPTIMIZER: 0}
+        return {name: size for name, size in found.items() if size}
 
     def _at(self, depth: int, context: int, levers: Levers) -> Ledger:
         ledger, subject = Ledger(), self.subject
-        tokens = self.safety_tokens if levers.fused_head else 0
-        shape = Shape(self.batch, context, tokens, self.device)
+        tokens = self.asked.safety_tokens if levers.fused_head else 0
+        shape = Shape(self.asked.batch, context, tokens, self.asked.device)
         with ExitStack() as stack:
             if self.layers is not None:
                 stack.enter_context(shortened(self.layers, depth))
@@ -126,11 +136,16 @@ class Counter:
         return [modules[name] for name in self._tiled or () if name in modules]
 
 
+def _with(most: Most, name: str, size: int) -> Most:
+    return Most(most.total + size, {**most.owners, name: most.owners.get(name, 0) + size})
+
+
 def _words(moment: tuple) -> str:
     return {
         "reference": "in the reference pass",
         "forward": "in the forward",
         "head": "in the loss head",
+        "first loss": "in the first loss, which builds the vocabulary index",
         "backward start": "as the backward begins",
         "backward": "in the backward of a layer",
     }.get(moment[0], "at the end of the step")

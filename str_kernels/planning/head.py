@@ -1,7 +1,7 @@
 """The fused head's memory, by the accounting from which its backends choose their block sizes.
 
-Stage: hidden states ``[B, N, D]`` on meta tensors → a loss, whose forward and backward take what the
-operation takes: a row gradient each, the statistics, and the scratch of one block of rows.
+Stage: hidden states ``[B, N, D]`` on meta tensors → a loss, whose forward and backward take what
+the operation takes: gradients of rows, statistics, and the scratch of one block of rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.engine.contract import Head
 from str_kernels.engine.logits import accumulator, kept_dtype
+from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
 from str_kernels.options import TILE
 
+_SPLIT = 32768  # rows of the vocabulary from which a split learns its direction
+_OF_ALL, _OF_SOME = 1.8, 0.8  # copies of these, as measured at the allocator
 _STATISTICS = 40  # bytes a row: losses, log-sum-exps, masses, flags and the rows' numbers
 _TABLES = 4  # of [N, K] in fp32: logits, reference, difference and gradient
 
@@ -34,9 +37,20 @@ class HeadShape(NamedTuple):
 def index_bytes(shape: HeadShape) -> int:
     """The vocabulary index: an order and its inverse, and a mean row of each tile."""
     vocabulary, width = shape.weight.shape
+    if vocabulary < SMALLEST_VOCABULARY:
+        return 0
     return (
         16 * vocabulary + -(-vocabulary // TILE) * width * accumulator(shape.weight.dtype).itemsize
     )
+
+
+def building_bytes(shape: HeadShape) -> int:
+    """What building the index takes in the first loss: whitened rows, and those that are split."""
+    vocabulary, width = shape.weight.shape
+    if vocabulary < SMALLEST_VOCABULARY:
+        return 0
+    split = min(vocabulary, _SPLIT) * (_OF_ALL if vocabulary <= _SPLIT else _OF_SOME)
+    return round(4 * width * (vocabulary + split))
 
 
 def _backend(device: str) -> Any:

@@ -39,7 +39,7 @@ class Owner:
     def last(self) -> Owner:
         """Who owns its storages now."""
         while self.heir is not self:
-            self = self.heir  # noqa: PLW0642 (follows the chain)
+            self = self.heir
         return self
 
 
@@ -190,4 +190,3 @@ def _value_of(tensor: Tensor) -> Tensor:
     if value is None:
         raise NotImplementedError("its forward branches on values of its activations")
     return value
-

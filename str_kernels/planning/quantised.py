@@ -1,7 +1,7 @@
 """Linear layers in 4 and 8 bits on meta tensors: what they store, and what a call of them takes.
 
-Stage: ``nn.Linear`` of the body → the same product from packed bytes, whose weight stands whole only
-while the product is computed, in the forward and again in the backward.
+Stage: ``nn.Linear`` of the body → the same product from packed bytes, whose weight stands whole
+only while the product is computed, in the forward and again in the backward.
 """
 
 from __future__ import annotations

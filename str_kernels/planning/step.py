@@ -1,7 +1,7 @@
 """One training step on meta tensors, in the order in which the patched model runs it.
 
-Stage: `Subject`, `Shape`, `Levers` → the most bytes of each moment: the reference pass, the forward,
-the head, the backward of each layer.
+Stage: `Subject`, `Shape`, `Levers` → the most bytes of each moment: the reference pass, the
+forward, the head, the backward of each layer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from str_kernels.planning.subject import Subject
 
 WEIGHTS, ADAPTER = "weights", "adapter"
 SHARED, KEPT, WORK = "masks, positions, embeddings", "kept for the backward", "one layer at work"
+FIRST_LOSS = ("first loss",)
 HEAD, REFERENCE, GRADIENTS = "loss head", "reference pass", "adapter's gradients"
 
 
@@ -34,7 +35,7 @@ class Shape(NamedTuple):
     device: str
 
 
-class _Reached(Exception):  # noqa: N818 (it ends a forward, and is no error)
+class _Reached(Exception):
     """The head was called with these states."""
 
     def __init__(self, states: Tensor) -> None:
@@ -84,6 +85,8 @@ def _loss(
             return subject.inner(**batch, labels=batch["input_ids"]).loss
     with ledger.owned(SHARED):
         states = _states(subject, batch)
+    ledger.moments = (FIRST_LOSS,)
+    ledger.take(0)
     ledger.moments = (("head",),)
     with ledger.owned(HEAD):
         head = HeadShape(subject.head.weight, shape.safety_tokens, shape.device)

@@ -111,8 +111,7 @@ def _built(config: PretrainedConfig, name: str, dtype: torch.dtype) -> nn.Module
     with (
         library_reading(
             f"model={name!r}",
-            "cannot be built without its weights; give a causal language model that transformers has "
-            "built in",
+            "cannot be built without its weights; give a causal language model of transformers",
         ),
         torch.device("meta"),
     ):

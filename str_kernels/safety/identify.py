@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from str_kernels.options import MAX_SAFETY_TOKENS
+from str_kernels.ranks import sharing
 from str_kernels.safety.inference import (
     Prompt,
     check_fits,
@@ -73,17 +74,23 @@ def mean_probabilities(
     All answers have the same weight; an empty one counts by the position where it would begin.
     """
     ordered = sorted(exchanges, key=lambda pair: len(pair[0]) + len(pair[1]))
+    batches = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
+
+    def means(batch: Sequence[Exchange]) -> list[Tensor]:
+        lengths = [max(1, len(answer)) for _, answer in batch]
+        rows = [prompt + answer[:-1] for prompt, answer in batch]
+        logits = last_logits(model, rows, max(lengths), pad)
+        return [
+            logits[row, -length:].float().softmax(-1).mean(0).cpu()
+            for row, length in enumerate(lengths)
+        ]
+
     total: Tensor | None = None
     with reading(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            lengths = [max(1, len(answer)) for _, answer in batch]
-            rows = [prompt + answer[:-1] for prompt, answer in batch]
-            logits = last_logits(model, rows, max(lengths), pad)
-            for row, length in enumerate(lengths):
-                mean = logits[row, -length:].float().softmax(-1).mean(0)
+        for found in sharing().in_order(batches, means):
+            for mean in found:
                 total = mean if total is None else total + mean
-    return (total / len(ordered)).cpu()
+    return total / len(ordered)
 
 
 def select(

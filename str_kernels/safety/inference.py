@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 from str_kernels.inputs.template import Tools, render
+from str_kernels.ranks import sharing
 
 Prompt = str | list[dict[str, Any]]
 
@@ -29,6 +31,9 @@ def reading(model: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
+        for module, mode in modes:
+            if evaluates_otherwise(module):
+                module.training = mode
         try:
             yield
         finally:
@@ -127,10 +132,14 @@ def generate_greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     with reading(model), _generation_config(model, config):
         device = next(model.parameters()).device
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+
+        def generate(chosen: list[int]) -> list[list[int]]:
             batch = left_padded([prompts[index] for index in chosen], pad, device)
-            output = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
+            return model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
+
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        answered = sharing().in_order(batches, generate)
+        for chosen, output in zip(batches, answered, strict=True):
             for index, answer in zip(chosen, output, strict=True):
                 answers[index] = list(takewhile(lambda token: token not in ends, answer))
                 if on_answer is not None:

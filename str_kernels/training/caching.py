@@ -1,4 +1,4 @@
-"""The references of a run's data, computed by `str-kernels cache` or at the run's start.
+"""The references of a run's data, computed ahead by `str-kernels cache`.
 
 Stage: `Prepared` and the aligned model → the file that ``patch_model(reference=path)`` reads.
 """

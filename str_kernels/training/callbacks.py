@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from str_kernels.ranks import sharing
+
 
 class Progress(Protocol):
     """What a run reports; the command line shows it, and tests record it."""
@@ -131,6 +133,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop at the end of a step, where a checkpoint is exact."""
+        """Stop at the end of a step, where a checkpoint is exact; all processes stop together."""
+        self.asked = any(sharing().gathered(self.asked))
         if self.asked:
             control.should_save = control.should_log = control.should_training_stop = True

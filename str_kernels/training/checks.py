@@ -6,6 +6,7 @@ weights → `Prepared`. No weights are read here.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import library_reading
 from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checkpoints import newest_checkpoint
 from str_kernels.training.lora import add_lora
@@ -28,7 +30,8 @@ from str_kernels.training.reading import Collector, check_vocabulary, read_input
 from str_kernels.training.settings import TrainSettings
 
 DESCRIPTION = "str_kernels.json"
-REFERENCES = "references.safetensors"
+REFERENCES = "references.sqlite"
+WHOLE_REFERENCES = "references.safetensors"  # of version 0.1
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -90,6 +93,20 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
         attempt(check_same_run, settings, inputs.files)
     collector.raise_faults()
     return Prepared(settings, tokenizer, data, anchors, held_out, tokens, checkpoint, context)
+
+
+def refuse_other_engines() -> None:
+    """Refuse what `accelerate launch` asks for beside DDP, which saves and resumes otherwise.
+
+    Raises:
+        ValueError: it asks for FSDP or DeepSpeed.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name}=true: str-kernels train runs DDP alone: start it with "
+                "torchrun, or use patch_model in a script of your own (docs/distributed.md)."
+            )
 
 
 def check_output(settings: TrainSettings, resume: bool) -> Path | None:
@@ -213,6 +230,9 @@ def check_same_run(settings: TrainSettings, files: tuple[TrainingData, ...]) -> 
     for file in files:
         if known.get(file.source, file.sha256) != file.sha256:
             different.append(f"the contents of {file.source}")
+    processes = before.get("processes", 1)
+    if processes != sharing().size:  # each has its own part of a batch and its own random state
+        different.append(f"{processes} processes")
     if different:
         raise ValueError(
             f"out={settings.out!r}: was begun with other settings ({', '.join(different)}), as "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from str_kernels.files import write_json
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checks import DESCRIPTION, Prepared
 from str_kernels.version import run_versions
@@ -26,12 +28,12 @@ class Result:
         total_steps: the planned number of steps.
         interrupted: whether Ctrl-C ended it early.
         step_seconds: the median wall-clock time of an optimizer step.
-        tokens_per_second: tokens without padding, over the time of all steps.
+        tokens_per_second: tokens without padding, of all processes, over the time of all steps.
         loss: its average in the last log, like the next two.
         cross_entropy: the first term.
         safety_penalty: the second term, strength included; None without a constraint.
         eval_cross_entropy: the first term on the held-out rows, at the last step; None without.
-        peak_process_mib: the largest resident size of the process.
+        peak_process_mib: the largest resident size of a process.
         peak_device_mib: the largest allocation on the accelerator; None on a CPU.
     """
 
@@ -58,6 +60,15 @@ def peak_memory() -> dict[str, float | None]:
     return {"peak_process_mib": _peak_process_bytes() / 2**20, "peak_device_mib": on_gpu}
 
 
+def largest(peaks: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+    """Return the largest peaks of several processes."""
+    first, *others = peaks
+    return {
+        name: value and max([value, *(other[name] or 0.0 for other in others)])
+        for name, value in first.items()
+    }
+
+
 def _peak_process_bytes() -> int:
     if sys.platform == "win32":
         import psutil  # comes with accelerate
@@ -79,6 +90,7 @@ def write_description(
         "sealed": True,  # checkpoints are, see `str_kernels.training.checkpoints`
         "complete": result is not None and not result.interrupted,
         "settings": settings.as_dict(),
+        "processes": sharing().size,
         "versions": run_versions(),
         "data": prepared.data.facts(),
         "anchors": [file.facts() for file in prepared.anchors],

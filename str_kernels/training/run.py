@@ -19,11 +19,13 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from str_kernels.huggingface import Patch, SafetyLogCallback, patch_model
 from str_kernels.huggingface.constraint.anchors import AnchoredCollator
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
+from str_kernels.options import SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
-from str_kernels.training.caching import cache_references
 from str_kernels.training.callbacks import (
     Interrupt,
     NoProgress,
@@ -34,12 +36,12 @@ from str_kernels.training.callbacks import (
 )
 from str_kernels.training.card import CARD, write_card
 from str_kernels.training.checkpoints import Sealing, settle
-from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, Prepared
+from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, WHOLE_REFERENCES, Prepared
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.notices import data_notices, end_notice
 from str_kernels.training.reading import TOKENS
-from str_kernels.training.result import Result, peak_memory, write_description
+from str_kernels.training.result import Result, largest, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
 
 Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
@@ -76,7 +78,7 @@ class CountingTrainer(Trainer):
 
 
 def train(prepared: Prepared, progress: Progress | None = None) -> Result:
-    """Run what `prepare` checked.
+    """Run what `prepare` checked; inside ``share_work`` all processes train one model, by DDP.
 
     Returns:
         What was measured; ``interrupted`` means that Ctrl-C ended it, with a checkpoint saved.
@@ -84,7 +86,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    settings, progress = prepared.settings, progress or NoProgress()
+    settings, progress, ranks = prepared.settings, progress or NoProgress(), sharing()
+    ranks.wait()  # nothing is written before all have checked the folder
     for notice in data_notices(prepared):
         progress.notice(notice)
     progress.stage("loading the model")
@@ -92,13 +95,15 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     if notice := end_notice(prepared, model):
         progress.notice(notice)
     tokens = _safety_tokens(model, prepared, progress)
-    for name in settle(settings.folder, prepared.checkpoint):
-        progress.notice(f"{name} was not finished, and is removed.")
-    write_description(prepared, tokens, None)
+    if ranks.first:
+        for name in settle(settings.folder, prepared.checkpoint):
+            progress.notice(f"{name} was not finished, and is removed.")
+        write_description(prepared, tokens, None)
+    ranks.wait()
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
-    patch = _patch(model, prepared, tokens, progress)
+    patch = _patch(model, prepared, tokens)
     with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
         if patch is not None:
             # before the callbacks that report elsewhere, which report what it adds
@@ -115,8 +120,10 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
     result = _result(prepared, trainer, timer, interrupt.asked)
-    _save(model, prepared, tokens, result)
-    write_description(prepared, tokens, result)
+    if ranks.first:
+        _save(model, prepared, tokens, result)
+        write_description(prepared, tokens, result)
+    ranks.wait()
     return result
 
 
@@ -145,7 +152,7 @@ def _save(
 
 def training_arguments(settings: TrainSettings, rows: int) -> TrainingArguments:
     """Return the trainer's settings of a run over ``rows`` sequences."""
-    total = settings.total_steps(rows)
+    total = settings.total_steps(rows, sharing().size)
     return TrainingArguments(
         output_dir=settings.out,
         per_device_train_batch_size=settings.batch,
@@ -232,13 +239,12 @@ def _safety_tokens(
     if tokens is None:
         progress.stage("identifying safety tokens")
         tokens = SafetyTokens.identify(model, prepared.tokenizer, top_k=prepared.settings.top_k)
-    tokens.save(prepared.settings.folder / TOKENS)
+    if sharing().first:
+        tokens.save(prepared.settings.folder / TOKENS)
     return tokens
 
 
-def _patch(
-    model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None, progress: Progress
-) -> Patch | None:
+def _patch(model: torch.nn.Module, prepared: Prepared, tokens: SafetyTokens | None) -> Patch | None:
     settings = prepared.settings
     if settings.method == "unpatched":
         return None
@@ -246,11 +252,20 @@ def _patch(
         return patch_model(model)
     safety, arguments = settings.constraint(tokens.token_ids), settings.of_the_patch
     if settings.reference == "cache":
-        arguments["reference"] = reference = settings.folder / REFERENCES
-        if prepared.checkpoint is None or not reference.is_file():  # a resumed run has it
-            progress.stage("computing the references")
-            cache_references(model, prepared, safety, reference)
+        arguments["reference"] = _cache(prepared, safety)
     return patch_model(model, safety, **arguments, share_seed=settings.seed)
+
+
+def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
+    """Return the cache of a run: one that fills itself, or the whole one of version 0.1."""
+    folder, resumed = prepared.settings.folder, prepared.checkpoint is not None
+    path, whole = folder / REFERENCES, folder / WHOLE_REFERENCES
+    if resumed and whole.is_file():
+        return whole
+    if not resumed and sharing().first:
+        path.unlink(missing_ok=True)  # it may be of another model
+    sharing().wait()
+    return FillingCache(path, safety)
 
 
 def _result(
@@ -258,8 +273,8 @@ def _result(
 ) -> Result:
     logs = [log for log in trainer.state.log_history if "loss" in log]
     held_out = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
-    seen = int(trainer.tokens_seen)
-    seconds = sum(timer.seconds)
+    measured = sharing().gathered((int(trainer.tokens_seen), peak_memory()))
+    seen, seconds = sum(tokens for tokens, _ in measured), sum(timer.seconds)
     last = logs[-1] if logs else {}
     return Result(
         steps=trainer.state.global_step,
@@ -271,5 +286,5 @@ def _result(
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
         eval_cross_entropy=held_out.get("eval_cross_entropy", held_out.get("eval_loss")),
-        **peak_memory(),
+        **largest(peaks for _, peaks in measured),
     )

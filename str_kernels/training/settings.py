@@ -17,6 +17,7 @@ from str_kernels.options import MAX_SAFETY_TOKENS
 from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
+PACKED = ("nf4", "int8")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
 ALL_LINEAR = ("all-linear",)  # every linear layer but the head
@@ -53,7 +54,8 @@ class TrainSettings(ConstraintSettings):
         Rule(f"1 to {MAX_SAFETY_TOKENS}", lambda value: 1 <= value <= MAX_SAFETY_TOKENS),
     )
     reference: str = setting(
-        "adapter_off", "adapter_off, cache (computed once, at the start), or a cache file."
+        "adapter_off",
+        "adapter_off, cache (each row computed once, in the first epoch), or a cache file.",
     )
     anchors: tuple[str, ...] = setting(
         (),
@@ -100,7 +102,7 @@ class TrainSettings(ConstraintSettings):
     )
     epochs: float = setting(1.0, "Passes over the data.", above(0))
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.", at_least(1))
-    batch: int = setting(8, "Sequences in one forward.", at_least(1))
+    batch: int = setting(8, "Sequences in one forward of a process.", at_least(1))
     accumulation: int = setting(1, "Forwards in one optimizer step.", at_least(1))
     max_length: int = setting(
         2048, "Longest sequence, in tokens; longer responses are cut at their end.", at_least(2)
@@ -114,8 +116,9 @@ class TrainSettings(ConstraintSettings):
     dtype: str = setting(
         "auto",
         "Precision of the body: auto (the checkpoint's), float32, bfloat16, float16, or "
-        "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
-        one_of(*DTYPES),
+        "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast, nf4 or int8 "
+        "(bitsandbytes, below a bf16 head).",
+        one_of(*DTYPES, *PACKED),
     )
     device: str = setting(
         "auto",
@@ -177,6 +180,11 @@ class TrainSettings(ConstraintSettings):
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
+        if self.packed and self.model.endswith(".gguf"):
+            found.append(
+                f"dtype={self.dtype!r}: a GGUF file is dequantised when it is loaded; give the "
+                "model's folder or Hub id, or another dtype."
+            )
         if self.offload is not None and not self.gradient_checkpointing:
             found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
         if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
@@ -191,6 +199,11 @@ class TrainSettings(ConstraintSettings):
         """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether the body is in 4 or 8 bits."""
+        return self.dtype in PACKED
 
     @property
     def levers(self) -> LongContext:
@@ -217,11 +230,11 @@ class TrainSettings(ConstraintSettings):
         lists = ("target_modules", "anchors", "report_to")
         return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in lists}}
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: int, processes: int = 1) -> int:
         """Count the optimizer steps over ``rows`` sequences as the trainer counts them."""
         if self.steps is not None:
             return self.steps
-        batches = math.ceil(rows / self.batch)
+        batches = math.ceil(rows / (self.batch * processes))
         return math.ceil(self.epochs * max(1, math.ceil(batches / self.accumulation)))
 
     def warmup_steps(self, total: int) -> int:

@@ -91,6 +91,20 @@ def test_a_table_for_people(capsys, aligned_model_dir, files):
     assert called.err.splitlines()[-1].startswith("next: str-kernels train")
 
 
+def test_answers_cut_off_in_a_thought_are_said(
+    capsys, monkeypatch, aligned_model_dir, files, tmp_path
+):
+    """A refusal may have followed, and more tokens would show it."""
+
+    def cut(model, tokenizer, rows, **options):
+        return ["<think>I cannot"] * len(rows)
+
+    monkeypatch.setattr(evaluation, "answer_rows", cut)
+    code, out, err = call(capsys, "evaluate", aligned_model_dir, "--refusals", files["refusals"])
+    assert code == 0, err
+    assert "end in the middle of a thought: give more --max-new-tokens" in out + err
+
+
 def test_an_adapter_is_put_on(capsys, aligned_model_dir, files, tmp_path):
     """With an adapter that scrambles the attention, the model does worse than without."""
     import torch
@@ -204,3 +218,13 @@ def test_a_comparison_that_is_asked_wrongly(capsys, tmp_path, monkeypatch, argum
     assert called.code == 2
     assert message in called.err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_built_in_requests_need_no_file(capsys, aligned_model_dir, tmp_path):
+    """A first look: the requests by which safety tokens are found."""
+    out = tmp_path / "result.json"
+    arguments = ("--refusals", "built-in", "--limit", 3, "--max-new-tokens", 4, "--out", out)
+    called = call(capsys, "evaluate", aligned_model_dir, *arguments)
+    assert called.code == 0, called.err
+    described = json.loads(out.read_text())["files"]["refusals"]
+    assert described == {"path": "built-in", "sha256": None, "rows": 3}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -35,9 +36,10 @@ class Failed(NamedTuple):
 
 
 class Pool:
-    """The processes; they start with the first case."""
+    """So many processes; they start with the first case, and import ``module`` before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: int = WORLD, module: str = __name__) -> None:
+        self._world, self._module = world, module
         self._workers: list[multiprocessing.Process] = []
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
@@ -75,19 +77,24 @@ class Pool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = Path(tempfile.mkdtemp(prefix="str_kernels_ranks_"))
-        for rank in range(WORLD):
+        for rank in range(self._world):
             here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, self._folder, there), daemon=True)
+            worker = context.Process(
+                target=_serve, args=(rank, self._world, self._folder, there), daemon=True
+            )
             worker.start()
             there.close()
             self._workers.append(worker)
             self._pipes.append(here)
         self._collect(_STARTS, "the start of the processes")
+        for pipe in self._pipes:
+            pipe.send((_import, (self._module,), {}))
+        self._collect(_STARTS, f"the import of {self._module}")
 
     def _collect(self, seconds: float, what: str) -> list[Any]:
         answers: dict[int, Any] = {}
         end = time.monotonic() + seconds
-        while len(answers) < WORLD and time.monotonic() < end:
+        while len(answers) < self._world and time.monotonic() < end:
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in answers}
             for pipe in wait(list(waiting), timeout=1):
                 try:
@@ -97,8 +104,8 @@ class Pool:
                 if isinstance(answers[waiting[pipe]], Failed):  # the other may wait for it
                     end = min(end, time.monotonic() + _ALONE)
         failed = [x for x in answers.values() if isinstance(x, Failed)]
-        if len(answers) == WORLD and not any(x.message == "died" for x in failed):
-            return [answers[rank] for rank in range(WORLD)]
+        if len(answers) == self._world and not any(x.message == "died" for x in failed):
+            return [answers[rank] for rank in range(self._world)]
         stacks = self._stacks()
         self.stop()
         errors = "\n".join(x.traceback for x in failed)
@@ -113,11 +120,11 @@ class Pool:
         return "\n".join(f"{path.name}:\n{path.read_text(encoding='utf-8')}" for path in paths)
 
 
-def _serve(rank: int, folder: Path, pipe: Connection) -> None:
+def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
     """The life of one process."""
     with open(folder / f"stack.{rank}", "w", encoding="utf-8") as stack:
         faulthandler.register(signal.SIGUSR1, stack)
-        pipe.send(_answer(_join_group, rank, folder))
+        pipe.send(_answer(_join_group, rank, world, folder))
         while True:
             try:
                 case, args, kwargs = pipe.recv()
@@ -133,9 +140,13 @@ def _answer(case: Callable, *args: Any, **kwargs: Any) -> Any:
         return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _join_group(rank: int, folder: Path) -> None:
+def _import(module: str) -> None:
+    importlib.import_module(module)
+
+
+def _join_group(rank: int, world: int, folder: Path) -> None:
     # as torchrun sets them, for accelerate
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(number) for name, number in ranks.items()}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     import torch
@@ -146,4 +157,4 @@ def _join_group(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     longer = datetime.timedelta(seconds=10 * HANGS)  # so that a hang is seen as one
     where = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=WORLD, timeout=longer)
+    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=world, timeout=longer)

@@ -27,7 +27,10 @@ def shard(
     checkpointing: bool = False,
     low: bool = False,
 ) -> nn.Module:
-    """Layers in groups of their own, the head in ``group``, all else in the root's."""
+    """Layers in groups of their own, the head in ``group``, all else in the root's.
+
+    With ``"only"`` there is the root's group alone.
+    """
     mesh = init_device_mesh("cpu", (WORLD,))
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
     if low:
@@ -37,7 +40,7 @@ def shard(
     if checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable()
-    for layer in body.layers:
+    for layer in body.layers if group != "only" else ():
         fully_shard(layer, **settings)
     together = {
         "alone": [base.lm_head],

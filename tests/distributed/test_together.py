@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -51,9 +55,11 @@ def indexed(case: Case, wrapper: str) -> dict[str, Any]:
     try:
         model = case.model()
         patch = patch_model(model, case.safety)
-        net = DistributedDataParallel(model) if wrapper == "ddp" else shard(model, wrapper)
-        for _ in range(3):
-            net(**case.share(torch.distributed.get_rank())).loss.backward()
+        with zero(model) if wrapper == "zero" else nullcontext(model) as net:
+            if wrapper != "zero":
+                net = DistributedDataParallel(model) if wrapper == "ddp" else shard(model, wrapper)
+            for _ in range(3):
+                net(**case.share(torch.distributed.get_rank())).loss.backward()
     finally:
         VocabularyIndex.build, filtering.tile_means = build, means
         filtering.SMALLEST_VOCABULARY, filtering.LARGEST_LIVE_SHARE = small, share
@@ -62,7 +68,22 @@ def indexed(case: Case, wrapper: str) -> dict[str, Any]:
     return {**counts, **{name: part.tolist() for name, part in parts.items()}}
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "root", "alone", "norm"])
+@contextmanager
+def zero(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """A stand-in for DeepSpeed's ZeRO: what it marks parameters with, and where its group is."""
+    for parameter in model.parameters():
+        parameter._hp_mapping = None
+    groups = types.SimpleNamespace(
+        _get_sequence_data_parallel_group=lambda: torch.distributed.group.WORLD
+    )
+    sys.modules["deepspeed.utils.groups"] = groups
+    try:
+        yield model
+    finally:
+        del sys.modules["deepspeed.utils.groups"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "root", "only", "alone", "norm", "zero"])
 def test_one_index(ranks, wrapper):
     """The first process clusters, once; wherever FSDP puts the weight, nobody looks again."""
     first, second = ranks.run(indexed, Case(vocab=1000), wrapper)

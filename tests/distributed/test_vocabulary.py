@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from benchmarks.traffic import Loss
 from str_kernels import SafetyConstraint, VocabularyIndex, linear_cross_entropy
+from tests.distributed.pool import Pool
 from tests.distributed.vocabulary import apart, counted, cut, losses, of_dtensor, own, unlike, whole
 from tests.oracle import Case, assert_close, filtered_truth, make_case
 
@@ -212,3 +214,61 @@ def test_what_is_exchanged(ranks, options, filtered):
     eps = 2.0**-11 if filtered else 0.0
     answers = ranks.run(counted, case, cut(VOCAB, 2), filter_eps=eps)
     assert answers[0] == answers[1] == list(loss.messages())
+
+
+@pytest.fixture(scope="module")
+def four():
+    pool = Pool(4)
+    yield pool
+    pool.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [VOCAB, 5], ids=["ragged", "the last without rows"])
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_processes(four, processes, vocab):
+    """Every option, exact and filtered; three of four have the head, and the last none of it."""
+    options = [{**o, "k": min(o.get("k", 0), vocab - 1)} for o in OPTIONS.values()]
+    cases = [make_case(N, vocab, DIM, **o) for o in options]
+    ends = cut(vocab, processes)
+    ends += [vocab] * (5 - len(ends))
+    for eps in (0.0, 2.0**-11):
+        for case, got in zip(cases, run(four, cases, ends, filter_eps=eps), strict=True):
+            assert_close(got, case.truth(filter_eps=0.0), 1e-9 if eps == 0.0 else 5e-3)
+
+
+def compiled(case: Case, ends: list[int]) -> list[torch.Tensor]:
+    part, shard = own(case, ends)
+
+    def loss(hidden):
+        return 2.0 * linear_cross_entropy(hidden + 1.0, part.weight, part.labels, shard=shard)
+
+    return [f(part.hidden_states) for f in (loss, torch.compile(loss, backend="eager"))]
+
+
+@pytest.mark.slow
+def test_in_compiled_code(ranks):
+    """The loss runs eagerly there."""
+    for plain, traced in ranks.run(compiled, make_case(N, VOCAB, DIM), cut(VOCAB, 2)):
+        torch.testing.assert_close(plain, traced)
+
+
+def on_gpus(case: Case, ends: list[int], **overrides) -> list[dict[str, torch.Tensor]]:
+    part, shard = own(case, ends)
+    device = torch.device("cuda", torch.distributed.get_rank())
+    torch.cuda.set_device(device)
+    group = torch.distributed.new_group(backend="nccl")
+    moved = {n: x.to(device) for n, x in vars(part).items() if isinstance(x, torch.Tensor)}
+    shard = replace(shard, group=group)
+    found = replace(part, **moved).run(shard=shard, **overrides)
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("eps", [0.0, 2.0**-11])
+def test_nccl(ranks, eps):
+    for name in ("plain", "kl", "mse, all options", "logprob"):
+        case = make_case(64, VOCAB, 64, **OPTIONS[name]).to(torch.float32)
+        got = whole(ranks.run(on_gpus, case, cut(VOCAB, 2), filter_eps=eps))
+        assert_close(got, case.truth(filter_eps=0.0), 1e-4 if eps == 0.0 else 1e-2)

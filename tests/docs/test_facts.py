@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import traffic
 from str_kernels.integrations.axolotl import StrKernelsPlugin
 from str_kernels.integrations.settings import PatchSettings
 from str_kernels.safety.tokens import SafetyTokens
@@ -177,3 +178,8 @@ def test_the_pages_name_files_that_exist():
         for name in codes(path.read_text(encoding="utf-8")):
             if re.fullmatch(r"(str_kernels|benchmarks|tests|docs|\.ci)/[\w./-]+", name):
                 assert Path(ROOT / name).exists(), (path.name, name)
+
+
+def test_what_a_split_vocabulary_sends():
+    """The page has the table that is computed."""
+    assert traffic.table(traffic.Loss()) in page("distributed")

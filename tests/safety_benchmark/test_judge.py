@@ -26,10 +26,10 @@ def rows_of(part: str, judged: list[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def test_half_and_two_quarters():
+def test_a_half_a_quarter_and_two_eighths():
     parts = [judge.part_of(f"request {i}") for i in range(2000)]
     shares = [parts.count(part) / 2000 for part in judge.PARTS]
-    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.04)
+    assert shares == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.04)
 
 
 def test_agreement_is_counted_in_its_part_and_without_partial_answers():

@@ -106,6 +106,9 @@ def test_half_precision_needs_a_gpu(run):
     with pytest.raises(Faults, match="dtype='mixed-float16': needs a GPU"):
         run(dtype="mixed-float16")
     run(dtype="mixed-bfloat16")
+    with pytest.raises(Faults, match="offload='cpu': moves checkpoints from a GPU"):
+        run(offload="cpu", gradient_checkpointing=True)
+    run(offload="disk", gradient_checkpointing=True)
 
 
 def test_several_gpus_need_a_launcher(run, monkeypatch):

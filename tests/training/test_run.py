@@ -83,7 +83,7 @@ def test_a_resumed_run_continues_exactly(monkeypatch, make_settings, method):
     monkeypatch.setattr(filtering, "SMALLEST_VOCABULARY", 1)
     shared = {"method": method, "dropout": 0.2, "schedule": "cosine", "accumulation": 2}
     if method == "str":
-        shared |= {"gradient_checkpointing": True}
+        shared |= {"gradient_checkpointing": True, "offload": "disk", "reference": "cache"}
     whole = make_settings("whole", **shared)
     unbroken = train(prepare(whole))
     assert not unbroken.interrupted

@@ -28,7 +28,7 @@ def test_all_faults_are_reported_together():
         {"strength": float("nan")},
         {"kind": "mae"},
         {"positions": 0},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"steps": 0},
         {"share": 0.0},
         {"share": "half"},
@@ -37,6 +37,10 @@ def test_all_faults_are_reported_together():
         {"target_modules": ()},
         {"method": "plain", "tokens": "tokens.json"},
         {"method": "unpatched", "reference": "cache"},
+        {"offload": "ram", "gradient_checkpointing": True},
+        {"offload": "disk"},
+        {"tile_tokens": 0},
+        {"tile_tokens": 512, "dropout": 0.1},
     ],
 )
 def test_a_wrong_value_is_refused_by_name(changes):

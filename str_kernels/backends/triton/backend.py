@@ -196,7 +196,8 @@ class TritonBackend:
 
     def scratch(self, head: Head, rows: int) -> int:
         """Count the bytes that a block takes while it is computed: no more than its budget."""
-        return self.byte_budget
+        vocab, dim = head.weight.shape
+        return min(self.byte_budget, rows * (4 * vocab + 8 * dim))
 
     def screen_rows(self, head: Head, size: int, screen: str) -> int:
         """Quantise W once for many blocks, whose masses and rows of H take half of the budget.

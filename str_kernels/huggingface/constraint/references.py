@@ -29,7 +29,9 @@ from str_kernels.huggingface.deferred.head import (
     validate_tokens,
 )
 from str_kernels.options import LossOptions, SafetyConstraint
+from str_kernels.ranks import sharing
 from str_kernels.tensor_files import SavedTensors, save_tensors
+from str_kernels.tensor_rows import TensorRows, is_of_rows
 
 SCHEMA = "str_kernels.reference_cache/1"
 
@@ -64,13 +66,14 @@ class ReferenceCache:
                 f"{name}: no such file; make one with str-kernels cache or "
                 "build_reference_cache, or use 'adapter_off'."
             )
-        self._saved = SavedTensors(path, name)
-        self._check(safety)
+        self._saved = (TensorRows if is_of_rows(path) else SavedTensors)(path, name)
+        self.check(safety)
 
     def __deepcopy__(self, memo: dict) -> ReferenceCache:
         return self  # read only, and the open file cannot be copied
 
-    def _check(self, safety: SafetyConstraint) -> None:
+    def check(self, safety: SafetyConstraint) -> None:
+        """Refuse a constraint that these are not the references of."""
         metadata = self._saved.metadata
         if metadata.get("schema") != SCHEMA:
             raise ValueError(
@@ -140,6 +143,20 @@ def save_reference_cache(
     Raises:
         ValueError: a value beyond the range of fp16.
     """
+    metadata = {
+        "schema": SCHEMA,
+        "token_ids": json.dumps(list(safety.token_ids)),
+        "unit": reference_unit(safety),
+    }
+    save_tensors(path, halves(references), metadata)
+
+
+def halves(references: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The references in fp16 on the CPU, rounded by 2⁻¹¹ of their size.
+
+    Raises:
+        ValueError: a value beyond the range of fp16.
+    """
     tensors = {}
     for key, values in references.items():
         half = values.detach().half().cpu().contiguous()
@@ -148,12 +165,7 @@ def save_reference_cache(
                 f"references hold {values.abs().max().item():.4g}: too large for fp16."
             )
         tensors[key] = half
-    metadata = {
-        "schema": SCHEMA,
-        "token_ids": json.dumps(list(safety.token_ids)),
-        "unit": reference_unit(safety),
-    }
-    save_tensors(path, tensors, metadata)
+    return tensors
 
 
 def build_reference_cache(
@@ -182,21 +194,26 @@ def build_reference_cache(
     Raises:
         ValueError: no folder to write into, no batch, or one without the ids.
     """
-    _require_writable(Path(path))
+    require_writable(Path(path))
     inner = causal_lm(model)
     head = find_head(inner)
     validate_tokens(safety.token_ids, head)
     references: dict[str, Tensor] = {}
     with deferrable_head(head):
-        for batch in batches:
-            references.update(_references(inner, dict(batch), safety))
+        ranks = sharing()
+        for found in ranks.in_order(
+            batches, lambda batch: references_of(inner, dict(batch), safety)
+        ):
+            references.update(found if ranks.first else dict.fromkeys(found))
     if not references:
         raise ValueError("batches: there was no sequence, so there is nothing to save.")
-    save_reference_cache(path, references, safety)
+    if ranks.first:
+        save_reference_cache(path, references, safety)
+    ranks.wait()
     return len(references)
 
 
-def _references(
+def references_of(
     model: nn.Module, arguments: dict[str, Tensor], safety: SafetyConstraint
 ) -> dict[str, Tensor]:
     """References ``[T, K]`` of the sequences of a batch, by the key of their content."""
@@ -214,6 +231,7 @@ def _references(
     return {key: values[row, where].cpu() for row, (where, _, key) in enumerate(sequences.rows())}
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
+    """Refuse a path that no file can be written to."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"path={str(path)!r}: must be a file in a folder that can be written to.")

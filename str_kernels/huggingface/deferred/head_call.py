@@ -51,7 +51,7 @@ class HeadCall:
     head: nn.Module | None = None
     hooks: list[Callable] = field(default_factory=list)
     members: list[weakref.ref] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[weakref.ref[Record]] = field(default_factory=list)  # a record knows its call
     fresh: list[Freshness] = field(default_factory=list)
     gone: bool = False
     fused: bool = False
@@ -66,7 +66,8 @@ class HeadCall:
     def let_go(self) -> None:
         """Give a weight back that was lent for the forward, unless real logits were made of it."""
         members = [reference() for reference in self.members]
-        lent = [record for record in self.records if record.fold.lent is not None]
+        records = [reference() for reference in self.records]
+        lent = [x for x in records if x is not None and x.fold.lent is not None]
         if not lent or any(x is not None and x.is_materialised for x in members):
             return
         self.gone = True

@@ -250,7 +250,7 @@ class _GraphNode(Function):
 
 def _record(fold: Fold, replay: Callable[[], Tensor], call: HeadCall) -> DeferredLogits:
     modes, record = Modes.now(fold.device.type), Record(fold, replay)
-    call.records.append(record)
+    call.records.append(weakref.ref(record))
 
     def make() -> DeferredLogits:
         logits = Tensor._make_wrapper_subclass(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from str_kernels.backends.selection import select_backend
 from str_kernels.engine.contract import Backend
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.constraint.share import Sharing
 from str_kernels.huggingface.deferred.forward import PATCH
@@ -27,7 +28,7 @@ def patch_model(
     model: nn.Module,
     safety: SafetyConstraint | None = None,
     *,
-    reference: str | os.PathLike = ConstraintSettings.reference,
+    reference: str | os.PathLike | FillingCache = ConstraintSettings.reference,
     positions: Positions = ConstraintSettings.positions,
     share: float = ConstraintSettings.share,
     share_seed: int = 0,
@@ -56,7 +57,8 @@ def patch_model(
         model: a transformers causal LM, PEFT-wrapped or not; only this instance is touched.
         safety: the constraint, or None for the fused cross-entropy alone.
         reference: ``"adapter_off"`` (the same model with its trained adapters disabled, one no-grad
-            pass a step), or the path of a cache that ``build_reference_cache`` wrote. Adapters that
+            pass a step), the path of a cache that ``build_reference_cache`` wrote, or a
+            ``FillingCache``, which computes each row once, when it is first met. Adapters that
             are active and have no trained parameter stay on, so that one that carries the alignment
             is part of the reference (``is_trainable=False``); one that is loaded and trained on is
             not, and the first penalty, which is not 0 then, is said. The forwards check that there
@@ -160,13 +162,17 @@ def _validate_reference(
 ) -> Reference:
     if isinstance(reference, tuple | Tensor) or reference == "static":
         raise ValueError(removed("a fixed reference tensor"))
-    if not isinstance(reference, str | os.PathLike):
+    if not isinstance(reference, str | os.PathLike | FillingCache):
         raise ValueError(
-            f"reference={reference!r}: must be 'adapter_off' or the path of a cache file."
+            f"reference={reference!r}: must be 'adapter_off', the path of a cache file, or a "
+            "FillingCache."
         )
     if safety is None:
         if reference != "adapter_off":
             raise ValueError("reference was given without safety: pass a SafetyConstraint too.")
         return reference
     validate_tokens(safety.token_ids, head)
+    if isinstance(reference, FillingCache):
+        reference.check(safety)
+        return reference
     return reference if reference == "adapter_off" else ReferenceCache(reference, safety)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from str_kernels.huggingface.patch.processes import is_first
+from str_kernels.ranks import is_first
 
 _log = logging.getLogger("str_kernels")
 

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ from str_kernels.engine.contract import Backend
 from str_kernels.functional import LossParts
 from str_kernels.huggingface import trl
 from str_kernels.huggingface.constraint.adapters import require_fixed_base
+from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.constraint.share import Drawn, Sharing, arguments_of_rows
@@ -304,7 +306,11 @@ class Patch:
 
         It runs on the drawn rows alone, unless an argument may belong to other rows.
         """
-        if not self.options.constrained or not isinstance(self.reference, str):
+        if not self.options.constrained:
+            return None, drawn
+        if isinstance(self.reference, FillingCache):
+            self._fill(self.reference, arguments, split)
+        if not isinstance(self.reference, str):
             return None, drawn
         if drawn is not None:
             cut = arguments_of_rows(arguments, drawn)
@@ -319,6 +325,17 @@ class Patch:
         same = aligned.weight is aligned.lent and has_one_weight(self._head)
         # the training pass has it, too
         return (aligned.without_weight() if same else aligned), drawn
+
+    def _fill(self, cache: FillingCache, arguments: dict[str, Any], split: Split | None) -> None:
+        """Let the cache compute what it lacks of this batch, by the model without adapters."""
+        if split is not None:
+            raise ValueError(
+                f"reference={str(cache.path)!r}: fills itself, which a sequence that is split over "
+                "processes does not allow; make the cache first, with str-kernels cache."
+            )
+        device, processes = next(self.model.parameters()).device, together(self.model)
+        cache.fill(self.model, arguments, partial(processes.any, device=device))
+        require_fixed_base(self.model)
 
     def _observe(self, loss: FusedLoss, rows: int, context: LossContext) -> None:
         """Keep the statistics of a loss, detached and on the device, and check the filter."""

@@ -142,11 +142,6 @@ def _meta(model):
     model.lm_head.to("meta")
 
 
-def _zero3(model):
-    model.lm_head.weight = nn.Parameter(torch.empty(0))
-    model.lm_head.weight.ds_id = 7
-
-
 def _subclass(model):
     class Quantised(torch.Tensor):
         pass
@@ -159,7 +154,6 @@ def _subclass(model):
     [
         (_quantised, "no weight|quantised"),
         (_meta, "meta device"),
-        (_zero3, "ZeRO-3|no weight"),
         (_subclass, "Quantised"),
     ],
 )

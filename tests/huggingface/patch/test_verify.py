@@ -61,7 +61,11 @@ def _softcap_missed(monkeypatch, model):
 
 def _bias_dropped(monkeypatch, model):
     original = tensor.fold_linear
-    monkeypatch.setattr(tensor, "fold_linear", lambda h, w, bias: original(h, w, None))
+
+    def dropped(head, *given, **options):
+        return original(head._replace(bias=None), *given, **options)
+
+    monkeypatch.setattr(tensor, "fold_linear", dropped)
 
 
 def _stale_weight(monkeypatch, model):
@@ -75,9 +79,13 @@ def _stale_weight(monkeypatch, model):
 
 def _gradient_cut(monkeypatch, model):
     original = tensor.fold_linear
-    monkeypatch.setattr(
-        tensor, "fold_linear", lambda h, w, bias: original(h.detach(), w.clone(), bias)
-    )
+
+    def cut(head, *given, **options):
+        hidden_states, weight = head.hidden_states.detach(), head.weight.clone()
+        head = head._replace(hidden_states=hidden_states, weight=weight)
+        return original(head, *given, **options)
+
+    monkeypatch.setattr(tensor, "fold_linear", cut)
 
 
 def _wrong_logits(monkeypatch, model):
@@ -85,7 +93,7 @@ def _wrong_logits(monkeypatch, model):
 
 
 def _an_error(monkeypatch, model):
-    def broken(*_):
+    def broken(*_, **options):
         raise KeyError("planted")
 
     monkeypatch.setattr(tensor, "fold_linear", broken)

@@ -1,0 +1,208 @@
+"""A plan counts what a step takes: beside measured bytes, and for each error of its arguments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from str_kernels.planning import Levers, plan
+from str_kernels.planning.check import measured_bytes
+from str_kernels.planning.counts import Counter
+from str_kernels.planning.longest import longest
+from str_kernels.planning.request import GIB, Request
+from str_kernels.planning.step import SHARED
+from str_kernels.planning.subject import subject_of
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "dtype": "float32",
+}
+GEMMA = LLAMA | {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
+FUSED = Levers(fused_head=True)
+EVERY = Levers(True, "disk", 64, fused_head=True)
+
+
+def written(tmp_path, values: dict, name: str = "config.json") -> str:
+    """The path of a configuration."""
+    path = tmp_path / name
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "levers", "tolerance"),
+    [
+        (LLAMA, Levers(), 0.001),  # the model's own code alone: nothing of it is estimated
+        (LLAMA, EVERY, 0.05),
+        (GEMMA, Levers(gradient_checkpointing=True, fused_head=True), 0.05),
+        pytest.param(GEMMA, Levers(), 0.001, marks=pytest.mark.slow),
+        pytest.param(GEMMA, EVERY, 0.05, marks=pytest.mark.slow),
+        pytest.param(LLAMA, FUSED, 0.05, marks=pytest.mark.slow),
+    ],
+)
+def test_a_count_is_what_a_step_takes(tmp_path, values, levers, tolerance):
+    """The bytes that two real steps have alive, at the allocator."""
+    path = written(tmp_path, values)
+    counter = Counter(subject_of(path, rank=4, dtype="auto"), request(path))
+    counted = counter.count(300, levers).total
+    measured = measured_bytes(
+        path,
+        300,
+        levers,
+        rank=4,
+        dtype=torch.float32,
+        batch=1,
+        safety_tokens=8,
+        device=torch.device("cpu"),
+    )
+    assert counted == pytest.approx(measured, rel=tolerance)
+
+
+def request(path: str, **given) -> Request:
+    """A small request on the CPU."""
+    return Request(path, 300, rank=4, device="cpu", safety_tokens=8, **given)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        (["full_attention"], 8),
+        pytest.param(["sliding_attention", "full_attention"], 12, marks=pytest.mark.slow),
+    ],
+)
+def test_equal_layers_are_counted_once(tmp_path, pattern, layers):
+    """Two depths tell the whole model's step to the byte, with each kind of layer among them."""
+    kinds = (pattern * layers)[:layers]
+    values = GEMMA | {"num_hidden_layers": layers, "layer_types": kinds}
+    path = written(tmp_path, values)
+    subject = subject_of(path, rank=4, dtype="auto")
+    counter = Counter(subject, request(path))
+    assert counter.depths.more < layers
+    every = Counter(subject, request(path))
+    every.depths = every.depths._replace(few=layers, more=layers)
+    for levers in (FUSED, Levers(gradient_checkpointing=True, fused_head=True)):
+        assert every.count(100, levers)[:2] == counter.count(100, levers)[:2]
+
+
+def test_a_body_in_four_bits_is_smaller(tmp_path):
+    """Packed weights take half a byte and their scales; embeddings and head stay in bf16."""
+    path = written(tmp_path, LLAMA)
+    four, eight, sixteen = (
+        subject_of(path, rank=4, dtype=name).bytes_of(trained=False)
+        for name in ("nf4", "int8", "bfloat16")
+    )
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
+    outputs = 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
+    assert sixteen - eight == 2 * linear - linear - 4 * outputs
+    assert sixteen - four == 2 * linear - linear // 2 - linear // 64 - _second_scales()
+
+
+def _second_scales() -> int:
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192)]
+    return 2 * sum(4 * -(-(a * b // 64) // 256) for a, b in shapes)
+
+
+def test_attention_is_the_devices(tmp_path):
+    """A window's mask is stored by either device; without one, none stores a matrix of N²."""
+    for values, square in ((LLAMA, False), (GEMMA, True)):
+        path = written(tmp_path, values)
+        subject = subject_of(path, rank=4, dtype="bfloat16")
+        for device in ("cpu", "cuda"):
+            asked = Request(path, 2048, rank=4, device=device, safety_tokens=0)
+            counter = Counter(subject, asked)
+            levers = Levers(gradient_checkpointing=True, fused_head=True)
+            short, long = (counter.count(n, levers).owners[SHARED] for n in (2048, 4096))
+            assert (long - short >= 3 * 2048**2) is square
+
+
+def test_a_plan_finds_the_cheapest_levers_and_the_longest_context(tmp_path):
+    """The first set that fits is the cheapest, and a longest context fits."""
+    path = written(tmp_path, LLAMA | {"num_hidden_layers": 1})
+    given = {"rank": 4, "device": "cpu", "safety_tokens": 8}
+    free = plan(path, context=2048, **given)
+    assert free.cheapest is None
+    totals = [row.count.total for row in free.rows]
+    room = (totals[3] + 4096) / GIB
+    found = plan(path, context=2048, memory=room, **given)
+    assert found.cheapest.levers == found.rows[3].levers
+    counter = Counter(subject_of(path, rank=4, dtype="auto"), request(path))
+    for row in found.rows:
+        assert counter.count(row.longest, row.levers).total <= found.request.room
+        assert row.fits is (row.longest >= 2048)
+    json.dumps(found.as_dict())
+
+
+def test_the_longest_context_is_found_on_any_curve():
+    """A line, a parabola, nothing that fits, and everything that fits."""
+    for curve in (lambda n: 10 * n, lambda n: n * n // 1000 + n):
+        found = longest(curve, curve(50_000), 1 << 20)
+        assert 49_000 <= found <= 50_000
+        assert longest(curve, 100, 1 << 20) == 0
+        assert longest(curve, curve(1 << 20), 1 << 20) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"context": 5000}, "context=5000"),
+        ({"context": 1}, "context=1"),
+        ({"memory": 1e-5}, "memory=1e-05"),
+        ({"memory": -1.0}, "memory=-1.0"),
+        ({"dtype": "fp4"}, "dtype='fp4'"),
+        ({"dtype": "mixed-bfloat16"}, "dtype='mixed-bfloat16'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"processes": 0}, "processes=0"),
+        ({"safety_tokens": -1}, "safety_tokens=-1"),
+        ({"batch": True}, "batch=True"),
+        ({"rank": 0}, "rank=0"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path, given, named):
+    """One sentence with the value and what to do."""
+    path = written(tmp_path, LLAMA)
+    with pytest.raises(ValueError, match=named) as caught:
+        plan(path, **given)
+    assert str(caught.value).startswith(named)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"hidden_size": 8}, "model_type"),
+        ({"model_type": "never_heard_of"}, "never_heard_of"),
+        ([1, 2], "model_type"),
+        ({"model_type": "bert", "hidden_size": 64}, "cannot be built"),
+    ],
+)
+def test_bad_configurations_are_refused(tmp_path, values, told):
+    """An architecture that transformers does not know, or that has no causal head."""
+    path = written(tmp_path, values)
+    with pytest.raises(ValueError, match=told):
+        plan(path)
+
+
+def test_processes_and_batch_cost_what_they_add(tmp_path):
+    """DDP's buckets are as large as the gradients; two sequences are no less than one."""
+    path = written(tmp_path, LLAMA)
+    subject = subject_of(path, rank=4, dtype="auto")
+    one, many = (Counter(subject, request(path, processes=p)) for p in (1, 4))
+    trained = subject.bytes_of(trained=True)
+    assert many.count(256, FUSED).total - one.count(256, FUSED).total == trained
+    two = Counter(subject, request(path, batch=2))
+    assert two.count(256, FUSED).total > one.count(256, FUSED).total
