@@ -100,11 +100,15 @@ class _Backward:
         inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
         return plan_for(self.resolved, inputs, self.vocab, self.tiles)
 
+    @property
+    def _rows(self) -> Tensor | slice:
+        """Which of the N rows have row gradients."""
+        every = self.plan.listed is None and len(self.kept.rows) == len(self.kept.labels)
+        return slice(None) if every else self.kept.rows
+
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
-        kept = self.kept
-        every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
-        rows = slice(None) if every else kept.rows
+        kept, rows = self.kept, self._rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
@@ -175,6 +179,5 @@ class _Backward:
             options=self.options,
             vocab_size=len(kept.weight),
         )
-        rows = slice(None) if self.every else kept.rows
-        own = safety_factors(kept, self.plan.labels, coefficients, rows, self.options)
+        own = safety_factors(kept, self.plan.labels, coefficients, self._rows, self.options)
         return own if beta is None else own + beta
