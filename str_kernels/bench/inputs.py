@@ -81,7 +81,8 @@ class Case:
         """Constrain K tokens, spread over the vocabulary, to a reference ``[N, K]`` near by.
 
         The reference is like what an aligned model's cache would hold: this model's logits, half a
-        nat off; for ``logprob`` less ``log V``, so that they are of a log-probability's size.
+        nat off; for ``logprob`` less ``log V``, so that they are of a log-probability's size, and
+        for ``kl_rest`` with a column of the rest.
         """
         vocab = len(self.weight)
         ids = [i * vocab // k for i in range(k)]
@@ -89,8 +90,10 @@ class Case:
         logits = self.hidden_states.float() @ self.weight[ids].float().T
         noise = torch.randn(logits.shape, generator=make).to(logits.device)
         reference = logits + 0.5 * noise
-        if kind == "logprob":
+        if kind in ("logprob", "kl_rest"):
             reference = reference - math.log(vocab)
+        if kind == "kl_rest":
+            reference = torch.nn.functional.pad(reference, (0, 1))
         return SafetyConstraint(ids, strength=0.1, kind=kind), reference
 
 

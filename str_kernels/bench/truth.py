@@ -83,7 +83,7 @@ def constraint_gradient(
 ) -> Tensor:
     """Return the constraint's own part of these rows' gradient, its mean over N: ``[S, D]``.
 
-    Only the K columns enter, so the oracle gets a head of K rows; not for ``logprob``.
+    Only the K columns enter, so the oracle gets a head of K rows; for ``kl`` and ``mse``.
     """
     ids = list(safety.token_ids)
     return _gradient(

@@ -105,10 +105,14 @@ class _Backward:
         """Whether all rows are dense, and in order."""
         return self.plan.listed is None and len(self.kept.rows) == len(self.kept.labels)
 
+    @property
+    def _rows(self) -> Tensor | slice:
+        """Which of the N rows have row gradients."""
+        return slice(None) if self.every else self.kept.rows
+
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
-        kept = self.kept
-        rows = slice(None) if self.every else kept.rows
+        kept, rows = self.kept, self._rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,
@@ -179,6 +183,5 @@ class _Backward:
             options=self.options,
             vocab_size=len(kept.weight),
         )
-        rows = slice(None) if self.every else kept.rows
-        own = safety_factors(kept, self.plan.labels, coefficients, rows, self.options)
+        own = safety_factors(kept, self.plan.labels, coefficients, self._rows, self.options)
         return own if beta is None else own + beta

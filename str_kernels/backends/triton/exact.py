@@ -88,8 +88,9 @@ def softmax_kernel(
     sums, plane = sums_ptr + out, tiles.to(tl.int64) * rows
     if label_logit_ptr is not None:
         its = tl.load(label_logit_ptr + row, mask=inside, other=0.0)
-        finite = tl.where(z > float("-inf"), z - its[:, None], 0.0)
-        tl.store(sums + 4 * plane, tl.sum(finite, 1), mask=inside)
+        counted = (position < vocab)[None, :] if bias_ptr is None else z > float("-inf")
+        total = tl.sum(tl.where(counted, z - its[:, None], 0.0), 1)
+        tl.store(sums + 4 * plane, total, mask=inside)
     if slope_ptr is not None:
         slope = softcap_slope(z, softcap)  # 0 where a logit is -inf
         tl.store(slope_ptr + wide, slope.to(slope_ptr.dtype.element_ty), mask=inside[:, None])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from str_kernels.backends.triton.finish import join_rows
 from str_kernels.backends.triton.launch import PRODUCT, SHARES
-from str_kernels.backends.triton.operands import label_places, masked_sum, operands, tuning
+from str_kernels.backends.triton.operands import label_places, operands, tuning
 from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.engine.contract import Block, Dense, Wanted
 from str_kernels.engine.finish import join_sums
@@ -153,7 +153,7 @@ class _Work:
             maximum=sums.maximum,
             expected=self.expected,
             weighted=sums.weighted if self.wanted.entropy else None,
-            logit_sum=masked_sum(sums.logit_sum, self.given) if options.label_smoothing else None,
+            logit_sum=sums.logit_sum if options.label_smoothing else None,
             smooth_gradient=smooth,
             # the rounded shares sum to what the exact ones do, as `tiles.rounded` says
             exact=sums.exact if self.wanted.hidden else None,
@@ -193,6 +193,8 @@ def blas_refusal(dtype: torch.dtype, device: torch.device, options: LossOptions)
         return "fp16 has no exponents for probabilities relative to another block's maximum"
     if options.softcap is not None and options.label_smoothing:
         return "label smoothing under a softcap needs one more product"
+    if options.leaves_out and options.label_smoothing:
+        return "label smoothing sums no logit that a constraint leaves out"
     if not widens(dtype, device):
         return f"torch {torch.__version__} has no product of {dtype} into fp32 on this device"
     return None

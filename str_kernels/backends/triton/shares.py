@@ -126,7 +126,7 @@ def _pass(
         position = start + tl.arange(0, BLOCK_D)
         within = (position < stop)[None, :]
         z = _logits(logits, bias_ptr, position, first, stop, logit_scale, softcap)
-        total += tl.where(z > float("-inf"), z - its, 0.0)
+        total += tl.where(within, z - its, 0.0)
         z = tl.where(position[None, :] == label, float("-inf"), z)
         top = tl.maximum(top, z)
         below = z - shift[:, None]

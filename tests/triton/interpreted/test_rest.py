@@ -32,7 +32,8 @@ def small(dtype, **options):
     [
         ("triton", FULL, torch.float32),
         pytest.param("triton", PLAIN, torch.float16, marks=pytest.mark.slow),
-        pytest.param("blas", SMOOTH, torch.float32, marks=pytest.mark.slow),
+        pytest.param("triton", SMOOTH, torch.float32, marks=pytest.mark.slow),
+        pytest.param("blas", {"weighted": True}, torch.float32, marks=pytest.mark.slow),
         ("blas", PLAIN, torch.bfloat16),
     ],
     ids=str,
