@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -35,10 +36,10 @@ class Failed(NamedTuple):
 
 
 class Pool:
-    """So many processes; they start with the first case."""
+    """So many processes; they start with the first case, and import ``module`` before it."""
 
-    def __init__(self, world: int = WORLD) -> None:
-        self._world = world
+    def __init__(self, world: int = WORLD, module: str = __name__) -> None:
+        self._world, self._module = world, module
         self._workers: list[multiprocessing.Process] = []
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
@@ -86,6 +87,9 @@ class Pool:
             self._workers.append(worker)
             self._pipes.append(here)
         self._collect(_STARTS, "the start of the processes")
+        for pipe in self._pipes:
+            pipe.send((_import, (self._module,), {}))
+        self._collect(_STARTS, f"the import of {self._module}")
 
     def _collect(self, seconds: float, what: str) -> list[Any]:
         answers: dict[int, Any] = {}
@@ -134,6 +138,10 @@ def _answer(case: Callable, *args: Any, **kwargs: Any) -> Any:
         return case(*args, **kwargs)
     except Exception as error:
         return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _import(module: str) -> None:
+    importlib.import_module(module)
 
 
 def _join_group(rank: int, world: int, folder: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -15,12 +16,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from str_kernels import patch_model
 from str_kernels.huggingface.patch import filtering
 from tests.distributed.models import Case, Found, assert_right, gradients
+from tests.distributed.pool import Pool
+from tests.huggingface.dense import dense_loss
 
 LAYOUTS = {
     "gathered": {"output_layouts": Replicate()},
     "split": {},
     "a DTensor": {"use_local_output": False},
 }
+FIELDS = ("log_probs", "entropy", "is_top1")
 HEADS = {"gathered": "colwise_gather_output", "split": "colwise"}
 
 
@@ -207,3 +211,99 @@ def read_within(case: Case, split: bool) -> Found:
 def test_logits_read_within_the_forward(ranks):
     case = Case("none", vocab=97)
     assert_right(ranks.run(read_within, case, True), read_within(case, False))
+
+
+def adapters_on(model, layers: tuple[str, ...] = ("q_proj", "gate_proj")):
+    """Adapters whose numbers are the same however their layers are split; none on rows.
+
+    PEFT 0.21 fails by itself on layers that transformers splits by columns (``o_proj``).
+    """
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=list(layers))).train()
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                whole = torch.randn(parameter.shape, generator=g) * 0.2
+                if hasattr(parameter, "placements"):
+                    where = parameter.device_mesh, parameter.placements
+                    whole = distribute_tensor(whole, *where)
+                parameter.copy_(whole)
+    return model
+
+
+def adapted_by_plan(case: Case, folder: str) -> Found:
+    model = adapters_on(LlamaForCausalLM.from_pretrained(folder, tp_plan="auto"))
+    patch_model(model, case.safety)
+    return stepped(case, model)
+
+
+@pytest.mark.parametrize("kind", ["kl", "logprob"])
+def test_adapters_of_a_model_that_is_split(ranks, tmp_path, kind):
+    """With the reference of the same model, whose adapters are off."""
+    case = Case(kind, vocab=97)
+    case.model().unload().save_pretrained(tmp_path)
+    model = adapters_on(LlamaForCausalLM.from_pretrained(tmp_path))
+    loss = dense_loss(model, case.batch(), case.safety, "all", num_items=case.items)
+    loss.backward()
+    want = Found(loss.item(), gradients(model))
+    assert_right(ranks.run(adapted_by_plan, case, str(tmp_path)), want)
+
+
+def every_token(case: Case, split: bool) -> list[torch.Tensor]:
+    """What SFTTrainer's forward answers of each token, from a filtered head if it is split."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = case.model().unload().eval()
+    if split:
+        filtering.SMALLEST_VOCABULARY = 8
+        parallelise(model)
+        patch_model(model)
+    utils.add_fused_lm_head(model, outputs=FIELDS)
+    answer = model(**case.batch(), fused_lm_head=True)
+    filtering.SMALLEST_VOCABULARY = 8192
+    return [answer[field].detach() for field in FIELDS]
+
+
+def test_the_tokens_of_trl(ranks):
+    case = Case("none", vocab=97)
+    want = every_token(case, False)
+    for found in ranks.run(every_token, case, True):
+        for got, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def four():
+    pool = Pool(4, __name__)
+    yield pool
+    pool.stop()
+
+
+def in_two_dimensions(case: Case, group: str) -> Found:
+    """FSDP2 over two processes, each of which shares its head with another."""
+    model = case.model()
+    base = model.get_base_model()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(base.lm_head, mesh["tp"], ColwiseParallel())
+    base.lm_head.weight.requires_grad_(case.trained_head)
+    patch = None if group == "root, patched last" else patch_model(model, case.safety)
+    if group == "alone":
+        fully_shard(base.lm_head, mesh=mesh["dp"])
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    patch = patch or patch_model(model, case.safety)
+    loss = model(**case.share(mesh["dp"].get_local_rank())).loss * 2
+    loss.backward()
+    assert patch.last_parts is not None
+    mean = loss.detach().clone() / 2
+    distributed.all_reduce(mean, group=mesh["dp"].get_group())
+    return Found(mean.item(), gradients(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["root", "alone", "root, patched last"])
+@pytest.mark.parametrize("kind", ["none", "kl"])
+def test_fsdp2_beside_it(four, kind, group):
+    case = Case(kind, trained_head=kind == "none")
+    found = four.run(in_two_dimensions, case, group)
+    assert_right(found, case.truth())

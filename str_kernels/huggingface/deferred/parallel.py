@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from str_kernels.split import is_split, shard_of
+from str_kernels.split import is_split
 
 _INSTEAD = "leave lm_head out of the plan, or use DDP or FSDP2"
 
@@ -27,10 +27,10 @@ def is_parallel(head: nn.Module) -> bool:
 
 
 def require_parallel(head: nn.Module) -> None:
-    """Accept a linear layer that is split by rows, with nothing around it.
+    """Accept a linear layer with nothing around it; its product sees whether it is split by rows.
 
     Raises:
-        ValueError: an adapter or another wrapper of such a head, or another split.
+        ValueError: an adapter or another wrapper of such a head.
     """
     if type(head).forward is not nn.Linear.forward:
         raise ValueError(
@@ -38,7 +38,6 @@ def require_parallel(head: nn.Module) -> None:
             "tensor parallelism has split: a LoRA adapter on it, or another wrapper, is not "
             f"supported; leave lm_head out of target_modules and modules_to_save, {_INSTEAD}."
         )
-    shard_of(head.weight)
 
 
 def past_framework(inner: Callable[..., Any]) -> Callable[..., Any]:
