@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.safety.findings import Findings, Group
 from str_kernels.bench import style
+from str_kernels.bench.style import DEFAULT
 
-DEFAULT = "kl"
 _MARKERS = "osD^vPX<>hd"
 
 
@@ -117,7 +117,7 @@ def headline(findings: Findings, settings: dict[str, str], path: Path) -> None:
     figure, (axis,) = style.new_figure(width=7.5, height=3.4)
     aligned = Group("", "aligned", (next(iter(findings.aligned.values())),))
     bars = ("aligned", "plain", DEFAULT)
-    names = {"aligned": "aligned, not tuned", DEFAULT: "str_kernels (kl at 10, default)"}
+    names = {"aligned": "aligned, not tuned", DEFAULT: f"str_kernels: {style.named(DEFAULT)}"}
     for offset, method in enumerate(bars):
         groups = [aligned if method == "aligned" else findings.find(s, method) for s in settings]
         found = [style.whiskers(_by_seed(group, "harmful", "refusal")) for group in groups]

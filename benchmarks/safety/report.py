@@ -14,10 +14,11 @@ from benchmarks.safety.findings import Findings, Group, kept, paired, read
 from benchmarks.safety.methods import plan_order
 from benchmarks.safety.plots import curves, pareto
 from str_kernels.bench.report import markdown
+from str_kernels.bench.style import DEFAULT
 from str_kernels.evaluation.judge import Outcome
 from str_kernels.evaluation.rates import Rate
 
-PLOTTED = ("plain", "kl", "mse", "logprob", "pact")
+PLOTTED = tuple(dict.fromkeys(("plain", DEFAULT, "kl", "kl-rest", "mse", "logprob", "pact")))
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 HOW = """\

@@ -11,12 +11,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from str_kernels.options import DEFAULT_KIND
+
+DEFAULT = DEFAULT_KIND.replace("_", "-")  # the method of the default constraint
 OURS, STOCK, OTHER = "#1b9e77", "#d95f02", "#7f7f7f"
 
 # What is ours is green, what a user has without us is orange, whatever the picture compares.
 COLOURS = {
     "aligned": "#7f7f7f",
-    **dict.fromkeys(("ours", "str", "kl", "patched-str"), OURS),
+    **dict.fromkeys(("ours", "str", "patched-str"), OURS),
+    "kl": "#2c4fa3",  # where it is not the default
+    "kl-rest": "#66a61e",
+    "kl-rest-anchors": "#9c6ade",
+    "kl-share-0.5": "#4a6fd0",
+    "kl-share-0.25": "#93a9e0",
+    "kl-rest-share-0.5": "#4d7c0f",
+    "kl-rest-share-0.25": "#a8cf60",
+    "full-kl-10": "#b8860b",
+    "constrained-sft": "#e41a1c",
+    "safe-lora": "#b15928",
+    "safeinstr": "#6a3d9a",
     **dict.fromkeys(("plain", "transformers", "materialised", "unpatched"), STOCK),
     **dict.fromkeys(("ours-str", "kl-anchors", "patched"), "#0b5d45"),
     **dict.fromkeys(("ours-filtered", "kl-weak"), "#8fd3bd"),
@@ -47,7 +61,8 @@ NAMES = {
     "trl": "TRL",
     "liger": "Liger",
     "plain": "plain fine-tuning",
-    "kl": "kl at 10 (default)",
+    "kl": "kl at 10",
+    "kl-rest": "kl_rest at 10",
     "kl-weak": "kl at 1",
     "mse": "mse at 0.1",
     "logprob": "logprob at 0.1",
@@ -57,12 +72,14 @@ _REST = ("#8c6d31", "#637939", "#843c39", "#7b4173", "#5254a3")
 
 def colour(name: str) -> str:
     """Return a method's colour; one without a colour of its own always has the same of a few."""
+    if name == DEFAULT:
+        return OURS
     return COLOURS.get(name) or _REST[sum(name.encode()) % len(_REST)]
 
 
 def named(name: str) -> str:
     """Return what a picture calls a method."""
-    return NAMES.get(name, name)
+    return NAMES.get(name, name) + (" (default)" if name == DEFAULT else "")
 
 
 def new_figure(

@@ -29,8 +29,8 @@ def test_the_methods_of_a_picture_have_different_colours(findings):
     for names in sets:
         colours = [style.colour(name) for name in names]
         assert len(set(colours)) == len(colours), dict(zip(names, colours, strict=True))
-    assert style.colour("kl") == style.colour("ours") == style.OURS
-    assert "default" in style.named("kl")
+    assert style.colour(style.DEFAULT) == style.colour("ours") == style.OURS
+    assert "default" in style.named(style.DEFAULT)
     assert "default" in style.named("ours")
 
 
@@ -46,7 +46,7 @@ def test_the_default_is_drawn_in_every_setting(findings, tmp_path, monkeypatch):
     plots.by_learning_rate(findings, rates, tmp_path / "x.png")
     for figure in drawn:
         (legend,) = figure.legends
-        assert style.named("kl") in [text.get_text() for text in legend.get_texts()]
+        assert style.named(style.DEFAULT) in [text.get_text() for text in legend.get_texts()]
 
 
 def test_the_committed_pictures_are_small():
