@@ -38,7 +38,9 @@ def main() -> None:
     args = _parsed()
     quiet_libraries()
     if args.one is not None:
-        sys.stdout.write(json.dumps(_measured(args, Levers(**json.loads(args.one)))) + "\n")
+        sys.stdout.write(
+            json.dumps(_measured(args, args.contexts[0], Levers(**json.loads(args.one)))) + "\n"
+        )
         return
     results = Results(args.out / "long_context.jsonl", KEYS, again=args.again)
     if args.model is not None:
@@ -65,6 +67,7 @@ def _parsed() -> argparse.Namespace:
     made.add_argument("--limit", type=float, default=8.0, help="GiB; longer runs are counted only")
     made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--again", action="store_true", help="measure anew what is there")
+    made.add_argument("--here", action="store_true", help="one process; resident is not known")
     made.add_argument("--one", help=argparse.SUPPRESS)
     return made.parse_args()
 
@@ -86,7 +89,8 @@ def _run(args: argparse.Namespace, results: Results) -> None:
             row = {**where, "dtype": args.dtype, "counted_bytes": count.total}
             row |= {"moment": count.moment, "owners": count.owners}
             if count.total < args.limit * 2**30:
-                row |= _in_a_process(args, context, levers)
+                run = _measured if args.here else _in_a_process
+                row |= run(args, context, levers)
             results.add(row)
 
 
@@ -108,8 +112,7 @@ def _in_a_process(args: argparse.Namespace, context: int, levers: Levers) -> dic
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measured(args: argparse.Namespace, levers: Levers) -> dict:
-    context = args.contexts[0]
+def _measured(args: argparse.Namespace, context: int, levers: Levers) -> dict:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     measured = measured_bytes(
         args.model,
@@ -125,7 +128,7 @@ def _measured(args: argparse.Namespace, levers: Levers) -> dict:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "measured_bytes": measured,
-        "resident_bytes": resident * 1024,
+        "resident_bytes": None if args.here else resident * 1024,
         "tokens_per_second": 2 * context / seconds,
     }
 
@@ -142,7 +145,7 @@ def _table(rows: list[dict]) -> str:
             f"{row['counted_bytes'] / MIB:,.0f}",
             f"{row['measured_bytes'] / MIB:,.0f}",
             f"{_ratio(row):.3f}",
-            f"{row['resident_bytes'] / MIB:,.0f}",
+            f"{row['resident_bytes'] / MIB:,.0f}" if row["resident_bytes"] else "–",
             f"{row['tokens_per_second']:.0f}",
         ]
         for row in ran

@@ -1,4 +1,7 @@
-"""Writes the tables of ``docs/long-contexts.md`` from plans: ``python docs/long_contexts.py``."""
+"""Writes the tables of ``docs/long-contexts.md`` from plans: ``python docs/long_contexts.py``.
+
+Names of models write their tables alone.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +52,18 @@ def _longest(counter: Counter, levers: Levers, room: int) -> str:
     return f"{found:,}" if found else "–"
 
 
-def page(text: str) -> str:
-    """Return the page with its tables written again."""
+def main(names: list[str]) -> None:
+    """Write the tables of these models again; of all, if none is named."""
     for path in sorted(MODELS.glob("*.json")):
+        if names and path.stem not in names:
+            continue
         say(f"planning {path.stem} …")
-        mark = f"<!-- {path.stem} -->"
+        table, mark = tables(path), f"<!-- {path.stem} -->"
         pattern = re.compile(f"{re.escape(mark)}.*?{re.escape(mark)}", re.DOTALL)
-        text = pattern.sub(f"{mark}\n{tables(path)}{mark}", text)
-    return text
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(pattern.sub(f"{mark}\n{table}{mark}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
     quiet_libraries()
-    before = PAGE.read_text(encoding="utf-8")
-    after = page(before)
-    PAGE.write_text(after, encoding="utf-8")
-    sys.exit(0)
+    main(sys.argv[1:])

@@ -9,6 +9,7 @@ EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the name of 
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SAMPLED = 1024  # rows of W, or a few more
 _MOST = 9.0  # factors are clamped to e^±9, beyond what 8 bits can represent in one row
+ALIGNED = 16  # bytes at whose multiples rows in 8 bits begin, as a GPU's widest loads need
 LEAST = 1e-30  # a row's maximum is clamped to this, so that its scale has a finite reciprocal
 
 

@@ -86,6 +86,13 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def free_bytes() -> int | None:
+    """The memory that new allocations may take on the CPU; None: this system does not say."""
+    if not os.path.exists("/proc/meminfo"):
+        return None
+    return int(_SHARE * _bytes("/proc/meminfo", "MemAvailable"))
+
+
 def _bytes(path: str, field: str) -> int:
     """Return a field of a file whose lines are ``name: number kB``."""
     with open(path, encoding="utf-8") as file:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from str_kernels.cli.console import print_json, print_table, say, stage
 from str_kernels.cli.options import AsJson
+from str_kernels.cli.owner import owner_here, owner_of
 from str_kernels.version import versions
 
 SCHEMA = "str_kernels.doctor/1"
@@ -30,8 +32,16 @@ def doctor(
             help="With --kernels: a chip (90, gfx942); repeatable. Default: the GPU here."
         ),
     ] = None,
+    accelerate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tell who owns the head under this file of accelerate config. Default: here."
+        ),
+    ] = None,
 ) -> None:
     """Report versions, devices and the backend that runs here, and check it against the oracle.
+
+    It also says who owns the head's weight: one process, DDP, FSDP, DeepSpeed, tensor parallelism.
 
     With --kernels it reports registers, shared memory, spills and the matrix instruction of every
     GPU kernel. It exits with 1 if the check fails.
@@ -41,12 +51,14 @@ def doctor(
     if kernels:
         _kernels(arch or [], as_json)
         return
+    owner = owner_here() if accelerate is None else owner_of(accelerate)
     with stage("reading versions and devices"):
         found = {
             "schema": SCHEMA,
             "versions": versions(*PACKAGES),
             "missing": _missing(),
             "devices": _devices(),
+            "head": owner,
         }
     with stage("checking against the oracle"):
         from str_kernels.cli.self_check import self_check
@@ -147,6 +159,7 @@ def _choices(name: str) -> list[dict[str, Any]]:
 def _show(found: dict[str, Any]) -> None:
     rows = [[name, value or "not installed"] for name, value in found["versions"].items()]
     print_table("versions", ["package", "version"], rows)
+    print_table("who owns the head", ["", ""], [[n, str(x)] for n, x in found["head"].items()])
     print_table("devices", ["device", "what"], [list(item) for item in found["devices"].items()])
     columns = ["device", "dtype", "products", "backend", "screen", "filter_eps", "why"]
     print_table(

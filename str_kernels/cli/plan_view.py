@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from str_kernels.bench.memory import free_bytes
 from str_kernels.cli.console import print_table, say, stage
 from str_kernels.planning.check import measured_bytes
 from str_kernels.planning.counts import Counter
@@ -134,8 +135,13 @@ def checked(plan: Plan) -> list[dict[str, Any]]:
     for row in plan.rows:
         if row.refused is not None or row.levers.offload == "cpu":
             continue
+        counted, free = counter.count(context, row.levers).total, free_bytes()
+        if free is not None and counted > free:
+            raise ValueError(
+                f"--check: {row.levers.words} at {context:,} tokens take {counted / GIB:.1f} GiB "
+                f"and {free / GIB:.1f} are free here; check a smaller model of the same kind."
+            )
         with stage(f"measuring {row.levers.words} at {context:,} tokens"):
-            counted = counter.count(context, row.levers).total
             measured = measured_bytes(
                 asked.model,
                 context,

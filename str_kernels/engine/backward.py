@@ -100,11 +100,15 @@ class _Backward:
         inputs = RowInputs(kept.labels, kept.reference, kept.position_weights)
         return plan_for(self.resolved, inputs, self.vocab, self.tiles)
 
+    @cached_property
+    def every(self) -> bool:
+        """Whether all rows are dense, and in order."""
+        return self.plan.listed is None and len(self.kept.rows) == len(self.kept.labels)
+
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of weight ``[V, D]`` and bias ``[V]``; the backend recomputes the logits."""
         kept = self.kept
-        every = self.plan.listed is None and len(kept.rows) == len(kept.labels)
-        rows = slice(None) if every else kept.rows
+        rows = slice(None) if self.every else kept.rows
         coefficients = weight_coefficients(
             self.plan,
             kept.lse,

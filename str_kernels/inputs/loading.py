@@ -70,12 +70,15 @@ def load_tokenizer(model: str | os.PathLike) -> Tokenizer:
 
 
 def load_model(
-    model: str | os.PathLike, *, dtype: str | torch.dtype | None = None
+    model: str | os.PathLike, *, dtype: str | torch.dtype | None = None, **keywords: Any
 ) -> torch.nn.Module:
-    """Load the model alone, in eval mode on the CPU; arguments as `load_model_and_tokenizer`."""
+    """Load the model alone, in eval mode on the CPU; arguments as `load_model_and_tokenizer`.
+
+    ``keywords`` are transformers' own, such as a ``quantization_config``.
+    """
     _, gguf = _source(model)
     torch_dtype = resolve_dtype(dtype) or (torch.float32 if gguf else "auto")
-    loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype).eval()
+    loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype, **keywords).eval()
     if gguf:  # dequantised by now: an ordinary model, which can be saved
         loaded.hf_quantizer = None
         if hasattr(loaded.config, "quantization_config"):

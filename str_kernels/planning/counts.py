@@ -64,6 +64,11 @@ class Counter:
         Raises:
             ValueError: a model that needs values to run, or does not allow a lever.
         """
+        if levers.offload == "cpu" and self.asked.device == "cpu":
+            raise ValueError(
+                "offload='cpu': the device is the CPU, and so are its checkpoints; give 'disk' or "
+                "leave it out."
+            )
         key = context, levers
         if key not in self._counted:
             self._counted[key] = self._count(context, levers)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from str_kernels.huggingface.deferred.modes import evaluates_otherwise
 from str_kernels.inputs.template import Tools, render
 from str_kernels.ranks import sharing
 
@@ -30,6 +31,9 @@ def reading(model: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
+        for module, mode in modes:
+            if evaluates_otherwise(module):
+                module.training = mode
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ Stage: settings → files, tokenizer, configuration, tokenised data, safety toke
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -88,6 +89,11 @@ def check_device(settings: TrainSettings) -> None:
     on_cpu = resolve_device(settings.device).type == "cpu"
     if on_cpu and settings.dtype in ("float16", "mixed-float16"):
         raise ValueError(f"dtype={settings.dtype!r}: needs a GPU; use bfloat16 or float32.")
+    if settings.packed and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"dtype={settings.dtype!r}: needs bitsandbytes; pip install bitsandbytes, or use "
+            "bfloat16."
+        )
     if on_cpu and settings.offload == "cpu":
         raise ValueError(
             "offload='cpu': moves checkpoints from a GPU to the CPU, and there is none; use disk."

@@ -17,6 +17,7 @@ from str_kernels.options import MAX_SAFETY_TOKENS
 from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
+PACKED = ("nf4", "int8")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("str", "plain", "unpatched")
 ALL_LINEAR = ("all-linear",)  # every linear layer but the head
@@ -115,8 +116,9 @@ class TrainSettings(ConstraintSettings):
     dtype: str = setting(
         "auto",
         "Precision of the body: auto (the checkpoint's), float32, bfloat16, float16, or "
-        "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast.",
-        one_of(*DTYPES),
+        "mixed-bfloat16 or mixed-float16 for fp32 weights under autocast, nf4 or int8 "
+        "(bitsandbytes, below a bf16 head).",
+        one_of(*DTYPES, *PACKED),
     )
     device: str = setting(
         "auto",
@@ -178,6 +180,11 @@ class TrainSettings(ConstraintSettings):
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
+        if self.packed and self.model.endswith(".gguf"):
+            found.append(
+                f"dtype={self.dtype!r}: a GGUF file is dequantised when it is loaded; give the "
+                "model's folder or Hub id, or another dtype."
+            )
         if self.offload is not None and not self.gradient_checkpointing:
             found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
         if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
@@ -192,6 +199,11 @@ class TrainSettings(ConstraintSettings):
         """Return the arguments of ``add_lora``."""
         names = ("rank", "alpha", "dropout", "target_modules")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether the body is in 4 or 8 bits."""
+        return self.dtype in PACKED
 
     @property
     def levers(self) -> LongContext:

@@ -66,6 +66,7 @@ def test_plan_checks_one_set_and_prints_json(capsys, config):
         (("--memory", 0.00001), "memory=1e-05"),
         (("--dtype", "fp4"), "dtype='fp4'"),
         (("--offload", "cpu"), "offload='cpu'"),
+        (("--offload", "cpu", "--gradient-checkpointing", "--device", "cpu"), "offload='cpu'"),
         (("--png", "no/such/folder.png"), "png="),
         (("--dtype", "nf4", "--context", 64, "--own-head", "--check"), "dtype='nf4'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import types
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from str_kernels import patch_model
-from str_kernels.engine.autograd import FusedRows
+from str_kernels.engine import autograd
 from tests.distributed.models import KINDS, Case, Found, assert_right
 from tests.distributed.pool import WORLD
 from tests.distributed.splitting import part
@@ -30,6 +31,7 @@ def start_deepspeed() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
     deepspeed.init_distributed(dist_backend="gloo")
 
 
@@ -71,33 +73,35 @@ def sharded(
         patch_model(model, case.safety, verify=False, **given)
     from deepspeed.utils import safe_get_full_grad
 
-    with counting(calls):
+    with counting(calls, (case.vocab, 32)):
         for _ in range(steps):
-            loss = engine(**case.share(torch.distributed.get_rank())).loss * WORLD
+            outputs = engine(**case.share(torch.distributed.get_rank()))
+            loss = outputs.loss * WORLD
             engine.backward(loss)
             found = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
             engine.step()
     mean = loss.detach().clone() / WORLD
     torch.distributed.all_reduce(mean)
     gradients = {n: g.float() for n, g in found.items() if g is not None}
-    return Found(mean.item(), gradients, {"fused": len(calls)})
+    return Found(mean.item(), gradients, {"whole": calls})
 
 
 @contextmanager
-def counting(calls: list[int]) -> Iterator[None]:
-    """Notes the rows of every call of the fused operator that has a gradient."""
-    real = FusedRows.forward
+def counting(calls: list[int], shape: tuple[int, int]) -> Iterator[None]:
+    """Notes how many whole weights there are at each backward of the fused operator."""
+    real = autograd.backward_rows
 
-    def forward(ctx, hidden_states, *more):
-        if any(more[-1].needs):
-            calls.append(len(hidden_states))
-        return real(ctx, hidden_states, *more)
+    def backward_rows(*args):
+        every = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        whole = {x.untyped_storage() for x in every if x.shape == shape and not x.is_meta}
+        calls.append(len({x.data_ptr() for x in whole if x.size()}))
+        return real(*args)
 
-    FusedRows.forward = staticmethod(forward)
+    autograd.backward_rows = backward_rows
     try:
         yield
     finally:
-        FusedRows.forward = staticmethod(real)
+        autograd.backward_rows = real
 
 
 @needs_deepspeed
@@ -108,8 +112,12 @@ def test_gradients_and_optimizer_are_sharded(ranks, kind, stage):
     assert_right(ranks.run(sharded, case, stage), case.truth())
 
 
-def by_ulysses(case: Case, reference: str) -> Found:
-    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes."""
+def by_ulysses(case: Case) -> Found:
+    """A step of DeepSpeed's own sequence parallelism, with the loss that transformers makes.
+
+    Its gradient is WORLD times the loss's, of an unpatched model too: transformers' gather adds up
+    what all processes ask of a loss, and DeepSpeed adds up the parts of a sequence.
+    """
     start_deepspeed()
     from deepspeed.runtime.sequence_parallel import parallel_state_sp, ulysses_sp
     from deepspeed.utils import safe_get_full_grad
@@ -117,7 +125,8 @@ def by_ulysses(case: Case, reference: str) -> Found:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model, attention = case.model(), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    patch_model(model, case.safety, positions=case.positions, reference=reference)
+    if case.safety is not None:
+        patch_model(model, case.safety, positions=case.positions)
     mpu = ulysses_sp.UlyssesSPAttentionHF.register_with_transformers(
         model.get_base_model(), "sdpa", WORLD, len(case.labels), disable_in_eval=True
     )
@@ -131,7 +140,14 @@ def by_ulysses(case: Case, reference: str) -> Found:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         parallel_state_sp._release_sequence_parallel_groups()
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
-    return Found(loss.item(), {n: g.float() for n, g in found.items() if g is not None})
+    return Found(loss.item(), {n: g.float() / WORLD for n, g in found.items() if g is not None})
+
+
+@needs_deepspeed
+def test_ulysses_without_a_patch(ranks):
+    """What the next test compares with is right."""
+    case = Case("none", labels=(2, 3))
+    assert_right(ranks.run(by_ulysses, case), case.truth())
 
 
 @needs_deepspeed
@@ -140,12 +156,14 @@ def by_ulysses(case: Case, reference: str) -> Found:
 def test_ulysses(ranks, positions, labels):
     """A process of prompt alone keeps its constraint; the reference pass exchanges as well."""
     case = Case("kl", positions=positions, labels=labels)
-    assert_right(ranks.run(by_ulysses, case, "adapter_off"), case.truth())
+    assert_right(ranks.run(by_ulysses, case), case.truth())
 
 
-def assert_fused(found: list[Found], want: Found, steps: int = 1) -> None:
-    """Right, and by the fused operator: once a step in every process."""
-    assert [x.more["fused"] for x in found] == [steps] * WORLD
+def assert_fused(found: list[Found], want: Found, steps: int = 1, whole: int | None = 0) -> None:
+    """Right, by the fused operator once a step, and with so many whole heads in its backward."""
+    assert [len(x.more["whole"]) for x in found] == [steps] * WORLD
+    if whole is not None:
+        assert [x.more["whole"] for x in found] == [[whole] * steps] * WORLD
     assert_right(found, want)
 
 
@@ -167,7 +185,7 @@ def test_a_trained_head_of_zero_3(ranks, kind, tied, tmp_path):
         path = constant_cache(tmp_path / "cache", case.batch(), case.safety, values)
         more["reference"] = str(path)
     found = ranks.run(sharded, case, 3, steps=2, **more)
-    assert_fused(found, case.truth(values if more else None), 2)
+    assert_fused(found, case.truth(values if more else None), 2, whole=None)
 
 
 @needs_deepspeed
@@ -175,7 +193,8 @@ def test_a_trained_head_of_zero_3(ranks, kind, tied, tmp_path):
 def test_a_tied_head_of_zero_3(ranks, persistent):
     """Parameters that are smaller than a threshold stay gathered."""
     case = Case(tied=True)
-    assert_fused(ranks.run(sharded, case, 3, persistent=persistent), case.truth())
+    found = ranks.run(sharded, case, 3, persistent=persistent)
+    assert_fused(found, case.truth(), whole=None if persistent else 0)
 
 
 @needs_deepspeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from str_kernels.engine import autograd
 from tests.distributed.models import LENGTH, Case, Found, assert_right, gradients, step
 from tests.distributed.pool import WORLD
 from tests.distributed.test_fsdp2 import shard
+from tests.distributed.test_sweep import SEVERAL
 from tests.huggingface.dense import constant_cache
 
 
@@ -111,7 +113,6 @@ def with_real_logits(case: Case, order: str) -> Found:
         "truth": lambda: model(**batch).loss + real(),
         "real first": lambda: real() + model(**batch).loss,
         "real last": lambda: model(**batch).loss + real(),
-        "real before": lambda: (real(), model(**batch).loss)[1],
     }
     if order == "truth":
         loss = losses["truth"]()
@@ -126,7 +127,7 @@ def with_real_logits(case: Case, order: str) -> Found:
     return Found(mean.item(), gradients(model))
 
 
-@pytest.mark.parametrize("order", ["real first", "real last"])
+@pytest.mark.parametrize("order", ["real first", pytest.param("real last", marks=pytest.mark.slow)])
 def test_real_logits_in_the_same_backward(ranks, order):
     """They need the weight, so FSDP gathers it again from then on."""
     case = Case("none")
@@ -161,8 +162,15 @@ def accumulated(case: Case, group: str, **more: Any) -> Found:
     return Found(total.item(), gradients(model), {"evaluated": evaluated})
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("group", ["alone", "tied"])
+@pytest.mark.parametrize(
+    ("group", "trained"),
+    [
+        ("alone", False),
+        ("tied", True),
+        pytest.param("alone", True, marks=pytest.mark.slow),
+        pytest.param("tied", False, marks=pytest.mark.slow),
+    ],
+)
 def test_accumulation_with_evaluations_between(ranks, group, trained, tmp_path):
     case = Case(tied=group == "tied", trained_head=trained)
     more, values = {}, None
@@ -191,3 +199,31 @@ def unpatched(case: Case) -> Found:
 def test_an_unpatched_model_is_gathered_as_before(ranks):
     case = Case("none")
     assert_right(ranks.run(unpatched, case), case.truth())
+
+
+def matrix(case: Case, group: str, reshard: bool, checkpointing: bool, path: str | None) -> Found:
+    """Three steps, with a trained head's references from a cache."""
+    model = case.model()
+    more = {} if path is None or case.safety is None else {"reference": path}
+    patch_model(model, case.safety, positions=case.positions, **more)
+    shard(model, group, reshard=reshard, checkpointing=checkpointing)
+    for _ in range(3):
+        model.zero_grad()
+        found = step(case, model)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("reshard", [True, False], ids=["freed", "kept"])
+@pytest.mark.parametrize("group", ["alone", "norm", "tied"])
+def test_groups(ranks, group, reshard, checkpointing, tmp_path):
+    """Every group, frozen and trained, freed or not, checkpointed or not."""
+    values = torch.tensor([-1.0, -0.5, 0.5, 1.0])
+    for kind, trained in product(("none", "kl", "logprob"), (False, True)):
+        case = Case(kind, tied=group == "tied", trained_head=trained)
+        path = None
+        if trained and case.safety is not None:
+            path = constant_cache(tmp_path / kind, case.batch(), case.safety, values)
+        found = ranks.run(matrix, case, group, reshard, checkpointing, path and str(path))
+        assert_right(found, case.truth(None if path is None else values), gradient=SEVERAL)

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from benchmarks.architectures.tiny_configs import build_architecture
@@ -91,6 +92,26 @@ def test_the_inside_of_an_mlp_never_stands_whole(grad):
             loss.backward()
     assert len(seen) == 2 * 6 * (2 if grad else 1)
     assert sorted(set(seen)) == [2, 4]
+
+
+def kept_by(model: nn.Module, inputs: dict) -> int:
+    """Bytes that are allocated when a forward has returned its states, but for those states."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        states = model.model(**inputs).last_hidden_state
+    events = profiled.profiler.kineto_results.events()
+    return sum(e.nbytes() for e in events if e.name() == "[memory]") - states.nbytes
+
+
+def test_levers_keep_nothing_besides():
+    """Tiles add nothing to what checkpoints keep, and on disk no layer's input stays in memory."""
+    model, inputs = build(), batch(rows=1, length=64)
+    inputs = {"input_ids": inputs["input_ids"]}
+    states, kept = 64 * 32 * 4, {}
+    for name in ("checkpoints", "checkpoints and tiles", "all"):
+        with LEVERS[name].apply(model):
+            kept[name] = kept_by(model, inputs)
+    assert kept["checkpoints and tiles"] == kept["checkpoints"]
+    assert kept["checkpoints"] - kept["all"] == 2 * states
 
 
 def test_what_waits_on_disk_is_not_in_memory():

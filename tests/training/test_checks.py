@@ -7,7 +7,7 @@ import torch
 
 from str_kernels.settings import Faults
 from str_kernels.training import checks
-from str_kernels.training.checks import prepare
+from str_kernels.training.checks import prepare, refuse_other_engines
 from str_kernels.training.settings import TrainSettings
 
 GOOD = {"prompt": "tell me the topic of rain", "response": "weather ."}
@@ -118,3 +118,12 @@ def test_several_gpus_need_a_launcher(run, monkeypatch):
         run()
     monkeypatch.setenv("WORLD_SIZE", "2")
     run()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_another_engine_is_refused(monkeypatch, name):
+    """Their checkpoints are saved and resumed otherwise."""
+    refuse_other_engines()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name}=true: .* start it with torchrun"):
+        refuse_other_engines()

@@ -28,7 +28,7 @@ def test_all_faults_are_reported_together():
         {"strength": float("nan")},
         {"kind": "mae"},
         {"positions": 0},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"steps": 0},
         {"share": 0.0},
         {"share": "half"},

@@ -50,7 +50,7 @@ from str_kernels.backends.triton.scatter import scatter_kernel
 from str_kernels.backends.triton.screen import screen_kernel
 from str_kernels.backends.triton.shares import shares_kernel
 from str_kernels.backends.triton.weight import weight_kernel
-from str_kernels.quantise import EIGHT_BITS, LEAST, TOP
+from str_kernels.quantise import ALIGNED, EIGHT_BITS, LEAST, TOP
 
 ARCHS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 103, 120, 121, "gfx90a", "gfx942")
 # The shared memory that one program may use, in KiB.
@@ -139,7 +139,8 @@ def cases(
         choice = _Choice(arch, dtype, constants, off)
         yield choice.case("screen", screen_kernel, "order_ptr", GROUP=GROUP)
     alone = Launch(0, 0, warps=4)
-    sizes, scaling = {"dim": dim, **_blocks(ROWWISE)}, {"top": TOP[torch.int8], "least": LEAST}
+    sizes = {"dim": dim, **_blocks(ROWWISE)}
+    scaling = {"width": -(-dim // ALIGNED) * ALIGNED, "top": TOP[torch.int8], "least": LEAST}
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("quantise", quantise_kernel, dtype, ROWWISE, sizes | scaling)
         yield Case("reset", reset_kernel, dtype, ROWWISE, sizes)

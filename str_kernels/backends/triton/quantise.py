@@ -38,6 +38,7 @@ def quantise_kernel(
     first,
     stop,
     dim: tl.constexpr,
+    width: tl.constexpr,
     top: tl.constexpr,
     least: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -46,9 +47,9 @@ def quantise_kernel(
     """One program alone writes BLOCK_R rows; it reads them twice, the second time from a cache.
 
     In: ``rows [*, D]``, ``order`` int64 or None, ``column [D]`` fp32, factors of the columns, or
-    None; the places ``first`` to ``stop`` are taken. Out: ``eight [stop - first, D]`` int8 or fp8,
-    ``scale [stop - first]`` fp32, with which a row's largest magnitude, at least ``least``, becomes
-    ``top``; NaN for a row that has NaN or inf.
+    None; the places ``first`` to ``stop`` are taken. Out: ``eight [stop - first, width]`` int8 or
+    fp8, 0 from column D on, and ``scale [stop - first]`` fp32, with which a row's largest
+    magnitude, at least ``least``, becomes ``top``; NaN for a row that has NaN or inf.
     """
     place, along = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     inside = place < stop - first
@@ -61,9 +62,9 @@ def quantise_kernel(
         odd += tl.sum(x * 0.0, 1)  # NaN for NaN and inf, which a maximum may ignore
     scale = largest / top
     inverse = 1.0 / scale
-    out = eight_ptr + place.to(tl.int64)[:, None] * dim + along[None, :]
-    for start in range(0, dim, BLOCK_D):
-        within = (start + along < dim)[None, :]
+    out = eight_ptr + place.to(tl.int64)[:, None] * width + along[None, :]
+    for start in range(0, width, BLOCK_D):
+        within = (start + along < width)[None, :]
         x = columns_of(row, column_ptr, start + along, start, dim) * inverse[:, None]
         if eight_ptr.dtype.element_ty == tl.int8:
             x = tl.floor(x + 0.5)
@@ -78,13 +79,16 @@ def quantised(
     order: Tensor | None = None,
     places: range | None = None,
     columns: Tensor | None = None,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rows at these places of the order (default: all) in 8 bits, and their scales.
 
-    They are multiplied by ``columns [D]`` first.
+    They are multiplied by ``columns [D]`` first, and have ``width`` numbers, by default D, of which
+    those from D on are 0.
     """
+    width = rows.shape[1] if width is None else width
     places = range(len(rows)) if places is None else places
-    eight = torch.empty(len(places), rows.shape[1], dtype=dtype, device=rows.device)
+    eight = torch.empty(len(places), width, dtype=dtype, device=rows.device)
     scales = torch.empty(len(places), dtype=torch.float32, device=rows.device)
     quantise_kernel[(-(-len(places) // ROWWISE.block_r),)](
         rows,
@@ -95,6 +99,7 @@ def quantised(
         places.start,
         places.stop,
         rows.shape[1],
+        width,
         TOP[dtype],
         LEAST,
         **tuning(ROWWISE, "RD"),

@@ -30,6 +30,7 @@ from str_kernels.backends.triton.tiles import (
 )
 from str_kernels.engine.contract import Block, TileMasses
 from str_kernels.engine.logits import columns_of
+from str_kernels.quantise import ALIGNED
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -143,21 +144,23 @@ def screen_quantised(
     """Screen with 8-bit operands.
 
     The rows of W are those that an index has quantised, or are quantised here, as many tiles at a
-    time as the budget holds.
+    time as the budget holds; then rows begin at multiples of 16 bytes, which wide loads need.
     """
     given, tiles = operands(block), block.tiles
     found, columns = _empty_masses(block, given), tiles.columns
     inverse = None if columns is None else columns.reciprocal()
-    hidden, scale = quantised(given.hidden, dtype, columns=inverse)
-    if tiles.quantised is not None and tiles.quantised.dtype == dtype:
+    known = tiles.quantised is not None and tiles.quantised.dtype == dtype
+    width = tiles.quantised.shape[1] if known else -(-given.dim // ALIGNED) * ALIGNED
+    hidden, scale = quantised(given.hidden, dtype, columns=inverse, width=width)
+    if known:
         kept = given._replace(hidden=hidden, weight=tiles.quantised.contiguous(), order=None)
         _screen(kept, _Scales(scale, tiles.row_scales), found, launch)
         return _by_rows(found)
-    step = max(1, byte_budget // (TILE.value * given.dim))
+    step = max(1, byte_budget // (TILE.value * width))
     for first in range(0, given.tiles, step):
         places = range(first * TILE.value, min((first + step) * TILE.value, given.vocab))
         weight, scales = quantised(
-            given.weight, dtype, order=given.order, places=places, columns=columns
+            given.weight, dtype, order=given.order, places=places, columns=columns, width=width
         )
         bias = None if given.bias is None else given.bias[places.start : places.stop]
         part = given._replace(hidden=hidden, weight=weight, order=None, bias=bias)

@@ -8,6 +8,7 @@ gradient. There is never a second model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -85,8 +86,8 @@ def reference_fold(
     left_out = () if labelled else _NOT_FOR_REFERENCE
     kept = {name: x for name, x in arguments.items() if name not in left_out}
     modules = list(model.modules())
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
-        kept["use_cache"] = False  # as checkpointing does: without a cache, packing is seen
+    if _needs_no_cache(model, modules, kept):
+        kept["use_cache"] = False
     device = next(model.parameters()).device
     with (
         adapters_off(model) if adapters else nullcontext(),
@@ -102,6 +103,19 @@ def reference_fold(
     return fold
 
 
+def _needs_no_cache(model: nn.Module, modules: list[nn.Module], arguments: dict[str, Any]) -> bool:
+    """Whether keys and values need not be kept: nothing reads them, and they take 2·T·L rows.
+
+    Without a cache transformers tells packed sequences by their positions, if there is no mask.
+    Then the training pass decides, which has a cache unless its layers are checkpointed.
+    """
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        return True
+    if "use_cache" not in inspect.signature(type(model).forward).parameters:
+        return False
+    return arguments.get("attention_mask") is not None or arguments.get("position_ids") is None
+
+
 def _logits(outputs: Any) -> DeferredLogits | None:
     found = outputs if isinstance(outputs, tuple) else (outputs.logits,)
     return next((x for x in found if isinstance(x, DeferredLogits)), None)
@@ -111,7 +125,7 @@ def _logits(outputs: Any) -> DeferredLogits | None:
 def _evaluating(modules: list[nn.Module], device: torch.device, owner: _NoLoss) -> Iterator[None]:
     """Without gradients, dropout or checkpointing; modes, autocast and random state are restored.
 
-    This is ``eval()``, except that every module gets its own mode back, and that a 4-bit layer of
+    This is ``eval()``, except that every module gets its own mode back, and that a layer of
     bitsandbytes stays in its own.
     """
     training = [m for m in modules if m.training and not evaluates_otherwise(m)]

@@ -145,7 +145,8 @@ def _refuse_head(head: nn.Module) -> None:
     if not any(p.dim() == 2 and p.is_floating_point() for p in head.parameters()):
         raise ValueError(
             f"model: its head, a {type(head).__module__}.{type(head).__qualname__}, has no weight "
-            "[V, D] of floating point; keep the head unquantised."
+            "[V, D] of floating point; keep the head unquantised (for bitsandbytes: "
+            "llm_int8_skip_modules=['lm_head'])."
         )
     for name, parameter in head.named_parameters():
         if parameter.dim() == 2 or parameter.numel() == 0 or not parameter.is_floating_point():

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 _PACKER = "bitsandbytes."
+_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
 def evaluates_otherwise(module: nn.Module) -> bool:
-    """Whether evaluation mode changes the module for good, so that it must stay in its mode.
+    """Whether the module computes otherwise in evaluation mode, so that it must stay in its mode.
 
     On a CPU bitsandbytes packs the weight of a 4-bit layer in its first evaluation, and training
-    is wrong from then on.
+    is wrong from then on; an 8-bit layer rounds its input in evaluation, and in training does not.
     """
     kinds = type(module).__mro__
-    return any(k.__name__ == "Linear4bit" and k.__module__.startswith(_PACKER) for k in kinds)
+    return any(k.__name__ in _LAYERS and k.__module__.startswith(_PACKER) for k in kinds)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from str_kernels.options import TILE, LossOptions
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from tests.backends.test_routed import clustered_case, index_of
 from tests.oracle import assert_close
+from tests.triton.interpreted.test_truth import TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS.values(), ids=str)
@@ -48,6 +49,38 @@ def test_through_an_order():
     differ = (eight.float() - want.float()).abs()
     assert differ.max() <= 1.0
     assert (differ > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS.values(), ids=str)
+@pytest.mark.parametrize(("dim", "width"), [(24, 32), (77, 80), (1030, 1040)])
+def test_rows_that_are_padded(dim, width, dtype):
+    """The same numbers in wider rows, whose rest is 0."""
+    rows, columns = torch.randn(5, dim), torch.rand(dim) + 0.1
+    eight, scales = quantised(rows, dtype, columns=columns, width=width)
+    plain, same = quantised(rows, dtype, columns=columns)
+    assert eight.shape == (5, width)
+    assert torch.equal(eight[:, :dim].float(), plain.float())
+    assert torch.equal(scales, same)
+    assert not eight[:, dim:].float().any()
+
+
+@pytest.mark.parametrize(("dim", "width"), [(24, 32), (77, 80)])
+def test_a_hidden_size_that_is_no_multiple_of_16(dim, width, monkeypatch):
+    """Rows made in a call are padded; loss and gradients are those of the truth."""
+    case = clustered_case(40, 300, dim, bias=True, ignored=0.2).to(torch.bfloat16)
+    index = index_of(case)
+    widths = []
+    real = screen._screen
+
+    def seen(given, *rest):
+        if given.hidden.element_size() == 1:
+            widths.append(given.weight.shape[1])
+        real(given, *rest)
+
+    monkeypatch.setattr(screen, "_screen", seen)
+    got = case.run(backend=TritonBackend(), screen="int8", index=index, filter_eps=1e-30)
+    assert_close(got, case.truth(), TOLERANCE[torch.bfloat16])
+    assert widths == [width]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
