@@ -124,6 +124,8 @@ def unlike(case: Case, ends: list[int], what: str) -> None:
     settings = dict(part.settings)
     if distributed.get_rank() == 1:
         if what == "labels":
+            # the processes share the memory of what they are given
+            part = replace(part, labels=part.labels.clone())
             part.labels[0] = 1 if part.labels[0] == 0 else 0
         elif what == "positions":
             part = replace(part, hidden_states=part.hidden_states[1:], labels=part.labels[1:])
