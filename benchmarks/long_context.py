@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, finish
-from str_kernels.bench.plots import new_figure, save
 from str_kernels.bench.report import Results, markdown
+from str_kernels.bench.style import new_figure, save
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.planning.check import measured_bytes
 from str_kernels.planning.counts import Counter

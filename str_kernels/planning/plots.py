@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from str_kernels.bench.plots import new_figure, save
+from str_kernels.bench.style import new_figure, save
 from str_kernels.planning.plan import Plan
 from str_kernels.planning.request import GIB
 
