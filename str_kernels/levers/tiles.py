@@ -1,7 +1,7 @@
 """Runs token-wise modules over a few tokens at a time, so that their inside never stands whole.
 
-Stage: ``module(x [B, T, D])`` → the same, from slices of the T tokens. The backward computes each
-slice again, one at a time.
+Stage: ``module(x [B, T, D])`` → the same, from slices of the T tokens. Each slice is
+checkpointed: its backward computes it again, one slice at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from str_kernels.huggingface.deferred.forward import inner_forward, install_forward, remove_forward
-from str_kernels.huggingface.deferred.modes import Modes
 
 _FLAG = "output_router_logits"  # transformers' argument that adds the balance loss of experts
 
@@ -62,52 +60,10 @@ def in_tiles(size: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     values = (*args, *kwargs.values())
     if not all(map(is_states, values)) or values[0].shape[1] <= size:
         return inner_forward(module)(*args, **kwargs)
+    # a closure over the arguments would keep them until the backward of the layer
     run = partial(_called, inner_forward(module), len(args), tuple(kwargs))
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return _Tiles.apply(run, size, len(values), *values, *trained)
-
-
-class _Tiles(Function):
-    """A token-wise function, slice by slice; it keeps its arguments and nothing else.
-
-    Torch's checkpoint of each slice would keep them too, and inside that of a layer it would hold
-    them on the device until the layer's backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable, size: int, count: int, *tensors: Tensor) -> Tensor:
-        """``run`` over slices of the first ``count`` tensors; the others are its parameters."""
-        values, ctx.trained = tensors[:count], tensors[count:]
-        ctx.run, ctx.size, ctx.modes = run, size, Modes.now(values[0].device.type)
-        ctx.save_for_backward(*values)
-        return _joined((run(*tile) for tile in _tiles(values, size)), values[0].shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        """Compute each slice again, and its gradients from its part of ``gradient``."""
-        values, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        found = [
-            torch.empty_like(x) if need else None for x, need in zip(values, needs, strict=False)
-        ]
-        sums: list[Tensor | None] = [None] * len(ctx.trained)
-        start = 0
-        for tile in _tiles((*values, gradient), ctx.size):
-            part = slice(start, start + ctx.size)
-            *given, upstream = (x.detach() for x in tile)
-            given = [x.requires_grad_(need) for x, need in zip(given, needs, strict=False)]
-            wanted = [x for x in given if x.requires_grad]
-            with torch.enable_grad(), ctx.modes.autocast_again():
-                output = ctx.run(*given)
-            made = torch.autograd.grad(output, (*wanted, *ctx.trained), upstream, allow_unused=True)
-            of_values = iter(made)
-            for whole in found:
-                if whole is not None:
-                    whole[:, part] = next(of_values)
-            for place, more in enumerate(of_values):
-                sums[place] = more if sums[place] is None else sums[place].add_(more)
-            start += ctx.size
-        return None, None, None, *found, *sums
+    settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random is inside
+    return torch.cat([checkpoint(run, *tile, **settings) for tile in _tiles(values, size)], 1)
 
 
 def _called(forward: Callable, count: int, names: Sequence[str], *values: Tensor) -> Tensor:
@@ -116,18 +72,8 @@ def _called(forward: Callable, count: int, names: Sequence[str], *values: Tensor
 
 
 def _tiles(values: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+    # split, not slices: its backward joins the gradients of all tiles once
     return zip(*(map(Tensor.contiguous, x.split(size, 1)) for x in values), strict=True)
-
-
-def _joined(parts: Iterator[Tensor], length: int) -> Tensor:
-    """The parts along dimension 1, each freed as soon as it is copied."""
-    whole, start = None, 0
-    for part in parts:
-        if whole is None:
-            whole = part.new_empty(part.shape[0], length, *part.shape[2:])
-        whole[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
-    return whole
 
 
 def is_states(value: Any) -> bool:
