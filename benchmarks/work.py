@@ -117,6 +117,7 @@ def routed(
         _dead("dead tiles", shape),
         _finish(shape, 4 * shape.pairs),
         _combine(shape, parts=2),
+        _reduce(shape),
         _gradient(shape, launches["backward"]),
     ]
 
@@ -168,7 +169,7 @@ def exact(shape: Shape, launches: dict[str, Launch], byte_budget: int) -> list[W
     )
     columns = _columns(shape, launches["columns"], 0)
     gradient = _gradient(shape, launches["backward"])
-    rest = [_finish(shape, 0), _combine(shape, parts=1), gradient]
+    rest = [_finish(shape, 0), _combine(shape, parts=1), _reduce(shape), gradient]
     return [columns, softmax, expected, *rest]
 
 
@@ -212,8 +213,14 @@ def _combine(shape: Shape, parts: int) -> Work:
 
 def _finish(shape: Shape, masses: int) -> Work:
     """Count the sums and the results of rows, and the bytes of the dead masses."""
-    loaded, stored = 24 * shape.rows + masses, 45 * shape.rows
+    loaded, stored = 24 * shape.rows + masses, 49 * shape.rows
     return Work("finish", "fp32", 0, loaded, stored, 0, loaded + stored)
+
+
+def _reduce(shape: Shape) -> Work:
+    """Count each row's term, label and whether it is right, which one program sums up."""
+    loaded = 13 * shape.rows
+    return Work("reduce", "fp32", 0, loaded, 32, 0, loaded + 32)
 
 
 def _gradient(shape: Shape, launch: Launch) -> Work:

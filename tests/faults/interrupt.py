@@ -88,8 +88,8 @@ def _check_run(folder: Path) -> None:
     if (run / "adapter_config.json").is_file():
         check_adapter(run)
         load_model_and_tokenizer(folder / "model", adapter=run, device="cpu")
-    if (run / "references.safetensors").is_file():
-        _check_references(run / "references.safetensors")
+    if (run / "references.sqlite").is_file():
+        _check_references(run / "references.sqlite")
 
 
 def _adapter(folder: Path) -> object:
@@ -113,6 +113,8 @@ def _cache(folder: Path, again: bool) -> None:
 def _check_references(path: Path) -> None:
     tokens = SafetyTokens.load(path.parents[path.parent.name == "run"] / "given.json")
     ReferenceCache(path, tokens.constraint())
+    if path.suffix == ".sqlite":
+        return  # each row has its checksum
     saved = SavedTensors(path, path.name)
     for name in saved.names:
         assert saved[name].isfinite().all()

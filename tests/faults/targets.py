@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -14,7 +14,8 @@ import torch
 
 from str_kernels import SafetyTokens, VocabularyIndex, linear_cross_entropy
 from str_kernels.evaluation.answers import AnswerFile
-from str_kernels.huggingface.constraint.references import ReferenceCache
+from str_kernels.huggingface.constraint.references import ReferenceCache, save_reference_cache
+from str_kernels.huggingface.constraint.sequences import content_key
 from str_kernels.inputs.data import read_jsonl
 from str_kernels.inputs.loading import load_model_and_tokenizer, load_tokenizer
 from str_kernels.training.checks import prepare
@@ -49,7 +50,7 @@ def make(folder: Path, model: Path) -> Path:
     VocabularyIndex.build(weight, states).save(folder / "index.safetensors")
     with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         train(prepare(_settings(folder, "run", reference="cache", tokens=_tokens_file(folder))))
-    shutil.copy(folder / "run" / "references.safetensors", folder / "references.safetensors")
+    _copy_references(folder)
     shutil.rmtree(folder / "run" / "checkpoint-4")
     answers = AnswerFile(folder / "answers.jsonl", {})
     for number in range(4):
@@ -104,12 +105,31 @@ def _index(folder: Path) -> object:
     return linear_cross_entropy(states, weight, labels, vocabulary_index=index)
 
 
-def _references(folder: Path) -> object:
-    tokens = SafetyTokens.load(folder / "tokens.json")
-    cache = ReferenceCache(folder / "references.safetensors", tokens.constraint())
-    rows = prepare(_settings(folder, "new")).data.sequences
-    held = [row.input_ids for row in rows if cache.holds(row.input_ids)]
-    return [cache.lookup(torch.tensor([ids])) for ids in held]
+def _copy_references(folder: Path) -> None:
+    """Keep what a run has filled in both forms: rows of SQLite, and one file of safetensors."""
+    filled = folder / "references.sqlite"
+    shutil.copy(folder / "run" / filled.name, filled)
+    constraint = SafetyTokens.load(folder / "tokens.json").constraint()
+    cache = ReferenceCache(filled, constraint)
+    found = {
+        content_key(row.input_ids): cache.lookup(torch.tensor([row.input_ids]))[0]
+        for row in _rows(folder)
+    }
+    save_reference_cache(filled.with_suffix(".safetensors"), found, constraint)
+
+
+def _rows(folder: Path) -> Sequence:
+    return prepare(_settings(folder, "new")).data.sequences
+
+
+def _references(name: str) -> Callable[[Path], object]:
+    def look_up(folder: Path) -> object:
+        constraint = SafetyTokens.load(folder / "tokens.json").constraint()
+        cache = ReferenceCache(folder / name, constraint)
+        held = [row.input_ids for row in _rows(folder) if cache.holds(row.input_ids)]
+        return [cache.lookup(torch.tensor([ids])) for ids in held]
+
+    return look_up
 
 
 def _answers(folder: Path) -> object:
@@ -128,13 +148,14 @@ TARGETS = {
     "adapter": Target(("run/adapter_config.json", "run/adapter_model.safetensors"), _adapter),
     "tokens": Target(("tokens.json",), _prepare_tokens),
     "index": Target(("index.safetensors",), _index),
-    "references": Target(("references.safetensors",), _references),
+    "references": Target(("references.safetensors",), _references("references.safetensors")),
+    "filled": Target(("references.sqlite",), _references("references.sqlite")),
     "answers": Target(("answers.jsonl",), _answers),
     "run": Target(
         (
             "run/str_kernels.json",
             "run/safety_tokens.json",
-            "run/references.safetensors",
+            "run/references.sqlite",
             *(f"{CHECKPOINT}/{name}" for name in (
                 "trainer_state.json", "adapter_model.safetensors", "adapter_config.json",
                 "optimizer.pt", "scheduler.pt", "rng_state.pth",

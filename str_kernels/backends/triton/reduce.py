@@ -15,7 +15,7 @@ from str_kernels.engine.contract import RowTerms, Totals
 from str_kernels.options import LossOptions
 
 POINTERS = {
-    "i64": ("label", "number"),
+    "i64": ("label", "num_correct", "num_labels"),
     "i1": ("correct",),
     "fp32": ("cross_entropy", "penalty", "given", "loss", "ce_total", "penalty_total", "factor"),
 }
