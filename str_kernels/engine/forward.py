@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -152,7 +152,6 @@ class _Work:
         )
         self.parts = self._parts(self.size)
         self.present = None if listed is None else Present(listed)
-        self.gradients = self._gradients()
 
     def _wanted(self) -> Wanted:
         exactly = self.tiles is None and self.options.softcap is None
@@ -164,10 +163,12 @@ class _Work:
             probabilities=self.trained and exactly and few,
         )
 
-    def _gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Allocate those of cross-entropy and lse of all rows, into which blocks write theirs.
+    @cached_property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those of cross-entropy and lse of all rows, into which blocks write theirs.
 
-        The only block's stay as they are.
+        They are allocated when the first block has been screened; the only block's stay as they
+        are.
         """
         if len(self.parts) == 1 or not self.wanted.hidden:
             return None, None
