@@ -172,7 +172,7 @@ def test_choices_are_said_by_the_first(ranks):
     assert ranks.run(said_once) == [[30], [10]]
 
 
-@pytest.mark.parametrize("name", ["bench", "demo"])
+@pytest.mark.parametrize("name", [pytest.param("bench", marks=pytest.mark.slow), "demo"])
 def test_what_cannot_be_shared_is_refused(ranks, name, tmp_path):
     for code, _, err in ranks.run(command, name, "--out", tmp_path):
         assert code == 2

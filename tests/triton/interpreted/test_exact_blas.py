@@ -53,7 +53,9 @@ def test_every_option(options, dtype, backend):
     check(make_case(**options), dtype, backend)
 
 
-@pytest.mark.parametrize("held", [1, 2, 5])
+@pytest.mark.parametrize(
+    "held", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_maximum_that_rises_late(held, monkeypatch):
     """A token 300 nats above the first block: what was summed before is rescaled, and not lost.
 
@@ -75,7 +77,7 @@ def test_a_maximum_that_rises_late(held, monkeypatch):
     assert (error <= 2e-5 * truth["hidden_states"].norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("sign", [1.0, pytest.param(-1.0, marks=pytest.mark.slow)])
 def test_every_block_rises(sign, backend):
     """Logits that climb, or fall, by 70 nats a tile: a shift for each, or one for all."""
     case = make_case(20, 700, 24, bias=True, ignored=0.2)
@@ -153,7 +155,10 @@ def test_a_weight_in_fp32_under_autocast(backend):
         assert relative_error(got[name], want[name]) < TOLERANCE[torch.bfloat16] / 8, name
 
 
-@pytest.mark.parametrize("scale", [5, 40, 640])
+@pytest.mark.parametrize(
+    "scale",
+    [pytest.param(5, marks=pytest.mark.slow), 40, pytest.param(640, marks=pytest.mark.slow)],
+)
 def test_confident_rows_keep_their_gradient(scale, backend):
     """A label up to 640 nats above all others: the others' probabilities do not underflow."""
     case = make_case(32, 300, 16, ignored=0.0, reduction="sum")
