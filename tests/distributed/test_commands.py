@@ -78,6 +78,7 @@ def tokens(tiny_model_dir, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_training_is_that_of_one_process(ranks, tiny_model_dir, data, tokens, tmp_path):
     """With half of its batch in each of two; a resumed run is the uninterrupted one."""
     given = ("train", tiny_model_dir, data, "--tokens", tokens, *QUICK)
@@ -129,6 +130,7 @@ def _comparable(path: Path) -> Any:
     return {name: value for name, value in content.items() if name not in ("created", "seconds")}
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_by_the_first_that_finds_it(ranks, tiny_model_dir, tmp_path):
     """By one of them: here nobody tells whose error came first, and both say it."""
     said = ranks.run(command, "train", tiny_model_dir, tmp_path / "no", "--out", tmp_path / "out")
@@ -172,7 +174,8 @@ def test_choices_are_said_by_the_first(ranks):
     assert ranks.run(said_once) == [[30], [10]]
 
 
-@pytest.mark.parametrize("name", [pytest.param("bench", marks=pytest.mark.slow), "demo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bench", "demo"])
 def test_what_cannot_be_shared_is_refused(ranks, name, tmp_path):
     for code, _, err in ranks.run(command, name, "--out", tmp_path):
         assert code == 2

@@ -17,7 +17,9 @@ def wrapped(case: Case, **settings) -> Found:
     return step(case, DistributedDataParallel(model, **settings))
 
 
-@pytest.mark.parametrize("unused", [False, True])  # PEFT's setting in transformers clones outputs
+@pytest.mark.parametrize(
+    "unused", [pytest.param(False, marks=pytest.mark.slow), True]
+)  # PEFT's setting in transformers clones outputs
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_loop(ranks, kind, unused):
     case = Case(kind)

@@ -76,7 +76,7 @@ def sharded(
     return found
 
 
-@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kind", ["none", "kl"])
 def test_groups_of_the_head(ranks, kind, group, reshard):

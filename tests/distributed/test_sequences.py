@@ -52,7 +52,14 @@ def split(
     return Found(total.item(), found)
 
 
-@pytest.mark.parametrize("positions", ["all", "labels", 2])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        "all",
+        pytest.param("labels", marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_constraint_is_that_of_the_whole_sequence(ranks, scheme, positions):
     case = Case("kl", positions=positions, labels=LABELS)
@@ -92,7 +99,7 @@ def packed(case: Case) -> dict[str, Tensor]:
     return {"position_ids": ids, "labels": labels, "attention_mask": None}
 
 
-@pytest.mark.parametrize("positions", ["all", 2])
+@pytest.mark.parametrize("positions", ["all", pytest.param(2, marks=pytest.mark.slow)])
 def test_packed_sequences_stay_apart(ranks, positions):
     case = Case("kl", positions=positions, labels=LABELS)
     given = packed(case)
@@ -128,7 +135,7 @@ def weighed_by_labels(case: Case) -> Found:
 
 
 @pytest.mark.parametrize("labels", [LABELS, PROMPT], ids=str)
-@pytest.mark.parametrize("kind", ["none", "kl"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "kl"])
 def test_means_that_are_weighed_by_labels(ranks, kind, labels):
     """A process of prompt alone is left out of them, and its constraint is not."""
     pytest.importorskip("transformers", minversion="5.0")

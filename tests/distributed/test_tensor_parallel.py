@@ -87,7 +87,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("output", HEADS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_transformers_plan(ranks, saved, tmp_path, tied, output):
     case = Case("none", tied=tied, vocab=97)
     want = saved(case)
@@ -237,7 +237,7 @@ def adapted_by_plan(case: Case, folder: str) -> Found:
     return stepped(case, model)
 
 
-@pytest.mark.parametrize("kind", ["kl", "logprob"])
+@pytest.mark.parametrize("kind", ["kl", pytest.param("logprob", marks=pytest.mark.slow)])
 def test_adapters_of_a_model_that_is_split(ranks, tmp_path, kind):
     """With the reference of the same model, whose adapters are off."""
     case = Case(kind, vocab=97)

@@ -56,7 +56,7 @@ def test_accelerate_s_fsdp2_with_a_trained_head(ranks):
     assert_right(ranks.run(train_sharded, case, {}), case.truth())
 
 
-@pytest.mark.parametrize("kind", ["none", "kl"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "kl"])
 def test_an_sft_trainer_with_fsdp2(ranks, kind):
     pytest.importorskip("trl")
     case = Case(kind, labels=UNEVEN)

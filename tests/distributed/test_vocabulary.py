@@ -36,7 +36,7 @@ def run(ranks, cases, ends, upstream=None, **overrides):
     return [whole(list(parts)) for parts in zip(*answers, strict=True)]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", [pytest.param("mean", marks=pytest.mark.slow), "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_exact(ranks, dtype, reduction):
     """V is odd, so that the second part is the smaller; several blocks of rows have their joins."""
@@ -75,7 +75,11 @@ def test_an_index_of_each_part(ranks):
     assert_close(got, filtered_truth(case, upstream, eps, order), 1e-9)
 
 
-@pytest.mark.parametrize("ends", [[0, VOCAB, VOCAB], [0, 0, VOCAB], [0, 1, VOCAB]], ids=str)
+@pytest.mark.parametrize(
+    "ends",
+    [[0, VOCAB, VOCAB], pytest.param([0, 0, VOCAB], marks=pytest.mark.slow), [0, 1, VOCAB]],
+    ids=str,
+)
 @pytest.mark.parametrize("eps", [0.0, 2.0**-11])
 def test_a_process_with_few_rows_or_none(ranks, ends, eps):
     cases = [make_case(N, VOCAB, DIM, **options) for options in OPTIONS.values()]
@@ -115,7 +119,9 @@ def test_edges(ranks, eps):
     assert got["loss"][3].isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_sixteen_bits(ranks, dtype):
     """Row gradients are added up in fp32, so that they are as exact as those of one process."""
     cases = [

@@ -62,7 +62,7 @@ def check(arch, case):
         assert re.search(wide, made.assembly), facts
 
 
-@pytest.mark.parametrize("arch", [SLOW_80, 90, "gfx942"])
+@pytest.mark.parametrize("arch", [SLOW_80, 90, pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_sixteen_and_eight_bits_compile(arch):
     """bf16 and 8-bit kernels with bias and softcap, on Ampere, Hopper and CDNA3, do not spill."""
     for case in ahead.cases(arch, full=True):

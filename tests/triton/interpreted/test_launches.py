@@ -87,7 +87,9 @@ OPTIONS = [
     "trained", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["frozen", "trained"]
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("screen", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    "screen", [None, pytest.param("exact", marks=pytest.mark.slow), "int8"], ids=str
+)
 def test_no_wait_and_no_copy(screen, options, trained, no_waits):
     """Forward and backward read nothing from the device and copy nothing to it, at every option."""
     k = {"k": 5} if "kind" in options else {}

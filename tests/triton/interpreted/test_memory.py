@@ -35,7 +35,14 @@ def peak(rows: int, screen: str | None, *, ignored: float, backward: bool) -> in
 
 
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("screen", "ignored"), [(None, 0.0), ("exact", 0.8), ("int8", 0.0)])
+@pytest.mark.parametrize(
+    ("screen", "ignored"),
+    [
+        pytest.param(None, 0.0, marks=pytest.mark.slow),
+        pytest.param("exact", 0.8, marks=pytest.mark.slow),
+        ("int8", 0.0),
+    ],
+)
 def test_more_rows_cost_their_gradients_alone(screen, ignored, backward, no_waits):
     """Each further row: its gradient once, with the result twice, in 16 bits, and 256 bytes.
 
