@@ -70,7 +70,8 @@ def test_sixteen_and_eight_bits_compile(arch):
             check(arch, case)
 
 
-@pytest.mark.parametrize("arch", [SLOW_80, 86])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86])
 def test_a_wide_weight_fits(arch):
     """W in fp32 under bf16 autocast, whose tiles take twice the shared memory."""
     for case in ahead.cases(arch, wide_weight=True):
