@@ -33,7 +33,28 @@ def save_tensors(
             raise OSError(f"{path}: cannot be written ({error}).") from error
 
 
-class SavedTensors:
+class Described:
+    """What files of tensors have in common: ``metadata``, and how errors name them."""
+
+    _name: str
+    metadata: dict[str, str]
+
+    def json(self, entry: str) -> Any:
+        """Return the JSON value of an entry of the metadata.
+
+        Raises:
+            ValueError: there is no such entry, or it is not JSON.
+        """
+        try:
+            return json.loads(self.metadata[entry])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self._name}: its {entry} is missing or damaged.") from error
+
+    def _changed(self, key: str) -> ValueError:
+        return ValueError(f"{self._name}: {key} is not as it was written; make the file again.")
+
+
+class SavedTensors(Described):
     """The tensors of a safetensors file, each read when it is asked for.
 
     Args:
@@ -57,17 +78,6 @@ class SavedTensors:
         self.names = frozenset(self._file.keys())
         self._checksums = self.json(_CHECKSUMS) if _CHECKSUMS in self.metadata else {}
 
-    def json(self, entry: str) -> Any:
-        """Return the JSON value of an entry of the metadata.
-
-        Raises:
-            ValueError: there is no such entry, or it is not JSON.
-        """
-        try:
-            return json.loads(self.metadata[entry])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{self._name}: its {entry} is missing or damaged.") from error
-
     def __getitem__(self, key: str) -> Tensor:
         """Return a tensor.
 
@@ -76,7 +86,7 @@ class SavedTensors:
         """
         tensor = self._file.get_tensor(key)
         if self._checksums and self._checksums.get(key) != _checksum(tensor):
-            raise ValueError(f"{self._name}: {key} is not as it was written; make the file again.")
+            raise self._changed(key)
         return tensor
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from str_kernels.tensor_files import Described
+
 _MAGIC = b"SQLite format 3\0"
 _WAIT = 60.0  # seconds for another process that writes
 _TABLES = """
@@ -32,7 +34,7 @@ def is_of_rows(path: str | os.PathLike) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-class TensorRows:
+class TensorRows(Described):
     """The fp16 tensors of a file, by name; it has what `SavedTensors` has, and ``add``.
 
     Args:
@@ -74,17 +76,6 @@ class TensorRows:
         with self._reading():
             return self._file.execute("SELECT count(*) FROM tensors").fetchone()[0]
 
-    def json(self, entry: str) -> object:
-        """Return the JSON value of an entry of the metadata.
-
-        Raises:
-            ValueError: there is no such entry, or it is not JSON.
-        """
-        try:
-            return json.loads(self.metadata[entry])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{self._name}: its {entry} is missing or damaged.") from error
-
     def __getitem__(self, key: str) -> Tensor:
         """Return a tensor.
 
@@ -96,7 +87,7 @@ class TensorRows:
                 "SELECT shape, crc32, data FROM tensors WHERE name = ?", (key,)
             ).fetchone()
         if zlib.crc32(data) != crc:
-            raise ValueError(f"{self._name}: {key} is not as it was written; make the file again.")
+            raise self._changed(key)
         return torch.from_numpy(np.frombuffer(bytearray(data), np.float16)).reshape(
             json.loads(shape)
         )

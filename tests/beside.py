@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # what depends on the CPU: which products are taken, in which dtype, and how exact they are
-# the sums of `tests/engine/test_rest.py` are no products of its own
+# (test_rest.py has the same products, in many more cases)
 _BY_CPU = (
     "tests/engine",
     "--ignore=tests/engine/test_rest.py",

@@ -119,11 +119,8 @@ def _judge(name: str, module: nn.Module, call: _Call) -> bool:
     try:
         if not _each_token_alone(run, call.values):
             return False
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ):  # it cannot run on other tokens than it was given
+    # it cannot run on other tokens than it was given
+    except (RuntimeError, ValueError, IndexError):
         return False
     with _training(module):
         first = run(*call.values)

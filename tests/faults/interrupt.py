@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.huggingface.patch.index_cache import cached_index
 from str_kernels.inputs.loading import check_adapter, load_model_and_tokenizer, load_tokenizer
 from str_kernels.tensor_files import SavedTensors
+from str_kernels.tensor_rows import TensorRows
 from str_kernels.training.checks import prepare
 from str_kernels.training.run import train
 from str_kernels.training.settings import TrainSettings
@@ -114,9 +116,12 @@ def _check_references(path: Path) -> None:
     tokens = SafetyTokens.load(path.parents[path.parent.name == "run"] / "given.json")
     ReferenceCache(path, tokens.constraint())
     if path.suffix == ".sqlite":
-        return  # each row has its checksum
-    saved = SavedTensors(path, path.name)
-    for name in saved.names:
+        saved = TensorRows(path, path.name)
+        names = [name for (name,) in sqlite3.connect(path).execute("SELECT name FROM tensors")]
+    else:
+        saved = SavedTensors(path, path.name)
+        names = saved.names
+    for name in names:
         assert saved[name].isfinite().all()
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from str_kernels.alive import SharedWhileAlive
 from str_kernels.huggingface.deferred.fold import GONE
 from str_kernels.huggingface.deferred.holding import is_freed
 
 
-class StepClock:
+class StepClock(SharedWhileAlive):
     """Counts the steps of every optimizer, by a global hook that is removed with the clock.
 
     ``StepClock.shared()`` gives the one of the process. A patch keeps it alive, and so does every
@@ -30,8 +31,6 @@ class StepClock:
     Attributes:
         count: a list with one entry, how many steps have begun.
     """
-
-    _alive: weakref.ref[StepClock] | None = None
 
     def __init__(self) -> None:
         """Register the hook."""
@@ -42,18 +41,6 @@ class StepClock:
 
         handle = register_optimizer_step_pre_hook(step)
         weakref.finalize(self, handle.remove)
-
-    @classmethod
-    def shared(cls) -> StepClock:
-        """The clock that is alive, or a new one."""
-        clock = None if cls._alive is None else cls._alive()
-        if clock is None:
-            clock = cls()
-            cls._alive = weakref.ref(clock)
-        return clock
-
-    def __deepcopy__(self, memo: dict) -> StepClock:
-        return self
 
 
 class Freshness:

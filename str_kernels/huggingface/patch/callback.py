@@ -8,11 +8,12 @@ trainer writes that file last, and reads it wherever the checkpoint is.
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from str_kernels.alive import SharedWhileAlive
 from str_kernels.huggingface.deferred.head import find_patch
 from str_kernels.huggingface.patch.patch import Patch
 
@@ -134,13 +135,11 @@ class PatchLog(SafetyLogCallback):
     _required = False
 
 
-class TrainerLogs:
+class TrainerLogs(SharedWhileAlive):
     """While this lives, every Trainer of the process that is made has a `PatchLog`.
 
     ``TrainerLogs.shared()`` gives the one of the process; every patch keeps it alive.
     """
-
-    _alive: ClassVar[weakref.ref[TrainerLogs] | None] = None
 
     def __init__(self) -> None:
         """Join the callbacks that a Trainer begins with; those that report elsewhere follow."""
@@ -148,18 +147,6 @@ class TrainerLogs:
 
         DEFAULT_CALLBACKS.append(PatchLog)
         weakref.finalize(self, DEFAULT_CALLBACKS.remove, PatchLog)
-
-    @classmethod
-    def shared(cls) -> TrainerLogs:
-        """The one that is alive, or a new one."""
-        logs = None if cls._alive is None else cls._alive()
-        if logs is None:
-            logs = cls()
-            cls._alive = weakref.ref(logs)
-        return logs
-
-    def __deepcopy__(self, memo: dict) -> TrainerLogs:
-        return self
 
 
 def _evaluated(logs: dict) -> str | None:
