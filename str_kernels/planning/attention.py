@@ -71,9 +71,8 @@ def _on_cuda(
     if mask is None and query.dtype in _HALF and width <= _FLASH_WIDTH:
         padded = tuple(F.pad(x, (0, -width % 8)) if width % 8 else x for x in operands)
         scale = width**-0.5 if scale is None else scale
-        out = torch.ops.aten._scaled_dot_product_flash_attention(*padded, 0.0, causal, scale=scale)[
-            0
-        ]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out = flash(*padded, 0.0, causal, scale=scale)[0]
         # the backward sums queries' gradients in fp32, and those of shared keys a head at a time
         shared = 2 * _bytes(query) if key.shape[1] < query.shape[1] else 0
         made = sum(map(_bytes, operands))

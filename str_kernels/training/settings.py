@@ -166,10 +166,10 @@ class TrainSettings(ConstraintSettings):
         """Return a sentence for each value outside its rule, and for values that do not fit."""
         found = super().faults()
         unused = self.tokens is not None or self.anchors or self.reference != "adapter_off"
-        if self.method != "str" and unused:
+        if self.method != "str" and (unused or self.share != 1):
             found.append(
-                f"method={self.method!r}: has no constraint, so tokens, anchors and reference have "
-                "no use; leave them out."
+                f"method={self.method!r}: has no constraint, so tokens, anchors, reference and "
+                "share have no use; leave them out."
             )
         if self.anchors_every > 1 and not self.anchors:
             found.append(

@@ -221,8 +221,9 @@ def test_anchors_at_fault_are_named(make_settings, anchors, tmp_path):
         prepare(make_settings(anchors=(*anchors, "no.jsonl", str(tmp_path / "broken.jsonl"))))
     assert "no.jsonl: no such file" in str(caught.value)
     assert "broken.jsonl:1:" in str(caught.value)
-    with pytest.raises(Faults, match="so tokens, anchors and reference have no use"):
-        make_settings(anchors=anchors, method="plain")
+    for given in ({"anchors": anchors}, {"share": 0.5}):
+        with pytest.raises(Faults, match="so tokens, anchors, reference and share have no use"):
+            make_settings(**given, method="plain")
 
 
 def test_plain_fused_training_is_unpatched_training(make_settings):
