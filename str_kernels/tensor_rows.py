@@ -21,11 +21,11 @@ from str_kernels.tensor_files import Described
 
 _MAGIC = b"SQLite format 3\0"
 _WAIT = 60.0  # seconds for another process that writes
-_TABLES = """
-CREATE TABLE IF NOT EXISTS metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS tensors
-    (name TEXT PRIMARY KEY, shape TEXT NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL);
-"""
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS tensors"
+    " (name TEXT PRIMARY KEY, shape TEXT NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL)",
+)
 
 
 def is_of_rows(path: str | os.PathLike) -> bool:
@@ -55,12 +55,16 @@ class TensorRows(Described):
         self._file = sqlite3.connect(path, timeout=_WAIT, check_same_thread=False)
         with self._reading():
             if metadata is not None:
-                self._file.executescript(_TABLES)
-                with self._file:
-                    self._file.executemany(
-                        "INSERT OR IGNORE INTO metadata VALUES (?, ?)", metadata.items()
-                    )
+                self._make(metadata)
             self.metadata = dict(self._file.execute("SELECT name, value FROM metadata"))
+
+    def _make(self, metadata: dict[str, str]) -> None:
+        """Make what is not there yet, in one transaction: a killed maker leaves an empty file."""
+        with self._file:
+            self._file.execute("BEGIN IMMEDIATE")
+            for table in _TABLES:
+                self._file.execute(table)
+            self._file.executemany("INSERT OR IGNORE INTO metadata VALUES (?, ?)", metadata.items())
 
     @property
     def names(self) -> TensorRows:

@@ -42,6 +42,7 @@ from str_kernels.training.settings import TrainSettings
 
 WORDS = ("rain", "wind", "ball", "team", "song", "choir")
 TOKENS = ["sorry", "cannot", "unable"]
+TABLES = "SELECT name FROM sqlite_master"
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def _check_run(folder: Path) -> None:
     if (run / "adapter_config.json").is_file():
         check_adapter(run)
         load_model_and_tokenizer(folder / "model", adapter=run, device="cpu")
-    if (run / "references.sqlite").is_file():
-        _check_references(run / "references.sqlite")
+    references = run / "references.sqlite"
+    if references.is_file() and sqlite3.connect(references).execute(TABLES).fetchall():
+        _check_references(references)  # else killed before its first transaction ended
 
 
 def _adapter(folder: Path) -> object:

@@ -123,6 +123,30 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path):
     assert rows["whole"].shape == (300, 64)  # what is there stays
 
 
+MAKER = """
+import os, sqlite3, sys
+from str_kernels.tensor_rows import TensorRows
+class Killed(sqlite3.Connection):
+    def executemany(self, *given):
+        super().executemany(*given)
+        os.kill(os.getpid(), 9)
+connect = sqlite3.connect
+sqlite3.connect = lambda *given, **named: connect(*given, factory=Killed, **named)
+TensorRows(sys.argv[1], "rows", {"schema": "some"})
+"""
+
+
+def test_a_killed_maker_leaves_no_half_of_a_file(tmp_path):
+    """It has all its tables and what it says of itself, or nothing; the next run makes it."""
+    path = tmp_path / "r.sqlite"
+    done = subprocess.run([sys.executable, "-c", MAKER, path], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert sqlite3.connect(path).execute("SELECT name FROM sqlite_master").fetchall() == []
+    with pytest.raises(ValueError, match=r"reference=.*r.sqlite"):
+        ReferenceCache(path, SAFETY)
+    assert FillingCache(path, SAFETY)._saved.metadata["schema"].startswith("str_kernels")
+
+
 def test_a_full_disk_is_said(tmp_path):
     """An addition that does not fit is an OSError, with what to do."""
     rows = TensorRows(tmp_path / "r", "rows", {})
