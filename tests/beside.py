@@ -1,7 +1,8 @@
 """Runs files of tests again with a setting that a process reads once: beside the other tests.
 
 Triton asks for ``TRITON_INTERPRET`` when it is imported, oneDNN for ``ONEDNN_MAX_CPU_ISA`` at its
-first product. The processes begin before the other tests of a session.
+first product. The processes begin before the other tests of a session. Each takes a sample of the
+cases of every test: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted`` takes all.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ _BY_CPU = (
 
 @dataclass(frozen=True)
 class Job:
-    """Files of tests, and what their process finds in its environment."""
+    """Files of tests, what their process finds in its environment, and which share is run."""
 
     name: str
     files: tuple[str, ...]
     setting: tuple[str, str]
+    one_in: int
 
     def run(self) -> subprocess.CompletedProcess:
         """Run them; some have logits of -inf, and numpy warns about the logarithm of 0."""
         options = ("-q", "-p", "no:cacheprovider", "-W", "ignore")
+        sample = ("--one-in", str(self.one_in), "--sample", self.name)
         return subprocess.run(
-            [*_PATIENT, sys.executable, "-m", "pytest", *options, *self.files],
+            [*_PATIENT, sys.executable, "-m", "pytest", *options, *sample, *self.files],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **dict([self.setting])},
             capture_output=True,
@@ -47,16 +50,18 @@ class Job:
         )
 
 
-# the file that takes longest begins
+_INTERPRETED = tuple(
+    str(path.relative_to(ROOT)) for path in (ROOT / "tests/triton/interpreted").glob("test_*.py")
+)
 INTERPRETED = [
-    Job(path.stem, (str(path.relative_to(ROOT)),), ("TRITON_INTERPRET", "1"))
-    for path in sorted((ROOT / "tests/triton/interpreted").glob("test_*.py"), reverse=True)
+    Job(f"interpreted_{half}", tuple(sorted(_INTERPRETED)[half::2]), ("TRITON_INTERPRET", "1"), 5)
+    for half in range(2)
 ]
 CPUS = [
-    Job("AVX2", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX2")),
-    Job("AVX512_CORE_VNNI", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")),
+    Job("AVX2", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX2"), 4),
+    Job("AVX512_CORE_VNNI", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI"), 4),
     # no machine is needed to choose as one with AMX does: tests/cpus.py
-    Job("AMX", _BY_CPU, ("STR_KERNELS_TEST_CPU", "bf16,int8,amx")),
+    Job("AMX", _BY_CPU, ("STR_KERNELS_TEST_CPU", "bf16,int8,amx"), 4),
 ]
 RUNS: dict[Job, Future] = {}
 # a job for each core, which the session itself comes before: none idles while it waits for them

@@ -10,10 +10,8 @@ from tests.beside import CPUS, INTERPRETED, RUNS
 
 
 def passes(job) -> None:
-    """Every test of the job's files passes; a file may have slow tests alone."""
+    """Every test that the job chose passes."""
     done = RUNS[job].result()
-    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and " deselected" in done.stdout:
-        pytest.skip("its tests are all marked slow")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
