@@ -18,22 +18,27 @@ def pytest_addoption(parser):
     parser.addoption(
         "--one-in",
         type=int,
-        default=1,
-        help="run one of so many cases of each test, one at least; the others are deselected",
+        help="run one of so many cases of each test, one at least; without it, as its mark says",
     )
     parser.addoption("--sample", default="", help="any word: another draw of the cases")
 
 
 @pytest.hookimpl(trylast=True)  # after what -m leaves out
 def pytest_collection_modifyitems(config, items):
-    """Keep the cases whose names have the smallest checksums: the same ones on every machine."""
-    share, functions = config.option.one_in, {}
+    """Keep the cases whose names have the smallest checksums: the same ones on every machine.
+
+    What a job runs beside this session is left to it.
+    """
+    functions, there = {}, beside.elsewhere(items)
     for item in items:
-        functions.setdefault(
-            (item.path, item.parent, getattr(item, "originalname", "")), []
-        ).append(item)
+        if item in there:
+            continue
+        function = getattr(item, "originalname", item.name)
+        functions.setdefault((item.path, item.parent, function), []).append(item)
     kept = set()
     for cases in functions.values():
+        mark = cases[0].get_closest_marker("one_in")
+        share = config.option.one_in or (mark.args[0] if mark else 1)
         cases.sort(key=lambda item: crc32(f"{item.nodeid} {config.option.sample}".encode()))
         kept.update(cases[: -(-len(cases) // share)])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
