@@ -53,6 +53,7 @@ def test_every_option(options, dtype, backend):
     check(make_case(**options), dtype, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "held", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
 )
@@ -77,6 +78,7 @@ def test_a_maximum_that_rises_late(held, monkeypatch):
     assert (error <= 2e-5 * truth["hidden_states"].norm(dim=-1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, pytest.param(-1.0, marks=pytest.mark.slow)])
 def test_every_block_rises(sign, backend):
     """Logits that climb, or fall, by 70 nats a tile: a shift for each, or one for all."""

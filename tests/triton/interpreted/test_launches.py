@@ -61,6 +61,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"k": 5, "kind": "kl"}], ids=["plain", "constrained"])
 @pytest.mark.parametrize("screen", BOUNDS, ids=str)
 def test_launches_of_a_block(screen, options, no_waits):

@@ -126,6 +126,7 @@ def test_one_token(kind):
     Setting(kind, 1).check()
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens():
     """As many as a constraint may have."""
     Setting("kl", 1024).check()

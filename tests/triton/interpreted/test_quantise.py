@@ -92,6 +92,7 @@ def test_what_is_not_finite_stays_so(value):
     assert scales.isfinite().tolist() == [row != 2 for row in range(6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
@@ -114,6 +115,7 @@ def test_rows_made_anew_are_those_an_index_keeps(options, ordered, backend):
         assert one is None or torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [0.0, 0.2], ids=["every row", "some rows"])
 def test_w_is_quantised_once_a_call(monkeypatch, ignored):
     """Blocks of rows are screened together, some tiles at a time, and routed one by one."""
