@@ -74,6 +74,7 @@ def test_a_wrong_command_is_one_message(capsys, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_a_run_tells_milliseconds_and_in_a_footnote_products(capsys, tmp_path):
     """The table has ms and MiB; the folder has JSON Lines, Markdown and a picture."""
     arguments = ("--shape", "64,4096,32", "--contenders", "ours,transformers", "--out", tmp_path)

@@ -21,7 +21,6 @@ from benchmarks.equivalence import (
 from str_kernels.engine import finish
 
 STEPS = 24
-SLOW = pytest.mark.slow
 FAULT = HEADS["fault: ε 0.3"]
 
 
@@ -62,10 +61,8 @@ def curves(text, models, settings) -> tuple[torch.Tensor, float]:
     return torch.tensor(found), sum(live) / 2
 
 
-@pytest.mark.parametrize(
-    "head",
-    [pytest.param("exact", marks=SLOW), "filtered", pytest.param("screened", marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["exact", "filtered", "screened"])
 def test_from_random_weights(text, full, head):
     """All weights, a flat softmax: curves within a tenth of the distance between seeds."""
     mine, live = curves(text, None, HEADS[head])

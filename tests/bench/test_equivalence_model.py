@@ -11,6 +11,7 @@ from benchmarks import equivalence_model
 from str_kernels.bench.report import SCHEMA, read_rows
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path, tiny_model_dir, monkeypatch):
     """Each head of each seed once; exact is the materialised curve; a second call measures none."""
     data = tmp_path / "answers.jsonl"

@@ -56,7 +56,7 @@ def test_memory_grows_with_positions_by_rows_alone(eps, trainable):
     assert (many - few) / rows <= allowed
 
 
-@pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])
+@pytest.mark.parametrize("eps", [0.0, pytest.param(DEFAULT_EPS, marks=pytest.mark.slow)])
 def test_memory_is_bounded(eps):
     """At N 4,096 a step takes at most 128 MiB, a quarter of its logits' size in fp32."""
     case = synthetic(4096, 32768, 16)

@@ -70,6 +70,7 @@ def test_the_whole_rehearsal(tmp_path):
     assert "refine half: the table's" in text
 
 
+@pytest.mark.slow
 def test_a_short_rehearsal_is_resumed(tmp_path, monkeypatch):
     """A worker of its own runs the steps; what is done is not run again."""
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))

@@ -46,7 +46,9 @@ def make_settings(tiny_model_dir, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("reference", ["adapter_off", "cache"])
+@pytest.mark.parametrize(
+    "reference", [pytest.param("adapter_off", marks=pytest.mark.slow), "cache"]
+)
 def test_held_out_rows_are_measured_and_not_learned(make_settings, reference):
     """Both terms of rows that no step sees; without dropout the adapter is the same, bit for bit.
 

@@ -77,7 +77,7 @@ def adapter(settings):
     return load_file(settings.folder / ADAPTER)
 
 
-@pytest.mark.parametrize("method", ["str", "unpatched"])
+@pytest.mark.parametrize("method", ["str", pytest.param("unpatched", marks=pytest.mark.slow)])
 def test_a_resumed_run_continues_exactly(monkeypatch, make_settings, method):
     """Six steps are the same weights as three, Ctrl-C, and a resume: order of the data, dropout,
     learning rate, optimizer and the vocabulary index's fate all go on where they were.
@@ -198,6 +198,7 @@ def test_anchors_that_widen_the_batches_are_told(make_settings, anchors, wide):
     assert any("widen every batch" in text for text in progress.notices) == wide
 
 
+@pytest.mark.slow
 def test_anchors_of_a_resumed_run_are_the_same(make_settings, anchors):
     whole = make_settings("whole", anchors=anchors)
     train(prepare(whole))

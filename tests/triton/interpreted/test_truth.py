@@ -233,6 +233,7 @@ def check_statistics(backend, softcap: float | None) -> None:
     assert torch.equal(got.correct, want.correct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.0, DEFAULT_EPS])
 def test_blocks_do_not_matter(eps):
     """Under the smallest byte budget (blocks of rows, groups of tiles) the result is the same."""
