@@ -1,0 +1,1 @@
+"""A probe of refusing during training: one forward over a few requests, without generation."""
