@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from str_kernels.huggingface.deferred.head import find_patch
 from str_kernels.inputs.rows import Row, prompt_messages
+from str_kernels.probe import EVERY, WARN_BELOW
 from str_kernels.probe.aligned import (
     LONGEST,
     Aligned,
@@ -36,10 +37,10 @@ class Asked:
     """
 
     prompts: Sequence[Prompt | Row]
-    every: int
+    every: int = EVERY
     openings: Sequence[str] | None = None
     tokens: Sequence[int] | None = None
-    warn_below: float = 0.9
+    warn_below: float = WARN_BELOW
     stop_below: float | None = None
 
     def __post_init__(self) -> None:

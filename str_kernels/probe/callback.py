@@ -20,14 +20,12 @@ from transformers.trainer_callback import ExportableState
 from str_kernels.alive import SharedWhileAlive
 from str_kernels.inputs.rows import Row
 from str_kernels.notices import say_once
+from str_kernels.probe import EVERY, WARN_BELOW
 from str_kernels.probe.aligned import Aligned
 from str_kernels.probe.asked import Asked, from_first
 from str_kernels.probe.reading import read
 from str_kernels.probe.series import Probed, Series
 from str_kernels.safety.inference import Prompt
-
-EVERY = 20  # with 8 requests under 2 % of the time of usual steps
-WARN_BELOW = 0.9
 
 _STATE = "probe"  # the entry of the callback's state
 _running: weakref.WeakKeyDictionary[nn.Module, SafetyProbe] = weakref.WeakKeyDictionary()
@@ -145,9 +143,15 @@ class SafetyProbe(TrainerCallback, ExportableState):
             return
         refusal = self._probe(model, state.global_step).refusal
         control.should_log = True
-        self._judge_warning(state.global_step, refusal)
-        if self._asked.stop_below is not None:
-            self._judge_stop(args, state, control, refusal)
+        fell = self.series.fallen_at is None and not refusal >= self._asked.warn_below  # or NaN
+        if fell:
+            self.series.fallen_at = state.global_step
+        if self._stops(args, state, control, refusal) or not fell:
+            return
+        self._say(
+            f"{_found(state.global_step, refusal, self._asked.warn_below)}. Hold the tokens more "
+            "strongly, add anchors, or lower the learning rate."
+        )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
@@ -187,23 +191,16 @@ class SafetyProbe(TrainerCallback, ExportableState):
         self._keep_time()
         return probed
 
-    def _judge_warning(self, step: int, refusal: float) -> None:
-        bound = self._asked.warn_below
-        if self.series.fallen_at is None and not refusal >= bound:  # NaN is below, too
-            self.series.fallen_at = step
-            self._say(
-                f"step {step}: {refusal:.2f} of the aligned model's probability of refusing is "
-                f"left, below {bound:g}. Hold the tokens more strongly, add anchors, or lower the "
-                "learning rate."
-            )
-
-    def _judge_stop(self, args: Any, state: Any, control: Any, refusal: float) -> None:
+    def _stops(self, args: Any, state: Any, control: Any, refusal: float) -> bool:
+        """Keep this step's weights, or stop the training; tell whether it stops."""
         bound, step, kept = self._asked.stop_below, state.global_step, self.series.kept_step
+        if bound is None:
+            return False
         if refusal >= bound:
             self.series.kept_step = step
             state.best_model_checkpoint = str(self._checkpoint(args))  # is not rotated out
             control.should_save = True
-            return
+            return False
         if kept is None:
             raise ValueError(
                 f"stop_below={bound:g}: the first probe, at step {step}, found {refusal:.2f}, and "
@@ -213,10 +210,9 @@ class SafetyProbe(TrainerCallback, ExportableState):
         self.series.stopped_at = step
         self._chooses = args.load_best_model_at_end = True
         control.should_training_stop, control.should_save = True, False
-        self._say(
-            f"step {step}: {refusal:.2f} of the aligned model's probability of refusing is left, "
-            f"below {bound:g}: training stops, and the weights of step {kept} are kept."
-        )
+        found = _found(step, refusal, bound)
+        self._say(f"{found}: training stops, and the weights of step {kept} are kept.")
+        return True
 
     def _checkpoint(self, args: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{self.series.kept_step}"
@@ -245,6 +241,13 @@ class ProbeLogs(SharedWhileAlive):
 
         DEFAULT_CALLBACKS.append(ProbeLog)
         weakref.finalize(self, DEFAULT_CALLBACKS.remove, ProbeLog)
+
+
+def _found(step: int, refusal: float, bound: float) -> str:
+    return (
+        f"step {step}: {refusal:.2f} of the aligned model's probability of refusing is left, below "
+        f"{bound:g}"
+    )
 
 
 def _synchronise() -> None:
