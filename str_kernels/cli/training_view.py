@@ -143,7 +143,7 @@ def _rows(result: Result) -> list[list[str]]:
 
 
 def _say_next(settings: TrainSettings, result: Result) -> None:
-    if result.interrupted:
+    if result.interrupted and result.stopped_at is None:
         say(f"stopped and saved in {settings.out}; the same command with --resume continues")
         raise typer.Exit(code=1)
     if result.stopped_at is not None:

@@ -57,7 +57,8 @@ class Asked:
             raise ValueError(f"every={self.every!r}: must be a number of steps, 1 or more.")
         for name in ("warn_below", "stop_below"):
             bound = getattr(self, name)
-            if bound is not None and not 0 < bound <= 1:
+            given = bound is not None or name == "warn_below"
+            if given and not (isinstance(bound, int | float) and 0 < bound <= 1):
                 raise ValueError(f"{name}={bound!r}: must be above 0 and at most 1.")
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Asked:
         """
         if tokenizer is None:
             raise ValueError("tokenizer=None: the trainer has no processing class; give one.")
-        requests = [_token_ids(tokenizer, prompt) for prompt in self.prompts]
+        requests = [row_token_ids(tokenizer, prompt) for prompt in self.prompts]
         check_fits(model, "prompts", requests, LONGEST)
         tokens = self._safety_tokens(model)
         key = key_of(requests, self.openings, tokens)
@@ -136,7 +137,8 @@ def _check_texts(name: str, given: Sequence[Any]) -> None:
         raise ValueError(f"{name}={given!r:.80}: must be a list of texts, none of them empty.")
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | Row) -> list[int]:
+def row_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | Row) -> list[int]:
+    """Encode a request up to where the answer begins, whatever form it has."""
     if isinstance(prompt, dict):
         return prompt_token_ids(tokenizer, prompt_messages(prompt), prompt.get("tools"))
     return prompt_token_ids(tokenizer, prompt)

@@ -111,7 +111,7 @@ class SafetyProbe(TrainerCallback, ExportableState):
         """Find the aligned model's openings, or go on with those of the checkpoint."""
         if self._asked.stop_below is not None and args.load_best_model_at_end:
             raise ValueError(
-                f"stop_below={self._args['stop_below']}: chooses the checkpoint that stays, and so "
+                f"stop_below={self._asked.stop_below}: chooses the checkpoint that stays, and so "
                 "does load_best_model_at_end; leave one of them out."
             )
         self._began, self.series, self._aligned = time.perf_counter(), Series(), None
@@ -126,13 +126,14 @@ class SafetyProbe(TrainerCallback, ExportableState):
         self.series.openings_seconds += time.perf_counter() - self._began
         # the trainer renews only the entries that it finds, and an older checkpoint has none
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if earlier is not None and self._aligned is not earlier:
+            self.series = Series()  # the one before was of other requests
+        if not self.series.steps:
+            self._begin_series(state, model)
         if self.series.kept_step is not None and self._checkpoint(args).is_dir():
             state.best_model_checkpoint = str(self._checkpoint(args))
         else:
             self.series.kept_step = None
-        if not self.series.steps:
-            self._probe(model, state.global_step)
-            self._pending = {}  # the trainer logs no step 0
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -164,11 +165,21 @@ class SafetyProbe(TrainerCallback, ExportableState):
         if probed and state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(probed)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Keep the time; the trainer's arguments are again as they were."""
         self._keep_time()
+        _running.pop(model, None)
         if self._chooses:
             args.load_best_model_at_end, self._chooses = False, False
+
+    def _begin_series(self, state: Any, model: nn.Module) -> None:
+        """Probe before the first step; a checkpoint with which training begins can be kept."""
+        refusal, bound = self._probe(model, state.global_step).refusal, self._asked.stop_below
+        self._pending = {}  # the trainer logs no step here
+        if state.global_step > 0 and bound is not None and refusal >= bound:
+            self.series.kept_step = state.global_step
 
     def _resume(self, state: Any) -> Aligned | None:
         """Take the series of a checkpoint; return what its probe compared with."""
@@ -180,7 +191,7 @@ class SafetyProbe(TrainerCallback, ExportableState):
         return Aligned.from_dict(kept["aligned"])
 
     def _probe(self, model: nn.Module, step: int) -> Probed:
-        _synchronise()
+        _synchronise(model)
         started = time.perf_counter()
         aligned = self._aligned
         found = read(model, aligned.exchanges, aligned.token_ids)
@@ -250,10 +261,11 @@ def _found(step: int, refusal: float, bound: float) -> str:
     )
 
 
-def _synchronise() -> None:
+def _synchronise(model: nn.Module) -> None:
     """Wait for the device, so that the probe's seconds are its own."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _warn(text: str) -> None:

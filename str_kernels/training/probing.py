@@ -8,12 +8,12 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from str_kernels.inputs.data import check_prompts, read_numbered
-from str_kernels.inputs.rows import Row, prompt_messages
+from str_kernels.inputs.rows import Row
 from str_kernels.probe.aligned import LONGEST
+from str_kernels.probe.asked import row_token_ids
 from str_kernels.probe.callback import SafetyProbe
 from str_kernels.probe.series import Series
 from str_kernels.ranks import sharing
-from str_kernels.safety.inference import prompt_token_ids
 from str_kernels.training.callbacks import Progress
 from str_kernels.training.checkpoints import settle
 from str_kernels.training.settings import TrainSettings
@@ -34,7 +34,7 @@ def read_probe(
     numbered = read_numbered(settings.probe, response_required=False)[: settings.probe_rows]
     check_prompts(settings.probe, numbered, tokenizer)
     for line, row in numbered:
-        length = len(prompt_token_ids(tokenizer, prompt_messages(row), row.get("tools")))
+        length = len(row_token_ids(tokenizer, row))
         if context is not None and length + LONGEST > context:
             raise ValueError(
                 f"{settings.probe}:{line}: has {length} tokens, and {LONGEST} of an answer do not "

@@ -30,7 +30,9 @@ def probed(way: str) -> dict[str, Any]:
     return {"same": same, "logged": logged, "refusal": series.refusal, "mass": series.mass}
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", pytest.param("trl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["fsdp2", *(pytest.param(way, marks=pytest.mark.slow) for way in ("ddp", "trl"))]
+)
 def test_all_processes_probe_alike(ranks, way):
     """Sharded weights are gathered for it, and adapters switched off for the aligned model's."""
     if way == "trl":

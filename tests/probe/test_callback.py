@@ -87,7 +87,7 @@ def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("patched", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_is_the_same_bit_by_bit(make_model, tokenizer, tmp_path, patched):
     """Dropout, batches, the patch's sums and its judgement of the first penalty included."""
 
@@ -119,7 +119,7 @@ def test_refusing_is_found_and_its_loss_seen(make_model, tokenizer, tmp_path):
     """It starts at 1, without divergence, and obedience ends near 0, which is warned of once."""
     said: list[str] = []
     probe = SafetyProbe(REFUSED, 3, tokens=HELD, say=said.append)
-    _, logs = trained(make_model(), tokenizer, tmp_path, probe, max_steps=12, learning_rate=2e-2)
+    trainer, logs = trained(make_model(), tokenizer, tmp_path, probe, learning_rate=2e-2)
     series = probe.series
     texts = [tokenizer.decode(opening) for opening in probe.aligned.openings]
     assert texts == ["I am sorry"] * len(REFUSED)
@@ -133,13 +133,12 @@ def test_refusing_is_found_and_its_loss_seen(make_model, tokenizer, tmp_path):
     assert 0 < series.seconds < series.run_seconds
     logged = [log["safety_probe/refusal"] for log in logs if "safety_probe/refusal" in log]
     assert logged == series.refusal[1:]
+    assert_formulas(trainer.model, probe)
 
 
-def test_the_numbers_are_the_formulas(make_model, tokenizer, tmp_path):
-    """Products of probabilities, recomputed one by one without padding, in fp64."""
-    probe = SafetyProbe(REFUSED, 50, tokens=HELD)
-    trainer, _ = trained(make_model(), tokenizer, tmp_path, probe)
-    tuned = trainer.model.double().eval()
+def assert_formulas(model, probe):
+    """The last probe is products of probabilities, one by one without padding, in fp64."""
+    tuned = model.double().eval()
     ratios, masses, divergences = [], [], []
     for request, opening in probe.aligned.exchanges:
         ids = torch.tensor([[*request, *opening]])
@@ -176,6 +175,7 @@ def test_it_stops_and_keeps_what_was_above(make_model, tokenizer, tmp_path):
     assert all(torch.equal(value, got[name]) for name, value in want.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_aligned_model(make_model, tokenizer, tmp_path):
     """Also where all weights are trained, so that the aligned model cannot be asked again."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -203,6 +203,7 @@ def test_bad_arguments_are_refused(make_model, tokenizer, tmp_path):
         ({"prompts": ["a", ""]}, "none of them empty"),
         ({"every": 0}, "every=0"),
         ({"warn_below": 0}, "warn_below=0: must be above 0"),
+        ({"warn_below": None}, "warn_below=None: must be above 0"),
         ({"stop_below": 1.5}, "stop_below=1.5: must be above 0 and at most 1"),
         ({"openings": ["No"]}, "openings=1 texts"),
     ]:
@@ -219,11 +220,16 @@ def test_bad_arguments_are_refused(make_model, tokenizer, tmp_path):
     long = SafetyProbe(["steal " * 120])
     with pytest.raises(ValueError, match="do not fit"):
         trained(make_model(), tokenizer, tmp_path, long)
+    own = SafetyProbe(REFUSED, stop_below=0.9)
+    best = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}
+    with pytest.raises(ValueError, match="so does load_best_model_at_end"):
+        trained(make_model(), tokenizer, tmp_path, own, **best)
     stops = SafetyProbe(REFUSED, 40, stop_below=1.0)
     with pytest.raises(ValueError, match="no earlier checkpoint"):
         trained(make_model(), tokenizer, tmp_path, stops, learning_rate=2e-2)
 
 
+@pytest.mark.slow
 def test_given_openings_are_taken(make_model, tokenizer, tmp_path):
     """They need no judge; rows and conversations are prompts as well."""
     prompts = [REFUSED[0], {"prompt": REFUSED[1]}, [{"role": "user", "content": REFUSED[2]}]]

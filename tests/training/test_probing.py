@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,6 +14,7 @@ from str_kernels.training.settings import TrainSettings
 from tests.tiny import exchanges
 
 
+@pytest.mark.slow
 def test_the_adapter_is_the_same_with_a_probe(aligned_model_dir, tmp_path):
     """Dropout, accumulation, the cache that fills itself and the constraint included."""
     files = {"data": exchanges(forbidden=False)[::4], "probe": exchanges(forbidden=True)[::9]}
