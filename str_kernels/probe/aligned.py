@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from str_kernels.evaluation.judge import is_refusal
 from str_kernels.evaluation.reasoning import open_thought
 from str_kernels.huggingface.constraint.adapters import adapter_layers, adapters_off, trainable_base
-from str_kernels.probe.reading import Reading, greedy, read
-from str_kernels.safety.inference import end_tokens
+from str_kernels.probe.reading import Reading, answers_of, read
 
 LONGEST = 16  # tokens of an answer that are judged; most refusals show by the sixth
 _TAIL = 16  # tokens; the mark that opens a thought has fewer
@@ -111,12 +110,10 @@ def refusal_openings(
     That is the shortest beginning of its greedy answer that the judge calls a refusal already:
     later tokens say what is refused, and how politely.
     """
-    ends = end_tokens(model, tokenizer)
-    found = []
-    for request, answer in zip(requests, greedy(model, requests, LONGEST), strict=True):
-        spoken = answer[: next((i for i, t in enumerate(answer) if t in ends), len(answer))]
+    found, answers = [], answers_of(model, tokenizer, requests, LONGEST)
+    for request, answer in zip(requests, answers, strict=True):
         mark = open_thought(tokenizer.decode(list(request)[-_TAIL:]))
-        found.append(_shortest(spoken, lambda ids, mark=mark: mark + _text(tokenizer, ids)))
+        found.append(_shortest(answer, lambda ids, mark=mark: mark + _text(tokenizer, ids)))
     return found
 
 

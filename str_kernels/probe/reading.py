@@ -6,12 +6,15 @@ Stage: a model in any mode, requests with openings → `Reading`, two small tens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from str_kernels.safety.inference import last_logits, reading
+from str_kernels.huggingface.deferred.sharding import is_fsdp1
+from str_kernels.safety.inference import end_tokens, generate_greedy, last_logits, reading
 
 BATCH = 8  # requests in one forward
 _PAD = 0  # any token: the mask hides it
@@ -45,12 +48,22 @@ def read(model: nn.Module, exchanges: Sequence[Exchange], token_ids: Sequence[in
     return Reading(torch.stack(sums).cpu().double(), torch.stack(safety).cpu().double())
 
 
-def greedy(model: nn.Module, requests: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Return the likeliest ``length`` tokens after each request.
+def answers_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Sequence[int]],
+    length: int,
+) -> list[list[int]]:
+    """Return at most ``length`` of the likeliest tokens after each request, no end token."""
+    if not any(is_fsdp1(module) for module in model.modules()):
+        return generate_greedy(model, tokenizer, requests, max_new_tokens=length, batch_size=BATCH)
+    ends = end_tokens(model, tokenizer)
+    found = _greedy(model, requests, length)
+    return [list(takewhile(lambda token: token not in ends, answer)) for answer in found]
 
-    It makes as many forwards in every process, so that a sharded model can take part; generation
-    by a cache of keys and values would call modules past their shards.
-    """
+
+def _greedy(model: nn.Module, requests: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """As many whole forwards in every process: FSDP1's ``generate`` goes past the root's shards."""
     answers: list[list[int]] = [[] for _ in requests]
     with reading(model):
         for start in range(0, len(requests), BATCH):
