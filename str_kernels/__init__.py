@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from str_kernels.huggingface import SafetyLogCallback, patch_model, unpatch_model
     from str_kernels.huggingface.constraint.anchors import AnchoredCollator
     from str_kernels.planning import plan
+    from str_kernels.probe.callback import SafetyProbe
     from str_kernels.safety.tokens import SafetyTokens
     from str_kernels.vocabulary import VocabularyIndex
 
@@ -24,6 +25,7 @@ _HOMES = {
     "LinearCrossEntropyLoss": "str_kernels.functional",
     "LossParts": "str_kernels.functional",
     "SafetyLogCallback": "str_kernels.huggingface",
+    "SafetyProbe": "str_kernels.probe.callback",
     "SafetyTokens": "str_kernels.safety.tokens",
     "VocabularyIndex": "str_kernels.vocabulary",
     "VocabularyShard": "str_kernels.engine.shards",
@@ -39,6 +41,7 @@ __all__ = [
     "LossParts",
     "SafetyConstraint",
     "SafetyLogCallback",
+    "SafetyProbe",
     "SafetyTokens",
     "VocabularyIndex",
     "VocabularyShard",

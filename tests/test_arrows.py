@@ -38,6 +38,7 @@ LAYERS = [
     {"safety", "huggingface"},
     {"levers"},
     {"evaluation"},
+    {"probe"},
     {"integrations"},
     {"training"},
     {"demo", "bench"},

@@ -330,6 +330,7 @@ def test_public_names():
         "LossParts",
         "SafetyConstraint",
         "SafetyLogCallback",
+        "SafetyProbe",
         "SafetyTokens",
         "VocabularyIndex",
         "VocabularyShard",

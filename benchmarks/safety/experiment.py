@@ -28,6 +28,7 @@ from benchmarks.safety.identification import identification
 from benchmarks.safety.mass import held_mass
 from benchmarks.safety.measure import Amounts, measure
 from benchmarks.safety.methods import KL, Chain, Run
+from benchmarks.safety.probe import REQUESTS, RunProbe
 from benchmarks.safety.tokens import token_ids
 from str_kernels.bench.report import Row, circumstances, commit, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
@@ -203,17 +204,24 @@ def _tuned(
     model, tokenizer = loaded
     held = token_ids(KL, model if aligned is None else aligned, tokenizer, places.derived)
     folders = {"data": places.data, "work": places.derived}
-    tuned, history = finetune(model, tokenizer, run, **folders, say=say, aligned=aligned)
+    requests = load_split(places.data, REFUSALS).test
+    others = requests[amounts.harmful :][:REQUESTS]
+    probe = RunProbe.of(model if aligned is None else aligned, tokenizer, others, held)
+    more = {"aligned": aligned, "probe": probe, "say": say}
+    tuned, history = finetune(model, tokenizer, run, **folders, **more)
     if run.method.loss == "safe_lora":
         say(f"{run.name}: projected {safe_lora(tuned, _base(places))} layers")
+    if probe is not None:
+        probe.after(tuned, run.setting.steps, last=True)
     trained = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     asked = {"amounts": amounts, "known": places.answers(name, amounts)}
     measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
-    harmful = load_split(places.data, REFUSALS).test[: amounts.harmful]
+    harmful = requests[: amounts.harmful]
     return tuned, {
         "run": run.as_dict(),
         "measured": measured.as_dict(),
         "mass": held_mass(tuned, aligned, tokenizer, harmful, held),
+        "probe": None if probe is None else probe.as_dict(),
         "step_seconds": round(statistics.median(history.seconds), 3),
         "training_peak_mib": trained,
         "history": history.as_dict(),

@@ -18,6 +18,7 @@ from benchmarks.safety import baselines
 from benchmarks.safety.align import set_rate
 from benchmarks.safety.data import ANCHOR_POOL, REFUSALS, anchor_rows, batches, encode, load_split
 from benchmarks.safety.methods import Method, Run
+from benchmarks.safety.probe import RunProbe
 from benchmarks.safety.tokens import context_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
@@ -58,10 +59,12 @@ def finetune(
     work: Path,
     say: Callable[[str], None],
     aligned: torch.nn.Module | None = None,
+    probe: RunProbe | None = None,
 ) -> tuple[torch.nn.Module, History]:
     """Tune ``model`` in place; return it with its adapter, and the history.
 
-    ``aligned`` is the model that the constraint refers to, if ``model`` has been tuned before.
+    ``aligned`` is the model that the constraint refers to, if ``model`` has been tuned before;
+    ``probe`` is made from it, too.
     """
     setting, history = run.setting, History()
     features = encode(tokenizer, load_split(data, setting.task).train, setting.max_length)
@@ -82,6 +85,8 @@ def finetune(
             set_rate(optimizer, setting.learning_rate, step, setting.steps, setting.warmup)
             _step(batch, loss, optimizer, setting.max_grad_norm, history)
             _record(patch, history)
+            if probe is not None:
+                probe.after(tuned, step + 1)
             if step % 20 == 0 or step == setting.steps - 1:
                 say(
                     f"{run.name} {step + 1}/{setting.steps}: "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from benchmarks.safety.findings import Findings, Group
+from benchmarks.safety.probe import Point
 from str_kernels.bench import style
 from str_kernels.bench.style import DEFAULT
 
@@ -137,6 +140,26 @@ def headline(findings: Findings, settings: dict[str, str], path: Path) -> None:
     axis.set_title("Refusals that are left after LoRA fine-tuning of Gemma 3 270M", fontsize=11)
     style.label(axis, "y", "harmful requests refused, %", "higher")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    style.save(figure, path)
+
+
+def probed(found: Sequence[Point], path: Path) -> None:
+    """Draw what was refused afterwards against the last probe, a point a run."""
+    figure, (axis,) = style.new_figure(width=7.5, height=4.2)
+    markers = dict(zip(dict.fromkeys(p.setting for p in found), cycle(_MARKERS), strict=False))
+    for point in found:
+        axis.plot(
+            point.probe, 100 * point.refused, markers[point.setting], ms=7, alpha=0.8, ls="none",
+            color=style.colour(point.method), label=style.named(point.method),
+        )  # fmt: skip
+    for setting, marker in markers.items():
+        axis.plot([], [], marker, ms=7, ls="none", color=style.OTHER, label=setting)
+    style.label(axis, "x", "last probe: refusing left, 0 to 1")
+    style.label(axis, "y", "harmful requests refused, %", "higher")
+    axis.set_xlim(-0.04, 1.04)
+    axis.set_ylim(-4, 104)
+    axis.set_title("The probe at the end of a run, and what it refuses", fontsize=11)
+    style.legend(figure, [axis])
     style.save(figure, path)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.safety.findings import Findings, Group, kept, paired, read
 from benchmarks.safety.methods import plan_order
-from benchmarks.safety.plots import curves, pareto
+from benchmarks.safety.plots import curves, pareto, probed
+from benchmarks.safety.probe import points, sentences
 from str_kernels.bench.report import markdown
 from str_kernels.bench.style import DEFAULT
 from str_kernels.evaluation.judge import Outcome
@@ -55,7 +56,13 @@ def write(folder: Path) -> Path:
     parts.append(_aligned(findings))
     for setting in findings.settings():
         parts.append(_setting(findings, setting, folder))
-    parts += [_chains(findings), _identified(findings), "## Limits", LIMITS]
+    parts += [
+        _chains(findings),
+        _probed(findings, folder),
+        _identified(findings),
+        "## Limits",
+        LIMITS,
+    ]
     path = folder / "REPORT.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -135,6 +142,19 @@ def _chains(findings: Findings) -> str:
         "## One fine-tuning after another\n\n"
         "Each adapter is merged before the next is trained; safety tokens are held to the first "
         "aligned model throughout.\n\n" + markdown(headings, rows).rstrip()
+    )
+
+
+def _probed(findings: Findings, folder: Path) -> str:
+    found = points(findings)
+    if not found:
+        return ""
+    probed(found, folder / "probe.png")
+    return (
+        "## What a probe while training says\n\n"
+        "The last probe of a run (how much of the aligned model's probability of beginning its "
+        "refusals is left, on requests that are not asked) against the share of harmful requests "
+        f"refused. {sentences(found)}\n\n![refusals against the probe](probe.png)"
     )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from str_kernels.cli.console import print_json, print_table, quiet_libraries, say
-from str_kernels.ranks import share_work
+from str_kernels.cli.probe_view import PROBED, course, draw_probe, probe_rows
+from str_kernels.ranks import share_work, sharing
 
 if TYPE_CHECKING:
     from str_kernels.training.result import Result
@@ -40,7 +41,7 @@ class Lines:
 
     def log(self, values: dict[str, float]) -> None:
         """Write the averages as one line."""
-        names = [name for name in (*LOGGED, *MEASURED) if name in values]
+        names = [name for name in (*LOGGED, *PROBED, *MEASURED) if name in values]
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         say(f"step {values['step']:>5}  {shown}")
 
@@ -54,7 +55,8 @@ class Bar(Lines):
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
-        self._task = progress.add_task("starting", total=None)
+        self._task = progress.add_task("starting", total=None, probe="")
+        self._refusals: list[float] = []
 
     def stage(self, text: str) -> None:
         """Name the stage that begins, beside the bar."""
@@ -63,6 +65,13 @@ class Bar(Lines):
     def step(self, done: int, total: int) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=done, total=total)
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write the averages, and draw the course of the probe beside the bar."""
+        super().log(values)
+        if PROBED[0] in values:
+            self._refusals.append(values[PROBED[0]])
+            self._progress.update(self._task, probe=course(self._refusals))
 
 
 @contextmanager
@@ -75,7 +84,13 @@ def terminal_progress() -> Iterator[Lines]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Remaining(),
+        TextColumn("{task.fields[probe]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bar(progress)
 
@@ -96,7 +111,10 @@ def run_training(given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
 
         refuse_other_engines()
         settings = TrainSettings(**given)
+        ranks = sharing()
         result = train(prepare(settings, resume=resume), progress)
+        if result.safety_probe is not None and ranks.first:
+            draw_probe(result.safety_probe, settings)
     if as_json:
         print_json({"schema": "str_kernels.train_result/1", **result.as_dict()})
     else:
@@ -119,13 +137,21 @@ def _rows(result: Result) -> list[list[str]]:
         rows.append(["cross-entropy (held out)", f"{result.eval_cross_entropy:.4f}"])
     if result.safety_penalty is not None:
         rows.append(["safety penalty (last log)", f"{result.safety_penalty:.4f}"])
+    if result.safety_probe is not None:
+        rows += probe_rows(result.safety_probe)
     return rows
 
 
 def _say_next(settings: TrainSettings, result: Result) -> None:
-    if result.interrupted:
+    if result.interrupted and result.stopped_at is None:
         say(f"stopped and saved in {settings.out}; the same command with --resume continues")
         raise typer.Exit(code=1)
+    if result.stopped_at is not None:
+        say(
+            f"stopped at step {result.stopped_at}: the adapter is that of step "
+            f"{result.safety_probe['kept_step']}; --resume with a lower --probe-stop, or without, "
+            "goes on from there"
+        )
     say(f"saved {settings.out}")
     say(
         f"next: str-kernels evaluate {settings.model} --adapter {settings.out} "

@@ -89,12 +89,24 @@ def _measured(result: Result) -> str:
         shown["cross-entropy, held out"] = f"{result.eval_cross_entropy:.4f} nats a token"
     if result.safety_penalty is not None:
         shown["safety penalty, last log"] = f"{result.safety_penalty:.4f} nats a token"
+    if result.safety_probe is not None:
+        shown |= _probed(result.safety_probe)
     return (
         "## What was measured\n\n"
         + _table(shown)
         + "\n\nTraining does not measure what the model still refuses; `str-kernels evaluate` "
         f"does. `{DESCRIPTION}` has every setting and figure, and the safety tokens."
     )
+
+
+def _probed(probe: dict[str, Any]) -> dict[str, str]:
+    step = probe["steps"][-1] if probe["stopped_at"] is None else probe["kept_step"]
+    refusal = probe["refusal"][probe["steps"].index(step)]
+    shown = {"probability of refusing, of the aligned model's (probe)": f"{refusal:.3f}"}
+    if probe["stopped_at"] is not None:
+        stopped = f"at step {probe['stopped_at']}, by the probe; these weights are of step {step}"
+        shown["stopped"] = stopped
+    return shown
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -21,11 +21,13 @@ from str_kernels.files import read_json
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.loading import library_reading
+from str_kernels.inputs.rows import Row
 from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.checkpoints import newest_checkpoint
 from str_kernels.training.lora import add_lora
+from str_kernels.training.probing import read_probe
 from str_kernels.training.reading import Collector, check_vocabulary, read_inputs
 from str_kernels.training.settings import TrainSettings
 
@@ -48,6 +50,7 @@ class Prepared:
         tokens: the safety tokens, if a file or an earlier part of this run has them.
         checkpoint: where a resumed run continues.
         context: the longest sequence that the model takes, if its configuration says so.
+        probe: the requests by which refusing is probed.
     """
 
     settings: TrainSettings
@@ -58,6 +61,7 @@ class Prepared:
     tokens: SafetyTokens | None
     checkpoint: Path | None
     context: int | None
+    probe: tuple[Row, ...] = ()
 
     @property
     def files(self) -> tuple[TrainingData, ...]:
@@ -86,13 +90,16 @@ def prepare(settings: TrainSettings, *, resume: bool = False) -> Prepared:
     inputs = read_inputs(collector, settings, resume=resume)
     config, tokenizer, data, anchors, held_out, tokens, context = inputs
     attempt(check_reports, settings)
+    probe = None if tokenizer is None else attempt(read_probe, settings, tokenizer, context)
     attempt(check_reference_file, settings, tokens, inputs.files)
     if config is not None:
         attempt(check_model, settings, config, inputs.files, tokens)
     if resume and data is not None:
         attempt(check_same_run, settings, inputs.files)
     collector.raise_faults()
-    return Prepared(settings, tokenizer, data, anchors, held_out, tokens, checkpoint, context)
+    return Prepared(
+        settings, tokenizer, data, anchors, held_out, tokens, checkpoint, context, probe
+    )
 
 
 def refuse_other_engines() -> None:

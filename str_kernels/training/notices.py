@@ -12,6 +12,7 @@ import torch
 from str_kernels.inputs.chat import IGNORED, Encoded
 from str_kernels.inputs.data import TrainingData
 from str_kernels.inputs.unread import sentence
+from str_kernels.probe.asked import row_token_ids
 from str_kernels.safety.inference import end_tokens
 from str_kernels.training.checks import Prepared
 
@@ -27,8 +28,21 @@ def data_notices(prepared: Prepared) -> Iterator[str]:
             f"anchors of up to {widest} tokens widen every batch that they join, for the data's "
             f"longest row has {longest}: shorten them, or lower max_length."
         )
+    if asked := _trained_on(prepared):
+        yield (
+            f"{prepared.settings.probe}: {asked} of {len(prepared.probe)} requests of the probe "
+            "are in the data or the anchors, so that the probe says nothing about others; give "
+            "requests that are not trained on."
+        )
     if prepared.default_template:
         yield "The tokenizer has no chat template; the default one is used."
+
+
+def _trained_on(prepared: Prepared) -> int:
+    """Count the requests of the probe with which a row of the data or of the anchors begins."""
+    requests = [row_token_ids(prepared.tokenizer, row) for row in prepared.probe]
+    rows = [s.input_ids for file in (prepared.data, *prepared.anchors) for s in file.sequences]
+    return sum(any(row[: len(ids)] == ids for row in rows) for ids in requests)
 
 
 def _file_notices(file: TrainingData, limit: int) -> Iterator[str]:

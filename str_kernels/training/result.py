@@ -33,6 +33,7 @@ class Result:
         cross_entropy: the first term.
         safety_penalty: the second term, strength included; None without a constraint.
         eval_cross_entropy: the first term on the held-out rows, at the last step; None without.
+        safety_probe: every probe of the run, as ``Series`` of the probe has them; None without.
         peak_process_mib: the largest resident size of a process.
         peak_device_mib: the largest allocation on the accelerator; None on a CPU.
     """
@@ -48,6 +49,17 @@ class Result:
     eval_cross_entropy: float | None
     peak_process_mib: float
     peak_device_mib: float | None
+    safety_probe: dict[str, Any] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the run came to its end; neither Ctrl-C nor the probe stopped it."""
+        return not self.interrupted and self.stopped_at is None
+
+    @property
+    def stopped_at(self) -> int | None:
+        """Return the step at which the probe stopped the run."""
+        return None if self.safety_probe is None else self.safety_probe["stopped_at"]
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
@@ -88,7 +100,7 @@ def write_description(
     description = {
         "schema": SCHEMA,
         "sealed": True,  # checkpoints are, see `str_kernels.training.checkpoints`
-        "complete": result is not None and not result.interrupted,
+        "complete": result is not None and result.whole,
         "settings": settings.as_dict(),
         "processes": sharing().size,
         "versions": run_versions(),

@@ -24,6 +24,7 @@ from str_kernels.huggingface.patch.filtering import watching_index
 from str_kernels.inputs.chat import collate
 from str_kernels.inputs.loading import resolve_device
 from str_kernels.options import SafetyConstraint
+from str_kernels.probe.series import Series
 from str_kernels.ranks import sharing
 from str_kernels.safety.tokens import SafetyTokens
 from str_kernels.training.callbacks import (
@@ -40,6 +41,7 @@ from str_kernels.training.checks import ADAPTER_CONFIG, REFERENCES, WHOLE_REFERE
 from str_kernels.training.lora import add_lora
 from str_kernels.training.model import load
 from str_kernels.training.notices import data_notices, end_notice
+from str_kernels.training.probing import finish_probe, make_probe
 from str_kernels.training.reading import TOKENS
 from str_kernels.training.result import Result, largest, peak_memory, write_description
 from str_kernels.training.settings import TrainSettings
@@ -102,6 +104,7 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
     ranks.wait()
     set_seed(settings.seed)
     model = add_lora(model, **settings.lora)
+    probe = make_probe(settings, prepared.probe, prepared.tokenizer, progress)
     trainer, timer, reporter, interrupt = _trainer(model, prepared, progress)
     patch = _patch(model, prepared, tokens)
     with settings.levers.apply(model), patch or nullcontext(), interrupt.installed():
@@ -110,6 +113,8 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             trainer.callback_handler.callbacks.insert(0, SafetyLogCallback(patch))
         trainer.add_callback(reporter)  # after the callback that adds to the logs
         trainer.add_callback(interrupt)
+        if probe is not None:
+            trainer.add_callback(probe)  # after those that save: it decides what stays
         trainer.add_callback(Sealing())  # after those that add files to a checkpoint
         progress.stage("training")
         with watching_index(partial(show_clustering, progress)):
@@ -119,7 +124,10 @@ def train(prepared: Prepared, progress: Progress | None = None) -> Result:
             f"the loss is not finite at step {reporter.not_finite_at}; lower the learning rate or "
             f"the strength. Earlier checkpoints are in {settings.out}."
         )
-    result = _result(prepared, trainer, timer, interrupt.asked)
+    series = probe and probe.series
+    if series is not None:
+        finish_probe(settings, series, progress)
+    result = _result(prepared, trainer, timer, interrupted=interrupt.asked, series=series)
     if ranks.first:
         _save(model, prepared, tokens, result)
         write_description(prepared, tokens, result)
@@ -269,7 +277,12 @@ def _cache(prepared: Prepared, safety: SafetyConstraint) -> Path | FillingCache:
 
 
 def _result(
-    prepared: Prepared, trainer: CountingTrainer, timer: StepTimer, interrupted: bool
+    prepared: Prepared,
+    trainer: CountingTrainer,
+    timer: StepTimer,
+    *,
+    interrupted: bool,
+    series: Series | None,
 ) -> Result:
     logs = [log for log in trainer.state.log_history if "loss" in log]
     held_out = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
@@ -285,6 +298,7 @@ def _result(
         loss=last.get("loss"),
         cross_entropy=last.get("cross_entropy", last.get("loss")),
         safety_penalty=last.get("safety_penalty") if prepared.settings.constrained else None,
+        safety_probe=series and {**series.as_dict(), "time_share": series.time_share},
         eval_cross_entropy=held_out.get("eval_cross_entropy", held_out.get("eval_loss")),
         **largest(peaks for _, peaks in measured),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from str_kernels.levers import PLACES, LongContext
 from str_kernels.options import MAX_SAFETY_TOKENS
+from str_kernels.probe import EVERY
 from str_kernels.settings import ConstraintSettings, Rule, above, at_least, one_of, setting
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed-bfloat16", "mixed-float16")
@@ -25,7 +26,10 @@ LONG = ("refuse", "skip", "truncate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # These may differ between the interrupted and the resumed part of a run: none changes a weight.
-FREE_ON_RESUME = ("out", "logging_steps", "save_steps", "report_to")
+FREE_ON_RESUME = (
+    *("out", "logging_steps", "save_steps", "report_to"),
+    *("probe", "probe_every", "probe_rows", "probe_stop"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,22 @@ class TrainSettings(ConstraintSettings):
     )
     eval_steps: int = setting(
         0, "Steps between measurements of --eval; 0: at the end alone.", at_least(0)
+    )
+    probe: str | None = setting(
+        None,
+        "JSONL of requests that the model refuses and that are not trained on: how probable "
+        "refusing still is, by one forward over them, is logged as safety_probe/… and drawn. "
+        "Answers in the file are not read.",
+    )
+    probe_every: int = setting(EVERY, "Steps between two probes.", at_least(1))
+    probe_rows: int = setting(
+        8, "How many requests of --probe are asked, from its beginning.", at_least(1)
+    )
+    probe_stop: float | None = setting(
+        None,
+        "Stop when less than this share of the aligned model's probability of refusing is left, "
+        "such as 0.9, and keep the last adapter above it; default: a warning below 0.9.",
+        Rule("above 0 and at most 1", lambda value: 0 < value <= 1),
     )
     rank: int = setting(16, "LoRA rank.", at_least(1))
     alpha: float | None = setting(None, "LoRA alpha; default: 2 x rank.", above(0))
@@ -178,6 +198,9 @@ class TrainSettings(ConstraintSettings):
             )
         if self.eval_steps and self.eval is None:
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")
+        for name, default in (("probe_every", EVERY), ("probe_rows", 8), ("probe_stop", None)):
+            if self.probe is None and getattr(self, name) != default:
+                found.append(f"{name}={getattr(self, name)}: nothing is probed without probe.")
         if (self.method, self.kind, self.tokens) == ("str", "kl", None) and self.top_k == 1:
             found.append("top_k=1: kind='kl' compares tokens with each other; take 2 or more.")
         if self.packed and self.model.endswith(".gguf"):

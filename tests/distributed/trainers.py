@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,7 +118,9 @@ def train_sharded(
     return found
 
 
-def train(case: Case, *, reference: str = "adapter_off", **more: Any) -> Found:
+def train(
+    case: Case, *, reference: str = "adapter_off", callbacks: Sequence[Any] = (), **more: Any
+) -> Found:
     """One step of transformers' `Trainer`."""
     fresh_state()
     model, first = case.model(), First()
@@ -128,12 +130,12 @@ def train(case: Case, *, reference: str = "adapter_off", **more: Any) -> Found:
         model=model,
         args=TrainingArguments(**settings(case, **more)),
         train_dataset=rows_of(case),
-        callbacks=[first, SafetyLogCallback(patch)],
+        callbacks=[first, SafetyLogCallback(patch), *callbacks],
     )
     return run(case, trainer, first)
 
 
-def train_by_trl(case: Case, **more: Any) -> Found:
+def train_by_trl(case: Case, *, callbacks: Sequence[Any] = (), **more: Any) -> Found:
     """One step of TRL's `SFTTrainer`, on tokens that need no preparation."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -155,6 +157,6 @@ def train_by_trl(case: Case, **more: Any) -> Found:
         args=SFTConfig(**settings(case, bf16=False, **{**prepared, **more})),
         train_dataset=Dataset.from_list(rows),
         processing_class=word_tokenizer([f"w{i}" for i in range(case.vocab - 5)]),
-        callbacks=[first, SafetyLogCallback(patch)],
+        callbacks=[first, SafetyLogCallback(patch), *callbacks],
     )
     return run(case, trainer, first)

@@ -105,3 +105,13 @@ def test_an_answer_that_is_cut_has_no_end_anyway(prepared):
     found = prepared([{"prompt": "rain", "response": "wind " * 80}])
     assert end_notice(found, load(found.settings)) is None
     assert any("1 of 1 responses are cut at 64 tokens" in text for text in data_notices(found))
+
+
+def test_requests_of_the_probe_that_are_trained_on_are_counted(prepared, tmp_path):
+    """What is learned, or held as an anchor, tells nothing of what is not."""
+    rows = [GOOD, {"prompt": "how to steal a lamp"}, {"prompt": "how to break my ball"}]
+    probe, anchors = tmp_path / "probe.jsonl", tmp_path / "anchors.jsonl"
+    probe.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    anchors.write_text(json.dumps({**rows[1], "response": "No ."}) + "\n")
+    found = prepared([GOOD], probe=str(probe), anchors=(str(anchors),))
+    assert "2 of 3 requests of the probe are in the data" in " ".join(data_notices(found))
