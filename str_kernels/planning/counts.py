@@ -20,6 +20,7 @@ from str_kernels.planning.head import HeadShape, building_bytes, index_bytes
 from str_kernels.planning.ledger import Ledger, Most
 from str_kernels.planning.levers import Levers
 from str_kernels.planning.request import Request
+from str_kernels.planning.shapes import Shapes
 from str_kernels.planning.step import FIRST_LOSS, Shape, count_step
 from str_kernels.planning.subject import Subject
 
@@ -57,6 +58,7 @@ class Counter:
         self.fixed = subject.bytes_of(trained=False) + trained + self.always[OPTIMIZER]
         self._counted: dict[tuple[int, Levers], Count] = {}
         self._tiled: list[str] | None = None
+        self._shapes = Shapes()
 
     def count(self, context: int, levers: Levers) -> Count:
         """Count a step.
@@ -101,7 +103,7 @@ class Counter:
         return {name: size for name, size in found.items() if size}
 
     def _at(self, depth: int, context: int, levers: Levers) -> Ledger:
-        ledger, subject = Ledger(), self.subject
+        ledger, subject = Ledger(self._shapes), self.subject
         tokens = self.asked.safety_tokens if levers.fused_head else 0
         shape = Shape(self.asked.batch, context, tokens, self.asked.device)
         with ExitStack() as stack:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from str_kernels.planning.shapes import Shapes
+
 _REAL = 1 << 22  # so many integers are also computed, since models branch on them
 _DEVICE, _HOST = "device", "host"
 _VALUE = "_real_value"  # the attribute of a meta tensor that holds these
@@ -52,8 +54,9 @@ class Ledger(TorchDispatchMode):
         host: the most bytes that waited on the host.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
+        self._shapes = shapes
         self.moments: tuple[tuple, ...] = (("start",),)
         self.most: dict[tuple, Most] = {}
         self.host = 0
@@ -122,7 +125,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is torch.ops.aten._local_scalar_dense.default:
             return _value_of(args[0]).item()
-        made = function(*args, **kwargs)
+        made = self._shapes.run(function, args, kwargs)
         for x in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(x, Tensor) and x.device.type == "meta":
                 self._count(x, self.owner, _DEVICE)
