@@ -23,6 +23,7 @@ from str_kernels.planning.request import Request
 from str_kernels.planning.shapes import Shapes
 from str_kernels.planning.step import FIRST_LOSS, Shape, count_step
 from str_kernels.planning.subject import Subject
+from str_kernels.planning.tiles import in_few_tiles
 
 OPTIMIZER, INDEX, BUCKETS = "optimizer states", "vocabulary index", "buckets between processes"
 _STATES = 2  # numbers that AdamW keeps of each trained weight, in that weight's dtype
@@ -78,7 +79,7 @@ class Counter:
 
     def _count(self, context: int, levers: Levers) -> Count:
         if levers.tile_tokens is not None and self._tiled is None:
-            self._tiled = list(token_wise_modules(self.subject.inner))
+            self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
         few = self._at(self.depths.few, context, levers)
         more = few
         if self.depths.more != self.depths.few:
@@ -126,7 +127,9 @@ class Counter:
         inner = self.subject.inner
         with ExitStack() as stack:
             if levers.tile_tokens is not None:
-                stack.enter_context(tiled(inner, self._token_wise(), levers.tile_tokens))
+                stack.enter_context(
+                    tiled(inner, self._token_wise(), levers.tile_tokens, in_few_tiles)
+                )
             if levers.gradient_checkpointing:
                 away = saved_tensors_hooks(ledger.away, ledger.back) if levers.offload else None
                 stack.enter_context(checkpointed(inner, away))
