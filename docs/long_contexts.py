@@ -12,7 +12,7 @@ from pathlib import Path
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.planning.counts import Counter
 from str_kernels.planning.levers import Levers
-from str_kernels.planning.longest import longest
+from str_kernels.planning.longest import Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.subject import subject_of
 
@@ -30,11 +30,12 @@ def tables(path: Path) -> str:
     asked = Request(str(path), CONTEXT, dtype="nf4")
     subject = subject_of(path, rank=asked.rank, dtype=asked.dtype)
     counter = Counter(subject, asked)
+    most = subject.positions
+    searches = [Longest(lambda n, x=x: counter.count(n, x).total, most) for x in SETS]
     heads = ["card", *(levers.words for levers in SETS)]
     lines = [heads, ["---"] + ["---:"] * len(SETS)]
     for card in CARDS:
-        cells = [_longest(counter, levers, card * GIB) for levers in SETS]
-        lines.append([f"{card} GB", *cells])
+        lines.append([f"{card} GB", *(_cell(x.within(card * GIB), most) for x in searches)])
     bodies = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     weights = counter.fixed / GIB
     return (
@@ -43,13 +44,8 @@ def tables(path: Path) -> str:
     )
 
 
-def _longest(counter: Counter, levers: Levers, room: int) -> str:
-    if counter.fixed > room:
-        return "–"
-    found = longest(lambda n: counter.count(n, levers).total, room, counter.subject.positions)
-    if found == counter.subject.positions:
-        return f"all {found:,}"
-    return f"{found:,}" if found else "–"
+def _cell(found: int, most: int) -> str:
+    return f"all {found:,}" if found == most else f"{found:,}" if found else "–"
 
 
 def main(names: list[str]) -> None:

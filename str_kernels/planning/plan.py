@@ -12,7 +12,7 @@ from typing import Any
 
 from str_kernels.planning.counts import Count, Counter
 from str_kernels.planning.levers import TILE_TOKENS, Levers, ladder
-from str_kernels.planning.longest import longest
+from str_kernels.planning.longest import Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.subject import subject_of
 
@@ -144,7 +144,7 @@ def _row(counter: Counter, asked: Request, levers: Levers, *, must: bool) -> Row
     if asked.room is None:
         return Row(levers, count, None, None)
     most = counter.subject.positions or max(asked.context, 1 << 20)
-    found = longest(lambda n: counter.count(n, levers).total, asked.room, most)
+    found = Longest(lambda n: counter.count(n, levers).total, most).within(asked.room)
     fits = count.total <= asked.room
     return Row(levers, count, fits, max(found, asked.context) if fits else found)
 

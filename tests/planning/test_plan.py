@@ -10,7 +10,7 @@ import torch
 from str_kernels.planning import Levers, plan
 from str_kernels.planning.check import measured_bytes
 from str_kernels.planning.counts import Counter
-from str_kernels.planning.longest import longest
+from str_kernels.planning.longest import STEP, Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.step import SHARED
 from str_kernels.planning.subject import subject_of
@@ -148,12 +148,27 @@ def test_a_plan_finds_the_cheapest_levers_and_the_longest_context(tmp_path):
 
 
 def test_the_longest_context_is_found_on_any_curve():
-    """A line, a parabola, nothing that fits, and everything that fits."""
-    for curve in (lambda n: 10 * n, lambda n: n * n // 1000 + n):
-        found = longest(curve, curve(50_000), 1 << 20)
-        assert 49_000 <= found <= 50_000
-        assert longest(curve, 100, 1 << 20) == 0
-        assert longest(curve, curve(1 << 20), 1 << 20) == 1 << 20
+    """A line, a parabola, a bend and a stair, for rooms in any order, with few counts."""
+    most = (1 << 20) - 1
+    for curve in (
+        lambda n: 10 * n,
+        lambda n: n * n // 1000 + n,
+        lambda n: max(n * n // 1000, 500 * n + 10**8),
+        lambda n: n // 5000 * 7,
+    ):
+        counted = []
+        search = Longest(lambda n, f=curve, seen=counted: seen.append(n) or f(n), most)
+        for wanted in (50_000, 3000, 900_000, 50_200):
+            found = search.within(curve(wanted))
+            assert curve(found) <= curve(wanted) < curve(min(found + STEP, most))
+            assert found % STEP == 0
+        assert search.within(curve(STEP) - 1) == 0
+        assert search.within(curve(most)) == most
+        assert len(counted) == len(set(counted)) <= 60
+    line = Longest(lambda n: counted.append(n) or n * n // 64 + 7 * n + 5, most)
+    counted.clear()
+    line.within(10**9)
+    assert len(counted) <= 7
 
 
 @pytest.mark.parametrize(
