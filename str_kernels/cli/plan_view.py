@@ -103,8 +103,9 @@ def next_command(plan: Plan) -> str:
     """Name the command that comes next, with the levers that were found."""
     best = plan.cheapest or plan.rows[-1]
     options = f" --max-length {plan.request.context}"
-    if best.levers.gradient_checkpointing:
-        options += " --gradient-checkpointing"
+    for name in ("gradient_checkpointing", "window_attention"):
+        if getattr(best.levers, name):
+            options += f" --{name.replace('_', '-')}"
     for name in ("offload", "tile_tokens"):
         if (value := getattr(best.levers, name)) is not None:
             options += f" --{name.replace('_', '-')} {value}"

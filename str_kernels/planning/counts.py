@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from str_kernels.levers.checkpoints import checkpointed
 from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
+from str_kernels.levers.windows import windowed
 from str_kernels.planning.depth import Depths, depths_of, layers_of, shortened, whole
 from str_kernels.planning.head import HeadShape, building_bytes, index_bytes
 from str_kernels.planning.ledger import Ledger, Most
@@ -130,6 +131,8 @@ class Counter:
                 stack.enter_context(
                     tiled(inner, self._token_wise(), levers.tile_tokens, in_few_tiles)
                 )
+            if levers.window_attention:
+                stack.enter_context(windowed(inner))
             if levers.gradient_checkpointing:
                 away = saved_tensors_hooks(ledger.away, ledger.back) if levers.offload else None
                 stack.enter_context(checkpointed(inner, away))

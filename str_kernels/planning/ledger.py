@@ -189,7 +189,7 @@ def _value_of(tensor: Tensor) -> Tensor:
     Raises:
         NotImplementedError: they are not known.
     """
-    value = getattr(tensor, _VALUE, None)
+    value = getattr(tensor, _VALUE, None) if tensor.is_meta else tensor
     if value is None:
         raise NotImplementedError("its forward branches on values of its activations")
     return value

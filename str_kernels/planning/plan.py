@@ -18,6 +18,7 @@ from str_kernels.planning.subject import subject_of
 
 SCHEMA = "str_kernels.plan/1"
 DEFAULT_CONTEXT = 8192
+_REFUSALS = ("tile_tokens", "gradient_checkpointing", "window_attention")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def plan(
             f"{counter.fixed / GIB:.2f} GiB as {subject.dtype}; give more, or dtype=nf4 or int8."
         )
     rows = []
-    for chosen in [levers] if levers else ladder(asked.device, tile_tokens):
+    usual = ladder(asked.device, tile_tokens, windows=subject.slides)
+    for chosen in [levers] if levers else usual:
         told(chosen.words)
         rows.append(_row(counter, asked, chosen, must=levers is not None))
     return Plan(asked, subject.dtype, counter.fixed, positions, rows, _outside(asked))
@@ -138,7 +140,7 @@ def _row(counter: Counter, asked: Request, levers: Levers, *, must: bool) -> Row
     try:
         count = counter.count(asked.context, levers)
     except ValueError as error:
-        if must or not str(error).startswith(("tile_tokens", "gradient_checkpointing")):
+        if must or not str(error).startswith(_REFUSALS):
             raise
         return Row(levers, None, None, None, str(error))
     if asked.room is None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from str_kernels.inputs.loading import DTYPES, library_reading, load_config
+from str_kernels.levers.windows import has_windows
 from str_kernels.planning.quantised import FORMATS, quantise_body
 from str_kernels.training.lora import add_lora
 
@@ -46,6 +47,11 @@ class Subject(NamedTuple):
     def positions(self) -> int | None:
         """The longest context that the model has positions for, where its configuration says so."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def slides(self) -> bool:
+        """Whether some of its layers attend in a sliding window."""
+        return has_windows(self.config)
 
     def in_floats(self) -> Subject:
         """The same model with a body that is not quantised, and so can compute."""

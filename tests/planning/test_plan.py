@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from str_kernels.planning import Levers, plan
 from str_kernels.planning.check import measured_bytes
 from str_kernels.planning.counts import Counter
+from str_kernels.planning.levers import ladder
 from str_kernels.planning.longest import STEP, Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.step import SHARED
@@ -53,6 +56,8 @@ def written(tmp_path, values: dict, name: str = "config.json") -> str:
         pytest.param(GEMMA, Levers(), 0.001, marks=pytest.mark.slow),
         pytest.param(GEMMA, EVERY, 0.05, marks=pytest.mark.slow),
         pytest.param(LLAMA, FUSED, 0.05, marks=pytest.mark.slow),
+        (GEMMA, Levers(window_attention=True), 0.001),
+        pytest.param(GEMMA, replace(EVERY, window_attention=True), 0.05, marks=pytest.mark.slow),
     ],
 )
 def test_a_count_is_what_a_step_takes(tmp_path, values, levers, tolerance):
@@ -119,15 +124,35 @@ def _second_scales() -> int:
 
 def test_attention_is_the_devices(tmp_path):
     """A window's mask is stored by either device; without one, none stores a matrix of N²."""
-    for values, square in ((LLAMA, False), (GEMMA, True)):
+    kept = Levers(gradient_checkpointing=True, fused_head=True)
+    windows = replace(kept, window_attention=True)
+    for values, levers, square in (
+        (LLAMA, kept, False),
+        (GEMMA, kept, True),
+        (GEMMA, windows, False),
+    ):
         path = written(tmp_path, values)
         subject = subject_of(path, rank=4, dtype="bfloat16")
         for device in ("cpu", "cuda"):
             asked = Request(path, 2048, rank=4, device=device, safety_tokens=0)
             counter = Counter(subject, asked)
-            levers = Levers(gradient_checkpointing=True, fused_head=True)
             short, long = (counter.count(n, levers).owners[SHARED] for n in (2048, 4096))
             assert (long - short >= 3 * 2048**2) is square
+
+
+def test_windows_are_planned_where_the_model_has_them(tmp_path):
+    """Each long set is followed by the same in windows; elsewhere they are refused by name."""
+    subject = subject_of(written(tmp_path, GEMMA), rank=4, dtype="auto")
+    sets = ladder("cpu", windows=subject.slides)
+    assert sum(levers.window_attention for levers in sets) == 4
+    assert all(
+        before == replace(after, window_attention=False)
+        for before, after in pairwise(sets)
+        if after.window_attention
+    )
+    other = written(tmp_path, LLAMA)
+    with pytest.raises(ValueError, match="window_attention=True: no layer"):
+        plan(other, context=256, rank=4, levers=Levers(window_attention=True))
 
 
 def test_a_plan_finds_the_cheapest_levers_and_the_longest_context(tmp_path):
