@@ -39,7 +39,9 @@ def tables(path: Path) -> str:
     heads = ["card", *(levers.words for levers in sets)]
     lines = [heads, ["---"] + ["---:"] * len(sets)]
     for card in CARDS:
-        lines.append([f"{card} GB", *(_cell(x.within((card - LEFT) * GIB), most) for x in searches)])
+        lines.append(
+            [f"{card} GB", *(_cell(x.within((card - LEFT) * GIB), most) for x in searches)]
+        )
     bodies = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     weights = counter.fixed / GIB
     return (

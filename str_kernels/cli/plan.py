@@ -94,7 +94,7 @@ def plan(
         model,
         context=context,
         levers=levers,
-        told=lambda words: console.say(f"counting with {words} …"),
+        told=lambda words: console.say(f"counting {words} …"),
         **given,
     )
     checked = plan_view.checked(found) if check else []

@@ -53,6 +53,11 @@ def building_bytes(shape: HeadShape) -> int:
     return round(4 * width * (vocabulary + split))
 
 
+def exact_operations(hidden: Tensor, shape: HeadShape) -> int:
+    """Every logit, and the rows' gradients from all of them: as if nothing were screened."""
+    return 2 * (2 * hidden.numel() * shape.weight.shape[0])
+
+
 def _backend(device: str) -> Any:
     if device == "cpu" or importlib.util.find_spec("triton") is None:
         return TorchBackend()

@@ -9,6 +9,7 @@ tensors and checkpointing are torch's own; nothing about a model is assumed.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from str_kernels.planning.operations import operations_of
 from str_kernels.planning.shapes import Shapes
 
 _REAL = 1 << 22  # so many integers are also computed, since models branch on them
@@ -52,6 +54,7 @@ class Ledger(TorchDispatchMode):
         moments: what runs now, by each of its names.
         most: by name of a moment, its `Most`.
         host: the most bytes that waited on the host.
+        operations: of what ran, by the first word of the moment's name.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -60,6 +63,7 @@ class Ledger(TorchDispatchMode):
         self.moments: tuple[tuple, ...] = (("start",),)
         self.most: dict[tuple, Most] = {}
         self.host = 0
+        self.operations: Counter[str] = Counter()
         self._now = {_DEVICE: 0, _HOST: 0}
         self._held: dict[int, tuple[weakref.ref, int, Owner, str]] = {}
         self._owners: dict[str, Owner] = {}
@@ -103,6 +107,10 @@ class Ledger(TorchDispatchMode):
             self.named(owner).bytes += size
             self._held[key] = reference, size, self.named(owner), place
 
+    def compute(self, count: int) -> None:
+        """Count operations of what runs now."""
+        self.operations[self.moments[0][0]] += count
+
     def take(self, size: int) -> None:
         """Note scratch memory that a kernel takes for itself and gives back."""
         self._note(size)
@@ -126,6 +134,8 @@ class Ledger(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return _value_of(args[0]).item()
         made = self._shapes.run(function, args, kwargs)
+        if count := operations_of(function, args, kwargs, made):
+            self.compute(count)
         for x in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(x, Tensor) and x.device.type == "meta":
                 self._count(x, self.owner, _DEVICE)
