@@ -6,6 +6,8 @@ for its kernels skip what lies ahead; a mask that hides more is computed in full
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +31,19 @@ class Operations(NamedTuple):
 
 def operations_of(function: Any, args: tuple, kwargs: dict[str, Any], made: Any) -> int:
     """Count one operation of aten."""
-    name = function._schema.name
-    if _SCORES in name and not name.endswith("_math"):
-        return _attention(function, args, kwargs)
-    formula = _FORMULAS.get(function._overloadpacket)
+    formula = _formula(function)
     return 0 if formula is None else formula(*args, **kwargs, out_val=made)
 
 
-def _attention(function: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+@cache
+def _formula(function: Any) -> Callable[..., int] | None:
+    name = function._schema.name
+    if _SCORES in name and not name.endswith("_math"):
+        return partial(_attention, function)
+    return _FORMULAS.get(function._overloadpacket)
+
+
+def _attention(function: Any, *args: Any, out_val: Any, **kwargs: Any) -> int:
     names = [x.name for x in function._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     query, key, value = given["query"], given["key"], given["value"]

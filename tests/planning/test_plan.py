@@ -237,6 +237,13 @@ def test_bad_configurations_are_refused(tmp_path, values, told):
         plan(path)
 
 
+def test_what_cannot_be_counted_is_said(tmp_path):
+    """Adapters on routed experts compute under autocast, which has no meta device."""
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="cannot be counted on tensors without values"):
+        plan(written(tmp_path, LLAMA | experts), context=64, rank=2)
+
+
 def test_processes_and_batch_cost_what_they_add(tmp_path):
     """DDP's buckets are as large as the gradients; two sequences are no less than one."""
     path = written(tmp_path, LLAMA)
