@@ -1,6 +1,7 @@
 """Fixtures that every part of the tests may use."""
 
 import os
+from zlib import crc32
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,6 +11,38 @@ os.environ.setdefault("STR_KERNELS_INDEX_CACHE", "off")  # nothing into the user
 import pytest
 
 from tests import beside
+
+
+def pytest_addoption(parser):
+    """Let a run take a sample of every function's cases."""
+    parser.addoption(
+        "--one-in",
+        type=int,
+        help="run one of so many cases of each test, one at least; without it, as its mark says",
+    )
+    parser.addoption("--sample", default="", help="any word: another draw of the cases")
+
+
+@pytest.hookimpl(trylast=True)  # after what -m leaves out
+def pytest_collection_modifyitems(config, items):
+    """Keep the cases whose names have the smallest checksums: the same ones on every machine.
+
+    What a job runs beside this session is left to it.
+    """
+    functions, there = {}, beside.elsewhere(items)
+    for item in items:
+        if item in there:
+            continue
+        function = getattr(item, "originalname", item.name)
+        functions.setdefault((item.path, item.parent, function), []).append(item)
+    kept = set()
+    for cases in functions.values():
+        mark = cases[0].get_closest_marker("one_in")
+        share = config.option.one_in or (mark.args[0] if mark else 1)
+        cases.sort(key=lambda item: crc32(f"{item.nodeid} {config.option.sample}".encode()))
+        kept.update(cases[: -(-len(cases) // share)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_configure():

@@ -1,4 +1,4 @@
-"""The kernels run interpreted, and what depends on the CPU runs as on other CPUs."""
+"""The kernels run interpreted, what depends on the CPU runs as on other CPUs, and whole folders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import importlib.util
 
 import pytest
 
-from tests.beside import CPUS, INTERPRETED, RUNS
+from tests.beside import CPUS, FOLDERS, INTERPRETED, RUNS
 
 
 def passes(job) -> None:
-    """Every test of the job's files passes; a file may have slow tests alone."""
+    """Every test that the job chose passes."""
     done = RUNS[job].result()
-    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and " deselected" in done.stdout:
-        pytest.skip("its tests are all marked slow")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("job", FOLDERS, ids=lambda job: job.name)
+def test_folders(job):
+    """Of tests that start many processes."""
+    passes(job)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

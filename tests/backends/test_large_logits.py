@@ -144,7 +144,7 @@ def test_routed(options, level):
         check(case, torch.float32, promised, backend="torch", filter_eps=0.25, screen="exact")
 
 
-@pytest.mark.parametrize("frozen", [("weight",), ()])
+@pytest.mark.parametrize("frozen", [("weight",), pytest.param((), marks=pytest.mark.slow)])
 def test_compiled_code(frozen):
     """The operator hands the same numbers on."""
     case = large_case(16384, 1, kind="logprob")

@@ -235,14 +235,15 @@ def test_a_disabled_dynamo_compiles_nothing():
         assert compiled(twice, torch.ones(2)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("screen", "dtype"),
     [
         ("int8", torch.float32),
-        pytest.param("int8", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("bf16", torch.float32, marks=pytest.mark.slow),
-        pytest.param("exact", torch.float32, marks=pytest.mark.slow),
-        pytest.param("exact", torch.bfloat16, marks=pytest.mark.slow),
+        ("int8", torch.bfloat16),
+        ("bf16", torch.float32),
+        ("exact", torch.float32),
+        ("exact", torch.bfloat16),
     ],
     ids=str,
 )

@@ -368,8 +368,18 @@ def test_dead_mass_is_returned():
     assert linear_cross_entropy(*arguments, return_parts=True)[1].dead_mass.max() == 0
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("live", ["exact", "few", "all"])
+@pytest.mark.parametrize(
+    ("live", "trainable"),
+    [
+        ("few", False),
+        ("few", True),
+        *(
+            pytest.param(live, trainable, marks=pytest.mark.slow)
+            for live in ("exact", "all")
+            for trainable in (False, True)
+        ),
+    ],
+)
 def test_memory_follows_the_budget(live, trainable):
     """A step's peak is two and a half budgets and what it hands on, whatever share is live.
 

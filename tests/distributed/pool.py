@@ -1,8 +1,8 @@
 """Two processes with a gloo group between them, started once, that run one case after another.
 
 A case is a function that the processes can import. Both run it with the same arguments, and each
-answers with what it returns or with its error. One that has not answered after a minute hangs: the
-test fails with the stack of every process, and the next test gets new ones.
+answers with what it returns or with its error. When no process computes for a minute, the case
+hangs: the test fails with the stack of every process, and the next test gets new ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # comes with accelerate
+
 WORLD = 2
-HANGS = 60  # seconds
+HANGS = 60  # seconds in which no process computes
 _ALONE = 10  # seconds to wait for the others when one process has failed
-_STARTS = 300  # seconds for the imports, on a machine that is busy
+_STARTS = 300  # seconds for the imports or a case, on a machine that is busy
 
 
 class Failed(NamedTuple):
@@ -93,8 +95,11 @@ class Pool:
 
     def _collect(self, seconds: float, what: str) -> list[Any]:
         answers: dict[int, Any] = {}
-        end = time.monotonic() + seconds
-        while len(answers) < self._world and time.monotonic() < end:
+        end, used, last = time.monotonic() + _STARTS, 0.0, time.monotonic()
+        while len(answers) < self._world and time.monotonic() < min(end, last + seconds):
+            now = self._computed()
+            if now > used + 0.5:
+                used, last = now, time.monotonic()
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in answers}
             for pipe in wait(list(waiting), timeout=1):
                 try:
@@ -110,6 +115,11 @@ class Pool:
         self.stop()
         errors = "\n".join(x.traceback for x in failed)
         raise AssertionError(f"{what}: only {sorted(answers)} answered.\n{errors}\n{stacks}")
+
+    def _computed(self) -> float:
+        """Seconds of CPU that the processes have used."""
+        alive = [psutil.Process(worker.pid) for worker in self._workers if worker.is_alive()]
+        return sum(sum(process.cpu_times()[:2]) for process in alive)
 
     def _stacks(self) -> str:
         for worker in self._workers:

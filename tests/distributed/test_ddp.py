@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from str_kernels import patch_model
 from tests.distributed.models import KINDS, Case, Found, assert_right, step
 
+pytestmark = pytest.mark.one_in(2)
+
 
 def wrapped(case: Case, **settings) -> Found:
     model = case.model()

@@ -18,6 +18,8 @@ from tests.distributed.test_fsdp2 import shard
 from tests.distributed.test_sweep import SEVERAL
 from tests.huggingface.dense import constant_cache
 
+pytestmark = pytest.mark.one_in(2)
+
 
 class Counts(NamedTuple):
     """Gathers of the head's group, and bytes of it when the backward of the loss begins."""

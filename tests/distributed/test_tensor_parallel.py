@@ -19,6 +19,8 @@ from tests.distributed.models import Case, Found, assert_right, gradients
 from tests.distributed.pool import Pool
 from tests.huggingface.dense import dense_loss
 
+pytestmark = pytest.mark.one_in(2)
+
 LAYOUTS = {
     "gathered": {"output_layouts": Replicate()},
     "split": {},

@@ -21,6 +21,8 @@ from tests.distributed.test_fsdp2 import shard
 from tests.distributed.test_trainers import UNEVEN
 from tests.distributed.trainers import train
 
+pytestmark = pytest.mark.one_in(2)
+
 
 @pytest.mark.parametrize("labels", [UNEVEN, (0, 0, 8, 9)])
 def test_logs_are_the_batch_s_in_every_process(ranks, labels):

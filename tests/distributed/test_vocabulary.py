@@ -14,6 +14,8 @@ from tests.distributed.pool import Pool
 from tests.distributed.vocabulary import apart, counted, cut, losses, of_dtensor, own, unlike, whole
 from tests.oracle import Case, assert_close, filtered_truth, make_case
 
+pytestmark = pytest.mark.one_in(2)
+
 N, VOCAB, DIM = 24, 501, 16
 OPTIONS = {
     "plain": {},

@@ -32,6 +32,7 @@ def head():
     return [torch.randn(n, 16, generator=source) for n in (2000, 64)]
 
 
+@pytest.mark.slow
 def test_processes_that_build_one_index_at_once(tmp_path):
     """Each has the index, one whole file is there, and nothing beside it."""
     start = [sys.executable, "-c", BUILD, str(tmp_path)]

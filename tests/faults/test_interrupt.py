@@ -28,11 +28,9 @@ def interrupt(how, commands, moments):
 
 
 @posix
-@pytest.mark.parametrize("how", ["kill", pytest.param("fill", marks=pytest.mark.slow)])
-def test_an_interrupted_command_ends_in_the_same_result(how):
-    """The command with most files at two moments, another one for each kind of output."""
-    interrupt(how, ("train",), 2)
-    interrupt(how, ("evaluate", "index"), 1)
+def test_a_killed_command_ends_in_the_same_result():
+    """The command with most files, at one moment."""
+    interrupt("kill", ("train",), 1)
 
 
 @posix

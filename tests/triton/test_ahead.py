@@ -36,8 +36,6 @@ WITHOUT_PRODUCTS = (
     *("guard", "reset", "scatter", "penalty", "finish", "reduce"),
 )
 
-SLOW_80 = pytest.param(80, marks=pytest.mark.slow)
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
@@ -62,7 +60,15 @@ def check(arch, case):
         assert re.search(wide, made.assembly), facts
 
 
-@pytest.mark.parametrize("arch", [SLOW_80, 90, pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_the_screen_compiles():
+    """The kernel with most of the work, its launches of bf16 and of 8 bits, on Hopper."""
+    for case in ahead.cases(90, full=True):
+        if case.name == "screen" and case.dtype != torch.float32:
+            check(90, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, "gfx942"])
 def test_sixteen_and_eight_bits_compile(arch):
     """bf16 and 8-bit kernels with bias and softcap, on Ampere, Hopper and CDNA3, do not spill."""
     for case in ahead.cases(arch, full=True):
@@ -96,6 +102,7 @@ def test_tf32_compiles(arch):
             check(arch, case)
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile():
     """Triton fixes integers that are 1 when it compiles: one row, one token, one tile, one column.
 

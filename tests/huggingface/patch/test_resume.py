@@ -87,7 +87,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:The filtered loss")
-@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize(
+    "kind",
+    ["kept", *(pytest.param(kind, marks=pytest.mark.slow) for kind in LEARNED if kind != "kept")],
+)
 def test_killed_and_resumed_is_uninterrupted(kind, tmp_path):
     """The same bits in the adapter, the same index, options and averages in the logs."""
     want, index, patch, logs = run(kind, tmp_path / "whole")

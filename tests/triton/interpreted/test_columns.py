@@ -129,6 +129,7 @@ def test_a_weight_in_fp32_is_rounded_as_autocast_does():
     check(block_of(torch.bfloat16, 9, weight_dtype=torch.float32))
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens():
     """As many as a constraint may have."""
     check(block_of(torch.bfloat16, 1024, vocab=1100))

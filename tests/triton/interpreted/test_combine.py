@@ -44,6 +44,7 @@ def test_it_is_what_torch_makes_of_the_same(hidden_dtype, parts, also, silent):
     torch.testing.assert_close(got, want, equal_nan=True, **close)
 
 
+@pytest.mark.slow
 def test_a_long_plan():
     """More tiles than are added up at once, and more chunks of a tile than are written at once."""
     g = torch.Generator().manual_seed(0)

@@ -78,6 +78,7 @@ def _check(stages, shape, operations, traffic):
         )  # but scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("screen", "kept", "trainable"),
     [
@@ -106,7 +107,7 @@ def test_routed_work(screen, kept, trainable, backend, dot_flops, traffic):
     _check(stages, shape, operations, traffic)
 
 
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("trainable", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exact_work(trainable, dot_flops, traffic):
     """Every logit by Triton: two products with a frozen head, four with a trainable one; bytes."""
     case, shape = _case(), work.Shape(200, 2000, 96, 2)

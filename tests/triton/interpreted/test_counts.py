@@ -8,13 +8,10 @@ from benchmarks.common import RESULTS
 from benchmarks.gpu.counts import PATHS, Call, counted, text
 from str_kernels.bench.report import SCHEMA, read_rows
 
-*LONG, LAST = PATHS
 
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_waits")  # as on a GPU
-@pytest.mark.parametrize(
-    "path", [*(pytest.param(path, marks=pytest.mark.slow) for path in LONG), LAST]
-)
+@pytest.mark.parametrize("path", PATHS)
 def test_published_counts(path):
     """Renew them by ``python -m benchmarks.gpu counts`` when fewer are needed."""
     call = Call(path, "mse")
