@@ -68,6 +68,7 @@ def _parsed() -> argparse.Namespace:
     made.add_argument("--out", type=Path, default=RESULTS)
     made.add_argument("--again", action="store_true", help="measure anew what is there")
     made.add_argument("--here", action="store_true", help="one process; resident is not known")
+    made.add_argument("--busy", action="store_true", help="other work runs here: leave times out")
     made.add_argument("--one", help=argparse.SUPPRESS)
     return made.parse_args()
 
@@ -77,7 +78,7 @@ def _run(args: argparse.Namespace, results: Results) -> None:
     name = args.name or Path(args.model).stem
     subject = subject_of(args.model, rank=args.rank, dtype=args.dtype)
     counter = Counter(subject, Request(args.model, 4096, device="cpu", **given))
-    sets = ladder("cpu", args.tile_tokens)
+    sets = ladder("cpu", args.tile_tokens, windows=subject.slides)
     chosen = sets if args.sets is None else [sets[i] for i in args.sets]
     for context in args.contexts:
         for levers in chosen:
@@ -99,7 +100,7 @@ def _in_a_process(args: argparse.Namespace, context: int, levers: Levers) -> dic
     command = [sys.executable, "-m", "benchmarks.long_context", "--one", json.dumps(asdict(levers))]
     for name in ("model", "dtype", "rank", "safety_tokens"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    command += ["--contexts", str(context)]
+    command += ["--contexts", str(context), *(["--busy"] if args.busy else [])]
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
@@ -129,7 +130,7 @@ def _measured(args: argparse.Namespace, context: int, levers: Levers) -> dict:
     return {
         "measured_bytes": measured,
         "resident_bytes": None if args.here else resident * 1024,
-        "tokens_per_second": 2 * context / seconds,
+        "tokens_per_second": None if args.busy else 2 * context / seconds,
     }
 
 
@@ -146,7 +147,7 @@ def _table(rows: list[dict]) -> str:
             f"{row['measured_bytes'] / MIB:,.0f}",
             f"{_ratio(row):.3f}",
             f"{row['resident_bytes'] / MIB:,.0f}" if row["resident_bytes"] else "–",
-            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else "–",
         ]
         for row in ran
     ]
@@ -157,7 +158,8 @@ def _table(rows: list[dict]) -> str:
         "reference pass, the index built in the first loss): the most bytes alive at once as "
         "`plan` counts them from the configuration, beside those at the allocator, the worst ratio "
         "first. Resident: the growth of the process, its libraries' own scratch too. Tokens a "
-        f"second include building the model.\n\n{table}\n"
+        "second include building the model, and are left out where other work ran beside.\n\n"
+        f"{table}\n"
     )
 
 

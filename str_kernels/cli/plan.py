@@ -45,6 +45,10 @@ def plan(
     tile_tokens: Annotated[
         int | None, typer.Option(help="Plan with MLPs that run over so many tokens at a time.")
     ] = None,
+    window_attention: Annotated[
+        bool,
+        typer.Option("--window-attention", help="Plan with sliding windows that have no mask."),
+    ] = False,
     fused_head: Annotated[
         bool | None,
         typer.Option(
@@ -83,13 +87,14 @@ def plan(
 
         console.quiet_libraries()
     levers = None
-    if gradient_checkpointing or offload or tile_tokens or fused_head is not None:
-        levers = Levers(gradient_checkpointing, offload, tile_tokens, fused_head is not False)
+    body = (gradient_checkpointing, offload, tile_tokens)
+    if any(body) or window_attention or fused_head is not None:
+        levers = Levers(*body, fused_head is not False, window_attention)
     found = count(
         model,
         context=context,
         levers=levers,
-        told=lambda words: console.say(f"counting with {words} …"),
+        told=lambda words: console.say(f"counting {words} …"),
         **given,
     )
     checked = plan_view.checked(found) if check else []

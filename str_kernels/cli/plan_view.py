@@ -42,6 +42,9 @@ def show(plan: Plan, checked: list[dict[str, Any]]) -> None:
             typer.echo(f"{row.levers.words}: {row.refused}")
     if asked.room is not None:
         typer.echo(_verdict(plan))
+    for context, parts in _by_context(plan).items():
+        shares = ", ".join(f"{part:.1%} with --share {share:g}" for share, part in parts)
+        typer.echo(f"operations of a step in the reference pass, {context:,} tokens: {shares}")
     if checked:
         table = [
             [
@@ -59,6 +62,13 @@ def show(plan: Plan, checked: list[dict[str, Any]]) -> None:
 
 
 _SIZES = ("counted_bytes", "measured_bytes")
+
+
+def _by_context(plan: Plan) -> dict[int, list[tuple[float, float]]]:
+    found: dict[int, list[tuple[float, float]]] = {}
+    for context, share, part in plan.reference:
+        found.setdefault(context, []).append((share, part))
+    return found
 
 
 def _line(row: Row, plan: Plan) -> list[str]:
@@ -103,8 +113,9 @@ def next_command(plan: Plan) -> str:
     """Name the command that comes next, with the levers that were found."""
     best = plan.cheapest or plan.rows[-1]
     options = f" --max-length {plan.request.context}"
-    if best.levers.gradient_checkpointing:
-        options += " --gradient-checkpointing"
+    for name in ("gradient_checkpointing", "window_attention"):
+        if getattr(best.levers, name):
+            options += f" --{name.replace('_', '-')}"
     for name in ("offload", "tile_tokens"):
         if (value := getattr(best.levers, name)) is not None:
             options += f" --{name.replace('_', '-')} {value}"

@@ -21,8 +21,12 @@ _FLAG = "output_router_logits"  # transformers' argument that adds the balance l
 
 
 @contextmanager
-def tiled(model: nn.Module, modules: list[nn.Module], size: int) -> Iterator[None]:
-    """Run ``modules`` of this model over ``size`` tokens at a time in this block.
+def tiled(
+    model: nn.Module, modules: list[nn.Module], size: int, run: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Run ``modules`` of this model over ``size`` tokens at a time in this block, by `in_tiles`.
+
+    A function ``run`` of the same arguments takes its place.
 
     Raises:
         ValueError: the model adds a balance loss of its experts; its forwards raise this too.
@@ -32,7 +36,7 @@ def tiled(model: nn.Module, modules: list[nn.Module], size: int) -> Iterator[Non
         lambda called, args, kwargs: refuse_balance_loss(called, kwargs), with_kwargs=True
     )
     for module in modules:
-        install_forward(module, partial(in_tiles, size))
+        install_forward(module, partial(run or in_tiles, size))
     try:
         yield
     finally:
@@ -60,10 +64,15 @@ def in_tiles(size: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     values = (*args, *kwargs.values())
     if not all(map(is_states, values)) or values[0].shape[1] <= size:
         return inner_forward(module)(*args, **kwargs)
+    call = checkpointed_call(module, args, kwargs)
+    return torch.cat([call(*tile) for tile in tiles_of(values, size)], 1)
+
+
+def checkpointed_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """``module`` over a tile of each of these arguments, computed again in its backward."""
     # a closure over the arguments would keep them until the backward of the layer
     run = partial(_called, inner_forward(module), len(args), tuple(kwargs))
-    settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random is inside
-    return torch.cat([checkpoint(run, *tile, **settings) for tile in _tiles(values, size)], 1)
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 def _called(forward: Callable, count: int, names: Sequence[str], *values: Tensor) -> Tensor:
@@ -71,9 +80,10 @@ def _called(forward: Callable, count: int, names: Sequence[str], *values: Tensor
     return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
 
-def _tiles(values: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+def tiles_of(values: Sequence[Tensor], sizes: int | list[int]) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the tokens of each value, of one size or of these."""
     # split, not slices: its backward joins the gradients of all tiles once
-    return zip(*(map(Tensor.contiguous, x.split(size, 1)) for x in values), strict=True)
+    return zip(*(map(Tensor.contiguous, x.split(sizes, 1)) for x in values), strict=True)
 
 
 def is_states(value: Any) -> bool:

@@ -23,6 +23,8 @@ from str_kernels.levers.tiles import is_states
 
 _PRODUCTS = 1.5  # a module with fewer weights, in units of D x D', has nothing inside to save
 _ROUNDING = 8  # of the dtype's steps, between a slice's product and the whole one's
+_DRAWN = 999_983  # random numbers; a prime, so that no row of weights is another
+_TRIED = 4  # tokens
 _OTHERWISE = -37.0  # what the other tokens are multiplied by: outliers, too
 
 
@@ -190,11 +192,18 @@ def _training(module: nn.Module) -> Iterator[None]:
 
 
 def _made_real(module: nn.Module, call: _Call) -> tuple[nn.Module, _Call]:
-    """A copy on the CPU with random weights, and random inputs of the call's shapes."""
-    module, draw = copy.deepcopy(module).to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    """A copy on the CPU with random weights, and random inputs of the call's widths.
+
+    It is as large as the module, so all is made quickly: float32, some random numbers repeated.
+    """
+    draw = torch.Generator().manual_seed(0)
+    module = copy.deepcopy(module).float().to_empty(device="cpu")
+    numbers = torch.randn(_DRAWN, generator=draw)
     for x in (*module.parameters(), *module.buffers()):
         if x.is_floating_point():
-            x.copy_(torch.randn(x.shape, generator=draw) * x.shape[-1] ** -0.5)
-    made = [torch.randn(x.shape, generator=draw).to(x.dtype) for x in call.values]
+            scale = x.shape[-1] ** -0.5 if x.dim() else 1.0
+            for part in x.view(-1).split(_DRAWN):
+                torch.mul(numbers[: len(part)], scale, out=part)
+    made = [torch.randn(1, _TRIED, x.shape[-1], generator=draw) for x in call.values]
     args, rest = tuple(made[: len(call.args)]), made[len(call.args) :]
     return module, _Call(args, dict(zip(call.kwargs, rest, strict=True)), call.output)

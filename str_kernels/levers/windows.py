@@ -50,6 +50,11 @@ class Window(Tensor):
         )
 
 
+def has_windows(config: Any) -> bool:
+    """Whether some layers of this configuration of text have a sliding window."""
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+
+
 @contextmanager
 def windowed(model: nn.Module) -> Iterator[None]:
     """Let this model attend in windows in this block.
@@ -59,7 +64,7 @@ def windowed(model: nn.Module) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+    if not has_windows(config):
         raise ValueError(
             f"window_attention=True: no layer of {type(model).__name__} has a sliding window; "
             "leave it out."

@@ -15,13 +15,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from str_kernels.levers.checkpoints import checkpointed
 from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
-from str_kernels.planning.depth import Depths, depths_of, layers_of, shortened, whole
+from str_kernels.levers.windows import windowed
+from str_kernels.planning.depth import Depths, depths_of, layers_of, line, shortened, whole
 from str_kernels.planning.head import HeadShape, building_bytes, index_bytes
 from str_kernels.planning.ledger import Ledger, Most
 from str_kernels.planning.levers import Levers
+from str_kernels.planning.operations import Operations
 from str_kernels.planning.request import Request
-from str_kernels.planning.step import FIRST_LOSS, Shape, count_step
+from str_kernels.planning.shapes import Shapes
+from str_kernels.planning.step import FIRST_LOSS, REFERENCE_MOMENT, Shape, count_step
 from str_kernels.planning.subject import Subject
+from str_kernels.planning.tiles import in_few_tiles
 
 OPTIMIZER, INDEX, BUCKETS = "optimizer states", "vocabulary index", "buckets between processes"
 _STATES = 2  # numbers that AdamW keeps of each trained weight, in that weight's dtype
@@ -56,7 +60,9 @@ class Counter:
         self.always = {OPTIMIZER: _STATES * trained, BUCKETS: trained if asked.processes > 1 else 0}
         self.fixed = subject.bytes_of(trained=False) + trained + self.always[OPTIMIZER]
         self._counted: dict[tuple[int, Levers], Count] = {}
+        self._operations: dict[tuple[int, Levers], Operations] = {}
         self._tiled: list[str] | None = None
+        self._shapes = Shapes()
 
     def count(self, context: int, levers: Levers) -> Count:
         """Count a step.
@@ -74,13 +80,25 @@ class Counter:
             self._counted[key] = self._count(context, levers)
         return self._counted[key]
 
+    def operations(self, context: int, levers: Levers) -> Operations:
+        """Count the operations of a step.
+
+        Raises:
+            ValueError: as `count`; tiles, which are not all run.
+        """
+        if levers.tile_tokens is not None:
+            raise ValueError("tile_tokens: operations are counted without tiles; leave it out.")
+        self.count(context, levers)
+        return self._operations[context, levers]
+
     def _count(self, context: int, levers: Levers) -> Count:
         if levers.tile_tokens is not None and self._tiled is None:
-            self._tiled = list(token_wise_modules(self.subject.inner))
+            self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
         few = self._at(self.depths.few, context, levers)
         more = few
         if self.depths.more != self.depths.few:
             more = self._at(self.depths.more, context, levers)
+        self._operations[context, levers] = _operations(few, more, self.depths)
         most = whole(few.most, more.most, self.depths)
         host = whole({("host",): Most(few.host, {})}, {("host",): Most(more.host, {})}, self.depths)
         for key in most:
@@ -101,7 +119,7 @@ class Counter:
         return {name: size for name, size in found.items() if size}
 
     def _at(self, depth: int, context: int, levers: Levers) -> Ledger:
-        ledger, subject = Ledger(), self.subject
+        ledger, subject = Ledger(self._shapes), self.subject
         tokens = self.asked.safety_tokens if levers.fused_head else 0
         shape = Shape(self.asked.batch, context, tokens, self.asked.device)
         with ExitStack() as stack:
@@ -124,7 +142,11 @@ class Counter:
         inner = self.subject.inner
         with ExitStack() as stack:
             if levers.tile_tokens is not None:
-                stack.enter_context(tiled(inner, self._token_wise(), levers.tile_tokens))
+                stack.enter_context(
+                    tiled(inner, self._token_wise(), levers.tile_tokens, in_few_tiles)
+                )
+            if levers.window_attention:
+                stack.enter_context(windowed(inner))
             if levers.gradient_checkpointing:
                 away = saved_tensors_hooks(ledger.away, ledger.back) if levers.offload else None
                 stack.enter_context(checkpointed(inner, away))
@@ -136,13 +158,22 @@ class Counter:
         return [modules[name] for name in self._tiled or () if name in modules]
 
 
+def _operations(few: Ledger, more: Ledger, depths: Depths) -> Operations:
+    """Those of the whole model, from those at two depths."""
+    pair = []
+    for ledger in (few, more):
+        reference = ledger.operations[REFERENCE_MOMENT]
+        pair.append((reference, ledger.operations.total() - reference))
+    return Operations(*(line(a, b, depths) for a, b in zip(*pair, strict=True)))
+
+
 def _with(most: Most, name: str, size: int) -> Most:
     return Most(most.total + size, {**most.owners, name: most.owners.get(name, 0) + size})
 
 
 def _words(moment: tuple) -> str:
     return {
-        "reference": "in the reference pass",
+        REFERENCE_MOMENT: "in the reference pass",
         "forward": "in the forward",
         "head": "in the loss head",
         "first loss": "in the first loss, which builds the vocabulary index",

@@ -60,10 +60,9 @@ def whole(few: dict[Any, Most], more: dict[Any, Most], depths: Depths) -> dict[A
     """The moments of the whole model's step, from those at two depths."""
     if depths.few == depths.every:
         return few
-    times = (depths.every - depths.few) / (depths.more - depths.few)
     inside = (depths.few - 1) // 2  # layers beyond it stand elsewhere in a deeper model
     kept = [key for key in few if key in more and (key[0] != _MOMENT or key[-1] <= inside)]
-    return {key: _line(few[key], more[key], times) for key in kept}
+    return {key: _line(few[key], more[key], depths) for key in kept}
 
 
 def places(layer: int, count: int) -> tuple[tuple, ...]:
@@ -71,11 +70,18 @@ def places(layer: int, count: int) -> tuple[tuple, ...]:
     return (_MOMENT, "first", layer), (_MOMENT, "last", count - 1 - layer)
 
 
-def _line(few: Most, more: Most, times: float) -> Most:
+def line(few: int, more: int, depths: Depths) -> int:
+    """A number of the whole model's, from those at two depths."""
+    if depths.few == depths.every:
+        return few
+    return few + (more - few) * (depths.every - depths.few) // (depths.more - depths.few)
+
+
+def _line(few: Most, more: Most, depths: Depths) -> Most:
     names = few.owners.keys() | more.owners.keys()
     pairs = {name: (few.owners.get(name, 0), more.owners.get(name, 0)) for name in names}
-    owners = {name: round(a + times * (b - a)) for name, (a, b) in pairs.items()}
-    return Most(round(few.total + times * (more.total - few.total)), owners)
+    owners = {name: line(a, b, depths) for name, (a, b) in pairs.items()}
+    return Most(line(few.total, more.total, depths), owners)
 
 
 def _kinds(layers: nn.ModuleList, config: Any) -> list[tuple]:

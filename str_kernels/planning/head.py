@@ -20,8 +20,9 @@ from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
 from str_kernels.options import TILE
 
-_SPLIT = 32768  # rows of the vocabulary from which a split learns its direction
-_OF_ALL, _OF_SOME = 1.8, 0.8  # copies of these, as measured at the allocator
+_LOOKED_AT = 32768  # rows of the vocabulary from which its directions are learnt
+_CHECKED = 11  # bytes of each of their numbers, when they are checked: twice fp32, three flags
+_SPLIT = 400  # bytes of a row when it is split: 32 numbers three times, and its place twice
 _STATISTICS = 40  # bytes a row: losses, log-sum-exps, masses, flags and the rows' numbers
 _TABLES = 4  # of [N, K] in fp32: logits, reference, difference and gradient
 
@@ -45,12 +46,17 @@ def index_bytes(shape: HeadShape) -> int:
 
 
 def building_bytes(shape: HeadShape) -> int:
-    """What building the index takes in the first loss: whitened rows, and those that are split."""
+    """What building the index takes in the first loss: to learn directions, or to split rows."""
     vocabulary, width = shape.weight.shape
     if vocabulary < SMALLEST_VOCABULARY:
         return 0
-    split = min(vocabulary, _SPLIT) * (_OF_ALL if vocabulary <= _SPLIT else _OF_SOME)
-    return round(4 * width * (vocabulary + split))
+    learning = _CHECKED * min(vocabulary, _LOOKED_AT) * width + 8 * width**2
+    return max(learning, _SPLIT * vocabulary)
+
+
+def exact_operations(hidden: Tensor, shape: HeadShape) -> int:
+    """Every logit, and the rows' gradients from all of them: as if nothing were screened."""
+    return 2 * (2 * hidden.numel() * shape.weight.shape[0])
 
 
 def _backend(device: str) -> Any:

@@ -9,6 +9,7 @@ tensors and checkpointing are torch's own; nothing about a model is assumed.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from str_kernels.planning.operations import operations_of
+from str_kernels.planning.shapes import Shapes
 
 _REAL = 1 << 22  # so many integers are also computed, since models branch on them
 _DEVICE, _HOST = "device", "host"
@@ -50,13 +54,16 @@ class Ledger(TorchDispatchMode):
         moments: what runs now, by each of its names.
         most: by name of a moment, its `Most`.
         host: the most bytes that waited on the host.
+        operations: of what ran, by the first word of the moment's name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
+        self._shapes = shapes
         self.moments: tuple[tuple, ...] = (("start",),)
         self.most: dict[tuple, Most] = {}
         self.host = 0
+        self.operations: Counter[str] = Counter()
         self._now = {_DEVICE: 0, _HOST: 0}
         self._held: dict[int, tuple[weakref.ref, int, Owner, str]] = {}
         self._owners: dict[str, Owner] = {}
@@ -100,6 +107,10 @@ class Ledger(TorchDispatchMode):
             self.named(owner).bytes += size
             self._held[key] = reference, size, self.named(owner), place
 
+    def compute(self, count: int) -> None:
+        """Count operations of what runs now."""
+        self.operations[self.moments[0][0]] += count
+
     def take(self, size: int) -> None:
         """Note scratch memory that a kernel takes for itself and gives back."""
         self._note(size)
@@ -122,7 +133,9 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is torch.ops.aten._local_scalar_dense.default:
             return _value_of(args[0]).item()
-        made = function(*args, **kwargs)
+        made = self._shapes.run(function, args, kwargs)
+        if count := operations_of(function, args, kwargs, made):
+            self.compute(count)
         for x in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(x, Tensor) and x.device.type == "meta":
                 self._count(x, self.owner, _DEVICE)
@@ -186,7 +199,7 @@ def _value_of(tensor: Tensor) -> Tensor:
     Raises:
         NotImplementedError: they are not known.
     """
-    value = getattr(tensor, _VALUE, None)
+    value = getattr(tensor, _VALUE, None) if tensor.is_meta else tensor
     if value is None:
         raise NotImplementedError("its forward branches on values of its activations")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from str_kernels.levers import LongContext
 
@@ -18,6 +18,7 @@ class Levers:
         offload: ``"cpu"``, ``"disk"`` or None.
         tile_tokens: a number of tokens or None.
         fused_head: the loss is computed from the hidden states, and no logits are stored.
+        window_attention: as in ``LongContext``.
 
     Raises:
         ValueError: values outside the rules of ``LongContext``.
@@ -27,6 +28,7 @@ class Levers:
     offload: str | None = None
     tile_tokens: int | None = None
     fused_head: bool = False
+    window_attention: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -35,7 +37,9 @@ class Levers:
     @property
     def body(self) -> LongContext:
         """Those that are applied to the body."""
-        return LongContext(self.gradient_checkpointing, self.offload, self.tile_tokens)
+        return LongContext(
+            self.gradient_checkpointing, self.offload, self.tile_tokens, self.window_attention
+        )
 
     @property
     def names(self) -> list[str]:
@@ -53,24 +57,31 @@ _WORDS = {
     "gradient_checkpointing": "checkpoints",
     "offload": "offload",
     "tile_tokens": "tiles",
+    "window_attention": "windows",
 }
 COSTS = {
     "fused_head": "takes no more time than the model's own head",
     "gradient_checkpointing": "computes the forward of each layer once more",
     "offload": "copies the input of each layer to the host and back",
     "tile_tokens": "computes the inside of each MLP once more",
+    "window_attention": "takes less time than a mask, and works in batches without padding alone",
 }
 
 
-def ladder(device: str, tile_tokens: int = TILE_TOKENS) -> list[Levers]:
-    """Sets of levers, the cheapest in time first; the CPU offloads to disk, not to itself."""
+def ladder(device: str, tile_tokens: int = TILE_TOKENS, *, windows: bool = False) -> list[Levers]:
+    """Sets of levers, the cheapest in time first; the CPU offloads to disk, not to itself.
+
+    With ``windows`` each set that trains long contexts is followed by the same in windows.
+    """
     away = "disk" if device == "cpu" else "cpu"
-    return [
-        Levers(),
-        Levers(fused_head=True),
-        Levers(gradient_checkpointing=True),
-        Levers(gradient_checkpointing=True, fused_head=True),
-        Levers(gradient_checkpointing=True, fused_head=True, offload=away),
-        Levers(gradient_checkpointing=True, fused_head=True, tile_tokens=tile_tokens),
-        Levers(True, away, tile_tokens, fused_head=True),
+    least = Levers(gradient_checkpointing=True, fused_head=True)
+    long = [
+        least,
+        replace(least, offload=away),
+        replace(least, tile_tokens=tile_tokens),
+        replace(least, offload=away, tile_tokens=tile_tokens),
     ]
+    if windows:
+        long = [y for x in long for y in (x, replace(x, window_attention=True))]
+    short = [Levers(), Levers(fused_head=True), Levers(gradient_checkpointing=True)]
+    return [*short, *long]

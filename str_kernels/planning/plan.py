@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from str_kernels.planning.counts import Count, Counter
 from str_kernels.planning.levers import TILE_TOKENS, Levers, ladder
-from str_kernels.planning.longest import longest
+from str_kernels.planning.longest import Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.subject import subject_of
 
 SCHEMA = "str_kernels.plan/1"
 DEFAULT_CONTEXT = 8192
+_CONTEXTS, _SHARES = (4096, 32768, 131072), (1.0, 0.25)
+_REFUSALS = ("tile_tokens", "gradient_checkpointing", "window_attention")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Row:
     refused: str | None = None
 
 
+class ReferencePass(NamedTuple):
+    """The reference pass's part of a step's operations, if ``share`` of the sequences have one."""
+
+    context: int
+    share: float
+    part: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """The result of `plan`.
@@ -44,6 +54,7 @@ class Plan:
         fixed: bytes of weights, adapter and optimizer, which no lever changes.
         positions: the longest context of the model; None: its configuration names none.
         rows: by set of levers, the cheapest in time first.
+        reference: what the reference pass costs, with the fused head and checkpoints.
         outside: what the count does not know, a sentence each.
     """
 
@@ -52,6 +63,7 @@ class Plan:
     fixed: int
     positions: int | None
     rows: list[Row]
+    reference: list[ReferencePass]
     outside: list[str]
 
     @property
@@ -82,6 +94,7 @@ class Plan:
             "fixed_bytes": self.fixed,
             "positions": self.positions,
             "rows": rows,
+            "reference_pass": [x._asdict() for x in self.reference],
             "cheapest": cheapest,
             "outside": self.outside,
         }
@@ -103,7 +116,7 @@ def plan(
         context: tokens in a sequence; None: 8,192, or the model's positions if they are fewer.
         levers: plan with this set alone; None: with each of the usual sets.
         tile_tokens: tokens of a tile in the usual sets.
-        told: called with a set of levers before it is counted.
+        told: called with what is counted next, such as a set of levers.
         **request: the other fields of `Request`, such as ``memory=24`` (GiB) and ``dtype="nf4"``.
 
     Raises:
@@ -128,25 +141,45 @@ def plan(
             f"{counter.fixed / GIB:.2f} GiB as {subject.dtype}; give more, or dtype=nf4 or int8."
         )
     rows = []
-    for chosen in [levers] if levers else ladder(asked.device, tile_tokens):
-        told(chosen.words)
+    usual = ladder(asked.device, tile_tokens, windows=subject.slides)
+    for chosen in [levers] if levers else usual:
+        told(f"with {chosen.words}")
         rows.append(_row(counter, asked, chosen, must=levers is not None))
-    return Plan(asked, subject.dtype, counter.fixed, positions, rows, _outside(asked))
+    told("the reference pass")
+    reference = _reference(counter, asked)
+    return Plan(asked, subject.dtype, counter.fixed, positions, rows, reference, _outside(asked))
 
 
 def _row(counter: Counter, asked: Request, levers: Levers, *, must: bool) -> Row:
     try:
         count = counter.count(asked.context, levers)
     except ValueError as error:
-        if must or not str(error).startswith(("tile_tokens", "gradient_checkpointing")):
+        if must or not str(error).startswith(_REFUSALS):
             raise
         return Row(levers, None, None, None, str(error))
     if asked.room is None:
         return Row(levers, count, None, None)
     most = counter.subject.positions or max(asked.context, 1 << 20)
-    found = longest(lambda n: counter.count(n, levers).total, asked.room, most)
+    found = Longest(lambda n: counter.count(n, levers).total, most).within(asked.room)
     fits = count.total <= asked.room
     return Row(levers, count, fits, max(found, asked.context) if fits else found)
+
+
+def _reference(counter: Counter, asked: Request) -> list[ReferencePass]:
+    """Nothing where there is no constraint, or the model has no checkpoints."""
+    if not asked.safety_tokens:
+        return []
+    most = counter.subject.positions or max(_CONTEXTS)
+    contexts = sorted({asked.context, *(n for n in _CONTEXTS if n <= most)})
+    levers, found = Levers(gradient_checkpointing=True, fused_head=True), []
+    try:
+        for n in contexts:
+            operations = counter.operations(n, levers)
+            found += [ReferencePass(n, share, operations.share(share)) for share in _SHARES]
+    except ValueError as error:
+        if not str(error).startswith(_REFUSALS):
+            raise
+    return found
 
 
 def _outside(asked: Request) -> list[str]:

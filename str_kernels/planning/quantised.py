@@ -56,8 +56,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(packed)
         if of.form == "int8":  # the activations are quantised too, and the sums are int32
             rows = torch.empty_like(x, dtype=torch.int8)
-            sums = x.new_empty(*x.shape[:-1], of.out_features, dtype=torch.int32)
-            made = sums.to(x.dtype)
+            weight = packed.view(torch.int8).view(of.shape)
+            sums = torch._int_mm(rows.flatten(0, -2), weight.t())
+            made = sums.to(x.dtype).view(*x.shape[:-1], of.out_features)
             del rows, sums
             return made if bias is None else made.add_(bias)
         return nn.functional.linear(x, _whole(packed, of), bias)

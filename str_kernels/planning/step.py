@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.planning.attention import attention_of
 from str_kernels.planning.depth import places
-from str_kernels.planning.head import FusedHead, HeadShape
+from str_kernels.planning.head import FusedHead, HeadShape, exact_operations
 from str_kernels.planning.ledger import Ledger
 from str_kernels.planning.subject import Subject
 
 WEIGHTS, ADAPTER = "weights", "adapter"
 SHARED, KEPT, WORK = "masks, positions, embeddings", "kept for the backward", "one layer at work"
-FIRST_LOSS = ("first loss",)
+FIRST_LOSS, REFERENCE_MOMENT = ("first loss",), "reference"
 HEAD, REFERENCE, GRADIENTS = "loss head", "reference pass", "adapter's gradients"
 
 
@@ -68,7 +68,7 @@ def count_step(
 
 def _reference(subject: Subject, ledger: Ledger, batch: dict[str, Tensor]) -> Tensor:
     """The states of the model without its adapter, which wait for the loss."""
-    ledger.moments = (("reference",),)
+    ledger.moments = ((REFERENCE_MOMENT,),)
     subject.model.eval()
     with torch.no_grad(), adapters_off(subject.inner), ledger.owned(REFERENCE):
         states = _states(subject, batch)
@@ -90,6 +90,7 @@ def _loss(
     ledger.moments = (("head",),)
     with ledger.owned(HEAD):
         head = HeadShape(subject.head.weight, shape.safety_tokens, shape.device)
+        ledger.compute(exact_operations(states, head))
         return FusedHead.apply(states, head, ledger.take)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from str_kernels.inputs.loading import DTYPES, library_reading, load_config
+from str_kernels.levers.windows import has_windows
 from str_kernels.planning.quantised import FORMATS, quantise_body
 from str_kernels.training.lora import add_lora
 
@@ -31,6 +32,7 @@ class Subject(NamedTuple):
         config: its configuration of text.
         head: its output layer.
         dtype: the format of its body.
+        rank: of the adapter.
     """
 
     name: str
@@ -39,11 +41,23 @@ class Subject(NamedTuple):
     config: PretrainedConfig
     head: nn.Module
     dtype: str
+    rank: int
 
     @property
     def positions(self) -> int | None:
         """The longest context that the model has positions for, where its configuration says so."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def slides(self) -> bool:
+        """Whether some of its layers attend in a sliding window."""
+        return has_windows(self.config)
+
+    def in_floats(self) -> Subject:
+        """The same model with a body that is not quantised, and so can compute."""
+        if self.dtype not in FORMATS:
+            return self
+        return subject_of(self.name, rank=self.rank, dtype="bfloat16")
 
     def bytes_of(self, *, trained: bool) -> int:
         """Bytes of the weights that are trained, or of the others, each storage once."""
@@ -104,7 +118,8 @@ def subject_of(model: str | os.PathLike, *, rank: int, dtype: str) -> Subject:
         quantise_body(wrapped, head, form)
     inner.config.use_cache = False
     shown = form or str(torch_dtype).removeprefix("torch.")
-    return Subject(name, wrapped.train(), inner, inner.config.get_text_config(), head, shown)
+    text = inner.config.get_text_config()
+    return Subject(name, wrapped.train(), inner, text, head, shown, rank)
 
 
 def _built(config: PretrainedConfig, name: str, dtype: torch.dtype) -> nn.Module:

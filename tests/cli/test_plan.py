@@ -39,6 +39,8 @@ def test_plan_prints_tables_bars_and_a_verdict(capsys, config, tmp_path, monkeyp
     for word in ("fused head + checkpoints", "weights", "1,024 (all positions)", "█"):
         assert word in called.out
     assert "512 tokens fit 1 GiB with: none" in called.out
+    assert "operations of a step in the reference pass, 512 tokens: " in called.out
+    assert "% with --share 0.25" in called.out
     assert "not known: " in called.err
     assert "next: str-kernels train" in called.err
     assert png.read_bytes().startswith(b"\x89PNG")

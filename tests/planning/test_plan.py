@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from str_kernels.planning import Levers, plan
 from str_kernels.planning.check import measured_bytes
 from str_kernels.planning.counts import Counter
-from str_kernels.planning.longest import longest
+from str_kernels.planning.levers import ladder
+from str_kernels.planning.longest import STEP, Longest
 from str_kernels.planning.request import GIB, Request
 from str_kernels.planning.step import SHARED
 from str_kernels.planning.subject import subject_of
@@ -53,6 +56,8 @@ def written(tmp_path, values: dict, name: str = "config.json") -> str:
         pytest.param(GEMMA, Levers(), 0.001, marks=pytest.mark.slow),
         pytest.param(GEMMA, EVERY, 0.05, marks=pytest.mark.slow),
         pytest.param(LLAMA, FUSED, 0.05, marks=pytest.mark.slow),
+        (GEMMA, Levers(window_attention=True), 0.001),
+        pytest.param(GEMMA, replace(EVERY, window_attention=True), 0.05, marks=pytest.mark.slow),
     ],
 )
 def test_a_count_is_what_a_step_takes(tmp_path, values, levers, tolerance):
@@ -119,15 +124,35 @@ def _second_scales() -> int:
 
 def test_attention_is_the_devices(tmp_path):
     """A window's mask is stored by either device; without one, none stores a matrix of N²."""
-    for values, square in ((LLAMA, False), (GEMMA, True)):
+    kept = Levers(gradient_checkpointing=True, fused_head=True)
+    windows = replace(kept, window_attention=True)
+    for values, levers, square in (
+        (LLAMA, kept, False),
+        (GEMMA, kept, True),
+        (GEMMA, windows, False),
+    ):
         path = written(tmp_path, values)
         subject = subject_of(path, rank=4, dtype="bfloat16")
         for device in ("cpu", "cuda"):
             asked = Request(path, 2048, rank=4, device=device, safety_tokens=0)
             counter = Counter(subject, asked)
-            levers = Levers(gradient_checkpointing=True, fused_head=True)
             short, long = (counter.count(n, levers).owners[SHARED] for n in (2048, 4096))
             assert (long - short >= 3 * 2048**2) is square
+
+
+def test_windows_are_planned_where_the_model_has_them(tmp_path):
+    """Each long set is followed by the same in windows; elsewhere they are refused by name."""
+    subject = subject_of(written(tmp_path, GEMMA), rank=4, dtype="auto")
+    sets = ladder("cpu", windows=subject.slides)
+    assert sum(levers.window_attention for levers in sets) == 4
+    assert all(
+        before == replace(after, window_attention=False)
+        for before, after in pairwise(sets)
+        if after.window_attention
+    )
+    other = written(tmp_path, LLAMA)
+    with pytest.raises(ValueError, match="window_attention=True: no layer"):
+        plan(other, context=256, rank=4, levers=Levers(window_attention=True))
 
 
 def test_a_plan_finds_the_cheapest_levers_and_the_longest_context(tmp_path):
@@ -148,12 +173,27 @@ def test_a_plan_finds_the_cheapest_levers_and_the_longest_context(tmp_path):
 
 
 def test_the_longest_context_is_found_on_any_curve():
-    """A line, a parabola, nothing that fits, and everything that fits."""
-    for curve in (lambda n: 10 * n, lambda n: n * n // 1000 + n):
-        found = longest(curve, curve(50_000), 1 << 20)
-        assert 49_000 <= found <= 50_000
-        assert longest(curve, 100, 1 << 20) == 0
-        assert longest(curve, curve(1 << 20), 1 << 20) == 1 << 20
+    """A line, a parabola, a bend and a stair, for rooms in any order, with few counts."""
+    most = (1 << 20) - 1
+    for curve in (
+        lambda n: 10 * n,
+        lambda n: n * n // 1000 + n,
+        lambda n: max(n * n // 1000, 500 * n + 10**8),
+        lambda n: n // 5000 * 7,
+    ):
+        counted = []
+        search = Longest(lambda n, f=curve, seen=counted: seen.append(n) or f(n), most)
+        for wanted in (50_000, 3000, 900_000, 50_200):
+            found = search.within(curve(wanted))
+            assert curve(found) <= curve(wanted) < curve(min(found + STEP, most))
+            assert found % STEP == 0
+        assert search.within(curve(STEP) - 1) == 0
+        assert search.within(curve(most)) == most
+        assert len(counted) == len(set(counted)) <= 60
+    line = Longest(lambda n: counted.append(n) or n * n // 64 + 7 * n + 5, most)
+    counted.clear()
+    line.within(10**9)
+    assert len(counted) <= 7
 
 
 @pytest.mark.parametrize(
@@ -195,6 +235,13 @@ def test_bad_configurations_are_refused(tmp_path, values, told):
     path = written(tmp_path, values)
     with pytest.raises(ValueError, match=told):
         plan(path)
+
+
+def test_what_cannot_be_counted_is_said(tmp_path):
+    """Adapters on routed experts compute under autocast, which has no meta device."""
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="cannot be counted on tensors without values"):
+        plan(written(tmp_path, LLAMA | experts), context=64, rank=2)
 
 
 def test_processes_and_batch_cost_what_they_add(tmp_path):

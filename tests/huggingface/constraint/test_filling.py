@@ -32,7 +32,7 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
 def test_it_holds_what_a_cache_made_before_holds(kind, tmp_path, passes):
     """Losses, gradients and references of both are the same bits, in every epoch and mode."""
     safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind=kind)
@@ -67,6 +67,28 @@ def test_a_row_is_computed_once(tmp_path, passes):
     with patch_model(model, SAFETY, reference=FillingCache(tmp_path / "r", SAFETY)):
         model(**inputs)
     assert len(passes) == 3
+
+
+def test_the_rest_is_kept_beside_the_tokens(tmp_path, passes):
+    """For ``kl_rest`` a row sums to 1, drawn rows fill it too, and it is no cache of logprobs."""
+    safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind="kl_rest")
+    inputs, model, path = batch(), wrap(build()), tmp_path / "r.sqlite"
+    with patch_model(model, safety, reference=FillingCache(path, safety), share=0.5):
+        for _ in range(16):
+            model(**inputs)
+    assert sum(map(len, passes)) == len(inputs["input_ids"])
+    found = ReferenceCache(path, safety).lookup(inputs["input_ids"], inputs["attention_mask"])
+    kept = found[inputs["attention_mask"].bool()].float()
+    assert kept.shape[-1] == len(SAFETY.token_ids) + 1
+    step = torch.finfo(torch.float16).eps * kept.abs().amax()  # of log-probabilities
+    assert (kept.exp().sum(-1) - 1).abs().max() <= step
+    for kind in ("logprob", "mse"):
+        with pytest.raises(ValueError, match=f"holds logprobs and rest, but kind='{kind}'"):
+            patch_model(
+                model,
+                SafetyConstraint(SAFETY.token_ids, kind=kind),
+                reference=FillingCache(path, safety),
+            )
 
 
 def test_what_is_refused(tmp_path):

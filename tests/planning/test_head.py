@@ -1,0 +1,23 @@
+"""The head's part of a plan beside what is measured at the allocator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from str_kernels import VocabularyIndex
+from str_kernels.bench.memory import peak_bytes
+from str_kernels.planning.head import HeadShape, building_bytes
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "width"),
+    [(16384, 64), pytest.param(65536, 128, marks=pytest.mark.slow)],
+)
+def test_building_the_index_takes_what_is_counted(vocabulary, width):
+    """More rows than are looked at take no more, until splitting them does."""
+    weight = torch.randn(vocabulary, width)
+    states = torch.randn(64, width)
+    device = torch.device("cpu")
+    peak = peak_bytes(lambda: VocabularyIndex.build(weight, states), device).peak
+    assert building_bytes(HeadShape(weight, 0, "cpu")) == pytest.approx(peak, rel=0.1)
