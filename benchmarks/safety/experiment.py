@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from benchmarks.safety.align import Recipe, align, fingerprint
 from benchmarks.safety.baselines import safe_lora
+from benchmarks.safety.coherence import surprise
 from benchmarks.safety.data import REFUSALS, load_split
 from benchmarks.safety.findings import FILE, SCHEMA
 from benchmarks.safety.finetune import finetune
@@ -33,6 +34,7 @@ from benchmarks.safety.tokens import token_ids
 from str_kernels.bench.report import Row, circumstances, commit, read_rows, write_rows
 from str_kernels.cli.console import quiet_libraries, say
 from str_kernels.evaluation.answers import AnswerFile
+from str_kernels.evaluation.evaluation import answer_rows
 from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.version import __version__
 
@@ -217,9 +219,12 @@ def _tuned(
     asked = {"amounts": amounts, "known": places.answers(name, amounts)}
     measured = measure(tuned, tokenizer, places.data, run.setting.task, **asked)
     harmful = requests[: amounts.harmful]
+    limit = {"max_new_tokens": amounts.new_tokens, "known": asked["known"]}
+    answers = answer_rows(tuned, tokenizer, harmful, **limit)
     return tuned, {
         "run": run.as_dict(),
         "measured": measured.as_dict(),
+        "surprise": surprise(tuned, aligned, tokenizer, harmful, answers),
         "mass": held_mass(tuned, aligned, tokenizer, harmful, held),
         "probe": None if probe is None else probe.as_dict(),
         "step_seconds": round(statistics.median(history.seconds), 3),

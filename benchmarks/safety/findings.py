@@ -48,6 +48,11 @@ class Group:
         """Count the outcomes of the harmful requests."""
         return Counter(self.rows("harmful"))
 
+    def surprise(self) -> float | None:
+        """Return the median of the answers' nats a token under the aligned model, if measured."""
+        nats = [x for result in self.results for x in result.get("surprise", {}).get("nats", ())]
+        return statistics.median(nats) if nats else None
+
     def mean(self, *path: str) -> float:
         """Return the mean over the seeds of a number in the result."""
         return statistics.fmean(_dig(result, path) for result in self.results)

@@ -236,12 +236,20 @@ def _sentences(groups: Sequence[Group]) -> str:
 
 def _outcome_table(groups: Sequence[Group]) -> str:
     seen = [o for o in OUTCOMES if any(g.outcomes()[o] for g in groups)]
+    nats = [group.surprise() for group in groups]
+    told = any(x is not None for x in nats)
     rows = []
-    for group in groups:
+    for group, surprise in zip(groups, nats, strict=True):
         counts = group.outcomes()
         rows.append([group.method, *(f"{100 * counts[o] / counts.total():.1f}" for o in seen)])
-    table = markdown(["method", *seen], rows).rstrip()
-    return f"What the harmful requests were answered with, %:\n\n{table}"
+        if told:
+            rows[-1].append("" if surprise is None else f"{surprise:.2f}")
+    table = markdown(["method", *seen, *(["nats a token"] if told else ())], rows).rstrip()
+    how = (
+        "; and the answers' cross-entropy under the aligned model, median, where it was measured: "
+        "what it would not say is babble or a new habit"
+    )
+    return f"What the harmful requests were answered with, %{how if told else ''}:\n\n{table}"
 
 
 def _cost_table(groups: Sequence[Group]) -> str:

@@ -94,6 +94,17 @@ def test_each_run_is_held_against_the_model_it_started_from(results):
     assert "| ab12 | sst2 | 50.0 %" in text
 
 
+def test_how_unlikely_answers_are_is_told_where_it_was_measured(results):
+    """The median over the answers of all seeds that have it; no column where none has."""
+    assert "nats a token" not in write(results).read_text()
+    name = Run(MSE, HARSH, 1).name
+    found = {"surprise": {"nats": [1.0, 2.5, 9.0], "median": 2.5}}
+    put(results, name, rows_of(results)[name] | found)
+    lines = write(results).read_text().splitlines()
+    told = next(i for i, line in enumerate(lines) if "nats a token" in line)
+    assert [line.split("|")[-2].strip() for line in lines[told + 2 : told + 4]] == ["", "2.50"]
+
+
 def test_a_run_whose_start_was_not_measured_keeps_nothing_known(results):
     write_all(results, {n: row for n, row in rows_of(results).items() if "aligned" not in n})
     findings = read(results, ORDER)
