@@ -55,7 +55,7 @@ _INTERPRETED = tuple(
     str(path.relative_to(ROOT)) for path in (ROOT / "tests/triton/interpreted").glob("test_*.py")
 )
 INTERPRETED = [
-    Job(f"interpreted_{half}", tuple(sorted(_INTERPRETED)[half::2]), ("TRITON_INTERPRET", "1"), 8)
+    Job(f"interpreted_{half}", tuple(sorted(_INTERPRETED)[half::2]), ("TRITON_INTERPRET", "1"), 16)
     for half in range(2)
 ]
 CPUS = [

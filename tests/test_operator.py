@@ -15,6 +15,8 @@ from str_kernels.options import LossOptions
 from tests.backends.test_routed import clustered_case
 from tests.oracle import assert_close, make_case
 
+pytestmark = pytest.mark.one_in(3)
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

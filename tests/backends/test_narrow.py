@@ -14,6 +14,8 @@ from tests.backends.test_exact import OPTIONS, TOLERANCE
 from tests.cpus import set_cpu
 from tests.oracle import Case, assert_close, make_case, relative_error
 
+pytestmark = pytest.mark.one_in(3)
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

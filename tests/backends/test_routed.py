@@ -17,6 +17,8 @@ from str_kernels.vocabulary import tile_means
 from tests.backends.test_exact import OPTIONS
 from tests.oracle import Case, assert_close, filtered_truth, make_case, relative_error
 
+pytestmark = pytest.mark.one_in(3)
+
 # a softcap with label smoothing takes the exact path
 ROUTED = [x for x in OPTIONS if not {"softcap", "label_smoothing"} <= x.keys()]
 # below every tile's share: all pairs are live, and refined from the original operands

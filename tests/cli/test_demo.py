@@ -15,6 +15,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_quick_demo(tmp_path):
     """In a fresh process and an empty folder: tables on stdout, progress and verdict on stderr, and
     both files; JSON that says what the table says.

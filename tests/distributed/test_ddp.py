@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from str_kernels import patch_model
 from tests.distributed.models import KINDS, Case, Found, assert_right, step
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 
 def wrapped(case: Case, **settings) -> Found:

@@ -22,7 +22,7 @@ from tests.huggingface.adapters import SAFETY, wrap
 from tests.huggingface.dense import constant_cache
 from tests.huggingface.models import assert_same, batch, build, gradients
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"

@@ -16,7 +16,7 @@ from str_kernels import patch_model
 from tests.distributed.models import KINDS, Case, Found, assert_right, gradients, step
 from tests.distributed.pool import WORLD
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 wrap = functools.partial(Fsdp1, use_orig_params=True, device_id=torch.device("cpu"))
 

@@ -18,7 +18,7 @@ from tests.distributed.test_fsdp2 import shard
 from tests.distributed.test_sweep import SEVERAL
 from tests.huggingface.dense import constant_cache
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 
 class Counts(NamedTuple):

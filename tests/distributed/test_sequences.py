@@ -20,7 +20,7 @@ from tests.distributed.splitting import SCHEMES, attending, items, part, told
 from tests.distributed.test_fsdp2 import shard
 from tests.distributed.test_sweep import SEVERAL, alone
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 LABELS = (3, 9)  # with half of 12 tokens each, one process has no label of the first sequence
 PROMPT = (2, 3)  # and the first none at all

@@ -19,7 +19,7 @@ from tests.distributed.models import Case, Found, assert_right, gradients
 from tests.distributed.pool import Pool
 from tests.huggingface.dense import dense_loss
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 LAYOUTS = {
     "gathered": {"output_layouts": Replicate()},

@@ -21,7 +21,7 @@ from tests.distributed.test_fsdp2 import shard
 from tests.distributed.test_trainers import UNEVEN
 from tests.distributed.trainers import train
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 
 @pytest.mark.parametrize("labels", [UNEVEN, (0, 0, 8, 9)])

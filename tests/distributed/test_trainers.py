@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.models import KINDS, Case, assert_right
 from tests.distributed.trainers import train, train_by_trl, train_sharded
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 UNEVEN = (1, 2, 8, 9, 3, 3, 10, 4)
 

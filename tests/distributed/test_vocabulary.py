@@ -14,7 +14,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.vocabulary import apart, counted, cut, losses, of_dtensor, own, unlike, whole
 from tests.oracle import Case, assert_close, filtered_truth, make_case
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(4)
 
 N, VOCAB, DIM = 24, 501, 16
 OPTIONS = {

@@ -19,6 +19,8 @@ from str_kernels.options import LossOptions
 from str_kernels.terms import check_inputs, row_terms
 from tests.oracle import Case, assert_close, make_case
 
+pytestmark = pytest.mark.one_in(3)
+
 OPTIONS = [
     {},
     {"weighted": True, "scale": 6.0, "static": True},

@@ -22,6 +22,8 @@ from tests.huggingface.trainers import (
     trainer_for,
 )
 
+pytestmark = pytest.mark.one_in(2)
+
 
 def both(work, safety=None):
     """The same work on an unpatched and on a patched model."""

@@ -19,6 +19,8 @@ from tests.huggingface.adapters import BODY, SAFETY, VARIANTS, wrap
 from tests.huggingface.dense import constant_cache, dense_loss
 from tests.huggingface.models import assert_same, batch, build, gradients, loss_and_gradients
 
+pytestmark = pytest.mark.one_in(2)
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("order", ["patch first", "peft first"])

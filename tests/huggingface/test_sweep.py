@@ -9,6 +9,8 @@ from benchmarks.architectures.table import FILE, RESULTS, SCHEMA, markdown
 from benchmarks.architectures.tiny_configs import TASKS
 from str_kernels.bench.report import read_rows
 
+pytestmark = pytest.mark.one_in(2)
+
 # one of each way from the hidden states to the loss, and the usual suspects
 SOME = [
     ("causal", name)

@@ -19,6 +19,8 @@ from tests.huggingface.trainers import (
     trainer_for,
 )
 
+pytestmark = pytest.mark.one_in(2)
+
 LOGGED = {"cross_entropy", "safety_penalty", "safety_drift", "live_share", "token_accuracy"}
 
 

@@ -15,6 +15,8 @@ from tests.huggingface.models import build
 from tests.huggingface.trainers import SAFETY, assert_equal_runs, lora_model, rows, run
 from tests.tiny import llama, word_tokenizer
 
+pytestmark = pytest.mark.one_in(2)
+
 trl = pytest.importorskip("trl", minversion="1.15")
 Dataset = pytest.importorskip("datasets").Dataset
 

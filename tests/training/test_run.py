@@ -19,6 +19,8 @@ from str_kernels.training.reading import TOKENS
 from str_kernels.training.run import train
 from str_kernels.training.settings import TrainSettings
 
+pytestmark = pytest.mark.one_in(2)
+
 ADAPTER = "adapter_model.safetensors"
 ROWS = [
     {"prompt": f"tell me the topic of {word}", "response": f"{topic} ."}
@@ -163,6 +165,7 @@ def anchors(tmp_path):
     return tuple(map(str, files))
 
 
+@pytest.mark.slow
 def test_anchors_are_held_and_not_learned(make_settings, anchors):
     """With strength 0 they change nothing; else they do, are in a run's own references, and are
     missed in those of a run without them; a resumed run asks for the same ones.

@@ -13,6 +13,8 @@ from tests.huggingface.adapters import BODY, SAFETY
 from tests.huggingface.dense import dense_loss, safety_values
 from tests.huggingface.models import assert_same, batch, build, gradients
 
+pytestmark = pytest.mark.one_in(2)
+
 KINDS = {
     "lora": LoraConfig(r=4, target_modules=BODY),
     "dora": LoraConfig(r=4, target_modules=BODY, use_dora=True),

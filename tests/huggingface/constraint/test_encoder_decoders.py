@@ -21,6 +21,8 @@ from str_kernels.huggingface.constraint.anchors import AnchoredCollator
 from tests.huggingface.dense import safety_values
 from tests.huggingface.models import VOCAB, assert_same, gradients
 
+pytestmark = pytest.mark.one_in(3)
+
 SAFETY = SafetyConstraint([3, 17, 40, 95], 0.5, "mse")
 _SEQ2SEQ = {
     "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,

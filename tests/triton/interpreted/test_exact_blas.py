@@ -88,6 +88,7 @@ def test_every_block_rises(sign, backend):
     check(case, torch.bfloat16, backend)
 
 
+@pytest.mark.slow
 def test_masked_tokens(backend):
     """A bias of -inf on the first block, or on all words but the label, leaves no NaN."""
     case = make_case(20, 520, 24, bias=True)
@@ -105,6 +106,7 @@ def test_masked_tokens(backend):
     assert (got["hidden_states"] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_broken_rows_stay_alone(value, backend):
     """NaN or inf in one row's hidden states breaks that row's loss and gradient, and no other's."""
@@ -145,6 +147,7 @@ def test_statistics(softcap, backend):
     check_statistics(backend, softcap)
 
 
+@pytest.mark.slow
 def test_a_weight_in_fp32_under_autocast(backend):
     """W is cast block by block: bitwise what a weight in bf16 gives."""
     case = make_case(37, 400, 24).to(torch.bfloat16)
@@ -157,6 +160,7 @@ def test_a_weight_in_fp32_under_autocast(backend):
         assert relative_error(got[name], want[name]) < TOLERANCE[torch.bfloat16] / 8, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale",
     [pytest.param(5, marks=pytest.mark.slow), 40, pytest.param(640, marks=pytest.mark.slow)],
@@ -174,6 +178,7 @@ def test_confident_rows_keep_their_gradient(scale, backend):
         assert relative_error(got["loss"], truth["loss"]) < max(1e-5, scale * 2.0**-19)
 
 
+@pytest.mark.slow
 def test_deterministic_and_no_uninitialised_memory(backend):
     """Deterministic mode fills new memory with NaN; none shows, and results repeat bitwise."""
     case = make_case(48, 600, 24, bias=True, softcap=9.0).to(torch.float32)

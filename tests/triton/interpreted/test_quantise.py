@@ -160,6 +160,7 @@ def test_scaled_logits(scale, bias, name, backend):
     torch.testing.assert_close(got, want, rtol=0.0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_columns_are_balanced_as_a_cpu_does(options, ordered):

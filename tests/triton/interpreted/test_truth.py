@@ -87,6 +87,7 @@ def test_low_precision_screens_are_refined_away(screen, options, backend):
     assert relative_error(hidden.grad, truth["hidden_states"]) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "vocab", "dim"), [(1, 129, 16), (3, 128, 77), (130, 5, 24), (64, 1, 8), (300, 257, 1)]
 )
@@ -244,6 +245,7 @@ def test_blocks_do_not_matter(eps):
     assert_close(got, want, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atomic", [True, False])
 @pytest.mark.parametrize("budget", [1, 1 << 20])
 def test_deterministic_and_no_uninitialised_memory(atomic, budget, monkeypatch):
