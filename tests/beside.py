@@ -60,7 +60,6 @@ INTERPRETED = [
 ]
 CPUS = [
     Job("AVX2", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX2"), 4),
-    Job("AVX512_CORE_VNNI", _BY_CPU, ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI"), 4),
     # no machine is needed to choose as one with AMX does: tests/cpus.py
     Job("AMX", _BY_CPU, ("STR_KERNELS_TEST_CPU", "bf16,int8,amx"), 4),
 ]

@@ -34,6 +34,7 @@ def peak(rows: int, screen: str | None, *, ignored: float, backward: bool) -> in
     return peak_bytes(call, torch.device("cpu")).peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("screen", "ignored"),

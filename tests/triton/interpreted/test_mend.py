@@ -16,6 +16,7 @@ from tests.triton.interpreted.test_launches import SmallBlocks
 LARGE = slice(3, 80, 9)  # rows whose logits are too large for 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"softcap": 5000.0, "bias": True}], ids=str)
 def test_rows_that_are_off_are_screened_exactly(options, no_waits, caplog, monkeypatch):
     """They have the results of an exact screen, the others those of a call without large rows."""

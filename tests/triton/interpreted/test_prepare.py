@@ -62,6 +62,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("screen", [None, "exact", "int8"])
 def test_results_are_the_same(options, screen, no_waits, monkeypatch):
