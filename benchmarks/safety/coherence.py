@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.safety.mass import aligned_model
 from str_kernels.inputs.rows import Row
 from str_kernels.probe.reading import read
 from str_kernels.safety.inference import prompt_token_ids
@@ -47,7 +47,7 @@ def surprise(
     ]
     if not exchanges:
         return {"nats": [], "median": None}
-    with tuned.disable_adapter() if aligned is None else nullcontext():
-        sums = read(tuned if aligned is None else aligned, exchanges, ()).openings.tolist()
+    with aligned_model(tuned, aligned) as model:
+        sums = read(model, exchanges, ()).openings.tolist()
     nats = [-total / len(ids) for total, (_, ids) in zip(sums, exchanges, strict=True)]
     return {"nats": [float(f"{x:.3g}") for x in nats], "median": statistics.median(nats)}

@@ -6,8 +6,8 @@ proportions among the K tokens does not see mass that leaves them all together f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,9 +48,8 @@ def held_mass(
     for start in range(0, len(prompts), _BATCH):
         part = prompts[start : start + _BATCH]
         after = _log_outcomes(tuned, part, ids, pad)
-        off = tuned.disable_adapter() if aligned is None else nullcontext()
-        with off:
-            before = _log_outcomes(tuned if aligned is None else aligned, part, ids, pad)
+        with aligned_model(tuned, aligned) as model:
+            before = _log_outcomes(model, part, ids, pad)
         lists["mass"] += (1.0 - after[:, -1].exp()).tolist()
         lists["aligned_mass"] += (1.0 - before[:, -1].exp()).tolist()
         lists["with_rest"] += _divergence(before, after).tolist()
@@ -59,6 +58,15 @@ def held_mass(
     rounded = {name: [float(f"{x:.3g}") for x in values] for name, values in lists.items()}
     summary = {name: sum(values) / len(values) for name, values in lists.items()}
     return {**rounded, "summary": {**summary, "smallest_mass": min(lists["mass"])}}
+
+
+@contextmanager
+def aligned_model(
+    tuned: torch.nn.Module, aligned: torch.nn.Module | None
+) -> Iterator[torch.nn.Module]:
+    """In this block, the model before training: ``tuned`` without adapters if none is given."""
+    with tuned.disable_adapter() if aligned is None else nullcontext():
+        yield tuned if aligned is None else aligned
 
 
 def _log_outcomes(
