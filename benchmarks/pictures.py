@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import accuracy_plot, end_to_end, equivalence, scaling, str_overhead
 from benchmarks.common import RESULTS
-from benchmarks.safety import plots, report
+from benchmarks.safety import appendix, plots, report
 from benchmarks.safety.findings import read
 from benchmarks.safety.methods import ANSWERS, HARSH, HARSHEST, ORDINARY, TOPICS, plan_order
 from str_kernels.bench import style
@@ -77,7 +77,8 @@ def safety(out: Path) -> None:
     """Draw the safety experiment's pictures."""
     findings, folder = read(RESULTS / "safety", plan_order()), out / "safety"
     for setting in findings.settings():
-        report.pictures(findings, setting, folder)
+        appendix.pictures(findings, setting, folder)
+    report.compared(findings, folder)
     plots.headline(findings, SETTINGS, folder / "refusals.png")
     rates = (ORDINARY.name, HARSH.name, HARSHEST.name)
     plots.by_learning_rate(findings, rates, folder / "refusals-by-learning-rate.png")

@@ -37,6 +37,15 @@ class Method(ConstraintSettings):
     anchors: int = 0
     mixed: int = 0
 
+    @property
+    def needs(self) -> str:
+        """What it takes besides the aligned model and the task's rows."""
+        if self.mixed:
+            return "refused requests to learn"
+        if self.anchors:
+            return "refused requests and look-alikes"
+        return "the model before alignment" if self.loss == "safe_lora" else ""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -94,6 +103,9 @@ SHARES = tuple(
 )
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
+# side by side on the report's page
+HELD = (KL, KL_ANCHORED, KL_REST, KL_REST_ANCHORED, *SHARES, MSE, LOGPROB)
+COMPARED = (PLAIN, *HELD, PACT, FULL_KL, *BASELINES)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
 RANDOM = Method("mse-random-tokens", tokens="random")

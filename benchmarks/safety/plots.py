@@ -13,7 +13,7 @@ from benchmarks.safety.probe import Point
 from str_kernels.bench import style
 from str_kernels.bench.style import DEFAULT
 
-_MARKERS = "osD^vPX<>hd"
+_MARKERS = "osD^vPX<>hdpH41238"
 
 
 def pareto(findings: Findings, setting: str, path: Path) -> None:
@@ -21,21 +21,31 @@ def pareto(findings: Findings, setting: str, path: Path) -> None:
     figure, (axis,) = style.new_figure(width=7.5, height=4.2)
     groups = findings.of(setting)
     for index, group in enumerate(sorted(groups, key=lambda g: g.method == DEFAULT)):
-        right, refused = _by_seed(group, "task"), _by_seed(group, "harmful", "refusal")
-        if not right or not refused:
-            continue
-        (x, across), (y, along) = style.whiskers(right), style.whiskers(refused)
-        default = group.method == DEFAULT
-        axis.errorbar(
-            x, y, xerr=[[e] for e in across], yerr=[[e] for e in along], lw=1,
-            fmt="*" if default else _MARKERS[index % len(_MARKERS)], ms=16 if default else 7,
-            color=style.colour(group.method), label=_seeded(group), alpha=0.9,
-        )  # fmt: skip
+        if group.rate("task") is not None:
+            _point(axis, group, ("task", None), _MARKERS[index % len(_MARKERS)], _seeded(group))
     style.label(axis, "x", "task accuracy, %", "higher")
     style.label(axis, "y", "harmful requests refused, %", "higher")
     axis.set_ylim(-4, 104)
     axis.set_title(f"{setting}: mean of the seeds, lowest to highest", fontsize=11)
     style.legend(figure, [axis])
+    style.save(figure, path)
+
+
+def balance(
+    findings: Findings, settings: Sequence[str], methods: Sequence[str], path: Path
+) -> None:
+    """Draw refusals kept against look-alikes refused, a panel a setting, seeds as whiskers."""
+    figure, axes = style.new_figure(columns=len(settings), width=3.9, height=3.6)
+    for axis, setting in zip(axes, settings, strict=True):
+        for index, name in enumerate(methods):
+            group = findings.find(setting, name)
+            if group is not None:
+                _point(axis, group, ("benign", "refusal"), _MARKERS[index % len(_MARKERS)])
+        style.label(axis, "x", "look-alikes refused, %", "lower")
+        axis.set_ylim(-4, 104)
+        axis.set_title(setting, fontsize=11)
+    style.label(axes[0], "y", "harmful requests refused, %", "higher")
+    style.legend(figure, axes)
     style.save(figure, path)
 
 
@@ -161,6 +171,20 @@ def probed(found: Sequence[Point], path: Path) -> None:
     axis.set_title("The probe at the end of a run, and what it refuses", fontsize=11)
     style.legend(figure, [axis])
     style.save(figure, path)
+
+
+def _point(
+    axis: Any, group: Group, across: tuple[str, str | None], marker: str, label: str = ""
+) -> None:
+    """Draw a group's refusals against another share; the default is a star."""
+    x, wide = style.whiskers(_by_seed(group, *across))
+    y, high = style.whiskers(_by_seed(group, "harmful", "refusal"))
+    default = group.method == DEFAULT
+    axis.errorbar(
+        x, y, xerr=[[e] for e in wide], yerr=[[e] for e in high], lw=1,
+        fmt="*" if default else marker, ms=16 if default else 7,
+        color=style.colour(group.method), label=label or style.named(group.method), alpha=0.9,
+    )  # fmt: skip
 
 
 def _by_seed(group: Group, of: str, outcome: str | None = None) -> list[float]:

@@ -1,26 +1,25 @@
-"""Make ``REPORT.md`` and its pictures from the results alone.
+"""Make ``REPORT.md``, a page, and its appendix from the results alone.
 
-Every sentence that states a result is made from numbers; what is fixed text says how it was
-measured and where its limits are.
+Every sentence that states a result is made from numbers, or stands in ``conclusions.md``; what is
+fixed text says how it was measured and where its limits are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.safety.findings import Findings, Group, kept, paired, read
-from benchmarks.safety.methods import plan_order
-from benchmarks.safety.plots import curves, pareto, probed
-from benchmarks.safety.probe import points, sentences
+from benchmarks.safety.appendix import appendix
+from benchmarks.safety.cells import by_seed, p_value, shares
+from benchmarks.safety.findings import Findings, Group, paired, read
+from benchmarks.safety.methods import COMPARED, HARSH, HARSHEST, OBEYING, plan_order
+from benchmarks.safety.plots import balance
 from str_kernels.bench.report import markdown
 from str_kernels.bench.style import DEFAULT
-from str_kernels.evaluation.judge import Outcome
-from str_kernels.evaluation.rates import Rate
 
-PLOTTED = tuple(dict.fromkeys(("plain", DEFAULT, "kl", "kl-rest", "mse", "logprob", "pact")))
-OUTCOMES = tuple(outcome.value for outcome in Outcome)
+SHORT = ("plain", DEFAULT, f"{DEFAULT}-anchors")
+CONTESTED = (HARSH.name, HARSHEST.name, OBEYING.name)  # where methods differ
+BALANCE = "balance.png"
 
 HOW = """\
 A base model is aligned (its whole body trained to refuse harmful requests and to answer benign
@@ -40,11 +39,11 @@ LIMITS = """\
 - A few tokens of answer are read: enough to see a refusal, not what would follow.
 - Refusing is not all of safety: nothing here says what a model that no longer refuses would do,
   nor how it stands up to an attacker.
-- A missing row was not run; nothing that was run was left out."""
+- A missing row was not run; nothing that was run was left out of [the appendix](APPENDIX.md)."""
 
 
 def write(folder: Path) -> Path:
-    """Write the report beside the results; return its path.
+    """Write the report and its appendix beside the results; return the report's path.
 
     Raises:
         ValueError: the folder holds no results, or strange ones.
@@ -52,20 +51,49 @@ def write(folder: Path) -> Path:
     findings = read(folder, plan_order())
     conclusions = folder / CONCLUSIONS
     concluded = conclusions.read_text(encoding="utf-8").strip() if conclusions.is_file() else ""
-    parts = ["# Does it keep a model safe?", HOW, _made(findings), concluded]
-    parts.append(_aligned(findings))
-    for setting in findings.settings():
-        parts.append(_setting(findings, setting, folder))
-    parts += [
-        _chains(findings),
-        _probed(findings, folder),
-        _identified(findings),
-        "## Limits",
-        LIMITS,
-    ]
+    parts = ["# Does it keep a model safe?", HOW, _made(findings), _short(findings), concluded]
+    parts += [compared(findings, folder), "## Limits", LIMITS]
     path = folder / "REPORT.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    (folder / "APPENDIX.md").write_text(appendix(findings, folder), encoding="utf-8")
     return path
+
+
+def compared(findings: Findings, folder: Path) -> str:
+    """Return the methods side by side where they differ; the picture is drawn into the folder."""
+    contested = [s for s in CONTESTED if findings.of(s)]
+    if not contested:
+        return ""
+    methods = {method.name: method for method in COMPARED}
+    rows = [
+        [
+            group.setting,
+            group.method,
+            methods[group.method].needs,
+            *_row(group),
+            f"{group.mean('step_seconds'):.1f}",
+            f"{group.mean('training_peak_mib'):,.0f}",
+        ]
+        for setting in contested
+        for group in findings.of(setting)
+        if group.method in methods
+    ]
+    balance(findings, contested, tuple(methods), folder / BALANCE)
+    headings = ["setting", "method", "needs besides", *_HEADINGS, "s a step", "peak MiB"]
+    return (
+        "## Ways to keep refusals\n\n"
+        f"![refusals kept against look-alikes refused]({BALANCE})\n\n"
+        + markdown(headings, rows).rstrip()
+    )
+
+
+_HEADINGS = ("seeds", "refused", "each seed", "over-refused", "accuracy", "neutral")
+
+
+def _row(group: Group) -> list[str]:
+    refused, *others = shares(group)
+    neutral = f"{group.mean('measured', 'neutral'):.2f}"
+    return [str(group.seeds), refused, by_seed(group), *others, neutral]
 
 
 def _made(findings: Findings) -> str:
@@ -82,228 +110,16 @@ def _made(findings: Findings) -> str:
     )
 
 
-def _aligned(findings: Findings) -> str:
+def _short(findings: Findings) -> str:
     rows = []
-    for (task, name), result in findings.aligned.items():
-        group = Group("", "", (result,))
-        neutral = f"{result['measured']['neutral']:.3f}"
-        rows.append([name or "first", task, *_shares(group), neutral])
-    headings = ["model", "task", "refused", "over-refused", "accuracy", "neutral"]
-    text = "## The aligned model\n\n" + markdown(headings, rows).rstrip()
-    later: dict[str, list[str]] = {}
-    for group in findings.groups:
-        for result in group.results:
-            run = f"{group.setting} {group.method} {result['run']['seed']}"
-            later.setdefault(result.get("aligned", ""), []).append(run)
-    later.pop("", None)
-    if not later:
-        return text
-    lines = [f"- `{name}`: {', '.join(runs)}." for name, runs in later.items()]
-    return (
-        f"{text}\n\nThe same recipe on another machine gives other weights. All runs started from "
-        "the first but these (setting, method, seed):\n\n" + "\n".join(lines)
-    )
-
-
-def _setting(findings: Findings, name: str, folder: Path) -> str:
-    groups = findings.of(name)
-    setting = groups[0].results[0]["run"]["setting"]
-    drawn = pictures(findings, name, folder)
-    return "\n\n".join(
-        part
-        for part in (
-            f"## {name}: {setting['task']}, learning rate {setting['learning_rate']:g}, "
-            f"{setting['steps']} steps of {setting['batch']}, rank {setting['rank']}",
-            _main_table(findings, groups),
-            _sentences(groups),
-            _outcome_table(groups),
-            _cost_table(groups),
-            drawn,
-        )
-        if part
-    )
-
-
-def _chains(findings: Findings) -> str:
-    if not findings.chains:
+    for setting in findings.settings():
+        groups = [g for name in SHORT if (g := findings.find(setting, name)) is not None]
+        rows += [[setting, group.method, *_row(group), _p(group, groups)] for group in groups]
+    if not rows:
         return ""
-    rows = [
-        [
-            stage.method,
-            f"{place}. {stage.setting}",
-            *_shares(stage),
-            f"{stage.mean('measured', 'neutral'):.3f}",
-        ]
-        for chain in findings.chains
-        for place, stage in enumerate(chain, start=1)
-    ]
-    headings = ["method", "after", "refused", "over-refused", "accuracy of that task", "neutral"]
-    return (
-        "## One fine-tuning after another\n\n"
-        "Each adapter is merged before the next is trained; safety tokens are held to the first "
-        "aligned model throughout.\n\n" + markdown(headings, rows).rstrip()
-    )
+    return "## In short\n\n" + markdown(["setting", "method", *_HEADINGS, "p"], rows).rstrip()
 
 
-def _probed(findings: Findings, folder: Path) -> str:
-    found = points(findings)
-    if not found:
-        return ""
-    probed(found, folder / "probe.png")
-    return (
-        "## What a probe while training says\n\n"
-        "The last probe of a run (how much of the aligned model's probability of beginning its "
-        "refusals is left, on requests that are not asked) against the share of harmful requests "
-        f"refused. {sentences(found)}\n\n![refusals against the probe](probe.png)"
-    )
-
-
-def _identified(findings: Findings) -> str:
-    if not findings.identified:
-        return ""
-    rows = []
-    for found in findings.identified:
-        shares = [*found["overlap"].values(), found["in_templates"], found["score_share"]]
-        rows.append([str(found["top_k"]), *(f"{100 * share:.0f} %" for share in shares)])
-    halves = ["halves of the templates", "halves of the requests"]
-    headings = ["K", *halves, "in the templates", "score held by the first quarter"]
-    words = ", ".join(repr(token) for token in findings.identified[0]["tokens"])
-    return (
-        "## The tokens that are found\n\n"
-        "Overlap: share of the K tokens that two halves of the templates, or of the requests, "
-        "find alike; and of those found that stand in the templates at all.\n\n"
-        f"{markdown(headings, rows)}\nThe first of them: {words}."
-    )
-
-
-def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
-    rows, plain = [], _plain(groups)
-    for group in groups:
-        share = kept(group, findings.aligned)
-        p = None if plain is None or group is plain else paired(group, plain)
-        refused, *others = _shares(group)
-        rows.append(
-            [
-                group.method,
-                str(group.seeds),
-                refused,
-                _by_seed(group),
-                "" if math.isnan(share) else f"{100 * share:.1f} %",
-                *others,
-                f"{group.mean('measured', 'neutral'):.3f}",
-                "" if p is None else _p(p),
-            ]
-        )
-    headings = ["method", "seeds", "refused", "each seed", "of the aligned model's refusals kept"]
-    return markdown([*headings, "over-refused", "accuracy", "neutral", "p"], rows).rstrip()
-
-
-def _plain(groups: Sequence[Group]) -> Group | None:
-    return next((group for group in groups if group.method == "plain"), None)
-
-
-def _merit(group: Group) -> tuple[float, ...]:
-    """Rank by refusals kept; among equals by fewer look-alikes refused, then accuracy."""
-    refused, over, task = (
-        group.rate("harmful", "refusal"),
-        group.rate("benign", "refusal"),
-        group.rate("task"),
-    )
-    return refused.value, -over.value, 0.0 if task is None else task.value
-
-
-def _sentences(groups: Sequence[Group]) -> str:
-    plain = _plain(groups)
-    constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
-    if plain is None or not constrained:
-        return ""
-    seeds = max(group.seeds for group in constrained)
-    compared = [group for group in constrained if group.seeds == seeds]
-    best = max(compared, key=_merit)
-    lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
-    text = (
-        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints run with "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, `{best.method}` keeps most, "
-        f"{100 * found.value:.1f} %"
-    )
-    right, plain_right = best.rate("task"), plain.rate("task")
-    if right is not None and plain_right is not None:
-        points = 100 * (right.value - plain_right.value)
-        text += f", at {points:+.1f} points of task accuracy"
-    over = 100 * (best.rate("benign", "refusal").value - plain.rate("benign", "refusal").value)
-    return text + f" and {over:+.1f} points of over-refusal against plain."
-
-
-def _outcome_table(groups: Sequence[Group]) -> str:
-    seen = [o for o in OUTCOMES if any(g.outcomes()[o] for g in groups)]
-    nats = [group.surprise() for group in groups]
-    told = any(x is not None for x in nats)
-    rows = []
-    for group, surprise in zip(groups, nats, strict=True):
-        counts = group.outcomes()
-        rows.append([group.method, *(f"{100 * counts[o] / counts.total():.1f}" for o in seen)])
-        if told:
-            rows[-1].append("" if surprise is None else f"{surprise:.2f}")
-    table = markdown(["method", *seen, *(["nats a token"] if told else ())], rows).rstrip()
-    how = (
-        "; and the answers' cross-entropy under the aligned model, median, where it was measured: "
-        "what it would not say is babble or a new habit"
-    )
-    return f"What the harmful requests were answered with, %{how if told else ''}:\n\n{table}"
-
-
-def _cost_table(groups: Sequence[Group]) -> str:
-    rows = []
-    for group in groups:
-        median, largest = group.gradient_norm()
-        drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
-        constrained = group.results[0]["run"]["method"]["loss"] == "str"
-        rows.append(
-            [
-                group.method,
-                f"{group.last_cross_entropy():.3f}",
-                f"{median:.2f}, {largest:.0f}",
-                f"{sum(drift) / len(drift):.2f}" if constrained else "",
-                f"{group.mean('step_seconds'):.2f}",
-                f"{group.mean('training_peak_mib'):,.0f}",
-            ]
-        )
-    norm = "gradient norm, median and largest"
-    headings = ["method", "last cross-entropy", norm, "last drift", "s a step", "peak MiB"]
-    return markdown(headings, rows).rstrip()
-
-
-def pictures(findings: Findings, setting: str, folder: Path) -> str:
-    """Draw a setting's pictures; return what shows them."""
-    made = []
-    groups = findings.of(setting)
-    if any(group.rate("task") for group in groups):
-        pareto(findings, setting, folder / f"{setting}-pareto.png")
-        made.append(f"![refusals against task accuracy]({setting}-pareto.png)")
-    drawn = tuple(m for m in PLOTTED if findings.find(setting, m) is not None)
-    if drawn:
-        curves(findings, setting, drawn, folder / f"{setting}-curves.png")
-        made.append(f"![loss and gradient norm]({setting}-curves.png)")
-    return "\n".join(made)
-
-
-def _shares(group: Group) -> list[str]:
-    """Return the shares refused, over-refused and right."""
-    rates = group.rate("harmful", "refusal"), group.rate("benign", "refusal"), group.rate("task")
-    return [_share(rate) for rate in rates]
-
-
-def _by_seed(group: Group) -> str:
-    rates = (Group("", "", (r,)).rate("harmful", "refusal") for r in group.results)
-    return ", ".join(f"{100 * rate.value:.0f}" for rate in rates)
-
-
-def _share(rate: Rate | None) -> str:
-    if rate is None:
-        return ""
-    low, high = rate.interval
-    return f"{100 * rate.value:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 1e-3 else f"{value:.3f}"
+def _p(group: Group, groups: Sequence[Group]) -> str:
+    plain = groups[0]
+    return "" if group is plain or plain.method != "plain" else p_value(paired(group, plain))

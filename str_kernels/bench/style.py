@@ -128,4 +128,4 @@ def save(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(drawn).convert("RGB").quantize(96).save(path, format="PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(192).save(path, format="PNG", optimize=True)

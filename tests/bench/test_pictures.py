@@ -39,7 +39,7 @@ def test_the_default_is_drawn_in_every_setting(findings, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
     for setting in findings.settings():
-        from benchmarks.safety.report import PLOTTED
+        from benchmarks.safety.appendix import PLOTTED
 
         plots.curves(findings, setting, PLOTTED, tmp_path / "x.png")
     rates = tuple(s.name for s in (ORDINARY, HARSH, HARSHEST))

@@ -43,7 +43,8 @@ def test_the_report_orders_runs_by_their_probe(tmp_path):
     """Runs without a probe are left out, and a report without any has no such section."""
     lost = ["refusal"] * 2 + ["compliance"] * 8
     put(tmp_path, "old", result_of(Run(PLAIN, HARSH, 0), lost))
-    assert "probe" not in write(tmp_path).read_text()
+    write(tmp_path)
+    assert "probe" not in (tmp_path / "APPENDIX.md").read_text()
     for seed, (refused, left) in enumerate([(2, 0.1), (5, 0.4), (9, 0.97)], start=1):
         outcomes = ["refusal"] * refused + ["compliance"] * (10 - refused)
         run = Run(MSE, HARSH, seed)
@@ -51,5 +52,6 @@ def test_the_report_orders_runs_by_their_probe(tmp_path):
     found = points(read(tmp_path, plan_order()))
     assert [(p.probe, p.refused) for p in found] == [(0.1, 0.2), (0.4, 0.5), (0.97, 0.9)]
     assert sentences(found) == "Over 3 runs the rank correlation (Spearman) is 1.00."
-    assert "![refusals against the probe](probe.png)" in write(tmp_path).read_text()
+    write(tmp_path)
+    assert "![refusals against the probe](probe.png)" in (tmp_path / "APPENDIX.md").read_text()
     assert (tmp_path / "probe.png").is_file()

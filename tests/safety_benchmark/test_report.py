@@ -4,7 +4,19 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.safety.findings import FILE, SCHEMA, kept, mcnemar, paired, read
-from benchmarks.safety.methods import CHAINS, FLOOR, HARSH, MSE, PAST, PLAIN, Plan, Run, plan_order
+from benchmarks.safety.methods import (
+    CHAINS,
+    FLOOR,
+    HARSH,
+    HARSHEST,
+    MIXED,
+    MSE,
+    PAST,
+    PLAIN,
+    Plan,
+    Run,
+    plan_order,
+)
 from benchmarks.safety.report import write
 from str_kernels.bench.report import read_rows, write_rows
 
@@ -69,6 +81,11 @@ def results(tmp_path):
     return tmp_path
 
 
+def appendix_of(folder):
+    write(folder)
+    return (folder / "APPENDIX.md").read_text()
+
+
 def test_seeds_are_brought_together(results):
     findings = read(results, ORDER)
     mse = findings.find("sst2-harsh", "mse")
@@ -89,18 +106,18 @@ def test_each_run_is_held_against_the_model_it_started_from(results):
     mse = read(results, ORDER).find("sst2-harsh", "mse")
     # seed 0: 8 of the first model's 9; seed 1: all 5 of the second's 5
     assert kept(mse, read(results, ORDER).aligned) == pytest.approx(13 / 14)
-    text = write(results).read_text()
+    text = appendix_of(results)
     assert "- `ab12`: sst2-harsh mse 1." in text
     assert "| ab12 | sst2 | 50.0 %" in text
 
 
 def test_how_unlikely_answers_are_is_told_where_it_was_measured(results):
     """The median over the answers of all seeds that have it; no column where none has."""
-    assert "nats a token" not in write(results).read_text()
+    assert "nats a token" not in appendix_of(results)
     name = Run(MSE, HARSH, 1).name
     found = {"surprise": {"nats": [1.0, 2.5, 9.0], "median": 2.5}}
     put(results, name, rows_of(results)[name] | found)
-    lines = write(results).read_text().splitlines()
+    lines = appendix_of(results).splitlines()
     told = next(i for i, line in enumerate(lines) if "nats a token" in line)
     assert [line.split("|")[-2].strip() for line in lines[told + 2 : told + 4]] == ["", "2.50"]
 
@@ -138,8 +155,15 @@ def test_models_that_were_asked_differently_are_not_mixed(results):
 
 
 def test_report_states_what_the_results_say(results):
-    text = write(results).read_text()
-    assert "4 runs of tiny, 3 M parameters." in text
+    """A page of the main comparison, and an appendix with every table and picture."""
+    save(results, Run(MIXED, HARSHEST, 0), ALIGNED)
+    page = write(results).read_text()
+    assert "5 runs of tiny, 3 M parameters." in page
+    assert "| sst2-harsh | plain | 2 | 20.0 % (8 to 42) | 20, 20 |" in page
+    assert "| sst2-harsh | mse |  | 2 | 90.0 % (70 to 97) | 90, 90 |" in page
+    assert "| sst2-harshest | safeinstr | refused requests to learn | 1 |" in page
+    assert (results / "balance.png").stat().st_size > 1000
+    text = (results / "APPENDIX.md").read_text()
     assert "| plain | 2 | 20.0 % (8 to 42) | 20, 20 | 22.2 % |" in text
     assert "| mse | 2 | 90.0 % (70 to 97) | 90, 90 | 88.9 % |" in text
     assert "Plain fine-tuning leaves 20.0 % refused" in text
@@ -151,8 +175,11 @@ def test_report_states_what_the_results_say(results):
 
 def test_what_people_concluded_is_in_the_report(results):
     (results / "conclusions.md").write_text("## What we take from it\n\nHold every position.\n")
+    (results / "notes.md").write_text("## Notes\n\nSeeds differ.\n")
     text = write(results).read_text()
-    assert text.index("Hold every position.") < text.index("## The aligned model")
+    assert text.index("Hold every position.") < text.index("## Limits")
+    text = (results / "APPENDIX.md").read_text()
+    assert text.index("Seeds differ.") < text.index("## The aligned model")
 
 
 def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
@@ -160,7 +187,7 @@ def test_fine_tunings_in_a_row_are_told_stage_by_stage(results):
     asked = (["refusal"] * 10, ["refusal"] * 7 + ["partial"] * 3, ["compliance"] * 10)
     stages = [result_of(run, rows) for run, rows in zip(chain.runs, asked, strict=True)]
     put(results, chain.name, {"stages": stages, **MADE})
-    text = write(results).read_text()
+    text = appendix_of(results)
     assert "| mse | 1. sst2-harsh | 100.0 % (72 to 100) |" in text
     assert "| mse | 2. agnews-harsh | 70.0 % (40 to 89) |" in text
     assert "| mse | 3. instructions-harsh | 0.0 % (0 to 28) |" in text
@@ -176,14 +203,14 @@ def test_found_tokens_are_shown(results):
         "in_templates": 0.25,
     }
     put(results, "tokens", {"identified": [found], **MADE})
-    text = write(results).read_text()
+    text = appendix_of(results)
     assert "| 4 | 75 % | 100 % | 25 % | 50 % |" in text
     assert "The first of them: ' sorry', ' cannot'." in text
 
 
 def test_past_methods_are_reported_but_not_run(results):
     save(results, Run(replace(MSE, name=FLOOR.name), HARSH, 0), ["compliance"] * 10)
-    assert "| floor | 1 | 0.0 % (0 to 28) |" in write(results).read_text()
+    assert "| floor | 1 | 0.0 % (0 to 28) |" in appendix_of(results)
     assert not {run.method for run in Plan().runs} & set(PAST)
 
 
