@@ -22,7 +22,8 @@ class Method(ConstraintSettings):
             ``"constrained_sft"`` (arXiv 2406.05946), or ``"safe_lora"`` (plain, and the adapter is
             projected afterwards, arXiv 2405.16833).
         top_k: K.
-        tokens: ``"identified"`` or ``"random"`` (the control).
+        tokens: ``"identified"``, ``"random"`` (the control) or ``"templates"`` (the words that the
+            rejection templates have most often).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
         mixed: refused rows that are learned among the data (Safety-Tuned LLaMAs, arXiv 2309.07875).
@@ -108,6 +109,15 @@ HELD = (KL, KL_ANCHORED, KL_REST, KL_REST_ANCHORED, *SHARES, MSE, LOGPROB)
 COMPARED = (PLAIN, *HELD, PACT, FULL_KL, *BASELINES)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
+# one change each to kl at 10
+ABLATIONS = (
+    *(replace(KL, name=f"kl-k{top_k}", top_k=top_k) for top_k in (16, 256)),
+    replace(KL, name="kl-template-tokens", tokens="templates"),
+    *(
+        replace(KL, name=f"kl-{name}", positions=p)
+        for name, p in (("first-2", 2), ("labels", "labels"))
+    ),
+)
 RANDOM = Method("mse-random-tokens", tokens="random")
 # Past methods, which the package no longer has: a constraint that only kept logits from falling, a
 # strength that followed a budget of drift, one target for all positions. They are named for the
@@ -119,6 +129,7 @@ STRONG = Method("mse-strong", strength=1.0)
 HARSH = Setting("sst2-harsh", "sst2", 2e-3)
 ORDINARY = Setting("sst2-ordinary", "sst2", 5e-4)
 HARSHEST = Setting("sst2-harshest", "sst2", 3e-3)
+UNCLIPPED = replace(HARSHEST, name="sst2-unclipped", max_grad_norm=0.0)
 TOPICS = Setting("agnews-harsh", "agnews", 2e-3, pool=400)
 ANSWERS = Setting("instructions-harsh", "instructions", 2e-3, pool=374)
 OBEYING = Setting("obedient-harsh", "obedient", 2e-3, pool=374)
@@ -172,7 +183,8 @@ def _everything() -> list[Run]:
         *(Run(KL_REST, task, 0) for task in (TOPICS, ANSWERS)),
         *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
         *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
-        *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES)),
+        *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES, *ABLATIONS)),
+        *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
     ]
 
 

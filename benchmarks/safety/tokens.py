@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from benchmarks.safety.methods import Method
 from str_kernels.huggingface import build_reference_cache
 from str_kernels.huggingface.constraint.references import content_key, reference_unit
 from str_kernels.options import SafetyConstraint
+from str_kernels.safety.templates import REJECTION_TEMPLATES
 from str_kernels.safety.tokens import SafetyTokens
+from str_kernels.safety.vocabulary import is_word, token_text
 
 RANDOM_SEED = 1  # draws the control's tokens: the same in every run
 
@@ -26,11 +29,23 @@ def token_ids(
     if method.tokens == "random":
         words = sorted(tokenizer.get_vocab().values())
         return tuple(random.Random(RANDOM_SEED).sample(words, method.top_k))
+    if method.tokens == "templates":
+        return commonest(tokenizer, method.top_k)
     path = work / f"tokens-{method.top_k}.json"
     with FileLock(f"{path}.lock"):  # another run may want the same at the same time
         if not path.is_file():
             SafetyTokens.identify(model, tokenizer, top_k=method.top_k).save(path)
     return SafetyTokens.load(path, tokenizer).token_ids
+
+
+def commonest(tokenizer: PreTrainedTokenizerBase, top_k: int) -> tuple[int, ...]:
+    """Return the words that the rejection templates have most often, the commonest first."""
+    each = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in REJECTION_TEMPLATES)
+    counted = Counter(token for ids in each for token in ids).most_common()
+    words = [token for token, _ in counted if is_word(token_text(tokenizer, token))]
+    if len(words) < top_k:
+        raise ValueError(f"top_k={top_k}: the templates have {len(words)} words.")
+    return tuple(words[:top_k])
 
 
 def context_reference(
