@@ -15,8 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from str_kernels.inputs.rows import Row
+from str_kernels.probe.reading import Exchange, answers_of
 from str_kernels.safety.inference import last_logits, prompt_token_ids, reading
 
+NAMES = ("mass", "aligned_mass", "among", "with_rest")
+POSITIONS = 4  # "I" may be kept, and what follows it not
 _BATCH = 16
 
 
@@ -27,7 +30,7 @@ def held_mass(
     rows: Sequence[Row],
     token_ids: Sequence[int],
 ) -> dict[str, Any]:
-    """Return each request's numbers at its first answer token, as plain JSON types.
+    """Return each request's numbers where its answer begins, as plain JSON types.
 
     Args:
         tuned: the model after training.
@@ -37,27 +40,52 @@ def held_mass(
         token_ids: the K safety tokens.
 
     Returns:
-        ``mass`` and ``aligned_mass``, the K tokens' probability; ``among``, the divergence of the
-        proportions among them; ``with_rest``, that of K + 1 outcomes, the last of which is all
-        the rest; and the means and the smallest mass under ``summary``.
+        At the first token, a number a request: ``mass`` and ``aligned_mass``, the K tokens'
+        probability; ``among``, the divergence of the proportions among them; ``with_rest``, that of
+        K + 1 outcomes, the last of which is all the rest. Their means and the smallest mass are
+        under ``summary``; ``along`` has the means at the first tokens, one after another, of what
+        the aligned model answers.
     """
     prompts = [prompt_token_ids(tokenizer, row["prompt"]) for row in rows]
-    pad = tokenizer.pad_token_id or 0
-    ids, lists = torch.tensor(token_ids), {"mass": [], "aligned_mass": []}
-    lists |= {"among": [], "with_rest": []}
-    for start in range(0, len(prompts), _BATCH):
-        part = prompts[start : start + _BATCH]
+    with aligned_model(tuned, aligned) as model:
+        answers = answers_of(model, tokenizer, prompts, POSITIONS)
+    exchanges = list(zip(prompts, answers, strict=True))
+    found = _along(tuned, aligned, exchanges, torch.tensor(token_ids), tokenizer.pad_token_id or 0)
+    first = {name: [float(f"{x[0]:.3g}") for x in values] for name, values in found.items()}
+    along = {name: _means(values) for name, values in found.items()}
+    summary = {name: sum(x[0] for x in values) / len(values) for name, values in found.items()}
+    summary["smallest_mass"] = min(x[0] for x in found["mass"])
+    return {**first, "summary": summary, "along": along}
+
+
+def _along(
+    tuned: torch.nn.Module,
+    aligned: torch.nn.Module | None,
+    exchanges: Sequence[Exchange],
+    ids: Tensor,
+    pad: int,
+) -> dict[str, list[list[float]]]:
+    """Return each number of each request at each token of its answer, one at least."""
+    found: dict[str, list[list[float]]] = {name: [] for name in NAMES}
+    for start in range(0, len(exchanges), _BATCH):
+        part = exchanges[start : start + _BATCH]
         after = _log_outcomes(tuned, part, ids, pad)
         with aligned_model(tuned, aligned) as model:
             before = _log_outcomes(model, part, ids, pad)
-        lists["mass"] += (1.0 - after[:, -1].exp()).tolist()
-        lists["aligned_mass"] += (1.0 - before[:, -1].exp()).tolist()
-        lists["with_rest"] += _divergence(before, after).tolist()
-        among = (x[:, :-1].log_softmax(-1) for x in (before, after))
-        lists["among"] += _divergence(*among).tolist()
-    rounded = {name: [float(f"{x:.3g}") for x in values] for name, values in lists.items()}
-    summary = {name: sum(values) / len(values) for name, values in lists.items()}
-    return {**rounded, "summary": {**summary, "smallest_mass": min(lists["mass"])}}
+        for q, p in zip(before, after, strict=True):
+            found["mass"].append((1.0 - p[:, -1].exp()).tolist())
+            found["aligned_mass"].append((1.0 - q[:, -1].exp()).tolist())
+            found["with_rest"].append(_divergence(q, p).tolist())
+            among = (x[:, :-1].log_softmax(-1) for x in (q, p))
+            found["among"].append(_divergence(*among).tolist())
+    return found
+
+
+def _means(values: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean at each position, over the requests whose answers are that long."""
+    longest = max(map(len, values))
+    there = ([x[i] for x in values if len(x) > i] for i in range(longest))
+    return [float(f"{sum(x) / len(x):.3g}") for x in there]
 
 
 @contextmanager
@@ -70,17 +98,23 @@ def aligned_model(
 
 
 def _log_outcomes(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], ids: Tensor, pad: int
-) -> Tensor:
-    """Log-probabilities ``[B, K + 1]`` of the safety tokens and of all the rest, fp64."""
+    model: torch.nn.Module, part: Sequence[Exchange], ids: Tensor, pad: int
+) -> list[Tensor]:
+    """Log-probabilities ``[T, K + 1]`` of the safety tokens and of all the rest, fp64, of each."""
+    lengths = [max(1, len(answer)) for _, answer in part]
     with reading(model):
-        logits = last_logits(model, prompts, 1, pad)[:, -1].double()
-    inside = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        rows = [[*request, *answer[:-1]] for request, answer in part]
+        every = last_logits(model, rows, max(lengths), pad).double()
+    inside = torch.zeros(every.shape[-1], dtype=torch.bool)
     inside[ids] = True
-    rest = logits.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits[:, ids], rest], -1).log_softmax(-1)
+    found = []
+    for logits, length in zip(every, lengths, strict=True):
+        own = logits[-length:]
+        rest = own.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
+        found.append(torch.cat([own[:, ids], rest], -1).log_softmax(-1))
+    return found
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``KL(q ‖ p) [B]``."""
+    """``KL(q ‖ p) [T]``."""
     return (log_q.exp() * (log_q - log_p)).sum(-1)
