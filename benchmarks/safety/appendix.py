@@ -64,6 +64,7 @@ def _setting(findings: Findings, name: str, folder: Path) -> str:
             _main_table(findings, groups),
             _sentences(groups),
             _outcome_table(groups),
+            _mass_table(groups),
             _cost_table(groups),
             drawn,
         )
@@ -197,6 +198,22 @@ def _outcome_table(groups: Sequence[Group]) -> str:
         "what it would not say is babble or a new habit"
     )
     return f"What the harmful requests were answered with, %{how if told else ''}:\n\n{table}"
+
+
+def _mass_table(groups: Sequence[Group]) -> str:
+    """Return how much probability the safety tokens have along the aligned model's refusals."""
+    found = [(g, g.along("mass"), g.along("aligned_mass")) for g in groups]
+    found = [row for row in found if row[1]]
+    if not found:
+        return ""
+    columns = range(len(found[0][1]))
+    rows = [["aligned", *(f"{found[0][2][i]:.3f}" for i in columns)]]
+    rows += [[group.method, *(f"{mass[i]:.3f}" for i in columns)] for group, mass, _ in found]
+    headings = ["method", *(f"token {i + 1}" for i in columns)]
+    return (
+        "The safety tokens' probability, all together, at the first tokens of what the aligned "
+        f"model answers to them, in the runs that have it:\n\n{markdown(headings, rows).rstrip()}"
+    )
 
 
 def _cost_table(groups: Sequence[Group]) -> str:

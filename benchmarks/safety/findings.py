@@ -53,6 +53,11 @@ class Group:
         nats = [x for result in self.results for x in result.get("surprise", {}).get("nats", ())]
         return statistics.median(nats) if nats else None
 
+    def along(self, name: str) -> list[float]:
+        """Return the means over the seeds that have it of a number along the aligned answers."""
+        found = [r["mass"]["along"][name] for r in self.results if "along" in r.get("mass", {})]
+        return [statistics.fmean(values) for values in zip(*found, strict=False)]
+
     def mean(self, *path: str) -> float:
         """Return the mean over the seeds of a number in the result."""
         return statistics.fmean(_dig(result, path) for result in self.results)

@@ -122,6 +122,18 @@ def test_how_unlikely_answers_are_is_told_where_it_was_measured(results):
     assert [line.split("|")[-2].strip() for line in lines[told + 2 : told + 4]] == ["", "2.50"]
 
 
+def test_the_mass_along_a_refusal_is_told_where_it_was_measured(results):
+    """The aligned model's first, then each method's, means of the seeds that have it."""
+    assert "token 1" not in appendix_of(results)
+    for seed, mass in ((0, [0.9, 0.5]), (1, [0.7, 0.3])):
+        name = Run(MSE, HARSH, seed).name
+        along = {"along": {"mass": mass, "aligned_mass": [1.0, 0.75]}}
+        put(results, name, rows_of(results)[name] | {"mass": along})
+    text = appendix_of(results)
+    assert "| method | token 1 | token 2 |" in text
+    assert "| aligned | 1.000 | 0.750 |\n| mse | 0.800 | 0.400 |" in text
+
+
 def test_a_run_whose_start_was_not_measured_keeps_nothing_known(results):
     write_all(results, {n: row for n, row in rows_of(results).items() if "aligned" not in n})
     findings = read(results, ORDER)
