@@ -17,6 +17,7 @@ from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
 from str_kernels.levers.windows import windowed
 from str_kernels.planning.depth import Depths, depths_of, layers_of, line, shortened, whole
+from str_kernels.planning.experts import experts_counted
 from str_kernels.planning.head import HeadShape, building_bytes, index_bytes
 from str_kernels.planning.ledger import Ledger, Most
 from str_kernels.planning.levers import Levers
@@ -93,7 +94,8 @@ class Counter:
 
     def _count(self, context: int, levers: Levers) -> Count:
         if levers.tile_tokens is not None and self._tiled is None:
-            self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
+            with experts_counted():
+                self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
         few = self._at(self.depths.few, context, levers)
         more = few
         if self.depths.more != self.depths.few:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from str_kernels.huggingface.constraint.adapters import adapters_off
 from str_kernels.planning.attention import attention_of
 from str_kernels.planning.depth import places
+from str_kernels.planning.experts import experts_counted
 from str_kernels.planning.head import FusedHead, HeadShape, exact_operations
 from str_kernels.planning.ledger import Ledger
 from str_kernels.planning.subject import Subject
@@ -54,6 +55,7 @@ def count_step(
         ledger.register(tensor, ADAPTER if tensor.requires_grad else WEIGHTS)
     with ExitStack() as stack:
         stack.enter_context(attention_of(shape.device, ledger.take))
+        stack.enter_context(experts_counted())
         stack.enter_context(_layers_told(ledger, layers))
         stack.enter_context(ledger)
         with ledger.owned(SHARED):

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from str_kernels.planning import Levers, plan
 from str_kernels.planning.check import measured_bytes
@@ -36,6 +38,17 @@ GEMMA = LLAMA | {
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
 }
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN = LLAMA | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "head_dim": 16,
+}
+ROUTED = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.0"), reason="its experts are a loop by values"
+)
 FUSED = Levers(fused_head=True)
 EVERY = Levers(True, "disk", 64, fused_head=True)
 
@@ -58,6 +71,9 @@ def written(tmp_path, values: dict, name: str = "config.json") -> str:
         pytest.param(LLAMA, FUSED, 0.05, marks=pytest.mark.slow),
         (GEMMA, Levers(window_attention=True), 0.001),
         pytest.param(GEMMA, replace(EVERY, window_attention=True), 0.05, marks=pytest.mark.slow),
+        pytest.param(MIXTRAL, Levers(True, fused_head=True), 0.02, marks=ROUTED),
+        pytest.param(QWEN, Levers(), 0.001, marks=(ROUTED, pytest.mark.slow)),
+        pytest.param(QWEN, EVERY, 0.1, marks=(ROUTED, pytest.mark.slow)),
     ],
 )
 def test_a_count_is_what_a_step_takes(tmp_path, values, levers, tolerance):
@@ -238,10 +254,10 @@ def test_bad_configurations_are_refused(tmp_path, values, told):
 
 
 def test_what_cannot_be_counted_is_said(tmp_path):
-    """Adapters on routed experts compute under autocast, which has no meta device."""
-    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_hidden_layers": 1}
+    """Experts in a loop over those that were hit: how many depends on values."""
+    looped = {"experts_implementation": "eager", "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="cannot be counted on tensors without values"):
-        plan(written(tmp_path, LLAMA | experts), context=64, rank=2)
+        plan(written(tmp_path, MIXTRAL | looped), context=64, rank=2)
 
 
 def test_processes_and_batch_cost_what_they_add(tmp_path):

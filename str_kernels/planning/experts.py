@@ -1,0 +1,57 @@
+"""Routed experts on meta tensors: what transformers and PEFT call for them and meta has not.
+
+Stage: a batch of tokens sorted by expert → products of the same sizes as on a device. Which expert
+gets how many tokens changes no size, so no values are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_META = "meta"
+
+
+@contextmanager
+def experts_counted() -> Iterator[None]:
+    """In this block routed experts run on meta tensors, in any dtype."""
+    autocast, histc = torch.autocast, torch.histc
+    products = [(owner, name) for owner, name in _PRODUCTS if hasattr(owner, name)]
+
+    def cast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        return nullcontext() if device_type == _META else autocast(device_type, *args, **kwargs)
+
+    def counts(values: Tensor, bins: int = 100, *args: Any, **kwargs: Any) -> Tensor:
+        if values.device.type == _META:
+            return values.new_empty(bins)
+        return histc(values, bins, *args, **kwargs)
+
+    with patch.object(torch, "autocast", cast), patch.object(torch, "histc", counts):
+        replaced = [patch.object(o, name, _grouped(getattr(o, name))) for o, name in products]
+        for each in replaced:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in replaced:
+                each.stop()
+
+
+_PRODUCTS = ((F, "grouped_mm"), (torch, "_grouped_mm"))
+
+
+def _grouped(kernel: Any) -> Any:
+    """The product of a token with its expert's weight, one expert's standing for all."""
+
+    def product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if tokens.device.type == _META and weights.dim() == 3:
+            return tokens @ weights[0]
+        return kernel(tokens, weights, *args, **kwargs)
+
+    return product
