@@ -162,7 +162,7 @@ def _merit(group: Group) -> tuple[float, ...]:
 
 def _sentences(groups: Sequence[Group]) -> str:
     plain = _plain(groups)
-    constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"] == "str"]
+    constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"].startswith("str")]
     if plain is None or not constrained:
         return ""
     seeds = max(group.seeds for group in constrained)
@@ -221,7 +221,7 @@ def _cost_table(groups: Sequence[Group]) -> str:
     for group in groups:
         median, largest = group.gradient_norm()
         drift = [r["history"]["drift"][-1] ** 0.5 for r in group.results]
-        constrained = group.results[0]["run"]["method"]["loss"] == "str"
+        constrained = group.results[0]["run"]["method"]["loss"].startswith("str")
         rows.append(
             [
                 group.method,

@@ -19,6 +19,7 @@ class Method(ConstraintSettings):
         name: what the results call it.
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
             (gated subset KL, arXiv 2603.07445), ``"full_kl"`` (KL over the whole vocabulary),
+            ``"str_mass"`` (the package's, and the divergence of the tokens' mass beside it),
             ``"constrained_sft"`` (arXiv 2406.05946), or ``"safe_lora"`` (plain, and the adapter is
             projected afterwards, arXiv 2405.16833).
         top_k: K.
@@ -88,6 +89,8 @@ LOGPROB = Method("logprob", kind="logprob")
 KL = Method("kl", kind="kl", strength=10.0)  # the default
 KL_REST = Method("kl-rest", kind="kl_rest", strength=10.0)
 KL_REST_ANCHORED = Method("kl-rest-anchors", kind="kl_rest", strength=10.0, anchors=1)
+KL_REST_STRONG = Method("kl-rest-100", kind="kl_rest", strength=100.0)
+KL_MASS = Method("kl-and-mass", loss="str_mass", kind="kl", strength=10.0)
 KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
@@ -105,7 +108,7 @@ SHARES = tuple(
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
 # side by side on the report's page
-HELD = (KL, KL_ANCHORED, KL_REST, KL_REST_ANCHORED, *SHARES, MSE, LOGPROB)
+HELD = (KL, KL_ANCHORED, KL_REST, KL_REST_STRONG, KL_REST_ANCHORED, KL_MASS, *SHARES, MSE, LOGPROB)
 COMPARED = (PLAIN, *HELD, PACT, FULL_KL, *BASELINES)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
@@ -184,6 +187,7 @@ def _everything() -> list[Run]:
         *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
         *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
         *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES, *ABLATIONS)),
+        *(Run(method, t, 0) for t in (HARSHEST, OBEYING) for method in (KL_MASS, KL_REST_STRONG)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
     ]
 
