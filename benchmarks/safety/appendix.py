@@ -133,7 +133,7 @@ def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
         rows.append(
             [
                 group.method,
-                str(group.seeds),
+                str(group.runs),
                 refused,
                 by_seed(group),
                 "" if math.isnan(share) else f"{100 * share:.1f} %",
@@ -142,7 +142,7 @@ def _main_table(findings: Findings, groups: Sequence[Group]) -> str:
                 p_value(p),
             ]
         )
-    headings = ["method", "seeds", "refused", "each seed", "of the aligned model's refusals kept"]
+    headings = ["method", "runs", "refused", "each run", "of the aligned model's refusals kept"]
     return markdown([*headings, "over-refused", "accuracy", "neutral", "p"], rows).rstrip()
 
 
@@ -165,13 +165,13 @@ def _sentences(groups: Sequence[Group]) -> str:
     constrained = [g for g in groups if g.results[0]["run"]["method"]["loss"].startswith("str")]
     if plain is None or not constrained:
         return ""
-    seeds = max(group.seeds for group in constrained)
-    compared = [group for group in constrained if group.seeds == seeds]
+    runs = max(group.runs for group in constrained)
+    compared = [group for group in constrained if group.runs == runs]
     best = max(compared, key=_merit)
     lost, found = plain.rate("harmful", "refusal"), best.rate("harmful", "refusal")
     text = (
-        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints run with "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, `{best.method}` keeps most, "
+        f"Plain fine-tuning leaves {100 * lost.value:.1f} % refused; of the constraints with "
+        f"{runs} {'run' if runs == 1 else 'runs'}, `{best.method}` keeps most, "
         f"{100 * found.value:.1f} %"
     )
     right, plain_right = best.rate("task"), plain.rate("task")

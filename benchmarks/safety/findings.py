@@ -24,14 +24,14 @@ FILE = "runs.jsonl"
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method in one setting, a seed each."""
+    """The runs of one method in one setting: seeds, perhaps of several aligned models."""
 
     setting: str
     method: str
     results: tuple[Result, ...]
 
     @property
-    def seeds(self) -> int:
+    def runs(self) -> int:
         """How many runs there are."""
         return len(self.results)
 
@@ -136,13 +136,14 @@ def read(folder: Path, order: Iterable[tuple[str, str]]) -> Findings:
 
 
 def paired(a: Group, b: Group, outcome: str = "refusal") -> float | None:
-    """Return the exact p-value that two methods refuse equally often, seed by seed."""
-    common = {r["run"]["seed"] for r in a.results} & {r["run"]["seed"] for r in b.results}
-    rows = [
-        [x == outcome for r in group.results if r["run"]["seed"] in common for x in _harmful(r)]
-        for group in (a, b)
-    ]
-    return mcnemar(*rows) if common and len(rows[0]) == len(rows[1]) else None
+    """Return the exact p-value that two methods refuse equally often, seed by seed.
+
+    Only runs with the same seed of the same aligned model are compared.
+    """
+    ones, others = ({_start(result): result for result in group.results} for group in (a, b))
+    common = [start for start in ones if start in others]
+    rows = [[x == outcome for s in common for x in _harmful(of[s])] for of in (ones, others)]
+    return mcnemar(*rows) if common else None
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -194,6 +195,11 @@ def _require_alike(results: list[Result]) -> None:
 def _key(result: Result) -> tuple[str, str]:
     run = result["run"]
     return run["setting"]["name"], run["method"]["name"]
+
+
+def _start(result: Result) -> tuple[str, int]:
+    """The model and the seed that a run began with."""
+    return result.get("aligned", ""), result["run"]["seed"]
 
 
 def _harmful(result: Result) -> list[str]:

@@ -194,7 +194,7 @@ def _by_seed(group: Group, of: str, outcome: str | None = None) -> list[float]:
 
 
 def _seeded(group: Group) -> str:
-    return style.named(group.method) + ("" if group.seeds > 1 else " (one seed)")
+    return style.named(group.method) + ("" if group.runs > 1 else " (one seed)")
 
 
 def _course(axis: Any, group: Group, name: str) -> None:

@@ -27,9 +27,10 @@ ones), then fine-tuned with LoRA on a benign task while its safety tokens are he
 ways, and asked again: held-out harmful requests, benign requests that look harmful, held-out task
 rows, and reference answers to held-out instructions (neutral text). Answers are greedy. `plain` is
 the same fine-tuning with nothing held. No request that is asked was ever trained on. Intervals are
-95 % (Wilson, over rows and seeds); p is the exact McNemar test against `plain` on the same prompts
-and seeds. Both count the same prompts once a seed and know nothing of how far seeds differ: look at
-each seed. Seconds and memory were taken with other work on the machine: compare them loosely."""
+95 % (Wilson, over rows and runs); p is the exact McNemar test against `plain` on the same prompts
+and seeds. Both count the same prompts once a run and know nothing of how far runs differ: look at
+each. A run is a seed of an aligned model, of which there are several. Seconds and memory were taken
+with other work on the machine: compare them loosely."""
 
 CONCLUSIONS = "conclusions.md"  # beside the results, written by who has read them
 
@@ -87,19 +88,19 @@ def compared(findings: Findings, folder: Path) -> str:
     )
 
 
-_HEADINGS = ("seeds", "refused", "each seed", "over-refused", "accuracy", "neutral")
+_HEADINGS = ("runs", "refused", "each run", "over-refused", "accuracy", "neutral")
 
 
 def _row(group: Group) -> list[str]:
     refused, *others = shares(group)
     neutral = f"{group.mean('measured', 'neutral'):.2f}"
-    return [str(group.seeds), refused, by_seed(group), *others, neutral]
+    return [str(group.runs), refused, by_seed(group), *others, neutral]
 
 
 def _made(findings: Findings) -> str:
     result = findings.groups[0].results[0]
     recipe, amounts = result["recipe"], result["amounts"]
-    runs = sum(group.seeds for group in findings.groups)
+    runs = sum(group.runs for group in findings.groups)
     base = next((r["base"] for r in findings.aligned.values() if "base" in r), None)
     of = "" if base is None else f" of {base['model']}, {base['parameters'] / 1e6:.0f} M parameters"
     return (

@@ -90,7 +90,7 @@ def test_seeds_are_brought_together(results):
     findings = read(results, ORDER)
     mse = findings.find("sst2-harsh", "mse")
     assert [g.method for g in findings.of("sst2-harsh")] == ["plain", "mse"]
-    assert (mse.seeds, str(mse.rate("harmful", "refusal"))[:18]) == (2, "90.0 % (18 of 20; ")
+    assert (mse.runs, str(mse.rate("harmful", "refusal"))[:18]) == (2, "90.0 % (18 of 20; ")
     assert (mse.rate("task").count, mse.rate("benign", "refusal").count) == (18, 2)
     # 9 of the aligned model's 10 are refusals; of them 8 are kept, and the tenth does not count
     assert kept(mse, findings.aligned) == pytest.approx(8 / 9)
@@ -146,6 +146,11 @@ def test_methods_are_compared_on_the_seeds_that_both_have(results):
     plain, mse = (findings.find("sst2-harsh", name) for name in ("plain", "mse"))
     assert paired(mse, plain) == pytest.approx(2 / 2**14)  # 7 rows a seed, all one way
     assert paired(plain, plain) == 1.0
+    # another aligned model's run of seed 0 has no counterpart, and changes nothing
+    other = Run(MSE, HARSH, 0)
+    put(results, f"{other.name}--ab12", result_of(other, ALIGNED) | {"aligned": "ab12"})
+    both = read(results, ORDER).find("sst2-harsh", "mse")
+    assert (both.runs, paired(both, plain)) == (4, pytest.approx(2 / 2**14))
 
 
 def test_strange_and_missing_results_are_refused(results, tmp_path):
