@@ -117,14 +117,14 @@ def _safety() -> str:
     aligned = Group("", "", (findings.aligned[HARSH.task, ""],))
     lines = [
         f"| Gemma 3 270M, LoRA on SST-2; held by | at {HARSH.learning_rate:g}: refuses, "
-        f"over-refuses, accuracy | at {HARSHEST.learning_rate:g} | seeds |",
+        f"over-refuses, accuracy | at {HARSHEST.learning_rate:g} | runs |",
         "|---|---|---|---|",
         f"| aligned, not tuned | {', '.join(_rates(aligned))} | | |",
     ]
     for method, label in HELD.items():
         groups = [findings.find(setting.name, method) for setting in (HARSH, HARSHEST)]
         cells = " | ".join(", ".join(_rates(group)) for group in groups)
-        lines.append(f"| {label} | {cells} | {' and '.join(str(g.seeds) for g in groups)} |")
+        lines.append(f"| {label} | {cells} | {' and '.join(str(g.runs) for g in groups)} |")
     return "\n".join([*lines, "", _judge()])
 
 

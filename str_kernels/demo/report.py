@@ -40,6 +40,8 @@ def as_json(result: DemoResult, versions: dict[str, str]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "seed": result.settings.seed,
+        "kind": result.settings.kind,
+        "strength": result.settings.strength,
         "prompts_of_each_kind": result.settings.prompts,
         **shares,
         "head_peak_mib": result.head,
