@@ -187,7 +187,8 @@ def _everything() -> list[Run]:
         *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
         *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
         *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES, *ABLATIONS)),
-        *(Run(method, t, 0) for t in (HARSHEST, OBEYING) for method in (KL_MASS, KL_REST_STRONG)),
+        *(Run(KL_MASS, task, seed) for seed in seeds for task in (HARSHEST, OBEYING)),
+        *(Run(KL_REST_STRONG, task, 0) for task in (HARSHEST, OBEYING)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
     ]
 

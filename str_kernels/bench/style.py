@@ -23,6 +23,8 @@ COLOURS = {
     "kl": "#2c4fa3",  # where it is not the default
     "kl-rest": "#66a61e",
     "kl-rest-anchors": "#9c6ade",
+    "kl-rest-100": "#3b6e1a",
+    "kl-and-mass": "#00a5cf",
     "kl-share-0.5": "#4a6fd0",
     "kl-share-0.25": "#93a9e0",
     "kl-rest-share-0.5": "#4d7c0f",
