@@ -31,7 +31,8 @@ NOTE = f"""
 Distances from the materialised head's curve of the same seed, in units of those between seeds,
 whose adapters start elsewhere, over all steps and over the second half; the limit of {LIMIT:.0%} is
 on the first. LoRA of rank {RANK}, learning rate {RATE:g}, {LENGTH} tokens a step, all predicted.
-The exact head's line is what rounding alone does.
+The exact head's line is what rounding alone does: where it is beyond the limit too, the seeds are
+no farther apart than rounding drives them, and the filter's line is to be read beside that one.
 """
 
 
