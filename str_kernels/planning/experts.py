@@ -7,7 +7,7 @@ gets how many tokens changes no size, so no values are needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _META = "meta"
+_PRODUCTS = ((F, "grouped_mm"), (torch, "_grouped_mm"))  # by version of torch
 
 
 @contextmanager
@@ -32,18 +33,14 @@ def experts_counted() -> Iterator[None]:
             return values.new_empty(bins)
         return histc(values, bins, *args, **kwargs)
 
-    with patch.object(torch, "autocast", cast), patch.object(torch, "histc", counts):
-        replaced = [patch.object(o, name, _grouped(getattr(o, name))) for o, name in products]
-        for each in replaced:
-            each.start()
-        try:
-            yield
-        finally:
-            for each in replaced:
-                each.stop()
-
-
-_PRODUCTS = ((F, "grouped_mm"), (torch, "_grouped_mm"))
+    with ExitStack() as stack:
+        for owner, name, made in (
+            (torch, "autocast", cast),
+            (torch, "histc", counts),
+            *((owner, name, _grouped(getattr(owner, name))) for owner, name in products),
+        ):
+            stack.enter_context(patch.object(owner, name, made))
+        yield
 
 
 def _grouped(kernel: Any) -> Any:

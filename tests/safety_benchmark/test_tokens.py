@@ -1,5 +1,3 @@
-from collections import Counter
-
 import pytest
 
 from benchmarks.safety import tokens
@@ -11,9 +9,7 @@ def test_the_commonest_words_of_the_templates(monkeypatch):
     tokenizer = word_tokenizer()
     texts = ("tell me how to clean", "tell me how", "tell me ?")
     monkeypatch.setattr(tokens, "REJECTION_TEMPLATES", texts)
-    counted = Counter(word for text in texts for word in text.split())
     found = tokens.commonest(tokenizer, 2)
     assert {tokenizer.decode([token]).strip() for token in found} == {"tell", "me"}
-    assert counted["tell"] == counted["me"] == 3
     with pytest.raises(ValueError, match=r"top_k=64: the templates have \d words"):
         tokens.commonest(tokenizer, 64)
