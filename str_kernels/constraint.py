@@ -19,7 +19,7 @@ class ConstraintTerms(NamedTuple):
     """``value [N]`` at N positions, and its derivatives by the safety logits and the log-sum-exp.
 
     ``d_logits [N, K]``; ``d_lse [N]``, or None for a kind that does not read the log-sum-exp. For
-    ``kl_rest`` the latter is the derivative by the log-sum-exp of all tokens but the safety tokens.
+    ``kl_mass`` the latter is the derivative by the log-sum-exp of all tokens but the safety tokens.
     """
 
     value: Tensor
@@ -29,7 +29,7 @@ class ConstraintTerms(NamedTuple):
 
 def needs_lse(safety: SafetyConstraint) -> bool:
     """Whether the constraint reads the log-sum-exp, which needs the whole vocabulary."""
-    return safety.kind in ("logprob", "kl_rest")
+    return safety.kind in ("logprob", "kl_mass")
 
 
 def constraint_terms(
@@ -37,17 +37,17 @@ def constraint_terms(
 ) -> ConstraintTerms:
     """Compute a constraint and its derivatives from ``values [N, K]``, fp32 or fp64.
 
-    They are the safety tokens' logits, or log-probabilities where ``needs_lse``, for ``kl_rest``
+    They are the safety tokens' logits, or log-probabilities where ``needs_lse``, for ``kl_mass``
     ``[N, K + 1]`` with that of the rest; ``reference``, of as many columns, has the same unit.
     """
     reference = reference.to(values.dtype).expand_as(values)
-    if safety.kind == "kl_rest":
-        return _kl_rest(values, reference)
     count = len(safety.token_ids)
     given = safety.token_weights or (1.0,) * count
     weights = waits.constant(given, values.dtype, values.device)
     if safety.kind == "kl":
         return _kl(safety.temperature, values, reference, weights)
+    if safety.kind == "kl_mass":
+        return _kl_mass(safety.temperature, values, reference, weights)
     weights = weights / count
     distance = values - reference
     value = (weights * distance.square()).sum(-1)
@@ -70,17 +70,23 @@ def _kl(temperature: float, logits: Tensor, reference: Tensor, weights: Tensor) 
     return ConstraintTerms(temperature**2 * divergence, temperature * (p - q), None)
 
 
-def _kl_rest(log_p: Tensor, reference: Tensor) -> ConstraintTerms:
-    """``KL(q ‖ p)`` of K + 1 outcomes; its derivatives by their log-masses are ``p - q``."""
+def _kl_mass(
+    temperature: float, log_p: Tensor, reference: Tensor, weights: Tensor
+) -> ConstraintTerms:
+    """The subset KL, and beside it the KL of two outcomes: some safety token, and any other."""
+    value, d_logits, _ = _kl(temperature, log_p[..., :-1], reference[..., :-1], weights)
+    log_masses, log_q = (
+        torch.stack([x[..., :-1].logsumexp(-1), x[..., -1]], -1) for x in (log_p, reference)
+    )
     # a reference that was rounded, as a cache rounds it, does not sum to 1
-    log_q = reference - torch.logsumexp(reference, -1, keepdim=True)
-    p, q, distance = log_p.exp(), log_q.exp(), log_p - log_q
+    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    p, q, distance = log_masses.exp(), log_q.exp(), log_masses - log_q
     # both sum to 1, so that q log(q/p) may be q log(q/p) - q + p, and no term is negative
     near = torch.where(q > 0, q * (torch.expm1(distance) - distance), p)
     far = torch.where(q > 0, (p - q) - q * distance, p)
-    value = torch.where(distance.abs() < 1.0, near, far).sum(-1)
-    apart = p - q
-    d_logits, of_rest = apart[..., :-1], apart[..., -1]
-    # where the rest has nearly everything, the difference is that of the others
-    d_rest = torch.where(p[..., -1] < 0.5, of_rest, -d_logits.sum(-1))
-    return ConstraintTerms(value, d_logits, d_rest)
+    value = value + torch.where(distance.abs() < 1.0, near, far).sum(-1)
+    # the difference of the smaller of two masses that sum to 1 has more decimals
+    more, less = (p - q).unbind(-1)
+    more = torch.where(p[..., -1] < 0.5, -less, more)
+    d_logits = d_logits + torch.softmax(log_p[..., :-1], -1) * more[..., None]
+    return ConstraintTerms(value, d_logits, -more)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-ConstraintKind = Literal["mse", "logprob", "kl", "kl_rest"]
+ConstraintKind = Literal["mse", "logprob", "kl", "kl_mass"]
 Reduction = Literal["mean", "sum", "none"]
 Screen = Literal["auto", "exact", "bf16", "int8", "fp8"]
 
@@ -28,7 +28,7 @@ MAX_SAFETY_TOKENS = 1024
 # These kept most of a real model's refusals at the least cost (benchmarks/results/safety). Squares
 # of logits are larger than divergences and need a smaller λ.
 DEFAULT_KIND: ConstraintKind = "kl"
-DEFAULT_STRENGTHS = {"mse": 0.1, "logprob": 0.1, "kl": 10.0, "kl_rest": 10.0}
+DEFAULT_STRENGTHS = {"mse": 0.1, "logprob": 0.1, "kl": 10.0, "kl_mass": 10.0}
 TILE = 128
 
 # What version 0.2 removed, and why; code and files written for 0.1 may still name it.
@@ -83,11 +83,12 @@ class SafetyConstraint:
     | ``mse``     | ``1/K Σ ω (z - r)²``       | logits            |
     | ``logprob`` | ``1/K Σ ω (z - lse - r)²`` | log-probabilities |
     | ``kl``      | ``τ² KL(q ‖ p)``           | logits            |
-    | ``kl_rest`` | ``KL(q ‖ p)``              | log-probabilities |
+    | ``kl_mass`` | ``τ² KL(q ‖ p) + KL(M)``   | log-probabilities |
 
-    where ``q ∝ ω · exp(r/τ)`` and ``p ∝ ω · exp(z/τ)`` sum to 1 over the safety tokens alone. For
-    ``kl_rest`` they have K + 1 outcomes, the safety tokens' probabilities ``exp(z - lse)`` in the
-    whole vocabulary and, as the last, the probability of all other tokens; so does its reference.
+    where ``q ∝ ω · exp(r/τ)`` and ``p ∝ ω · exp(z/τ)`` sum to 1 over the safety tokens alone. They
+    hold proportions; ``KL(M)`` also holds the mass of all K tokens in the whole vocabulary, ``M =
+    Σ exp(z - lse)``: it is the divergence of two outcomes, M and ``1 - M``. The reference of
+    ``kl_mass`` has K + 1 columns, the last one that of ``1 - M``, the mass of all other tokens.
     ``mse`` is Safety Token Regularization (arXiv 2604.17210); ``kl`` is PACT's (arXiv 2603.07445),
     applied at every position and stronger. ``benchmarks/results/safety`` shows why ``kl`` is the
     default.
@@ -95,11 +96,10 @@ class SafetyConstraint:
     Args:
         token_ids: K distinct rows of the head, 1 to 1024 of them.
         strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None means
-            10 for ``kl`` and ``kl_rest``, and 0.1 for the others.
+            10 for ``kl`` and ``kl_mass``, and 0.1 for the others.
         kind: one of the table above.
-        token_weights: K non-negative numbers ω, not all zero; None means 1 each. ``kl_rest`` has
-            none: its outcomes are probabilities.
-        temperature: τ of ``kl``; above 0.
+        token_weights: K non-negative numbers ω, not all zero; None means 1 each.
+        temperature: τ of ``kl`` and ``kl_mass``; above 0.
 
     Raises:
         ValueError: an argument breaks these rules, or ``kind`` would ignore it.
@@ -126,21 +126,16 @@ class SafetyConstraint:
                 "token_ids has 1 entry with a weight above 0: kind='kl' compares the proportions "
                 "of tokens; give 2 or more, or kind='mse'."
             )
-        if self.temperature != 1.0 and self.kind != "kl":
+        if self.temperature != 1.0 and self.kind not in ("kl", "kl_mass"):
             raise ValueError(
-                f"temperature={self.temperature}: only kind='kl' has one, not {self.kind!r}; "
-                "leave it out."
-            )
-        if self.token_weights is not None and self.kind == "kl_rest":
-            raise ValueError(
-                f"token_weights={self.token_weights[:4]}: kind='kl_rest' compares probabilities, "
-                "which have no weights; leave them out, or use kind='kl'."
+                f"temperature={self.temperature}: only kind='kl' and kind='kl_mass' have one, not "
+                f"{self.kind!r}; leave it out."
             )
 
     @property
     def references(self) -> int:
-        """How many numbers a position's reference has: K, or K + 1 for ``kl_rest``."""
-        return len(self.token_ids) + (self.kind == "kl_rest")
+        """How many numbers a position's reference has: K, or K + 1 for ``kl_mass``."""
+        return len(self.token_ids) + (self.kind == "kl_mass")
 
     def _checked_strength(self) -> float:
         if self.strength is None:
@@ -233,7 +228,7 @@ class LossOptions:
     @property
     def leaves_out(self) -> bool:
         """Whether the safety tokens are left out of sums over the vocabulary, and joined apart."""
-        return self.safety is not None and self.safety.kind == "kl_rest"
+        return self.safety is not None and self.safety.kind == "kl_mass"
 
     @property
     def constrained(self) -> bool:

@@ -46,19 +46,25 @@ def dense_penalty(safety: SafetyConstraint, logits: Tensor, reference: Tensor) -
     """``C [N]`` from logits ``[N, V]`` of the whole vocabulary."""
     ids = torch.tensor(safety.token_ids, device=logits.device)
     z = logits[:, ids]
-    if safety.kind == "kl_rest":
-        return _dense_kl_rest(_log_outcomes(logits, ids), reference)
-    r = reference.to(z.dtype).expand_as(z)
     omega = z.new_tensor(safety.token_weights or [1.0] * len(ids))
+    if safety.kind == "kl_mass":
+        among = _dense_kl(safety.temperature, omega, z, reference[..., :-1])
+        return among + _dense_kl_mass(_log_outcomes(logits, ids), reference)
+    if safety.kind == "kl":
+        return _dense_kl(safety.temperature, omega, z, reference)
+    r = reference.to(z.dtype).expand_as(z)
     if safety.kind == "mse":
         return (omega * (z - r) ** 2).mean(-1)
-    if safety.kind == "logprob":
-        return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
-    z, r, omega = (x[..., omega > 0] for x in (z, r, omega))
+    return (omega * (torch.log_softmax(logits, -1)[:, ids] - r) ** 2).mean(-1)
+
+
+def _dense_kl(temperature: float, omega: Tensor, z: Tensor, reference: Tensor) -> Tensor:
+    """``τ² KL(q ‖ p)`` among the safety tokens."""
+    z, r, omega = (x[..., omega > 0] for x in (z, reference.to(z.dtype).expand_as(z), omega))
     # the maximum leaves first: a quotient of large logits would have few decimals
     z, r = (x - x.amax(-1, keepdim=True).detach() for x in (z, r))
-    log_p, log_q = (torch.log_softmax(x / safety.temperature + omega.log(), -1) for x in (z, r))
-    return safety.temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_p, log_q = (torch.log_softmax(x / temperature + omega.log(), -1) for x in (z, r))
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def _log_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
@@ -70,9 +76,12 @@ def _log_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.log_softmax(torch.cat([logits[:, ids], rest], -1), -1)
 
 
-def _dense_kl_rest(log_p: Tensor, reference: Tensor) -> Tensor:
-    """``KL(q ‖ p)`` of K + 1 outcomes; the reference is made to sum to 1."""
-    log_q = torch.log_softmax(reference.to(log_p.dtype), -1).expand_as(log_p)
+def _dense_kl_mass(log_p: Tensor, reference: Tensor) -> Tensor:
+    """KL of two outcomes, some safety token and any other; the reference is made to sum to 1."""
+    log_p, log_q = (
+        torch.log_softmax(torch.stack([x[..., :-1].logsumexp(-1), x[..., -1]], -1), -1)
+        for x in (log_p, reference.to(log_p.dtype).expand_as(log_p))
+    )
     return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
 
 

@@ -107,11 +107,11 @@ class ConstraintSettings:
 
     strength: float | None = setting(
         SafetyConstraint.strength,
-        "Weight of the constraint; default: 10 for kl and kl_rest, 0.1 for the others.",
+        "Weight of the constraint; default: 10 for kl and kl_mass, 0.1 for the others.",
         option=str,
     )
     kind: str = setting(
-        SafetyConstraint.kind, "What is compared with the reference: kl, kl_rest, mse or logprob."
+        SafetyConstraint.kind, "What is compared with the reference: kl, kl_mass, mse or logprob."
     )
     temperature: float = setting(
         SafetyConstraint.temperature, "Temperature of the probabilities that kl compares."

@@ -179,13 +179,13 @@ def _validate_reference(
         )
     if options.leaves_out and vocab_size == len(options.safety.token_ids):
         raise ValueError(
-            f"safety.token_ids has {vocab_size} entries, all the head's rows: kind='kl_rest' "
+            f"safety.token_ids has {vocab_size} entries, all the head's rows: kind='kl_mass' "
             "compares them with the rest; name fewer tokens, or use kind='kl'."
         )
     if reference is None:
         raise ValueError("reference=None: a SafetyConstraint needs one, [..., K] or [K].")
     _require_floating("reference", reference)
-    columns = f"K + 1={count} for kind='kl_rest'" if options.leaves_out else f"K={count}"
+    columns = f"K + 1={count} for kind='kl_mass'" if options.leaves_out else f"K={count}"
     allowed = ((count,), (*hidden_states.shape[:-1], count))
     if tuple(reference.shape) not in allowed:
         raise ValueError(

@@ -95,7 +95,7 @@ def make_case(
     if k:
         ids = torch.randperm(vocab, generator=g)[:k].tolist()
         chosen = {"kind": settings.pop("kind", "mse"), **settings.pop("constraint", {})}
-        if uneven and chosen["kind"] != "kl_rest":  # which has no weights
+        if uneven:
             chosen["token_weights"] = [(1 + i) % 3 for i in range(k)]  # zeros among them
         settings["safety"] = SafetyConstraint(ids, settings.pop("strength", 0.7), **chosen)
         columns = settings["safety"].references

@@ -172,7 +172,7 @@ def test_broken_hidden_states_show(bad, eps):
     assert got["hidden_states"][clean].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_mass"])
 def test_broken_constrained_positions_show(kind):
     """NaN at a position that is only constrained shows in its penalty and in its gradient."""
     case = make_case(8, 300, 6, ignored=1.0, k=3, kind=kind, reduction="none")

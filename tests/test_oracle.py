@@ -72,9 +72,9 @@ def test_constraint_closed_forms(kind, extra, value):
     assert got.item() == pytest.approx(value, abs=1e-12)
 
 
-def test_kl_rest_closed_form():
+def test_kl_mass_closed_form():
     """Z = (1, 0, 2, 0), tokens 0 and 2, and what is left; the reference has all three."""
-    safety = SafetyConstraint([0, 2], 1.0, kind="kl_rest")
+    safety = SafetyConstraint([0, 2], 1.0, kind="kl_mass")
     q, p = [0.5, 0.2, 0.3], [math.e, math.e**2, 2.0]
     p = [x / sum(p) for x in p]
     got = _loss(
@@ -85,8 +85,12 @@ def test_kl_rest_closed_form():
         position_weights=torch.ones(1),
         reduction="sum",
     )
-    want = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
-    assert got.item() == pytest.approx(want, abs=1e-12)
+    held, mass = sum(q[:2]), sum(p[:2])
+    among = sum(
+        a / held * math.log((a / held) / (b / mass)) for a, b in zip(q[:2], p, strict=False)
+    )
+    of_mass = held * math.log(held / mass) + q[2] * math.log(q[2] / p[2])
+    assert got.item() == pytest.approx(among + of_mass, abs=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])
@@ -103,7 +107,7 @@ def test_nothing_is_asked_of_who_stayed(kind, weights, backend):
     assert all(values.abs().max() < 1e-12 for values in got.values())
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_mass"])
 def test_gradcheck(kind):
     """The derivative of every constraint with all options on equals finite differences."""
     case = make_case(

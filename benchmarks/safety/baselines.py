@@ -1,6 +1,6 @@
-"""The nearest published methods, and one of ours, written plainly: compared for safety, not speed.
+"""The nearest published methods, written plainly: they are compared for safety, not for speed.
 
-`full_kl`, `mass_kl` and `pact` take the tuned model (a PEFT model whose adapters can be switched
+`full_kl` and `pact` take the tuned model (a PEFT model whose adapters can be switched
 off) and a batch, and return the penalty that joins the cross-entropy, a mean over labelled tokens.
 `constrained_sft` returns what takes the cross-entropy's place; `safe_lora` changes the adapter when
 it has been trained.
@@ -34,29 +34,6 @@ def full_kl(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), model.disable_adapter():
         aligned = F.log_softmax(_states(model, batch)[where] @ head.T, -1)
     return F.kl_div(tuned, aligned, log_target=True, reduction="batchmean")
-
-
-def mass_kl(model: Any, batch: dict[str, Tensor], token_ids: Tensor) -> Tensor:
-    """Return the KL of two outcomes, a safety token or any other, at every position.
-
-    Positions weigh as the package's ``positions="all"`` does; the sum is over labelled ones.
-    """
-    there, where = batch["attention_mask"].bool(), _labelled(batch["labels"])
-    labelled, length = where.sum(-1), there.sum(-1)
-    weights = (labelled.double() / length)[:, None].expand(there.shape)[there]
-    head = model.get_base_model().get_output_embeddings().weight
-    inside = torch.zeros(len(head), dtype=torch.bool)
-    inside[token_ids] = True
-
-    def outcomes() -> Tensor:
-        logits = _states(model, batch)[there] @ head.T
-        rest = logits.masked_fill(inside, -torch.inf).logsumexp(-1)
-        return torch.stack([logits[:, token_ids].logsumexp(-1), rest], -1).log_softmax(-1)
-
-    with torch.no_grad(), model.disable_adapter():
-        aligned = outcomes()
-    cost = F.kl_div(outcomes(), aligned, log_target=True, reduction="none").sum(-1)
-    return (weights * cost).sum() / labelled.sum()
 
 
 def pact(model: Any, batch: dict[str, Tensor], token_ids: Tensor, header: int) -> Tensor:

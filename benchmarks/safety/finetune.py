@@ -119,7 +119,7 @@ def _constraint(
 ) -> tuple[SafetyConstraint | None, dict[str, Any]]:
     """Return the constraint, and the patch's arguments that belong to it."""
     method, setting = run.method, run.setting
-    if method.loss not in ("str", "str_mass"):
+    if method.loss != "str":
         return None, {}
     safety = method.constraint(token_ids(method, model, tokenizer, work))
 
@@ -148,8 +148,6 @@ def _loss(
     if method.loss == "full_kl":
         return lambda batch: own(batch) + method.strength * baselines.full_kl(tuned, batch)
     ids = torch.tensor(token_ids(method, tuned, tokenizer, work))
-    if method.loss == "str_mass":
-        return lambda batch: own(batch) + method.strength * baselines.mass_kl(tuned, batch, ids)
     header = _header_length(tokenizer)
     return lambda batch: own(batch) + method.strength * baselines.pact(tuned, batch, ids, header)
 

@@ -19,7 +19,6 @@ class Method(ConstraintSettings):
         name: what the results call it.
         loss: ``"plain"`` (cross-entropy alone), ``"str"`` (the package's constraint), ``"pact"``
             (gated subset KL, arXiv 2603.07445), ``"full_kl"`` (KL over the whole vocabulary),
-            ``"str_mass"`` (the package's, and the divergence of the tokens' mass beside it),
             ``"constrained_sft"`` (arXiv 2406.05946), or ``"safe_lora"`` (plain, and the adapter is
             projected afterwards, arXiv 2405.16833).
         top_k: K.
@@ -87,10 +86,8 @@ PLAIN = Method("plain", loss="plain", strength=0.0)
 MSE = Method("mse")
 LOGPROB = Method("logprob", kind="logprob")
 KL = Method("kl", kind="kl", strength=10.0)  # the default
-KL_REST = Method("kl-rest", kind="kl_rest", strength=10.0)
-KL_REST_ANCHORED = Method("kl-rest-anchors", kind="kl_rest", strength=10.0, anchors=1)
-KL_REST_STRONG = Method("kl-rest-100", kind="kl_rest", strength=100.0)
-KL_MASS = Method("kl-and-mass", loss="str_mass", kind="kl", strength=10.0)
+KL_MASS = Method("kl-mass", kind="kl_mass", strength=10.0)
+KL_MASS_ANCHORED = Method("kl-mass-anchors", kind="kl_mass", strength=10.0, anchors=1)
 KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
@@ -102,13 +99,13 @@ MIXED = Method("safeinstr", loss="plain", strength=0.0, mixed=37)
 BASELINES = (FULL_KL_STRONG, CONSTRAINED_SFT, SAFE_LORA, MIXED)
 SHARES = tuple(
     Method(f"{kind.replace('_', '-')}-share-{share:g}", kind=kind, strength=10.0, share=share)
-    for kind in ("kl", "kl_rest")
+    for kind in ("kl", "kl_mass")
     for share in (0.5, 0.25)
 )
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
 # side by side on the report's page
-HELD = (KL, KL_ANCHORED, KL_REST, KL_REST_STRONG, KL_REST_ANCHORED, KL_MASS, *SHARES, MSE, LOGPROB)
+HELD = (KL, KL_ANCHORED, KL_MASS, KL_MASS_ANCHORED, *SHARES, MSE, LOGPROB)
 COMPARED = (PLAIN, *HELD, PACT, FULL_KL, *BASELINES)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
@@ -123,9 +120,12 @@ ABLATIONS = (
 )
 RANDOM = Method("mse-random-tokens", tokens="random")
 # Past methods, which the package no longer has: a constraint that only kept logits from falling, a
-# strength that followed a budget of drift, one target for all positions. They are named for the
-# order of the report; their settings are in the results (docs/negative-results.md).
-PAST = FLOOR, BUDGET, STATIC = (Method("floor"), Method("budget"), Method("mse-static"))
+# strength that followed a budget of drift, one target for all positions, one divergence of K + 1
+# outcomes. They are named for the order of the report; their settings are in the results
+# (docs/negative-results.md).
+PAST = FLOOR, BUDGET, STATIC, KL_REST, KL_REST_ANCHORED = tuple(
+    map(Method, ("floor", "budget", "mse-static", "kl-rest", "kl-rest-anchors"))
+)
 CONTROLS = (RANDOM, Method("mse-labels", positions="labels"), STATIC)
 STRONG = Method("mse-strong", strength=1.0)
 
@@ -182,13 +182,13 @@ def _everything() -> list[Run]:
         *(Run(method, OBEYING, seed) for seed in seeds for method in (PLAIN, KL)),
         *(Run(KL_ANCHORED, task, 0) for task in (OBEYING, ANSWERS)),
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
-        *(Run(KL_REST, setting, seed) for seed in seeds for setting in (OBEYING, HARSHEST, HARSH)),
-        *(Run(KL_REST, task, 0) for task in (TOPICS, ANSWERS)),
-        *(Run(KL_REST_ANCHORED, task, 0) for task in (OBEYING, HARSHEST)),
+        *(Run(KL_REST, setting, 0) for setting in (OBEYING, HARSHEST)),
+        Run(KL_REST_ANCHORED, OBEYING, 0),
         *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
         *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES, *ABLATIONS)),
-        *(Run(KL_MASS, task, seed) for seed in seeds for task in (HARSHEST, OBEYING)),
-        *(Run(KL_REST_STRONG, task, 0) for task in (HARSHEST, OBEYING)),
+        *(Run(KL_MASS, task, seed) for seed in seeds for task in (HARSHEST, OBEYING, HARSH)),
+        *(Run(KL_MASS, task, seed) for seed in seeds for task in (TOPICS, ANSWERS)),
+        *(Run(KL_MASS_ANCHORED, task, seed) for seed in seeds for task in (OBEYING, HARSHEST)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
     ]
 

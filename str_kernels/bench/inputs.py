@@ -82,7 +82,7 @@ class Case:
 
         The reference is like what an aligned model's cache would hold: this model's logits, half a
         nat off; for ``logprob`` less ``log V``, so that they are of a log-probability's size, and
-        for ``kl_rest`` with a column of the rest.
+        for ``kl_mass`` with a column of the rest.
         """
         vocab = len(self.weight)
         ids = [i * vocab // k for i in range(k)]
@@ -90,9 +90,9 @@ class Case:
         logits = self.hidden_states.float() @ self.weight[ids].float().T
         noise = torch.randn(logits.shape, generator=make).to(logits.device)
         reference = logits + 0.5 * noise
-        if kind in ("logprob", "kl_rest"):
+        if kind in ("logprob", "kl_mass"):
             reference = reference - math.log(vocab)
-        if kind == "kl_rest":
+        if kind == "kl_mass":
             reference = torch.nn.functional.pad(reference, (0, 1))
         return SafetyConstraint(ids, strength=0.1, kind=kind), reference
 

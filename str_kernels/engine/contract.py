@@ -555,7 +555,7 @@ class RowGradients(NamedTuple):
     """What the backward of N rows makes: ``hidden [N, D]`` if the hidden states need a gradient.
 
     With a constraint also ``beta [N, K]``, the penalty's derivatives by ``H Wᵀ + b`` at the safety
-    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it (``kl_rest``: by
+    tokens, and ``d_lse [N]``, those by the log-sum-exp, for a kind that reads it (``kl_mass``: by
     that of all tokens but the safety tokens).
     """
 

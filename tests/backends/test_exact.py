@@ -157,7 +157,7 @@ def test_logits_far_below_zero():
     assert_close(case.run(backend=TorchBackend(1)), case.truth(), 2.0**-12)
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_mass"])
 def test_prompt_rows_meet_the_vocabulary_only_for_kinds_that_read_it(kind):
     """Without a label a constrained position costs K columns, unless its kind reads the lse."""
     case = make_case(k=5, kind=kind)
@@ -170,7 +170,7 @@ def test_prompt_rows_meet_the_vocabulary_only_for_kinds_that_read_it(kind):
             return super().exact(block, wanted)
 
     case.run(backend=Counting())
-    assert sum(rows) == (37 if kind in ("logprob", "kl_rest") else (case.labels != -100).sum())
+    assert sum(rows) == (37 if kind in ("logprob", "kl_mass") else (case.labels != -100).sum())
 
 
 def test_fp16_gradients_wait_for_the_loss_scale():

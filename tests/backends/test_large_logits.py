@@ -36,7 +36,7 @@ OPTIONS = [
     {"kind": "mse"},
     {"kind": "logprob"},
     {"kind": "kl", "temperature": 2.0},
-    {"kind": "kl_rest"},
+    {"kind": "kl_mass"},
 ]
 
 
@@ -45,7 +45,7 @@ CASES = [
     (options, level)
     for options in OPTIONS
     for level in LEVELS
-    if level[1] == 1 or options.get("kind") not in ("logprob", "kl", "kl_rest")
+    if level[1] == 1 or options.get("kind") not in ("logprob", "kl", "kl_mass")
 ]
 
 
@@ -73,7 +73,7 @@ def large_case(offset: int, spread: int, n: int = 24, vocab: int = 500, **option
         values = logits if safety.kind in ("mse", "kl") else logits.log_softmax(-1)
         # near what is there, as in training, and exact in every dtype
         reference = (values[:, ids] / 8).round() * 8 + integers(1, n, 4) * 8
-        if safety.kind == "kl_rest":
+        if safety.kind == "kl_mass":
             reference = torch.nn.functional.pad(reference, (0, 1))
         weights = torch.ones(n)
         options["safety"] = safety
@@ -90,7 +90,7 @@ def check(case: Case, dtype: torch.dtype, truth: dict[str, torch.Tensor], **over
     cast = replace(case.to(dtype), reference=case.reference)  # which 16 bits would round
     got = cast.run(upstream_of(case), reduction="none", **overrides)
     # terms of a divergence cancel: near the reference its rounding is that of a probability
-    divergence = "safety" in case.settings and case.settings["safety"].kind in ("kl", "kl_rest")
+    divergence = "safety" in case.settings and case.settings["safety"].kind in ("kl", "kl_mass")
     atol = 2.0**-23 if divergence else 0
     torch.testing.assert_close(got["loss"].double(), truth["loss"], rtol=LOSS, atol=atol)
     for name in got.keys() - {"loss"}:
@@ -139,7 +139,7 @@ def test_routed(options, level):
     truth = truth_of(case)
     check(case, torch.float32, truth, backend="torch", filter_eps=1e-30, screen="exact")
     # a larger spread leaves no other tile any mass; the promise does not know what is left out
-    if level[1] == 1 and options.get("kind") != "kl_rest":
+    if level[1] == 1 and options.get("kind") != "kl_mass":
         promised = dead_truth(case, 0.25)
         # the promise is another gradient
         assert relative_error(promised["hidden_states"], truth["hidden_states"]) > 1e-4

@@ -93,7 +93,7 @@ def test_anchors_are_cached_and_trained_with(capsys, aligned_model_dir, files, t
     assert "safety_drift" in trained.err
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_mass"])
 def test_the_values_are_the_models(capsys, aligned_model_dir, files, tmp_path, kind):
     """Logits of the safety tokens, or log-probabilities, of every position; JSON tells the rest."""
     from str_kernels.inputs.loading import load_model_and_tokenizer

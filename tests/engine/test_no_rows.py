@@ -21,7 +21,7 @@ class Blind(TorchBackend):
     screen = exact
 
 
-@pytest.mark.parametrize("kind", [None, "kl", "mse", "logprob", "kl_rest"])
+@pytest.mark.parametrize("kind", [None, "kl", "mse", "logprob", "kl_mass"])
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_no_labelled_row(kind, indexed, smoothing):
@@ -35,7 +35,7 @@ def test_no_labelled_row(kind, indexed, smoothing):
     if kind is not None:
         safety = SafetyConstraint([3, 7, 200], 2.0, kind=kind)
         # two kinds read the vocabulary of a constrained row, so there is none
-        weights = torch.full((ROWS,), 0.0 if kind in ("logprob", "kl_rest") else 0.5)
+        weights = torch.full((ROWS,), 0.0 if kind in ("logprob", "kl_mass") else 0.5)
         reference = torch.randn(ROWS, safety.references, generator=g)
         more = {"safety": safety, "reference": reference, "position_weights": weights}
     found = []

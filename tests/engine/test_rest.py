@@ -1,4 +1,4 @@
-"""The kind ``kl_rest``, whose safety tokens every pass leaves out, against the plain formula.
+"""The kind ``kl_mass``, whose safety tokens every pass leaves out, against the plain formula.
 
 Each backend is asked for losses and all gradients, also where the rest has nearly no probability,
 or nearly all, which a difference of sums would lose.
@@ -6,7 +6,6 @@ or nearly all, which a difference of sums would lose.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ OPTIONS = [
     {"weighted": True, "scale": 6.0, "static": True},
     {"bias": True, "softcap": 4.0, "logit_scale": 1.3, "label_smoothing": 0.1, "z_loss": 0.01},
     {"logit_scale": -0.7, "label_smoothing": 0.1, "weighted": True},
-    {"k": 200, "weighted": True},
+    {"k": 200, "weighted": True, "uneven": True, "constraint": {"temperature": 2.0}},
     {"vocab": 6},  # the rest is one token, and may be the label
     {"vocab": 130, "k": 129, "softcap": 3.0},  # a tile of safety tokens alone
 ]
@@ -39,7 +38,7 @@ TOLERANCES = {
 
 def rest_case(n: int = 37, dim: int = 24, *, dtype=torch.float64, **options) -> Case:
     """A case of this kind; the loss is that of each row."""
-    made = {"k": 5, "kind": "kl_rest", "reduction": "none", "vocab": 301, **options}
+    made = {"k": 5, "kind": "kl_mass", "reduction": "none", "vocab": 301, **options}
     return make_case(n, made.pop("vocab"), dim, **made).to(dtype)
 
 
@@ -120,9 +119,9 @@ def test_who_stayed_pays_nothing_and_who_moved_its_mass_does():
         return linear_cross_entropy(states, head, labels, reference=reference, **settings).item()
 
     held = torch.cat([log_p[:, ids], rest], -1)
-    assert abs(penalty("kl_rest", logits, held)) < 1e-12
+    assert abs(penalty("kl_mass", logits, held)) < 1e-12
     assert penalty("kl", moved, logits[:, ids]) < 1e-12
-    assert penalty("kl_rest", moved, held) > 0.1
+    assert penalty("kl_mass", moved, held) > 0.1
 
 
 def test_a_rounded_reference_is_made_to_sum_to_one():
@@ -167,34 +166,21 @@ def test_compiled_code_has_the_same(needs):
         assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"token_weights": [1.0, 2.0]}, "token_weights=(1.0, 2.0)"),
-        ({"temperature": 2.0}, "temperature=2.0"),
-    ],
-)
-def test_what_the_kind_has_not_is_refused(settings, named):
-    """Weights and another temperature would be ignored."""
-    with pytest.raises(ValueError, match=re.escape(named)):
-        SafetyConstraint([1, 2], kind="kl_rest", **settings)
-
-
 def test_a_split_vocabulary_is_refused():
     """No process knows the rest of another."""
     case = rest_case()
     head = Head(case.hidden_states, case.weight, None)
     inputs = RowInputs(case.labels, case.reference, None)
     shards = Shards(group=object(), first=0, total=602, size=301)
-    with pytest.raises(ValueError, match="kind='kl_rest': the vocabulary is split"):
+    with pytest.raises(ValueError, match="kind='kl_mass': the vocabulary is split"):
         check_inputs(head, inputs, LossOptions(**case.settings), None, shards)
 
 
 def test_shapes_of_its_reference_and_of_its_vocabulary():
     """The reference has K + 1 columns, and some token must be no safety token."""
     case = rest_case()
-    with pytest.raises(ValueError, match=r"K \+ 1=6 for kind='kl_rest'"):
+    with pytest.raises(ValueError, match=r"K \+ 1=6 for kind='kl_mass'"):
         replace(case, reference=case.reference[:, :-1]).run(backend="torch")
-    safety = SafetyConstraint(range(301), kind="kl_rest")
+    safety = SafetyConstraint(range(301), kind="kl_mass")
     with pytest.raises(ValueError, match="all the head's rows"):
         replace(case, settings={"safety": safety}).run(backend="torch")

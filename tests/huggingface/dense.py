@@ -55,12 +55,12 @@ def weights(shifted: Tensor, mask: Tensor, positions: str | int | Tensor) -> Ten
 
 
 def safety_values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
-    """Safety logits; their log-probabilities for ``logprob``; with the rest's for ``kl_rest``."""
+    """Safety logits; their log-probabilities for ``logprob``; with the rest's for ``kl_mass``."""
     values = logits[..., list(safety.token_ids)]
-    if safety.kind not in ("logprob", "kl_rest"):
+    if safety.kind not in ("logprob", "kl_mass"):
         return values
     values = values - logits.logsumexp(-1, keepdim=True)
-    if safety.kind == "kl_rest":
+    if safety.kind == "kl_mass":
         others = [v for v in range(logits.shape[-1]) if v not in safety.token_ids]
         rest = logits.log_softmax(-1)[..., others].logsumexp(-1, keepdim=True)
         values = torch.cat([values, rest], -1)
@@ -70,12 +70,17 @@ def safety_values(logits: Tensor, safety: SafetyConstraint) -> Tensor:
 def _constraint(z: Tensor, r: Tensor, safety: SafetyConstraint) -> Tensor:
     r = r.expand_as(z)
     if safety.kind == "kl":
-        tau = safety.temperature
-        q, p = (r / tau).log_softmax(-1), (z / tau).log_softmax(-1)
-        return tau**2 * (q.exp() * (q - p)).sum(-1)
-    if safety.kind == "kl_rest":
-        return (r.exp() * (r - z)).sum(-1)
+        return _divergence(z, r, safety.temperature)
+    if safety.kind == "kl_mass":
+        among = _divergence(z[..., :-1], r[..., :-1], safety.temperature)
+        masses = (torch.stack([x[..., :-1].logsumexp(-1), x[..., -1]], -1) for x in (z, r))
+        return among + _divergence(*masses)
     return (z - r).square().mean(-1)
+
+
+def _divergence(z: Tensor, r: Tensor, tau: float = 1.0) -> Tensor:
+    q, p = (r / tau).log_softmax(-1), (z / tau).log_softmax(-1)
+    return tau**2 * (q.exp() * (q - p)).sum(-1)
 
 
 def constant_cache(path, inputs, safety: SafetyConstraint, values: Tensor, *more) -> Path:

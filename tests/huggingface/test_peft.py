@@ -44,7 +44,7 @@ def test_loss_and_gradients(name, order):
 
 
 @pytest.mark.parametrize("name", ["whole head", "lora on the head", "dora", "dora on the head"])
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_mass"])
 def test_constraint(name, kind):
     """The reference is the model without any of its adapters, those on the head included."""
     model, inputs = wrap(build(), **VARIANTS[name]), batch()

@@ -25,8 +25,7 @@ METHODS = {
         Method("pact", loss="pact", top_k=4),
         Method("anchors", top_k=4, anchors=1),
         Method("full-kl", loss="full_kl"),
-        Method("kl-and-mass", loss="str_mass", kind="kl", top_k=4),
-        Method("kl-rest-share", kind="kl_rest", strength=1.0, top_k=4, share=0.5),
+        Method("kl-mass-share", kind="kl_mass", strength=1.0, top_k=4, share=0.5),
         Method("constrained-sft", loss="constrained_sft"),
         Method("safeinstr", loss="plain", mixed=2),
     )

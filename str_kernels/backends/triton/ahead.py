@@ -40,7 +40,6 @@ from str_kernels.backends.triton.logit_gradient import live_kernel, logit_gradie
 from str_kernels.backends.triton.mend import guard_kernel, reset_kernel
 from str_kernels.backends.triton.operands import GROUP
 from str_kernels.backends.triton.penalty import PENALTY, penalty_kernel
-from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
 from str_kernels.backends.triton.prepare import prepare_kernel
 from str_kernels.backends.triton.quantise import quantise_kernel
 from str_kernels.backends.triton.reduce import reduce_kernel
@@ -150,11 +149,15 @@ def cases(
         kept = {"softcap": constants["softcap"], **_blocks(SHARES)}
         yield Case("shares", shares_kernel, dtype, SHARES, kept, off)
     penalty = {"softcap": constants["softcap"], **PENALTY}
+    no_mass = ("log_rest_ptr", "ones_ptr")
+    for name, KL, unread in (
+        ("penalty mass", True, ()),
+        ("penalty", True, (*no_mass, "lse_ptr", "lse_rest_ptr")),
+        ("penalty", False, no_mass),
+    ):
+        yield Case(name, penalty_kernel, torch.float32, alone, {"KL": KL, **penalty}, unread)
     for name, kernel, blocks in (
         ("finish", finish_kernel, {"softcap": constants["softcap"], **FINISH}),
-        ("penalty", penalty_kernel, {"KL": True, **penalty}),
-        ("penalty", penalty_kernel, {"KL": False, **penalty}),
-        ("penalty rest", rest_kernel, {**penalty, **REST}),
         ("threshold", threshold_kernel, {"AGAIN": False, **THRESHOLD}),
         ("route", route_kernel, {"AGAIN": False, **SCAN}),
         ("plan", plan_kernel, {"CHUNK": 64, **SCAN}),

@@ -15,15 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from str_kernels import waits
-from str_kernels.backends.triton.penalty_rest import REST, rest_kernel
+from str_kernels.backends.triton.penalty_mass import held_mass, mass_terms
 from str_kernels.backends.triton.row_values import normaliser, values_at
 from str_kernels.constraint import needs_lse
 from str_kernels.engine.contract import Kept, RowGradients, Statistics
 from str_kernels.options import LossOptions
 
-POINTERS = {
-    "fp32": ("safety", "lse", "lse_rest", "reference", "omega", "scale", "out", "beta", "d_lse")
-}
+_READ = ("safety", "lse", "lse_rest", "log_rest", "reference", "omega", "ones", "scale")
+POINTERS = {"fp32": (*_READ, "out", "beta", "d_lse")}
 # Rows of a program, and safety tokens that it takes at once.
 PENALTY = {"BLOCK_R": 16, "TOKENS": 64}
 
@@ -46,8 +45,10 @@ def penalty_kernel(
     safety_ptr,
     lse_ptr,
     lse_rest_ptr,
+    log_rest_ptr,
     reference_ptr,
     omega_ptr,
+    ones_ptr,
     scale_ptr,
     out_ptr,
     beta_ptr,
@@ -65,10 +66,12 @@ def penalty_kernel(
     """One program takes BLOCK_R rows.
 
     In: ``safety [N, K]``, ``lse [N]`` and ``lse_rest [N]``, or None for a constraint on logits,
-    ``reference [N, K]`` or ``[K]`` (stride 0) of any dtype, ``omega [K]`` and ``scale [N]``, λ w,
+    ``log_rest [N]`` for one that holds the mass, or None, ``reference [N, K]`` or ``[K]`` (stride
+    0) of any dtype, K + 1 columns for the mass, ``omega [K]``, ``ones [K]`` and ``scale [N]``, λ w,
     in the backward times the upstream gradient; ``count`` is K. Out, 0 where ``scale`` is 0: ``out
     [N]``, ``scale · C``; ``beta [N, K]``, its derivatives by ``H Wᵀ + b``; ``d_lse [N]``, that by
-    the log-sum-exp; each of the three or None. All but the reference are fp32.
+    the log-sum-exp, for the mass by that of all other tokens; each of the three or None. All but
+    the reference are fp32.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
@@ -84,6 +87,14 @@ def penalty_kernel(
         lse_rest = tl.load(lse_rest_ptr + row, mask=on, other=0.0)
     value = tl.zeros([BLOCK_R], tl.float32)
     by_lse = tl.zeros([BLOCK_R], tl.float32)
+    if log_rest_ptr is not None:
+        high, above = normaliser(safety_ptr, count, ones_ptr, row, on, count, 1.0, TOKENS)
+        its_mass, its_rest = held_mass(
+            reference_ptr, reference_stride, ones_ptr, row, on, count, TOKENS
+        )
+        log_rest = tl.load(log_rest_ptr + row, mask=on, other=0.0)
+        value, more = mass_terms(((high - lse) - lse_rest) + above, log_rest, its_mass, its_rest)
+        by_lse = tl.where(on, -scale * more, 0.0)
     for start in range(0, count, TOKENS):
         token = start + tl.arange(0, TOKENS)
         omega = tl.load(omega_ptr + token, mask=token < count, other=0.0)
@@ -106,7 +117,11 @@ def penalty_kernel(
         value += tl.sum(tl.where(counted, cost, 0.0), 1)
         if beta_ptr is not None:
             beta = tl.where(counted, scale[:, None] * slope, 0.0)
-            by_lse -= tl.sum(beta, 1)
+            if log_rest_ptr is not None:
+                share = tl.exp((z - high[:, None]) - above[:, None])
+                beta += tl.where(on[:, None], (scale * more)[:, None] * share, 0.0)
+            else:
+                by_lse -= tl.sum(beta, 1)
             beta *= logit_scale
             if softcap is not None:
                 share = z * (1.0 / softcap)
@@ -143,17 +158,16 @@ def _constrain(
     scale: Tensor,
     **out: Any,
 ) -> None:
-    if options.leaves_out:
-        _constrain_rest(options, statistics, reference, scale, **out)
-        return
     safety, relative = options.safety, needs_lse(options.safety)
-    omega = safety.token_weights or (1.0,) * len(safety.token_ids)
+    ones = (1.0,) * len(safety.token_ids)
     penalty_kernel[(-(-len(scale) // PENALTY["BLOCK_R"]),)](
         statistics.safety_logits,
         statistics.lse if relative else None,
         statistics.lse_rest if relative else None,
+        statistics.log_rest,
         reference.contiguous(),
-        waits.constant(omega, torch.float32, scale.device),
+        waits.constant(safety.token_weights or ones, torch.float32, scale.device),
+        waits.constant(ones, torch.float32, scale.device) if options.leaves_out else None,
         scale,
         **out,
         rows=len(scale),
@@ -162,36 +176,7 @@ def _constrain(
         temperature=float(safety.temperature),
         logit_scale=float(options.logit_scale),
         softcap=None if options.softcap is None else float(options.softcap),
-        KL=safety.kind == "kl",
+        KL=safety.kind in ("kl", "kl_mass"),
         **PENALTY,
-        num_warps=4,
-    )
-
-
-def _constrain_rest(
-    options: LossOptions,
-    statistics: Statistics | Kept,
-    reference: Tensor,
-    scale: Tensor,
-    *,
-    d_lse_ptr: Tensor | None,
-    **out: Any,
-) -> None:
-    rest_kernel[(-(-len(scale) // REST["BLOCK_R"]),)](
-        statistics.safety_logits,
-        statistics.lse,
-        statistics.lse_rest,
-        statistics.log_rest,
-        reference.contiguous(),
-        waits.constant((1.0,) * options.safety.references, torch.float32, scale.device),
-        scale,
-        **out,
-        d_rest_ptr=d_lse_ptr,
-        rows=len(scale),
-        count=len(options.safety.token_ids),
-        reference_stride=reference.shape[-1] if reference.dim() > 1 else 0,
-        logit_scale=float(options.logit_scale),
-        softcap=None if options.softcap is None else float(options.softcap),
-        **REST,
         num_warps=4,
     )

@@ -2,7 +2,7 @@
 
 Stage: the arguments of a forward → `Fold` of the model without its adapters → reference ``[R, K]``,
 one row for each of the R rows of the head's call. Only the K columns are computed; ``logprob`` and
-``kl_rest`` also need the log-sum-exp, which is computed on constrained rows alone, without any
+``kl_mass`` also need the log-sum-exp, which is computed on constrained rows alone, without any
 gradient. There is never a second model.
 """
 
@@ -152,7 +152,7 @@ def safety_reference(
 ) -> Tensor:
     """Reference ``[R, K]`` of the head's R rows: logits, or log-probabilities for ``logprob``.
 
-    For ``kl_rest`` it is ``[R, K + 1]``, log-probabilities with that of all other tokens.
+    For ``kl_mass`` it is ``[R, K + 1]``, log-probabilities with that of all other tokens.
 
     The very arithmetic of the training loss (fp32 accumulation), so that an adapter that has not
     moved has no penalty at all.

@@ -2,7 +2,7 @@
 
 Stage: batches → the pass with the adapters off → a file → references ``[B, T, K]`` of a batch.
 
-A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, or ``[T, K + 1]`` for ``kl_rest``,
+A cache is one safetensors file. Each tensor is ``[T, K]`` fp16, or ``[T, K + 1]`` for ``kl_mass``,
 the reference of every position of one token sequence, named by the sequence's hash; the metadata
 name the safety tokens and the unit. Padding does not matter: only the real tokens are hashed, and
 only they get values.
@@ -44,7 +44,7 @@ _EVALUATING = (
 
 def reference_unit(safety: SafetyConstraint) -> str:
     """The unit of this constraint's reference; ``"logprobs and rest"`` has one more column."""
-    return {"logprob": "logprobs", "kl_rest": "logprobs and rest"}.get(safety.kind, "logits")
+    return {"logprob": "logprobs", "kl_mass": "logprobs and rest"}.get(safety.kind, "logits")
 
 
 class ReferenceCache:

@@ -37,7 +37,7 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
     these weigh tokens.
 
     With a constraint also ``safety_drift``, ``√(Σ w (1/K) Σ (z - r)² / Σ w)`` over the same span:
-    how far the safety logits (``logprob``, ``kl_rest``: log-probabilities) are from their
+    how far the safety logits (``logprob``, ``kl_mass``: log-probabilities) are from their
     reference, as a root mean square, whatever the constraint's kind, strength and token weights.
 
     Evaluations log the same with their prefix, over all processes. ``eval_loss`` is the loss that

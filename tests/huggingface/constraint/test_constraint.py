@@ -22,8 +22,8 @@ from tests.huggingface.models import assert_same, batch, build, gradients
         ("llama", "kl", "all"),
         ("gemma2", "mse", 2),  # softcap: the penalty's gradient has the derivative of it
         ("gemma2", "logprob", "all"),
-        ("llama", "kl_rest", "all"),
-        ("gemma2", "kl_rest", 2),
+        ("llama", "kl_mass", "all"),
+        ("gemma2", "kl_mass", 2),
         ("cohere", "kl", "labels"),  # scale
         ("gpt2", "mse", "all"),  # tied
         ("mixtral", "mse", "all"),

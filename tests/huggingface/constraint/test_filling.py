@@ -32,7 +32,7 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_mass"])
 def test_it_holds_what_a_cache_made_before_holds(kind, tmp_path, passes):
     """Losses, gradients and references of both are the same bits, in every epoch and mode."""
     safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind=kind)
@@ -70,8 +70,8 @@ def test_a_row_is_computed_once(tmp_path, passes):
 
 
 def test_the_rest_is_kept_beside_the_tokens(tmp_path, passes):
-    """For ``kl_rest`` a row sums to 1, drawn rows fill it too, and it is no cache of logprobs."""
-    safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind="kl_rest")
+    """For ``kl_mass`` a row sums to 1, drawn rows fill it too, and it is no cache of logprobs."""
+    safety = SafetyConstraint(SAFETY.token_ids, 0.5, kind="kl_mass")
     inputs, model, path = batch(), wrap(build()), tmp_path / "r.sqlite"
     with patch_model(model, safety, reference=FillingCache(path, safety), share=0.5):
         for _ in range(16):

@@ -25,7 +25,7 @@ def cached(tmp_path, model=None, safety=SAFETY, **arguments):
     return path
 
 
-@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_rest"])
+@pytest.mark.parametrize("kind", ["mse", "logprob", "kl_mass"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["before peft", "with adapters"])
 def test_as_adapter_off(kind, wrapped, tmp_path):
     """Built on the aligned model, or on the one with adapters: the loss of the dense reference."""
@@ -64,7 +64,7 @@ def test_what_is_not_there(tmp_path):
         (SafetyConstraint([1, 2], 1.0), "other safety tokens"),
         (SafetyConstraint(SAFETY.token_ids, 1.0, kind="logprob"), "holds logits"),
         (
-            SafetyConstraint(SAFETY.token_ids, 1.0, kind="kl_rest"),
+            SafetyConstraint(SAFETY.token_ids, 1.0, kind="kl_mass"),
             "holds logits, .* needs logprobs and rest; compute it again",
         ),
     ):

@@ -16,7 +16,7 @@ IDS = [3, 17, 40, 95]
 KINDS = {
     "mse": {"token_weights": [0.5, 1.0, 2.0, 4.0]},
     "logprob": {},
-    "kl_rest": {},
+    "kl_mass": {},
     "kl": {"temperature": 2.0},
 }
 

@@ -1,4 +1,4 @@
-"""The kernels leave the safety tokens out of their passes, and compute the kind ``kl_rest``."""
+"""The kernels leave the safety tokens out of their passes, and compute the kind ``kl_mass``."""
 
 from __future__ import annotations
 
@@ -79,12 +79,19 @@ def test_a_rest_of_nearly_nothing_or_nearly_all(shift):
     assert_close({n: got[n] for n in names}, {n: want[n] for n in names}, 0.01)
 
 
-@pytest.mark.parametrize("count", [1, 70])
-@pytest.mark.parametrize("softcap", [None, 7.0])
-def test_the_kernel_of_the_constraint(count, softcap):
+@pytest.mark.parametrize(
+    ("count", "softcap", "extra"),
+    [
+        (1, None, {}),
+        (70, 7.0, {}),
+        (70, None, {"token_weights": [(1 + i) % 3 for i in range(70)], "temperature": 2.0}),
+    ],
+    ids=["one", "capped", "weighted"],
+)
+def test_the_kernel_of_the_constraint(count, softcap, extra):
     """Value and derivatives, of one token and of more than a program takes at once."""
     g = torch.Generator().manual_seed(0)
-    safety = SafetyConstraint(range(count), 1.0, kind="kl_rest")
+    safety = SafetyConstraint(range(count), 1.0, kind="kl_mass", **extra)
     options = LossOptions(safety=safety, logit_scale=0.7, softcap=softcap)
     z = torch.randn(19, count, generator=g)
     lse, rest = 3.0 + torch.rand(19, generator=g), torch.full((19,), 1e-4)
