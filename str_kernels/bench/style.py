@@ -22,8 +22,10 @@ COLOURS = {
     **dict.fromkeys(("ours", "str", "patched-str"), OURS),
     "kl": "#2c4fa3",  # where it is not the default
     "kl-rest": "#66a61e",
-    "kl-rest-anchors": "#9c6ade",
+    "kl-rest-anchors": "#3b6e1a",
     "kl-mass": "#00a5cf",
+    "kl-mass-30": "#00688b",
+    "kl-mass-anchors": "#9c6ade",
     "kl-share-0.5": "#4a6fd0",
     "kl-share-0.25": "#93a9e0",
     "kl-mass-share-0.5": "#4d7c0f",
