@@ -100,10 +100,7 @@ def safety_logits(
         return row_terms(head, inputs, options, backend=backend).statistics.safety_logits
     with torch.no_grad(), without_autocast(flat.weight.device):
         labels = torch.full_like(rows.labels, -1)
-        elsewhere = shards.elsewhere(labels)
-        block = Block(
-            whole_head(flat, chosen), labels, None, options, elsewhere=elsewhere, shards=shards
-        )
+        block = Block(whole_head(flat, chosen), labels, None, options, shards=shards)
         needed = rows.position_weights > 0
         return columns_over_shards(row_stages(chosen), block, needed).safety
 
@@ -133,11 +130,6 @@ def check_inputs(
     (`engine.rows.plan_rows`).
     """
     waits.judge_arrived()
-    if options.leaves_out and not shards.alone:
-        raise ValueError(
-            f"kind={options.safety.kind!r}: the vocabulary is split over processes, which compare "
-            "no probability of the rest; use kind='kl', or gather the head."
-        )
     total = None if shards.alone else shards.total
     validate_loss_inputs(**head._asdict(), **inputs._asdict(), options=options, vocab_size=total)
     if waits.checks_at_once(head.weight.device):

@@ -125,7 +125,7 @@ class _Backward:
         if self.plan.listed is not None:  # a factor of zero does not silence NaN
             hidden.masked_fill_((self.plan.listed.labels == ABSENT)[:, None], 0.0)
         head = whole_head(Head(hidden, kept.weight, kept.bias), self.resolved.backend)
-        head = leave_out(head, self.options)
+        head = leave_out(head, self.options, self.shards)
         weight, bias = self.resolved.backend.weight_gradients(
             self._block(head, rows),
             Saved(
@@ -148,7 +148,8 @@ class _Backward:
         if listed is not None:
             places = listed.places
         if self.options.leaves_out:  # `safety_factors` has the labels that are safety tokens
-            own = of_safety(labels, self.options).any(-1)
+            whole = self.plan.labels[rows] if listed is None else labels
+            own = of_safety(whole, self.options).any(-1)
             labels = labels.masked_fill(own, -1)
             places = None if places is None else places.masked_fill(own, -1)
         return Block(head, labels, self.tiles, self.options, places=places, shards=self.shards)
@@ -181,7 +182,7 @@ class _Backward:
             self.grad_cross_entropy,
             None,
             options=self.options,
-            vocab_size=len(kept.weight),
+            vocab_size=self.vocab,
         )
         own = safety_factors(kept, self.plan.labels, coefficients, self._rows, self.options)
         return own if beta is None else own + beta

@@ -164,8 +164,8 @@ class Block(NamedTuple):
     None only until then; ``places [R]`` int32 or None: the labels as places in the order, where
     they are known. ``present``: only where rows may be ``ABSENT``, and these stand last; ``start``
     rows of the call stand in earlier blocks. Where the vocabulary is split over processes, the head
-    and the labels are this process's own: a label that another has is -1 here, and true in
-    ``elsewhere [R]`` bool.
+    and the labels are this process's own: a label that another has is -1 here; ``everywhere [R]``
+    has all of them, as rows of the whole head.
     """
 
     head: Head
@@ -176,7 +176,7 @@ class Block(NamedTuple):
     places: Tensor | None = None
     present: Present | None = None
     start: int = 0
-    elsewhere: Tensor | None = None
+    everywhere: Tensor | None = None
     shards: Shards = ALONE
 
     @property
@@ -187,8 +187,12 @@ class Block(NamedTuple):
     @property
     def unlabelled(self) -> Tensor:
         """``[R]`` bool: rows without a label on any process."""
-        none = self.labels < 0
-        return none if self.elsewhere is None else none & ~self.elsewhere
+        return self.whole_labels < 0
+
+    @property
+    def whole_labels(self) -> Tensor:
+        """``[R]`` int64: the labels as rows of the whole head."""
+        return self.labels if self.everywhere is None else self.everywhere
 
 
 class Wanted(NamedTuple):
@@ -380,8 +384,8 @@ class Rest(NamedTuple):
 
     ``log_sum [R]``: the log of its sum, relative to the shift of `RowSums`; ``label [R]``: the
     share that the label has of it, 0 for a safety token. ``safety [R, K]``: the probabilities of
-    the safety tokens, 0 at the label. ``keep [R]`` or None: what corrects the rounding of the
-    opened sums.
+    the safety tokens, 0 at the label. ``keep [R]`` or None: what corrects the opened sums: their
+    rounding, or another process's shift.
     """
 
     log_sum: Tensor

@@ -131,12 +131,13 @@ def join_sums(
             smooth_gradient = smooth_gradient + safety_part(block, ones, smooth_gradient.dtype)
     sums = RowSums(shift, mass, maximum, None, weighted, logit_sum, exact, kept)
     joined, logit_sum, factor = join_shards(block, label_logit, sums, partial(join_all, join))
-    opened, factors = None, joined.factors
+    opened, factors, rest = None, joined.factors, joined.rest
     if expected is not None:
         opened = OpenRows(expected, None, joined.scale)
     if factor is not None and opened is not None:
         opened = opened._replace(scale=opened.scale * factor)
         factors = factors and factors._replace(opened=factors.opened * factor)
+        rest = rest and rest._replace(keep=factor if rest.keep is None else rest.keep * factor)
     return Dense(
         statistics=joined.statistics,
         label_logit=label_logit,
@@ -146,7 +147,7 @@ def join_sums(
         logit_sum=logit_sum,
         smooth_gradient=smooth_gradient,
         factors=factors,
-        rest=joined.rest,
+        rest=rest,
     )
 
 

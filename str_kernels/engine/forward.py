@@ -146,7 +146,7 @@ class _Work:
         every, rows = self._block_of(head, self.plan.labels), None if self.every else self.rows
         stages = row_stages(resolved.backend)
         self.columns = columns_over_shards(stages, every, needed, rows)
-        self.head = leave_out(head, self.options)
+        self.head = leave_out(head, self.options, self.shards)
         self.size = resolved.most_rows or resolved.backend.row_block(
             head, len(self.rows), routed=tiles is not None
         )
@@ -236,9 +236,14 @@ class _Work:
 
     def _block_of(self, head: Head, labels: Tensor, columns: Columns | None = None) -> Block:
         """Make a block of rows that the host has listed, with this process's own labels."""
-        own, elsewhere = self.shards.own(labels), self.shards.elsewhere(labels)
         return Block(
-            head, own, self.tiles, self.options, columns, elsewhere=elsewhere, shards=self.shards
+            head,
+            self.shards.own(labels),
+            self.tiles,
+            self.options,
+            columns,
+            everywhere=None if self.shards.alone else labels,
+            shards=self.shards,
         )
 
     def _screened(self) -> Iterator[tuple[slice, TileMasses | None]]:

@@ -94,8 +94,8 @@ def join_shards(block: Block, label_logit: Tensor, sums: RowSums, join: Join) ->
     shards = block.shards
     if shards.alone:
         return Shared(join(block, label_logit, sums), sums.logit_sum, None)
-    # a join reads the labels' signs alone
-    everywhere = block._replace(labels=torch.where(block.elsewhere, 0, block.labels))
+    # a join reads no row of the head
+    everywhere = block._replace(labels=block.everywhere)
     highest = shards.max(sums.maximum.clone())
     if sums.dead is None:
         whole, factor = _exact_sums(shards, sums, highest)

@@ -31,19 +31,29 @@ from str_kernels.engine.logits import (
     safety_ids,
     weight_rows,
 )
+from str_kernels.engine.shards import Shards
 from str_kernels.options import LossOptions
 
 Join = Callable[[Block, Tensor, RowSums], Joined]
 
 
-def leave_out(head: Head, options: LossOptions) -> Head:
+def leave_out(head: Head, options: LossOptions, shards: Shards) -> Head:
     """Mark the safety tokens by their bias, if the options leave them out."""
     if not options.leaves_out:
         return head
     dtype, device = accumulator(head.hidden_states.dtype), head.weight.device
     none = torch.zeros(len(head.weight), dtype=dtype, device=device)
     bias = none if head.bias is None else head.bias.detach().to(dtype)
-    return head._replace(bias=bias.index_fill(0, safety_ids(options.safety, device), LEFT_OUT))
+    return head._replace(bias=bias.index_fill(0, _rows_of(options, shards, device)[1], LEFT_OUT))
+
+
+def _rows_of(
+    options: LossOptions, shards: Shards, device: torch.device
+) -> tuple[Tensor | slice, Tensor]:
+    """Which of the K safety tokens this process has, and their rows of the head."""
+    if shards.alone:
+        return slice(None), safety_ids(options.safety, device)
+    return shards.tokens(options.safety, device)
 
 
 def left_out(bias: Tensor | None, options: LossOptions) -> Tensor | None:
@@ -52,7 +62,7 @@ def left_out(bias: Tensor | None, options: LossOptions) -> Tensor | None:
 
 
 def of_safety(labels: Tensor, options: LossOptions) -> Tensor:
-    """``[R, K]`` bool: which safety token is a row's label."""
+    """``[R, K]`` bool: which safety token is a row's label, a row of the whole head."""
     return labels[:, None] == safety_ids(options.safety, labels.device)
 
 
@@ -117,14 +127,16 @@ class _Rest:
 
 def safety_logit_sum(block: Block, label_logit: Tensor) -> Tensor:
     """``Σ_k (z_k - z_y) [R]``, which an exact pass has left out of label smoothing's sum."""
-    return (block.columns.safety - label_logit[:, None]).sum(-1)
+    places, _ = _rows_of(block.options, block.shards, label_logit.device)
+    return (block.columns.safety[:, places] - label_logit[:, None]).sum(-1)
 
 
 def safety_part(block: Block, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """``Σ_k factor_k · ∂z_k/∂h [R, D]``; ``factors [R, K]``."""
     options = block.options
-    rows = weight_rows(block.head, safety_ids(options.safety, factors.device), dtype)
-    return (factors * logit_slope(block.columns.safety, options)) @ rows
+    places, ids = _rows_of(options, block.shards, factors.device)
+    factors = (factors * logit_slope(block.columns.safety, options))[:, places]
+    return factors @ weight_rows(block.head, ids, dtype)
 
 
 def rest_rows(opened: OpenRows, rest: Rest, options: LossOptions) -> OpenRows:

@@ -98,12 +98,6 @@ class Shards:
         own = labels - self.first
         return torch.where((own >= 0) & (own < self.size), own, labels.clamp(max=-1))
 
-    def elsewhere(self, labels: Tensor) -> Tensor | None:
-        """Whether another process has the label's row; None alone."""
-        if self.alone:
-            return None
-        return (labels >= 0) & (self.own(labels) < 0)
-
     def tokens(self, safety: SafetyConstraint, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return which of the K safety tokens this process has, and their rows; both int64."""
         places, rows = _owned(safety.token_ids, self.first, self.size)

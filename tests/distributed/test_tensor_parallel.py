@@ -98,7 +98,13 @@ def test_transformers_plan(ranks, saved, tmp_path, tied, output):
 
 @pytest.mark.parametrize(
     ("kind", "output"),
-    [("none", "split"), ("kl", "gathered"), ("mse", "a DTensor"), ("logprob", "split")],
+    [
+        ("none", "split"),
+        ("kl", "gathered"),
+        ("kl_mass", "split"),
+        ("mse", "a DTensor"),
+        ("logprob", "split"),
+    ],
 )
 def test_torch_s_plan(ranks, kind, output):
     """Every kind, with a trained head where no reference forbids it."""

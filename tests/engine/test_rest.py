@@ -13,9 +13,8 @@ import torch
 
 from str_kernels import SafetyConstraint, VocabularyIndex, linear_cross_entropy
 from str_kernels.engine.contract import Head, RowInputs
-from str_kernels.engine.shards import Shards
 from str_kernels.options import LossOptions
-from str_kernels.terms import check_inputs, row_terms
+from str_kernels.terms import row_terms
 from tests.oracle import Case, assert_close, make_case
 
 pytestmark = pytest.mark.one_in(3)
@@ -164,16 +163,6 @@ def test_compiled_code_has_the_same(needs):
         results.append(torch.autograd.grad((call(*leaves) * upstream).sum(), trained))
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-6)
-
-
-def test_a_split_vocabulary_is_refused():
-    """No process knows the rest of another."""
-    case = rest_case()
-    head = Head(case.hidden_states, case.weight, None)
-    inputs = RowInputs(case.labels, case.reference, None)
-    shards = Shards(group=object(), first=0, total=602, size=301)
-    with pytest.raises(ValueError, match="kind='kl_mass': the vocabulary is split"):
-        check_inputs(head, inputs, LossOptions(**case.settings), None, shards)
 
 
 def test_shapes_of_its_reference_and_of_its_vocabulary():

@@ -22,7 +22,10 @@ def route_pairs(block: Block, masses: TileMasses, eps: float) -> Worklist:
     labels, log_mass = block.labels, masses.log_mass
     shift = masses.anchor + torch.logsumexp(log_mass, -1)
     # adding the anchor has rounded; subtracting it again is exact
-    dead = torch.exp(log_mass - (shift - masses.anchor)[:, None])
+    whole = shift - masses.anchor
+    # a process whose tokens are all left out has no mass: -inf - -inf
+    whole = whole.masked_fill(whole == -torch.inf, 0.0)
+    dead = torch.exp(log_mass - whole[:, None])
     labelled = (labels >= 0).nonzero()[:, 0]
     label_tile = positions_of(labels, block.tiles.inverse)[labelled] // TILE
     open_mass = dead.sum(-1)
