@@ -89,6 +89,7 @@ KL = Method("kl", kind="kl", strength=10.0)  # the default
 KL_MASS = Method("kl-mass", kind="kl_mass", strength=10.0)
 KL_MASS_ANCHORED = Method("kl-mass-anchors", kind="kl_mass", strength=10.0, anchors=1)
 KL_MASS_STRONG = Method("kl-mass-30", kind="kl_mass", strength=30.0)
+KL_STRONG = Method("kl-30", kind="kl", strength=30.0)
 KL_WEAK = Method("kl-weak", kind="kl", strength=1.0)
 PACT = Method("pact", loss="pact", kind="kl", strength=1.0, positions="labels", top_k=50)
 FULL_KL = Method("full-kl", loss="full_kl", kind="kl", strength=1.0)
@@ -106,7 +107,17 @@ SHARES = tuple(
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
 # side by side on the report's page
-HELD = (KL, KL_ANCHORED, KL_MASS, KL_MASS_STRONG, KL_MASS_ANCHORED, *SHARES, MSE, LOGPROB)
+HELD = (
+    KL,
+    KL_STRONG,
+    KL_ANCHORED,
+    KL_MASS,
+    KL_MASS_STRONG,
+    KL_MASS_ANCHORED,
+    *SHARES,
+    MSE,
+    LOGPROB,
+)
 COMPARED = (PLAIN, *HELD, PACT, FULL_KL, *BASELINES)
 KL_WEAK_ANCHORED = Method("kl-weak-anchors", kind="kl", strength=1.0, anchors=1)
 KL_RANDOM = Method("kl-random-tokens", kind="kl", strength=10.0, tokens="random")
@@ -190,7 +201,9 @@ def _everything() -> list[Run]:
         *(Run(KL_MASS, task, seed) for seed in seeds for task in (HARSHEST, OBEYING, HARSH)),
         *(Run(KL_MASS, task, seed) for seed in seeds for task in (TOPICS, ANSWERS)),
         *(Run(KL_MASS_ANCHORED, task, seed) for seed in seeds for task in (OBEYING, HARSHEST)),
-        *(Run(KL_MASS_STRONG, task, 0) for task in (OBEYING, HARSHEST)),
+        *(Run(KL_MASS_STRONG, task, seed) for seed in seeds for task in (OBEYING, HARSHEST, HARSH)),
+        *(Run(KL_MASS_STRONG, task, 0) for task in (TOPICS, ANSWERS)),
+        *(Run(KL_STRONG, task, seed) for seed in seeds for task in (OBEYING, HARSHEST)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
     ]
 

@@ -25,6 +25,7 @@ COLOURS = {
     "kl-rest-anchors": "#3b6e1a",
     "kl-mass": "#00a5cf",
     "kl-mass-30": "#00688b",
+    "kl-30": "#5b3fa0",
     "kl-mass-anchors": "#9c6ade",
     "kl-share-0.5": "#4a6fd0",
     "kl-share-0.25": "#93a9e0",

@@ -118,8 +118,8 @@ def penalty_kernel(
         if beta_ptr is not None:
             beta = tl.where(counted, scale[:, None] * slope, 0.0)
             if log_rest_ptr is not None:
-                share = tl.exp((z - high[:, None]) - above[:, None])
-                beta += tl.where(on[:, None], (scale * more)[:, None] * share, 0.0)
+                of_mass = tl.exp((z - high[:, None]) - above[:, None])
+                beta += tl.where(on[:, None], (scale * more)[:, None] * of_mass, 0.0)
             else:
                 by_lse -= tl.sum(beta, 1)
             beta *= logit_scale
