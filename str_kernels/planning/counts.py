@@ -94,7 +94,7 @@ class Counter:
 
     def _count(self, context: int, levers: Levers) -> Count:
         if levers.tile_tokens is not None and self._tiled is None:
-            with experts_counted():
+            with self._told(), experts_counted():
                 self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
         few = self._at(self.depths.few, context, levers)
         more = few
@@ -128,15 +128,21 @@ class Counter:
             if self.layers is not None:
                 stack.enter_context(shortened(self.layers, depth))
             stack.enter_context(self._levers(levers, ledger))
-            try:
-                count_step(ledger, subject, self.layers, shape, fused=levers.fused_head)
-            except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-                told = str(error).splitlines()[0][:120]
-                raise ValueError(
-                    f"model={subject.name!r}: its step cannot be counted on tensors without values "
-                    f"({told}); measure one with a real model (str-kernels train --steps 2)."
-                ) from error
+            stack.enter_context(self._told())
+            count_step(ledger, subject, self.layers, shape, fused=levers.fused_head)
         return ledger
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in a sentence that a model does not run."""
+        try:
+            yield
+        except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+            told = str(error).splitlines()[0][:120]
+            raise ValueError(
+                f"model={self.subject.name!r}: its step cannot be counted on tensors without "
+                f"values ({told}); measure one with a real model (str-kernels train --steps 2)."
+            ) from error
 
     @contextmanager
     def _levers(self, levers: Levers, ledger: Ledger) -> Iterator[None]:

@@ -46,6 +46,22 @@ QWEN = LLAMA | {
     "moe_intermediate_size": 64,
     "head_dim": 16,
 }
+DEEPSEEK = LLAMA | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": LLAMA["num_attention_heads"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 ROUTED = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.0"), reason="its experts are a loop by values"
 )
@@ -72,6 +88,9 @@ def written(tmp_path, values: dict, name: str = "config.json") -> str:
         (GEMMA, Levers(window_attention=True), 0.001),
         pytest.param(GEMMA, replace(EVERY, window_attention=True), 0.05, marks=pytest.mark.slow),
         pytest.param(MIXTRAL, Levers(True, fused_head=True), 0.02, marks=ROUTED),
+        pytest.param(
+            DEEPSEEK, Levers(True, fused_head=True), 0.02, marks=(ROUTED, pytest.mark.slow)
+        ),
         pytest.param(QWEN, Levers(), 0.001, marks=(ROUTED, pytest.mark.slow)),
         # in tiles the sorting of so few tokens by expert shows, which has no kernel on meta
         pytest.param(QWEN, EVERY, 0.1, marks=(ROUTED, pytest.mark.slow)),
@@ -255,10 +274,13 @@ def test_bad_configurations_are_refused(tmp_path, values, told):
 
 
 def test_what_cannot_be_counted_is_said(tmp_path):
-    """Experts in a loop over those that were hit: how many depends on values."""
+    """Experts in a loop over those that were hit, whose number depends on values; broken shapes."""
     looped = {"experts_implementation": "eager", "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="cannot be counted on tensors without values"):
         plan(written(tmp_path, MIXTRAL | looped), context=64, rank=2)
+    unlike = {"num_key_value_heads": 2, "num_hidden_layers": 1}  # fewer than its attention takes
+    with pytest.raises(ValueError, match=r"without values \(The size of tensor"):
+        plan(written(tmp_path, DEEPSEEK | unlike), context=64, rank=2)
 
 
 def test_processes_and_batch_cost_what_they_add(tmp_path):
