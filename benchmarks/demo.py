@@ -36,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--seeds", type=int, default=10, help="the seeds 0, 1, … of so many runs")
-    made.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
+    made.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--out", type=Path, default=RESULTS, help="folder; what it holds is kept")
     made.add_argument("--quick", action="store_true", help="the demo's quick form")
@@ -47,7 +47,7 @@ def main() -> None:
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "the machine's")
     for seed in range(args.seeds):
         where = {"seed": seed, "threads": args.threads, "isa": isa, "quick": args.quick}
-        kinds = [k for k in args.kinds.split(",") if not found.has(kind=k, **where)]
+        kinds = [k for k in args.kinds if not found.has(kind=k, **where)]
         for kind, behaviour in behaviours(kinds, seed, args.quick):
             say(f"seed {seed}, {kind}: {behaviour['refusal_rate']:.0%} refused")
             found.add({"kind": kind, **where, **behaviour})
@@ -78,10 +78,11 @@ def table(rows: list[dict]) -> str:
         return row["quick"], row["threads"], row["isa"], KINDS.index(row["kind"])
 
     lines = []
-    for (_, threads, isa, kind), group in groupby(sorted(rows, key=key), key):
+    for (quick, threads, isa, kind), group in groupby(sorted(rows, key=key), key):
         several = list(group)
         spans = [_span([row[name] for row in several]) for name in COLUMNS]
-        lines.append([KINDS[kind], f"{threads}, {isa}", f"{len(several)}", *spans])
+        quickly = " (quick)" if quick else ""
+        lines.append([KINDS[kind] + quickly, f"{threads}, {isa}", f"{len(several)}", *spans])
     headings = ["kind", "threads, instructions", "seeds", "refused", "look-alikes refused"]
     return markdown([*headings, "helped", "task"], lines)
 

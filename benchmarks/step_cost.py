@@ -32,7 +32,6 @@ from str_kernels.inputs.loading import load_model_and_tokenizer
 from str_kernels.training.lora import add_lora
 
 TOKENS = 64
-GOAL = 0.1
 KEYS = ("model", "data", "dtype", "batch", "max_length", "variant")
 
 

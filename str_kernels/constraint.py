@@ -66,7 +66,8 @@ def _kl(temperature: float, logits: Tensor, reference: Tensor, weights: Tensor) 
     log_p, log_q = (x - torch.logsumexp(x + weights.log(), -1, keepdim=True) for x in scaled)
     # exp may overflow where ω is 0
     p, q = (torch.where(weights == 0, 0.0, weights * x.exp()) for x in (log_p, log_q))
-    divergence = (q * (log_q - log_p)).sum(-1)
+    # an impossible token costs nothing, and 0 · inf is no number
+    divergence = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
     return ConstraintTerms(temperature**2 * divergence, temperature * (p - q), None)
 
 
@@ -82,8 +83,8 @@ def _kl_mass(
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
     p, q, distance = log_masses.exp(), log_q.exp(), log_masses - log_q
     # both sum to 1, so that q log(q/p) may be q log(q/p) - q + p, and no term is negative
-    near = torch.where(q > 0, q * (torch.expm1(distance) - distance), p)
-    far = torch.where(q > 0, (p - q) - q * distance, p)
+    near = torch.where(q == 0, p, q * (torch.expm1(distance) - distance))
+    far = torch.where(q == 0, p, (p - q) - q * distance)
     value = value + torch.where(distance.abs() < 1.0, near, far).sum(-1)
     # the difference of the smaller of two masses that sum to 1 has more decimals
     more, less = (p - q).unbind(-1)

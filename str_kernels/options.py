@@ -98,7 +98,8 @@ class SafetyConstraint:
         strength: λ, the factor of the constraint beside the cross-entropy; 0 or more. None means
             10 for ``kl`` and ``kl_mass``, and 0.1 for the others.
         kind: one of the table above.
-        token_weights: K non-negative numbers ω, not all zero; None means 1 each.
+        token_weights: K non-negative numbers ω, not all zero; None means 1 each. M has neither ω
+            nor τ: a token of weight 0 counts in it.
         temperature: τ of ``kl`` and ``kl_mass``; above 0.
 
     Raises:

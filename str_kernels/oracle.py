@@ -64,7 +64,7 @@ def _dense_kl(temperature: float, omega: Tensor, z: Tensor, reference: Tensor) -
     # the maximum leaves first: a quotient of large logits would have few decimals
     z, r = (x - x.amax(-1, keepdim=True).detach() for x in (z, r))
     log_p, log_q = (torch.log_softmax(x / temperature + omega.log(), -1) for x in (z, r))
-    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+    return temperature**2 * _divergence(log_q, log_p)
 
 
 def _log_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
@@ -82,7 +82,12 @@ def _dense_kl_mass(log_p: Tensor, reference: Tensor) -> Tensor:
         torch.log_softmax(torch.stack([x[..., :-1].logsumexp(-1), x[..., -1]], -1), -1)
         for x in (log_p, reference.to(log_p.dtype).expand_as(log_p))
     )
-    return torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
+    return _divergence(log_q, log_p)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``KL(q ‖ p)``; an outcome that q does not have costs nothing."""
+    return torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def dense_rows(

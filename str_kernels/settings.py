@@ -114,7 +114,7 @@ class ConstraintSettings:
         SafetyConstraint.kind, "What is compared with the reference: kl, kl_mass, mse or logprob."
     )
     temperature: float = setting(
-        SafetyConstraint.temperature, "Temperature of the probabilities that kl compares."
+        SafetyConstraint.temperature, "Temperature of the proportions that kl and kl_mass compare."
     )
     positions: str | int = setting(
         "all", "all, labels, or a number k: the first k of each response.", option=str

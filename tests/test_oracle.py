@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from str_kernels import SafetyConstraint, linear_cross_entropy
-from tests.oracle import make_case
+from tests.oracle import assert_close, make_case
 
 
 def _loss(logits: torch.Tensor, labels: list[int], **settings) -> torch.Tensor:
@@ -105,6 +106,29 @@ def test_nothing_is_asked_of_who_stayed(kind, weights, backend):
     case.labels[:] = -100
     got = case.run(backend=backend, reduction="sum")
     assert all(values.abs().max() < 1e-12 for values in got.values())
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.0]])
+@pytest.mark.parametrize("kind", ["kl", "kl_mass"])
+def test_a_token_that_cannot_come_costs_nothing(kind, weights, backend):
+    """Its logit is -inf in the reference, and then in the model too; neither makes NaN."""
+    case = make_case(6, 20, 5, k=3, kind=kind, constraint={"token_weights": weights}, weighted=True)
+    case.reference[:, 1] = -torch.inf
+    token = case.settings["safety"].token_ids[1]
+    case.labels[case.labels == token] = -100
+    got = [case.run(backend=backend)]
+    case.bias = torch.zeros(20, dtype=torch.float64)
+    case.bias[token] = -torch.inf
+    got.append(case.run(backend=backend))
+    for values in got:
+        assert all(values[name].isfinite().all() for name in ("loss", "hidden_states", "weight"))
+    # of proportions the token is no part: what is left of the constraint is that of the others
+    if kind == "kl" and weights is None:
+        safety = case.settings["safety"]
+        others = replace(safety, token_ids=[t for t in safety.token_ids if t != token])
+        case.settings["safety"], case.reference = others, case.reference[:, [0, 2]]
+        assert_close(got[1], case.run(backend=backend), 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["mse", "logprob", "kl", "kl_mass"])

@@ -14,7 +14,7 @@ from str_kernels.bench.report import markdown
 from str_kernels.bench.style import DEFAULT
 from str_kernels.evaluation.judge import Outcome
 
-PLOTTED = tuple(dict.fromkeys(("plain", DEFAULT, "kl", "kl-rest", "mse", "logprob", "pact")))
+PLOTTED = tuple(dict.fromkeys(("plain", DEFAULT, "kl", "kl-mass", "mse", "logprob", "pact")))
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 NOTES = "notes.md"  # beside the results, written by who has read them
 

@@ -1,7 +1,7 @@
 """The nearest published methods, written plainly: they are compared for safety, not for speed.
 
-`full_kl` and `pact` take the tuned model (a PEFT model whose adapters can be switched
-off) and a batch, and return the penalty that joins the cross-entropy, a mean over labelled tokens.
+`full_kl` and `pact` take the tuned model (a PEFT model whose adapters can be switched off) and a
+batch, and return the penalty that joins the cross-entropy, a mean over labelled tokens.
 `constrained_sft` returns what takes the cross-entropy's place; `safe_lora` changes the adapter when
 it has been trained.
 """

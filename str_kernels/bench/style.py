@@ -67,6 +67,8 @@ NAMES = {
     "plain": "plain fine-tuning",
     "kl": "kl at 10",
     "kl-rest": "kl_rest at 10",
+    "kl-mass": "kl_mass at 10",
+    "kl-mass-30": "kl_mass at 30",
     "kl-weak": "kl at 1",
     "mse": "mse at 0.1",
     "logprob": "logprob at 0.1",

@@ -187,12 +187,7 @@ class Block(NamedTuple):
     @property
     def unlabelled(self) -> Tensor:
         """``[R]`` bool: rows without a label on any process."""
-        return self.whole_labels < 0
-
-    @property
-    def whole_labels(self) -> Tensor:
-        """``[R]`` int64: the labels as rows of the whole head."""
-        return self.labels if self.everywhere is None else self.everywhere
+        return (self.labels if self.everywhere is None else self.everywhere) < 0
 
 
 class Wanted(NamedTuple):
@@ -385,7 +380,7 @@ class Rest(NamedTuple):
     ``log_sum [R]``: the log of its sum, relative to the shift of `RowSums`; ``label [R]``: the
     share that the label has of it, 0 for a safety token. ``safety [R, K]``: the probabilities of
     the safety tokens, 0 at the label. ``keep [R]`` or None: what corrects the opened sums: their
-    rounding, or another process's shift.
+    rounding, or this process's own shift.
     """
 
     log_sum: Tensor

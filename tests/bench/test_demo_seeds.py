@@ -12,7 +12,7 @@ from str_kernels.bench.report import SCHEMA, read_rows
 
 @pytest.mark.slow
 def test_a_quick_run(tmp_path, monkeypatch):
-    command = ["", "--seeds", "1", "--quick", "--kinds", "plain,mse", "--out", str(tmp_path)]
+    command = ["", "--seeds", "1", "--quick", "--kinds", "plain", "mse", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     demo.main()
     _, rows = read_rows(tmp_path / "demo.jsonl", SCHEMA)

@@ -34,9 +34,12 @@ OPTIONS = {
         "k": 7, "kind": "kl_mass", "uneven": True, "weighted": True, "bias": True, "z_loss": 1e-2,
         "label_smoothing": 0.1, "logit_scale": 0.7, "softcap": 8.0,
     },
+    "kl_mass without a softcap": {
+        "k": 7, "kind": "kl_mass", "weighted": True, "z_loss": 1e-2, "label_smoothing": 0.1,
+    },
     "static reference": {"k": 3, "kind": "mse", "static": True},
 }  # fmt: skip
-LEFT_OUT = ("kl_mass", "kl_mass, all options")
+LEFT_OUT = ("kl_mass", "kl_mass, all options", "kl_mass without a softcap")
 
 
 def run(ranks, cases, ends, upstream=None, **overrides):
@@ -113,6 +116,18 @@ def test_safety_tokens_on_one_process(ranks):
             given = replace(case, reference=reference)
             (got,) = run(ranks, [given], cut(VOCAB, 2))
             assert_close(got, given.truth(), 1e-9)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-9])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}], ids=str)
+def test_labels_that_are_safety_tokens(ranks, options, eps):
+    """Of this process, of the other, and of one that has nothing else."""
+    for vocab, ids in ((VOCAB, [3, 40, 300, 500]), (260, [5, 256, 257, 258, 259])):
+        case = make_case(N, vocab, DIM, k=len(ids), kind="kl_mass", weighted=True, **options)
+        case.settings["safety"] = SafetyConstraint(ids, 0.7, kind="kl_mass")
+        case.labels[: 2 * len(ids)] = torch.tensor(ids * 2)
+        (got,) = run(ranks, [case], [0, 256, vocab], filter_eps=eps)
+        assert_close(got, case.truth(), 1e-9 if eps == 0.0 else 1e-6)
 
 
 @pytest.mark.parametrize("eps", [0.0, 2.0**-11])

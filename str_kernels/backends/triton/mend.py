@@ -114,7 +114,7 @@ def rows_off(block: Block, routed: Routed, most: float, number: Tensor) -> Tenso
     (tiles, rows), stride = dead.shape, dead.stride(0)
     again, label_logit = torch.empty_like(label), columns_of(block).label
     if block.options.leaves_out:  # the screen saw no safety token
-        own = of_safety(block.whole_labels, block.options).any(-1)
+        own = of_safety(block.labels, block.options).any(-1)
         label_logit = label_logit.masked_fill(own, -torch.inf)
     guard_kernel[(-(-rows // THRESHOLD["BLOCK_R"]),)](
         dead,

@@ -105,7 +105,9 @@ def penalty_kernel(
             log_q = log_proportion(r, its_top, its_log_sum, temperature)
             q = proportion(log_q, omega)
             counted = on[:, None] & (omega > 0.0)[None, :]
-            cost = temperature * temperature * q * (log_q - log_p)
+            # an impossible token costs nothing, and 0 · inf is no number
+            gap = tl.where(q == 0.0, 0.0, log_q - log_p)
+            cost = temperature * temperature * q * gap
             slope = temperature * (proportion(log_p, omega) - q)
         else:
             distance = z - r

@@ -1,4 +1,4 @@
-"""Device functions of the kind ``kl_mass``: the divergence of two outcomes of which one is rare.
+"""Device functions of the kind ``kl_mass``: the divergence of two outcomes.
 
 The outcomes are some safety token, whose probability is the mass M, and any other token.
 """
@@ -20,7 +20,7 @@ def cost_of(log_p, log_q):
     series = 1.0 / 720.0 + d * (1.0 / 5040.0 + d * (1.0 / 40320.0 + d * series))
     series = 0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0 + d * series)))
     cost = tl.where(tl.abs(d) < 1.0, q * (d * d * series), (p - q) - q * d)
-    return tl.where(q > 0.0, cost, p), p - q
+    return tl.where(q == 0.0, p, cost), p - q
 
 
 @triton.jit
