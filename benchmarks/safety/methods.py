@@ -133,10 +133,14 @@ ABLATIONS = (
 RANDOM = Method("mse-random-tokens", tokens="random")
 # Past methods, which the package no longer has: a constraint that only kept logits from falling, a
 # strength that followed a budget of drift, one target for all positions, one divergence of K + 1
-# outcomes. They are named for the order of the report; their settings are in the results
-# (docs/negative-results.md).
-PAST = FLOOR, BUDGET, STATIC, KL_REST, KL_REST_ANCHORED = tuple(
-    map(Method, ("floor", "budget", "mse-static", "kl-rest", "kl-rest-anchors"))
+# outcomes, the mass held where there are labels alone. They are named for the order of the report;
+# their settings are in the results (docs/negative-results.md).
+PAST = FLOOR, BUDGET, STATIC, KL_REST, KL_REST_ANCHORED, KL_MASS_AT_LABELS = tuple(
+    Method(name)
+    for name in (
+        *("floor", "budget", "mse-static", "kl-rest", "kl-rest-anchors"),
+        "kl-mass-at-labels",
+    )
 )
 CONTROLS = (RANDOM, Method("mse-labels", positions="labels"), STATIC)
 STRONG = Method("mse-strong", strength=1.0)
@@ -196,6 +200,7 @@ def _everything() -> list[Run]:
         *(Run(method, HARSHEST, seed) for seed in seeds for method in (ANCHORED, BUDGET)),
         *(Run(KL_REST, setting, 0) for setting in (OBEYING, HARSHEST)),
         Run(KL_REST_ANCHORED, OBEYING, 0),
+        Run(KL_MASS_AT_LABELS, HARSHEST, 0),
         *(Run(method, OBEYING, 0) for method in (*BASELINES, *SHARES, LOGPROB)),
         *(Run(method, HARSHEST, 0) for method in (*BASELINES, *SHARES, *ABLATIONS)),
         *(Run(KL_MASS, task, seed) for seed in seeds for task in (HARSHEST, OBEYING, HARSH)),
