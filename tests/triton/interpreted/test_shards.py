@@ -1,18 +1,21 @@
-"""Triton's kernels on a part of the vocabulary in each of two processes, which gloo connects."""
+"""The kernels over a vocabulary that is split over two processes, each in Triton's interpreter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import interpreter
+from str_kernels import SafetyConstraint
+from str_kernels.backends.triton import TritonBackend
 from tests.distributed.pool import Pool
-from tests.distributed.vocabulary import losses, whole
-from tests.oracle import Case, assert_close, filtered_truth, make_case
+from tests.distributed.vocabulary import own, whole
+from tests.oracle import Case, assert_close, make_case
 
-ENDS = [0, 256, 384]
-OPTIONS = [{}, {"k": 3, "kind": "logprob", "softcap": 8.0}, {"label_smoothing": 0.2, "bias": True}]
+pytestmark = pytest.mark.slow
+
+ENDS, TOKENS = [0, 128, 180], [3, 40, 130, 131, 179]
+SMOOTH = {"kind": "kl_mass", "label_smoothing": 0.1, "z_loss": 1e-2, "bias": True}
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +25,19 @@ def ranks():
     pool.stop()
 
 
-def interpreted(cases: list[Case], upstream: torch.Tensor, **overrides: Any) -> list:
-    """The losses, by kernels that are mended as those of this process are."""
-    from benchmarks import interpreter
-
+def interpreted(case: Case, exact: str, eps: float) -> dict[str, torch.Tensor]:
     interpreter.mend()
-    runs = [(case, upstream, {"backend": "triton", **overrides}) for case in cases]
-    return losses(runs, ENDS)
+    part, shard = own(case, ENDS)
+    return part.run(shard=shard, backend=TritonBackend(exact=exact), filter_eps=eps)
 
 
-@pytest.mark.slow
-def test_both_processes(ranks):
-    cases = [make_case(9, ENDS[-1], 16, **options).to(torch.float32) for options in OPTIONS]
-    upstream, eps = torch.linspace(-1.0, 2.0, 9, dtype=torch.float64), 2.0**-2
-    for filtered in (False, True):
-        settings = {"filter_eps": eps if filtered else 0.0, "reduction": "none"}
-        answers = ranks.run(interpreted, cases, upstream, **settings)
-        for case, parts in zip(cases, zip(*answers, strict=True), strict=True):
-            want = case.truth(upstream, reduction="none", filter_eps=0.0)
-            if filtered:
-                want = filtered_truth(case, upstream, eps, torch.arange(ENDS[-1]))
-            assert_close(whole(list(parts)), want, 1e-4)
+@pytest.mark.parametrize(("exact", "eps"), [("triton", 0.0), ("blas", 0.0), ("triton", 1e-9)])
+@pytest.mark.parametrize("options", [{"kind": "kl"}, {"kind": "logprob"}, SMOOTH], ids=str)
+def test_labels_and_safety_tokens_of_both(ranks, options, exact, eps):
+    if exact == "blas" and "label_smoothing" in options:
+        options = {"kind": "kl_mass", "weighted": True}
+    case = make_case(9, ENDS[-1], 16, k=len(TOKENS), **options).to(torch.float32)
+    case.settings["safety"] = SafetyConstraint(TOKENS, 0.7, kind=options["kind"])
+    case.labels[:4] = torch.tensor([3, 131, 50, 140])
+    got = whole(ranks.run(interpreted, case, exact, eps))
+    assert_close(got, case.truth(filter_eps=0.0), 2e-6)
