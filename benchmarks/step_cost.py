@@ -1,8 +1,8 @@
 """Measure what the constraint adds to a whole training step, in turns with a step without one.
 
-Both models are LoRA on the same weights with the fused head, on the same batches of real rows; the
-unit is the step without a constraint. The reference of ``cached`` is there already, as in every
-epoch but the first.
+Both models are LoRA on the same weights, on the same batches of real rows; the unit is the step
+with the fused head and without a constraint. The reference of ``cached`` is there already, as in
+every epoch but the first.
 
 Example: python -m benchmarks.step_cost --model ./gemma --data answers.jsonl
 """
@@ -142,7 +142,8 @@ class _Bench:
         tokens = sum(int(b["attention_mask"].sum()) for b in self.batches)
         learned = sum(int((b["labels"] >= 0).sum()) for b in self.batches)
         counts = {"steps": len(self.batches), "tokens": tokens, "labelled": learned}
-        return {"variant": variant.name, **counts, "ratio": timing.ratio, **timing.as_row()}
+        times = {"seconds": timing.seconds, "unit_seconds": timing.units, "ratios": timing.ratios}
+        return {"variant": variant.name, **counts, "ratio": timing.ratio, **times}
 
 
 class _Trainer:

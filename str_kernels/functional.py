@@ -92,7 +92,7 @@ def linear_cross_entropy(
         labels: ``[...]`` int64 or int32, already shifted: position i is compared with label i.
         bias: ``[V]``.
         safety: the constraint, or None.
-        reference: the constraint's r, ``[..., K]`` or ``[K]``; a constant.
+        reference: the constraint's r, ``[..., K]`` or ``[K]`` (K + 1 for ``kl_mass``); a constant.
         position_weights: w ``[...]``, finite and 0 or more; None: 1 where there is a label.
         ignore_index: the label of positions without a target.
         reduction: ``"mean"`` as above; ``"sum"`` without n; ``"none"`` gives ``CE + strength · w ·

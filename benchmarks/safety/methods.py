@@ -137,10 +137,7 @@ RANDOM = Method("mse-random-tokens", tokens="random")
 # their settings are in the results (docs/negative-results.md).
 PAST = FLOOR, BUDGET, STATIC, KL_REST, KL_REST_ANCHORED, KL_MASS_AT_LABELS = tuple(
     Method(name)
-    for name in (
-        *("floor", "budget", "mse-static", "kl-rest", "kl-rest-anchors"),
-        "kl-mass-at-labels",
-    )
+    for name in ["floor", "budget", "mse-static", "kl-rest", "kl-rest-anchors", "kl-mass-at-labels"]
 )
 CONTROLS = (RANDOM, Method("mse-labels", positions="labels"), STATIC)
 STRONG = Method("mse-strong", strength=1.0)
