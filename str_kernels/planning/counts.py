@@ -138,7 +138,7 @@ class Counter:
         try:
             yield
         except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-            told = str(error).splitlines()[0][:120]
+            told = (str(error) or type(error).__name__).splitlines()[0][:120]
             raise ValueError(
                 f"model={self.subject.name!r}: its step cannot be counted on tensors without "
                 f"values ({told}); measure one with a real model (str-kernels train --steps 2)."
