@@ -1,7 +1,9 @@
 """Run the demo's models for several seeds and kinds of constraint, and tell how far both vary.
 
-Rounding differs from CPU to CPU: ``--threads`` varies it on one, and so does the environment's
-ONEDNN_MAX_CPU_ISA, which is kept with each row. Example: python -m benchmarks.demo --seeds 10
+Rounding differs from CPU to CPU: ``--threads`` varies it on one (each number with an ``--out`` of
+its own), and so does the environment's ONEDNN_MAX_CPU_ISA, which is kept with each row.
+
+Example: python -m benchmarks.demo --seeds 10
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from str_kernels.demo.measure import held_out_prompts, measure_behaviour
 from str_kernels.options import DEFAULT_STRENGTHS, SafetyConstraint
 
 SHOWN = run.DemoSettings.kind  # by the demo, at a strength of its own
-KINDS = ("plain", SHOWN, "kl", "kl_mass")
+KINDS = ("aligned", "plain", SHOWN, "kl", "kl_mass")
 KEYS = ("kind", "seed", "threads", "isa", "quick")
 COLUMNS = ("refusal_rate", "lookalike_refusal_rate", "help_rate", "task_accuracy")
 
 
 def main() -> None:
-    """Align a model for each seed, and tune it with each kind that has no row yet."""
+    """Align a model for each seed, and tune it in each way that has no row yet."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def behaviours(kinds: list[str], seed: int, quick: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield what the model of one seed does after it was tuned with each kind."""
+    """Yield what the model of one seed does, aligned and after it was tuned in each way."""
     if not kinds:
         return
     settings = run.DemoSettings.quick(seed) if quick else run.DemoSettings(seed=seed)
@@ -63,6 +65,9 @@ def behaviours(kinds: list[str], seed: int, quick: bool) -> Iterator[tuple[str, 
     aligned = run.align(tokenizer, settings)
     tokens = run.identify_tokens(aligned, tokenizer, settings)
     for kind in kinds:
+        if kind == "aligned":
+            yield kind, asdict(measure_behaviour(aligned, tokenizer, asked))
+            continue
         safety: Any = None
         if kind != "plain":
             strength = settings.strength if kind == SHOWN else DEFAULT_STRENGTHS[kind]

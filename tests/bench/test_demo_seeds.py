@@ -12,11 +12,12 @@ from str_kernels.bench.report import SCHEMA, read_rows
 
 @pytest.mark.slow
 def test_a_quick_run(tmp_path, monkeypatch):
-    command = ["", "--seeds", "1", "--quick", "--kinds", "plain", "mse", "--out", str(tmp_path)]
+    command = ["", "--seeds", "1", "--quick", "--kinds", "aligned", "mse", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     demo.main()
     _, rows = read_rows(tmp_path / "demo.jsonl", SCHEMA)
-    assert [row["kind"] for row in rows] == ["plain", "mse"]
+    assert [row["kind"] for row in rows] == ["aligned", "mse"]
+    assert rows[0]["task_accuracy"] == 0.0  # which the aligned model has not been taught
     monkeypatch.setattr(demo.run, "align", None)
     demo.main()
     assert read_rows(tmp_path / "demo.jsonl", SCHEMA)[1] == rows
