@@ -171,7 +171,7 @@ class Chain:
 
 
 IN_A_ROW = tuple(replace(s, steps=50) for s in (HARSH, TOPICS, ANSWERS))
-CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL))
+CHAINS = tuple(Chain(method, IN_A_ROW, 0) for method in (PLAIN, MSE, KL, KL_MASS_STRONG))
 
 
 def _everything() -> list[Run]:
