@@ -1,9 +1,10 @@
-"""Commands interrupted at random moments: killed, or with no more room for their files.
+"""Commands interrupted at random moments: killed, with files that may not grow, on a full disk.
 
 What is there afterwards must load or be absent, and the command, repeated or resumed, must end in
 the result of an uninterrupted run, bit for bit.
 
-Example: python -m tests.faults.interrupt kill train --moments 50
+Examples: python -m tests.faults.interrupt kill train --moments 50
+          unshare --user --map-root-user --mount python -m tests.faults.interrupt disk train
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +45,7 @@ from str_kernels.training.settings import TrainSettings
 
 WORDS = ("rain", "wind", "ball", "team", "song", "choir")
 TOKENS = ["sorry", "cannot", "unable"]
+ROOM = 1 << 26  # bytes of a disk that is not full
 TABLES = "SELECT name FROM sqlite_master"
 
 
@@ -250,31 +254,72 @@ def kill(command: Command, folder: Path, seconds: float) -> None:
     child.ended()
 
 
-def fill(command: Command, folder: Path, limit: int) -> None:
+def fill(command: Command, folder: Path, limit: int | None) -> None:
     """Let no file grow beyond a limit; the command must end with a sentence, or not need more."""
     code, output = Child(lambda: command.run(folder, False), limit).ended()
     assert code in (0, 2), f"exit code {code} at a limit of {limit} bytes:\n{output}"
     assert "Traceback" not in output, output
 
 
+class Disk:
+    """A folder on a disk of its own (tmpfs), whose size is set; mounting needs a namespace."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _mount(self, option: str, *given: str) -> None:
+        subprocess.run(["mount", "-o", option, *given, self._folder], check=True)
+
+    def __enter__(self) -> Disk:
+        self._folder.mkdir()
+        self._mount(f"size={ROOM}", "-t", "tmpfs", "tmpfs")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # lazily: what was loaded from its files may be mapped still
+        subprocess.run(["umount", "--lazy", self._folder], check=True)
+
+    def fill(self, command: Command, room: int) -> None:
+        """Run the command with so many bytes of room; afterwards there is enough again."""
+        self._mount(f"remount,size={_used(self._folder) + room}")
+        try:
+            fill(command, self._folder, None)
+        finally:
+            self._mount(f"remount,size={ROOM}")
+
+
+def keep(disk: Disk, command: Command, folder: Path, expected: object) -> None:
+    """Repeat a finished command where nothing can be written: the old result stays."""
+    disk.fill(command, 0)
+    assert same(command.result(folder), expected), "the old result is gone"
+
+
 def interrupt(how: str, name: str, moments: int, seed: int) -> None:
     """Interrupt a command at random moments, and compare every result with the uninterrupted."""
     command, source = COMMANDS[name], random.Random(f"{how} {name} {seed}")
-    with tempfile.TemporaryDirectory() as place:
-        base, folder = Path(place) / "inputs", Path(place) / "work"
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        base, folder = place / "inputs", place / "work"
         base.mkdir()
         done(lambda: inputs(base))
+        disk = stack.enter_context(Disk(folder)) if how == "disk" else None
         begin(base, folder)
-        clock = time.monotonic()
+        before, clock = _used(folder), time.monotonic()
         done(lambda: command.run(folder, False))
         clock = time.monotonic() - clock
         expected = command.result(folder)
+        written = _used(folder) - before
         largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if disk:
+            keep(disk, command, folder, expected)
         for moment in range(moments):
             begin(base, folder)
             if how == "kill":
                 at = source.uniform(0, clock)
                 kill(command, folder, at)
+            elif disk:
+                at = source.randrange(written)
+                disk.fill(command, at)
             else:
                 at = round(largest ** source.uniform(0.3, 1))
                 fill(command, folder, at)
@@ -288,16 +333,22 @@ def interrupt(how: str, name: str, moments: int, seed: int) -> None:
                 raise
 
 
+def _used(folder: Path) -> int:
+    """Bytes of its disk that are taken."""
+    there = os.statvfs(folder)
+    return (there.f_blocks - there.f_bfree) * there.f_frsize
+
+
 def begin(base: Path, folder: Path) -> None:
     """Begin anew, with the inputs alone."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder)
+    shutil.rmtree(folder, ignore_errors=True)  # a disk's own folder stays, and is empty
+    shutil.copytree(base, folder, dirs_exist_ok=True)
 
 
 def main() -> None:
     """Interrupt as the command line says; an error tells what was found."""
     made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("how", choices=("kill", "fill"))
+    made.add_argument("how", choices=("kill", "fill", "disk"))
     made.add_argument("commands", nargs="+", choices=COMMANDS)
     made.add_argument("--moments", type=int, default=50)
     made.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,7 @@
-"""Commands that are killed or have no room: what is there loads, and the end is the same."""
+"""Commands killed or on a full disk: what is there loads, old files stay, the end is the same."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,18 @@ sys.path.append({str(Path(__file__).parents[2])!r})
 from tests.faults.interrupt import main
 main()
 """
+MOUNTING = ["unshare", "--user", "--map-root-user", "--mount"]  # a namespace where one may mount
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def interrupt(how, commands, moments):
     """Run the interruptions in a process of their own, since they fork."""
     given = [sys.executable, "-c", START, how, *commands, "--moments", str(moments)]
+    if how == "disk":
+        trial = [*MOUNTING, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        if shutil.which("unshare") is None or subprocess.run(trial, capture_output=True).returncode:
+            pytest.skip("needs a namespace of its own to mount a disk in")
+        given = [*MOUNTING, *given]
     done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for command in commands:
@@ -34,9 +41,15 @@ def test_a_killed_command_ends_in_the_same_result():
 
 
 @posix
+def test_a_command_on_a_full_disk_ends_in_a_sentence():
+    """The command that replaces a file, at one moment, and over its own old result."""
+    interrupt("disk", ("cache",), 1)
+
+
+@posix
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("how", ["kill", "fill"])
+@pytest.mark.parametrize("how", ["kill", "fill", "disk"])
 def test_fifty_moments(how, command):
     """Of every command."""
     interrupt(how, (command,), 50)
