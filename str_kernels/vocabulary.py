@@ -235,6 +235,7 @@ def tile_means(weight: Tensor, order: Tensor | None, operands: torch.dtype | Non
         means[first : first + whole] = tiles.mean(1)
         if len(block) > whole * TILE:
             means[first + whole] = block[whole * TILE :].to(dtype).mean(0)
+        del block, tiles  # before the next are made
     return means
 
 
@@ -248,25 +249,41 @@ def state_columns(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
     """Project rows in the metric of the logits on their leading directions: ``[V, 32]`` fp32."""
+    metric = _metric(weight, hidden_states)
+    second = metric.T @ _second_moments(weight) @ metric
+    if not second.isfinite().all():
+        raise ValueError("weight holds NaN or inf: its rows have no clusters.")
+    projection = metric @ torch.linalg.eigh(second).eigenvectors[:, -_DIRECTIONS:]
+    del metric, second  # before the rows, so that a narrow memory holds either
+    return torch.cat([block.float() @ projection for block in weight.split(_BLOCK)])
+
+
+def _metric(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
+    """Return a root of the states' second moments, ``[D, D]`` fp32; the identity without states."""
     dim = weight.shape[1]
     metric = torch.eye(dim, device=weight.device)
-    if hidden_states is not None:
-        if hidden_states.shape[-1] != dim:
-            raise ValueError(
-                f"hidden_states {list(hidden_states.shape)}: last dimension must be the weight's "
-                f"D={dim}."
-            )
-        states = hidden_states.detach().reshape(-1, dim).float()
-        moment = states.T @ states / max(len(states), 1)
-        if not moment.isfinite().all():
-            raise ValueError("hidden_states hold NaN or inf: give finite ones, or None.")
-        ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        metric = torch.linalg.cholesky(moment + ridge * metric)
-    some = _evenly(weight, _PROJECTION_ROWS) @ metric
-    if not some.isfinite().all():
-        raise ValueError("weight holds NaN or inf: its rows have no clusters.")
-    projection = metric @ torch.linalg.eigh(some.T @ some).eigenvectors[:, -_DIRECTIONS:]
-    return torch.cat([block.float() @ projection for block in weight.split(_BLOCK)])
+    if hidden_states is None:
+        return metric
+    if hidden_states.shape[-1] != dim:
+        raise ValueError(
+            f"hidden_states {list(hidden_states.shape)}: last dimension must be the weight's "
+            f"D={dim}."
+        )
+    states = hidden_states.detach().reshape(-1, dim).float()
+    moment = states.T @ states / max(len(states), 1)
+    if not moment.isfinite().all():
+        raise ValueError("hidden_states hold NaN or inf: give finite ones, or None.")
+    ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.cholesky(moment + ridge * metric)
+
+
+def _second_moments(weight: Tensor) -> Tensor:
+    """Sum ``w wᵀ`` over evenly spaced rows, a block of them at a time: ``[D, D]`` fp32."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for ids in _even_ids(weight, _PROJECTION_ROWS).split(_BLOCK // 4):
+        rows = weight.detach()[ids].float()
+        total.addmm_(rows.T, rows)
+    return total
 
 
 def _clustered_order(rows: Tensor, report: Callable[[int, int], None]) -> Tensor:
@@ -297,11 +314,8 @@ def _hot_first(weight: Tensor, order: Tensor, states: Tensor) -> tuple[Tensor, i
     whole = len(order) // TILE
     if whole < _HOT_TILES:
         return order, 0
-    states, masses = states[:_HOT_STATES].detach().float(), []
-    for start in range(0, len(order), _BLOCK):
-        rows = weight.index_select(0, order[start : start + _BLOCK]).float()
-        logits = torch.nn.functional.pad(states @ rows.T, (0, -len(rows) % TILE), value=-torch.inf)
-        masses.append(logits.unflatten(1, (-1, TILE)).logsumexp(-1))
+    states = states[:_HOT_STATES].detach().float()
+    masses = [_tile_masses(states, weight, ids) for ids in order.split(_BLOCK)]
     shares = torch.softmax(torch.cat(masses, 1), 1)
     live = (shares > _LIVE * (1 - shares.amax(1, keepdim=True))).float().mean(0)
     most = live[:whole].topk(whole // _HOT_TILES)
@@ -310,6 +324,13 @@ def _hot_first(weight: Tensor, order: Tensor, states: Tensor) -> tuple[Tensor, i
     tiles = order[: whole * TILE].view(whole, TILE)
     tail = order[whole * TILE :]
     return torch.cat([tiles[is_hot].flatten(), tiles[~is_hot].flatten(), tail]), len(hot)
+
+
+def _tile_masses(states: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Return log-sum-exps of the logits of each tile of rows ``ids``: ``[S, tiles]``."""
+    rows = weight.index_select(0, ids).float()
+    logits = torch.nn.functional.pad(states @ rows.T, (0, -len(rows) % TILE), value=-torch.inf)
+    return logits.unflatten(1, (-1, TILE)).logsumexp(-1)
 
 
 def _quantise(weight: Tensor, index: VocabularyIndex, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -324,5 +345,9 @@ def _quantise(weight: Tensor, index: VocabularyIndex, dtype: torch.dtype) -> tup
 
 def _evenly(weight: Tensor, count: int) -> Tensor:
     """Return at most ``count`` evenly spaced rows, fp32."""
+    return weight.detach()[_even_ids(weight, count)].float()
+
+
+def _even_ids(weight: Tensor, count: int) -> Tensor:
     ids = torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device)
-    return weight.detach()[ids.long()].float()
+    return ids.long()

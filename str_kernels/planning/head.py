@@ -20,8 +20,9 @@ from str_kernels.engine.logits import accumulator, kept_dtype
 from str_kernels.huggingface.patch.filtering import SMALLEST_VOCABULARY
 from str_kernels.options import TILE
 
-_LOOKED_AT = 32768  # rows of the vocabulary from which its directions are learnt
-_CHECKED = 11  # bytes of each of their numbers, when they are checked: twice fp32, three flags
+_DIRECTIONS = 20  # bytes of each of D x D numbers: two matrices, and the second's eigenvectors
+_BLOCK = 4096  # rows of the vocabulary that are looked at together
+_TRIED = 2 * 4 * 256  # bytes of each of them beside its numbers: logits of some states, twice
 _SPLIT = 400  # bytes of a row when it is split: 32 numbers three times, and its place twice
 _STATISTICS = 40  # bytes a row: losses, log-sum-exps, masses, flags and the rows' numbers
 _TABLES = 4  # of [N, K] in fp32: logits, reference, difference and gradient
@@ -46,12 +47,16 @@ def index_bytes(shape: HeadShape) -> int:
 
 
 def building_bytes(shape: HeadShape) -> int:
-    """What building the index takes in the first loss: to learn directions, or to split rows."""
+    """What building the index takes in the first loss: its largest stage.
+
+    They are to learn directions, to split rows, and to see which tiles are hot.
+    """
     vocabulary, width = shape.weight.shape
     if vocabulary < SMALLEST_VOCABULARY:
         return 0
-    learning = _CHECKED * min(vocabulary, _LOOKED_AT) * width + 8 * width**2
-    return max(learning, _SPLIT * vocabulary)
+    wide = 4 if shape.weight.dtype == torch.float32 else 4 + shape.weight.dtype.itemsize
+    tried = _BLOCK * (wide * width + _TRIED) + index_bytes(shape)
+    return max(_DIRECTIONS * width**2, _SPLIT * vocabulary, tried)
 
 
 def exact_operations(hidden: Tensor, shape: HeadShape) -> int:

@@ -12,12 +12,12 @@ from str_kernels.planning.head import HeadShape, building_bytes
 
 @pytest.mark.parametrize(
     ("vocabulary", "width"),
-    [(16384, 64), pytest.param(65536, 128, marks=pytest.mark.slow)],
+    [(16384, 64), (8192, 1024), pytest.param(65536, 128, marks=pytest.mark.slow)],
 )
 def test_building_the_index_takes_what_is_counted(vocabulary, width):
-    """More rows than are looked at take no more, until splitting them does."""
+    """Blocks of rows take the most, the directions of wide rows, or splitting many rows."""
     weight = torch.randn(vocabulary, width)
-    states = torch.randn(64, width)
+    states = torch.randn(256, width)
     device = torch.device("cpu")
     peak = peak_bytes(lambda: VocabularyIndex.build(weight, states), device).peak
     assert building_bytes(HeadShape(weight, 0, "cpu")) == pytest.approx(peak, rel=0.1)
