@@ -22,7 +22,7 @@ from str_kernels.huggingface.patch.verify import trial_inputs
 from str_kernels.levers.tiles import is_states
 
 _PRODUCTS = 1.5  # a module with fewer weights, in units of D x D', has nothing inside to save
-_ROUNDING = 8  # of the dtype's steps, between products of some tokens and of others
+_ROUNDING = 8  # of the dtype's steps and its sums', between products of some tokens and of others
 _DRAWN = 999_983  # random numbers; a prime, so that no row of weights is another
 _TRIED = 4  # tokens
 _OTHERWISE = -37.0  # what the other tokens are multiplied by: outliers, too
@@ -117,9 +117,9 @@ def _judge(name: str, module: nn.Module, call: _Call) -> bool:
     """
     if any(p.is_meta for p in (*module.parameters(), *module.buffers())):
         module, call = _made_real(module, call)
-    run = _runner(module, call)
+    run, near = _runner(module, call), _Near(module)
     try:
-        if not _each_token_alone(run, call.values):
+        if not _each_token_alone(run, call.values, near):
             return False
     # it cannot run on other tokens than it was given
     except (RuntimeError, ValueError, IndexError):
@@ -130,9 +130,9 @@ def _judge(name: str, module: nn.Module, call: _Call) -> bool:
         second = run(*call.values)
         if _state(module) != before:
             what = "writes into itself when it runs"
-        elif not _near(second, first, 1):
+        elif not near(second, first):
             what = "draws random numbers in training (dropout? set it to 0)"
-        elif not _each_token_alone(run, call.values):
+        elif not _each_token_alone(run, call.values, near):
             what = "mixes tokens in training (statistics of a batch?)"
         else:
             return True
@@ -152,21 +152,33 @@ def _runner(module: nn.Module, call: _Call) -> Callable[..., Tensor]:
     return run
 
 
-def _each_token_alone(run: Callable[..., Tensor], values: list[Tensor]) -> bool:
+def _each_token_alone(
+    run: Callable[..., Tensor], values: list[Tensor], near: Callable[[Tensor, Tensor], bool]
+) -> bool:
     """Whether slices of the tokens give slices of the output, whatever the other tokens are."""
     whole, half = run(*values), values[0].shape[1] // 2
     pairs = zip(*(map(Tensor.contiguous, x.tensor_split([half], 1)) for x in values), strict=True)
     parts = [run(*pair) for pair in pairs]
     other = [torch.cat([x[:, :half], x[:, half:] * _OTHERWISE], 1) for x in values]
     alone = run(*other)[:, :half]
-    near = _near(torch.cat(parts, 1), whole, _ROUNDING)
-    return near and _near(alone, whole[:, :half], _ROUNDING)  # experts get other counts
+    return near(torch.cat(parts, 1), whole) and near(alone, whole[:, :half])
 
 
-def _near(got: Tensor, want: Tensor, steps: float) -> bool:
-    """Whether they agree; written so that NaN does not."""
-    error = (got.double() - want.double()).norm()
-    return bool(error <= steps * torch.finfo(want.dtype).eps * want.double().norm())
+class _Near:
+    """Whether two outputs of a module agree to rounding; written so that NaN does not.
+
+    A library sums a product of few rows in another order than one of many, which changes it by
+    the root of its terms in steps of the sum's dtype, fp32 or finer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        terms = max((max(p.shape, default=1) for p in module.parameters()), default=1)
+        self._summed = terms**0.5 * torch.finfo(torch.float32).eps
+
+    def __call__(self, got: Tensor, want: Tensor) -> bool:
+        step = torch.finfo(want.dtype).eps
+        error = (got.double() - want.double()).norm()
+        return bool(error <= _ROUNDING * (step + self._summed) * want.double().norm())
 
 
 def _state(module: nn.Module) -> list[tuple]:
