@@ -116,7 +116,8 @@ class TensorRows(Described):
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        # UnicodeDecodeError: SQLite quotes the damage
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{self._name}: cannot be read or made ({error}); remove it and begin again."
             ) from error

@@ -105,11 +105,14 @@ def parsed_answers(path: Path, text: str) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "key": row["key"], "answer": row["answer"]})
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+            whole = isinstance(row["key"], str) and isinstance(row["answer"], str)
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
             raise ValueError(
                 f"{path}:{number}: is no answer of an earlier run; move the file away."
-            ) from error
+            )
+        rows.append(row)
     return rows
 
 

@@ -20,6 +20,7 @@ from str_kernels.inputs.template import ensure_chat_template
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_MOST_LAYERS = 10_000  # no model has a tenth of them; a damaged number would fill the memory
 _OWN = re.compile(r"\w+=")  # how an error of this package begins
 
 
@@ -54,8 +55,23 @@ def load_model_and_tokenizer(
 
 
 def load_config(model: str | os.PathLike) -> PretrainedConfig:
-    """Load the configuration of a model, without its weights."""
-    return _from_pretrained(AutoConfig, model)
+    """Load the configuration of a model, without its weights.
+
+    Raises:
+        ValueError: there is none, it needs code of its own, or it asks for too many layers.
+    """
+    return with_few_layers(_from_pretrained(AutoConfig, model), model)
+
+
+def with_few_layers(config: PretrainedConfig, model: str | os.PathLike) -> PretrainedConfig:
+    """Return a configuration, unless the model would be built of more layers than any has."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ValueError(
+            f"model={os.fspath(model)!r}: num_hidden_layers={layers} in its configuration; must "
+            f"be at most {_MOST_LAYERS:,}."
+        )
+    return config
 
 
 def load_tokenizer(model: str | os.PathLike) -> Tokenizer:
@@ -77,6 +93,8 @@ def load_model(
     ``keywords`` are transformers' own, such as a ``quantization_config``.
     """
     _, gguf = _source(model)
+    if not gguf:
+        load_config(model)  # a damaged one is refused before anything is built
     torch_dtype = resolve_dtype(dtype) or (torch.float32 if gguf else "auto")
     loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=torch_dtype, **keywords).eval()
     if gguf:  # dequantised by now: an ordinary model, which can be saved

@@ -199,6 +199,12 @@ class SafetyTokens:
 
     def _check_tokenizer(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.tokenizer == fingerprint(tokenizer):
+            largest = max(self.token_ids)
+            if largest >= len(tokenizer):
+                raise ValueError(
+                    f"{path}: token_ids holds {largest}, which is damaged: the tokenizer has "
+                    f"{len(tokenizer)} tokens; identify them again."
+                )
             return
         for token, text in zip(self.token_ids, self.tokens, strict=True):
             here = token_text(tokenizer, token)

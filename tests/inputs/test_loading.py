@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from str_kernels.inputs.loading import load_model_and_tokenizer
+from str_kernels.inputs.loading import load_model, load_model_and_tokenizer
+from str_kernels.planning.subject import read_config
 
 
 def test_a_saved_folder_loads(tiny_model_dir):
@@ -54,3 +55,15 @@ def test_a_missing_adapter_is_named(tiny_model_dir, tmp_path):
     """An adapter folder without an adapter is refused before the model is loaded."""
     with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
         load_model_and_tokenizer(tiny_model_dir, adapter=tmp_path)
+
+
+def test_a_damaged_number_of_layers_is_refused(tiny_model_dir, tmp_path):
+    """One that no model has is named before anything is built of it."""
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config["num_hidden_layers"] = 99_999_999_999
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, load_model_and_tokenizer, read_config):
+        with pytest.raises(ValueError, match="num_hidden_layers=99999999999"):
+            load(tmp_path)
+    with pytest.raises(ValueError, match="num_hidden_layers=99999999999"):
+        read_config(tmp_path / "config.json")

@@ -1,6 +1,7 @@
 """Safety tokens: found on a model that refuses, kept in a file, refused for another tokenizer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,13 @@ def test_another_tokenizer_is_refused(found, tmp_path):
     longer = word_tokenizer([*WORDS, "unused"])
     with pytest.raises(ValueError, match="the vocabulary or the special tokens differ"):
         SafetyTokens.load(tmp_path / "tokens.json", longer)
+
+
+def test_a_damaged_token_id_is_refused(found, aligned, tmp_path):
+    """One that the tokenizer does not have, though it is the tokenizer of the file."""
+    replace(found, token_ids=(*found.token_ids[:-1], 10**11)).save(tmp_path / "tokens.json")
+    with pytest.raises(ValueError, match=r"tokens\.json: token_ids holds 100000000000"):
+        SafetyTokens.load(tmp_path / "tokens.json", aligned[1])
 
 
 @pytest.mark.parametrize(
