@@ -24,8 +24,8 @@ LEFT = 1  # GiB that the driver, the allocator's gaps and the libraries take
 CONTEXT = 32768
 KEPT = Levers(gradient_checkpointing=True, fused_head=True)
 EVERY = Levers(True, "cpu", 2048, fused_head=True)
-SETS = (Levers(gradient_checkpointing=True), KEPT, EVERY)
-WINDOWS = replace(EVERY, window_attention=True)
+SETS = (Levers(gradient_checkpointing=True), KEPT, EVERY, replace(EVERY, tile_all=True))
+WINDOWS = replace(EVERY, tile_all=True, window_attention=True)
 
 
 def tables(path: Path) -> str:

@@ -45,6 +45,10 @@ def plan(
     tile_tokens: Annotated[
         int | None, typer.Option(help="Plan with MLPs that run over so many tokens at a time.")
     ] = None,
+    tile_all: Annotated[
+        bool,
+        typer.Option("--tile-all", help="Plan with projections and norms in these tiles, too."),
+    ] = False,
     window_attention: Annotated[
         bool,
         typer.Option("--window-attention", help="Plan with sliding windows that have no mask."),
@@ -87,9 +91,15 @@ def plan(
 
         console.quiet_libraries()
     levers = None
-    body = (gradient_checkpointing, offload, tile_tokens)
-    if any(body) or window_attention or fused_head is not None:
-        levers = Levers(*body, fused_head is not False, window_attention)
+    body = {
+        "gradient_checkpointing": gradient_checkpointing,
+        "offload": offload,
+        "tile_tokens": tile_tokens,
+        "tile_all": tile_all,
+        "window_attention": window_attention,
+    }
+    if any(body.values()) or fused_head is not None:
+        levers = Levers(**body, fused_head=fused_head is not False)
     found = count(
         model,
         context=context,

@@ -113,7 +113,7 @@ def next_command(plan: Plan) -> str:
     """Name the command that comes next, with the levers that were found."""
     best = plan.cheapest or plan.rows[-1]
     options = f" --max-length {plan.request.context}"
-    for name in ("gradient_checkpointing", "window_attention"):
+    for name in ("gradient_checkpointing", "tile_all", "window_attention"):
         if getattr(best.levers, name):
             options += f" --{name.replace('_', '-')}"
     for name in ("offload", "tile_tokens"):

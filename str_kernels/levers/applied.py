@@ -29,13 +29,14 @@ class Applied:
         offload: str | None,
         tile_tokens: int | None,
         window_attention: bool,
+        tile_all: bool,
     ) -> None:
         """Check and install; ``LongContext.apply`` calls it, and says what the arguments mean."""
         self.tiled: tuple[str, ...] = ()
         inner = causal_lm(model)
         with ExitStack() as stack:
             if tile_tokens is not None:
-                found = token_wise_modules(inner)
+                found = token_wise_modules(inner, every=tile_all)
                 self.tiled = tuple(found)
                 stack.enter_context(tiled(inner, list(found.values()), tile_tokens))
             if window_attention:

@@ -5,6 +5,7 @@
     gradient_checkpointing ──▶ a layer keeps its input, and is computed again in the backward
         offload ─────────────▶ that input waits in the host's memory, or on disk
     tile_tokens ─────────────▶ an MLP runs over so many tokens at a time, and keeps its input
+        tile_all ────────────▶ so do projections with an adapter, and norms
     window_attention ────────▶ sliding windows attend block by block, without a mask [T, T]
 
 No lever changes a loss or a gradient beyond rounding, and none knows the name of a model.
@@ -34,7 +35,10 @@ class LongContext:
             ``"disk"`` (files without a name, in the folder of temporary files, which ``TMPDIR``
             names), or None (the device).
         tile_tokens: a module that treats each token alone runs over so many tokens at a time and
-            keeps its input alone; None: over all at once. Such modules are found by trying.
+            keeps its input alone; None: over all at once. Such modules are found by trying. They
+            are those with an inside, such as an MLP.
+        tile_all: with ``tile_tokens``, also those whose backward keeps more than half as many bytes
+            beside their input: a projection with LoRA, which computes in fp32, or a norm.
         window_attention: the layers with a sliding window attend in blocks of one window, where no
             token of a batch is padding; the model's attention must be torch's ("sdpa").
 
@@ -46,6 +50,7 @@ class LongContext:
     offload: str | None = None
     tile_tokens: int | None = None
     window_attention: bool = False
+    tile_all: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -59,6 +64,8 @@ class LongContext:
         tile = self.tile_tokens
         if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
             raise ValueError(f"tile_tokens={tile!r}: must be a positive integer or None.")
+        if self.tile_all and tile is None:
+            raise ValueError("tile_all=True: there are no tiles; set tile_tokens too.")
 
     def apply(self, model: nn.Module) -> Applied:
         """Switch the levers on for this model; ``undo()`` of the result switches them off.

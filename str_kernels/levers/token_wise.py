@@ -1,7 +1,7 @@
 """Finds the modules that treat each token alone, by trying them on a few tokens.
 
-Stage: one forward of the model, recorded → modules ``[B, T, D] → [B, T, D']`` with the weights of
-at least two products → those whose output on a slice of the tokens is the slice of their output.
+Stage: one forward of the model, recorded → modules ``[B, T, D] → [B, T, D']`` that keep much beside
+their input → those whose output on a slice of the tokens is the slice of their output.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from str_kernels.huggingface.deferred.forward import inner_forward
 from str_kernels.huggingface.deferred.head import vocabulary_size
@@ -22,6 +23,7 @@ from str_kernels.huggingface.patch.verify import trial_inputs
 from str_kernels.levers.tiles import is_states
 
 _PRODUCTS = 1.5  # a module with fewer weights, in units of D x D', has nothing inside to save
+_KEPT = 0.5  # of the input's bytes: what tiles must save at least
 _ROUNDING = 8  # of the dtype's steps and its sums', between products of some tokens and of others
 _DRAWN = 999_983  # random numbers; a prime, so that no row of weights is another
 _TRIED = 4  # tokens
@@ -38,14 +40,15 @@ class _Call(NamedTuple):
         return [*self.args, *self.kwargs.values()]
 
 
-def token_wise_modules(model: nn.Module) -> dict[str, nn.Module]:
+def token_wise_modules(model: nn.Module, *, every: bool = False) -> dict[str, nn.Module]:
     """The outermost modules that can run over any slice of the tokens, by name.
 
-    A module of a kind that was tried already is not tried again. Modules on the meta device are
-    tried as copies with random weights.
+    They are those with the weights of at least two products. A module of a kind that was tried
+    already is not tried again. Modules on the meta device are tried as copies with random weights.
 
     Args:
         model: a transformers causal LM, without PEFT's wrapper; restored afterwards.
+        every: also those whose backward keeps much beside their input.
 
     Raises:
         ValueError: there is none, or one is random or stateful in training mode: it is named.
@@ -54,7 +57,10 @@ def token_wise_modules(model: nn.Module) -> dict[str, nn.Module]:
     with preserved_state(model), preserved_draws(model), torch.no_grad():
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in found)
-            if inside or module not in calls or not _has_an_inside(module, calls[module]):
+            if inside or module not in calls or not _maps_tokens(calls[module]):
+                continue
+            worth = _has_an_inside(module, calls[module])
+            if not worth and not (every and _keeps_much(module, calls[module])):
                 continue
             kind = _kind(module)
             if kind not in verdicts:
@@ -93,15 +99,37 @@ def _recorded(model: nn.Module) -> dict[nn.Module, _Call]:
     return {module: made[0] for module, made in calls.items() if len(made) == 1}
 
 
-def _has_an_inside(module: nn.Module, call: _Call) -> bool:
-    """Whether it maps ``[B, T, D]`` to ``[B, T, D']`` with more weights than one product has."""
+def _maps_tokens(call: _Call) -> bool:
+    """Whether a module maps ``[B, T, D]``, once or more often, to ``[B, T, D']``."""
     values = [*call.values, call.output]
     if len(values) < 2 or not all(map(is_states, values)):
         return False
-    if any(x.shape[:2] != call.output.shape[:2] for x in values):
-        return False
+    return all(x.shape[:2] == call.output.shape[:2] for x in values)
+
+
+def _has_an_inside(module: nn.Module, call: _Call) -> bool:
+    """Whether it has more weights than one product has."""
     product = max(x.shape[-1] for x in call.values) * call.output.shape[-1]
     return sum(p.numel() for p in module.parameters()) > _PRODUCTS * product
+
+
+def _keeps_much(module: nn.Module, call: _Call) -> bool:
+    """Whether its backward reads much that is neither its input nor a weight."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_().clone() for x in call.values]  # none is a leaf
+    known = {x.untyped_storage()._cdata for x in (*inputs, *module.parameters())}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
+        return x
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
+        output = _runner(module, call)(*inputs)
+    kept.pop(output.untyped_storage()._cdata, None)
+    return sum(kept.values()) > _KEPT * sum(x.nbytes for x in inputs)
 
 
 def _kind(module: nn.Module) -> tuple:

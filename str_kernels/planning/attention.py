@@ -52,11 +52,28 @@ def attention_of(device: str, scratch: Callable[[int], None]) -> Iterator[None]:
 
 
 def _on_cpu(
-    operands: tuple[Tensor, ...], mask: Tensor | None, causal: bool, scale: float | None, _: object
+    operands: tuple[Tensor, ...],
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    scratch: Callable[[int], None],
 ) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    forward, backward = _scratch_on_cpu(*operands[:2])
+    out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *operands, 0.0, causal, attn_mask=_added(mask, operands[0].dtype), scale=scale
     )[0]
+    scratch(forward)
+    return _Noting.apply(out, backward + sum(map(_bytes, operands)), scratch)
+
+
+def _scratch_on_cpu(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Bytes of a forward and of a backward: a block of scores for each thread, the output's too."""
+    rows = query.shape[2]
+    block = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+    scores, rounded = block * min(key.shape[2], 512), 2 * (query.dtype in _HALF)
+    forward = (4 + rounded) * scores + 4 * block * (2 + query.shape[3])
+    backward = 2 * (4 + rounded) * scores + 4 * block
+    return forward * torch.get_num_threads(), backward * torch.get_num_threads()
 
 
 def _on_cuda(

@@ -62,7 +62,7 @@ class Counter:
         self.fixed = subject.bytes_of(trained=False) + trained + self.always[OPTIMIZER]
         self._counted: dict[tuple[int, Levers], Count] = {}
         self._operations: dict[tuple[int, Levers], Operations] = {}
-        self._tiled: list[str] | None = None
+        self._tiled: dict[bool, list[str]] = {}
         self._shapes = Shapes()
 
     def count(self, context: int, levers: Levers) -> Count:
@@ -93,9 +93,11 @@ class Counter:
         return self._operations[context, levers]
 
     def _count(self, context: int, levers: Levers) -> Count:
-        if levers.tile_tokens is not None and self._tiled is None:
+        every = levers.tile_all
+        if levers.tile_tokens is not None and every not in self._tiled:
             with self._told(), experts_counted():
-                self._tiled = list(token_wise_modules(self.subject.in_floats().inner))
+                found = token_wise_modules(self.subject.in_floats().inner, every=every)
+                self._tiled[every] = list(found)
         few = self._at(self.depths.few, context, levers)
         more = few
         if self.depths.more != self.depths.few:
@@ -150,9 +152,8 @@ class Counter:
         inner = self.subject.inner
         with ExitStack() as stack:
             if levers.tile_tokens is not None:
-                stack.enter_context(
-                    tiled(inner, self._token_wise(), levers.tile_tokens, in_few_tiles)
-                )
+                found = self._token_wise(levers.tile_all)
+                stack.enter_context(tiled(inner, found, levers.tile_tokens, in_few_tiles))
             if levers.window_attention:
                 stack.enter_context(windowed(inner))
             if levers.gradient_checkpointing:
@@ -160,10 +161,10 @@ class Counter:
                 stack.enter_context(checkpointed(inner, away))
             yield
 
-    def _token_wise(self) -> list[nn.Module]:
+    def _token_wise(self, every: bool) -> list[nn.Module]:
         """The modules that run in tiles, of the layers that there are now."""
         modules = dict(self.subject.inner.named_modules())
-        return [modules[name] for name in self._tiled or () if name in modules]
+        return [modules[name] for name in self._tiled[every] if name in modules]
 
 
 def _operations(few: Ledger, more: Ledger, depths: Depths) -> Operations:

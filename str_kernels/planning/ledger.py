@@ -115,16 +115,16 @@ class Ledger(TorchDispatchMode):
         """Note scratch memory that a kernel takes for itself and gives back."""
         self._note(size)
 
-    def away(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor that waits on the host."""
+    def away(self, tensor: Tensor) -> tuple[Tensor]:
+        """A copy of a tensor that waits on the host; the tuple tells it from one that stays."""
         with _disable_current_modes():
             copy = torch.empty_like(tensor, requires_grad=False)
         self._count(copy, self.named(_HOST), _HOST)
-        return copy
+        return (copy,)
 
-    def back(self, waiting: Tensor) -> Tensor:
+    def back(self, waiting: tuple[Tensor]) -> Tensor:
         """A copy on the device of one that waits on the host."""
-        return torch.empty_like(waiting)
+        return torch.empty_like(waiting[0])
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from str_kernels.levers import LongContext
 
@@ -18,7 +18,8 @@ class Levers:
         offload: ``"cpu"``, ``"disk"`` or None.
         tile_tokens: a number of tokens or None.
         fused_head: the loss is computed from the hidden states, and no logits are stored.
-        window_attention: as in ``LongContext``.
+        window_attention: as in ``LongContext``, like the next.
+        tile_all: needs ``tile_tokens``.
 
     Raises:
         ValueError: values outside the rules of ``LongContext``.
@@ -29,6 +30,7 @@ class Levers:
     tile_tokens: int | None = None
     fused_head: bool = False
     window_attention: bool = False
+    tile_all: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -37,9 +39,7 @@ class Levers:
     @property
     def body(self) -> LongContext:
         """Those that are applied to the body."""
-        return LongContext(
-            self.gradient_checkpointing, self.offload, self.tile_tokens, self.window_attention
-        )
+        return LongContext(**{f.name: getattr(self, f.name) for f in fields(LongContext)})
 
     @property
     def names(self) -> list[str]:
@@ -57,6 +57,7 @@ _WORDS = {
     "gradient_checkpointing": "checkpoints",
     "offload": "offload",
     "tile_tokens": "tiles",
+    "tile_all": "projections",
     "window_attention": "windows",
 }
 COSTS = {
@@ -64,6 +65,7 @@ COSTS = {
     "gradient_checkpointing": "computes the forward of each layer once more",
     "offload": "copies the input of each layer to the host and back",
     "tile_tokens": "computes the inside of each MLP once more",
+    "tile_all": "computes each projection that has an adapter once more, and each norm",
     "window_attention": "takes less time than a mask, and works in batches without padding alone",
 }
 
@@ -80,6 +82,7 @@ def ladder(device: str, tile_tokens: int = TILE_TOKENS, *, windows: bool = False
         replace(least, offload=away),
         replace(least, tile_tokens=tile_tokens),
         replace(least, offload=away, tile_tokens=tile_tokens),
+        replace(least, offload=away, tile_tokens=tile_tokens, tile_all=True),
     ]
     if windows:
         long = [y for x in long for y in (x, replace(x, window_attention=True))]

@@ -160,6 +160,11 @@ class TrainSettings(ConstraintSettings):
         "recomputed in the backward pass.",
         at_least(1),
     )
+    tile_all: bool = setting(
+        False,
+        "With tile_tokens, run projections with an adapter and norms in tiles as well; they are "
+        "recomputed once more.",
+    )
     window_attention: bool = setting(
         False,
         "Let layers with a sliding window attend in blocks of one window, without a mask.",
@@ -210,6 +215,8 @@ class TrainSettings(ConstraintSettings):
             )
         if self.offload is not None and not self.gradient_checkpointing:
             found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
+        if self.tile_all and self.tile_tokens is None:
+            found.append("tile_all=True: needs tile_tokens, set it too, such as 2048.")
         if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
             found.append(
                 f"tile_tokens={self.tile_tokens}: an MLP cannot run in tiles with a random "

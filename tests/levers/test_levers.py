@@ -153,6 +153,54 @@ def test_a_trainer_may_enable_checkpointing_again():
         assert_same(loss_and_gradients(model, **inputs), want)
 
 
+def in_bfloat16(name: str, **changes) -> tuple[nn.Module, dict]:
+    """A tiny model whose adapters, in fp32, are trained beside its weights in bf16."""
+    model = trained(made(name).to(torch.bfloat16), name)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, batch(**changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ["gemma3", *MORE])]
+)
+def test_projections_and_norms_in_tiles(name):
+    """What computes in fp32 inside of bf16 runs in tiles: same losses and gradients."""
+    model, inputs = in_bfloat16(name)
+    levers = LongContext(gradient_checkpointing=True, tile_tokens=3, tile_all=True)
+    with patch_model(model, SAFETY, verify=False):
+        want = loss_and_gradients(model, **inputs)
+        with LongContext(tile_tokens=3).apply(model) as few, levers.apply(model) as every:
+            assert_same(loss_and_gradients(model, **inputs), want, 5e-2)  # bf16, of few numbers
+        assert set(few.tiled) < set(every.tiled)
+        assert_same(loss_and_gradients(model, **inputs), want, 0.0)
+
+
+def test_what_runs_in_tiles_with_the_others():
+    """A projection with LoRA does, and a norm in bf16; a plain product and a head do not."""
+    model, _ = in_bfloat16("llama")
+    layer = "model.layers.0."
+    with LongContext(tile_tokens=3, tile_all=True).apply(model) as applied:
+        found = {name.removeprefix(layer) for name in applied.tiled if name.startswith(layer)}
+    parts = {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert found == {*parts, "mlp", "input_layernorm", "post_attention_layernorm"}
+    plain = build("llama").to(torch.bfloat16)
+    with LongContext(tile_tokens=3, tile_all=True).apply(plain) as applied:
+        assert not any("_proj" in name for name in applied.tiled)
+
+
+def test_projections_in_tiles_keep_less():
+    """By the bytes that a forward leaves: no copy in fp32 of any projection's input."""
+    model, inputs = in_bfloat16("llama", rows=1, length=64)
+    inputs, kept = {"input_ids": inputs["input_ids"]}, []
+    for levers in (LongContext(tile_tokens=8), LongContext(tile_tokens=8, tile_all=True)):
+        with levers.apply(model):
+            kept.append(kept_by(model.get_base_model(), inputs))
+    in_floats = 64 * 32 * 4
+    assert kept[1] < kept[0] - 2 * 4 * in_floats  # of two layers, by q, k, v and o
+
+
 def test_what_is_refused():
     """Each by name, with what to do, and the model is as it was."""
     with pytest.raises(ValueError, match="offload='ram': must be None, 'cpu' or 'disk'"):
@@ -162,6 +210,8 @@ def test_what_is_refused():
     for wrong in (0, 2.5, True):
         with pytest.raises(ValueError, match=r"tile_tokens=.*: must be a positive integer"):
             LongContext(tile_tokens=wrong)
+    with pytest.raises(ValueError, match="tile_all=True: there are no tiles"):
+        LongContext(tile_all=True)
     refused = {
         "llama": (LongContext(True, "cpu"), "offload='cpu': the model is on the CPU"),
         "mixtral": (LongContext(tile_tokens=4), "balance loss .* output_router_logits=False"),

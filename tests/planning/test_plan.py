@@ -114,6 +114,18 @@ def test_a_count_is_what_a_step_takes(tmp_path, values, levers, tolerance):
     assert counted == pytest.approx(measured, rel=tolerance)
 
 
+@pytest.mark.parametrize("tile_all", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_count_in_bfloat16_is_what_a_step_takes(tmp_path, tile_all):
+    """With the copies in fp32 of what adapters multiply, and with these in tiles."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    values = LLAMA | {"num_hidden_layers": 1, "vocab_size": 40} | wide
+    path, levers = written(tmp_path, values), replace(EVERY, tile_all=tile_all)
+    counter = Counter(subject_of(path, rank=4, dtype="bfloat16"), request(path))
+    given = {"rank": 4, "batch": 1, "safety_tokens": 8, "device": torch.device("cpu")}
+    measured = measured_bytes(path, 1024, levers, dtype=torch.bfloat16, **given)
+    assert counter.count(1024, levers).total == pytest.approx(measured, rel=0.05)
+
+
 def request(path: str, **given) -> Request:
     """A small request on the CPU."""
     return Request(path, 300, rank=4, device="cpu", safety_tokens=8, **given)
@@ -180,7 +192,7 @@ def test_windows_are_planned_where_the_model_has_them(tmp_path):
     """Each long set is followed by the same in windows; elsewhere they are refused by name."""
     subject = subject_of(written(tmp_path, GEMMA), rank=4, dtype="auto")
     sets = ladder("cpu", windows=subject.slides)
-    assert sum(levers.window_attention for levers in sets) == 4
+    assert sum(levers.window_attention for levers in sets) == 5
     assert all(
         before == replace(after, window_attention=False)
         for before, after in pairwise(sets)
