@@ -127,6 +127,11 @@ class SafetyConstraint:
                 "token_ids has 1 entry with a weight above 0: kind='kl' compares the proportions "
                 "of tokens; give 2 or more, or kind='mse'."
             )
+        if self.kind == "kl_mass" and weighted < 2 and (self.token_weights or temperature != 1.0):
+            raise ValueError(
+                "token_weights and temperature are of proportions between tokens: kind='kl_mass' "
+                "with 1 weighted token holds its mass alone; leave them out."
+            )
         if self.temperature != 1.0 and self.kind not in ("kl", "kl_mass"):
             raise ValueError(
                 f"temperature={self.temperature}: only kind='kl' and kind='kl_mass' have one, not "

@@ -109,6 +109,8 @@ def test_bad_input_is_named(changes, message):
         (([1], "auto", "mse"), "strength='auto' was removed in 0.2: .*give a number"),
         (([1], "much", "mse"), "strength='much'"),
         (([1], 1.0, "mse", None, 2.0), "temperature=2.0: only kind='kl'"),
+        (([1], 1.0, "kl_mass", None, 2.0), "holds its mass alone; leave them out"),
+        (([1, 2], 1.0, "kl_mass", [0.0, 3.0]), "holds its mass alone; leave them out"),
     ],
 )
 def test_bad_constraints_are_named(arguments, message):
