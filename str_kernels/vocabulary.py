@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from str_kernels import waits
+from str_kernels.engine.logits import without_autocast
 from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from str_kernels.tensor_files import SavedTensors, save_tensors
@@ -110,10 +111,12 @@ class VocabularyIndex:
             raise ValueError(f"screen={screen!r}: must be None, 'int8' or 'fp8'.")
         weight, report = weight.detach(), progress or (lambda done, total: None)
         report(0, len(weight))
-        order, columns, hot = _clustered_order(_whitened(weight, hidden_states), report), None, 0
-        if hidden_states is not None:
-            columns = state_columns(hidden_states, weight)
-            order, hot = _hot_first(weight, order, hidden_states.reshape(-1, weight.shape[1]))
+        columns, hot = None, 0
+        with without_autocast(weight.device):  # the first loss may be under the user's
+            order = _clustered_order(_whitened(weight, hidden_states), report)
+            if hidden_states is not None:
+                columns = state_columns(hidden_states, weight)
+                order, hot = _hot_first(weight, order, hidden_states.reshape(-1, weight.shape[1]))
         index = cls.of_order(weight, order, columns, hot)
         if screen is None:
             return index
@@ -261,20 +264,23 @@ def _whitened(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
 def _metric(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
     """Return a root of the states' second moments, ``[D, D]`` fp32; the identity without states."""
     dim = weight.shape[1]
-    metric = torch.eye(dim, device=weight.device)
     if hidden_states is None:
-        return metric
+        return torch.eye(dim, device=weight.device)
     if hidden_states.shape[-1] != dim:
         raise ValueError(
             f"hidden_states {list(hidden_states.shape)}: last dimension must be the weight's "
             f"D={dim}."
         )
-    states = hidden_states.detach().reshape(-1, dim).float()
-    moment = states.T @ states / max(len(states), 1)
+    # fp64, for rounding as coarse as TF32 leaves fewer states than D without a root
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    states = hidden_states.detach().reshape(-1, dim).to(wide)
+    moment = (states.T @ states).div_(max(len(states), 1))
+    del states
     if not moment.isfinite().all():
         raise ValueError("hidden_states hold NaN or inf: give finite ones, or None.")
     ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(moment + ridge * metric)
+    moment.diagonal().add_(ridge)
+    return torch.linalg.cholesky(moment).float()
 
 
 def _second_moments(weight: Tensor) -> Tensor:

@@ -235,3 +235,17 @@ def test_another_weight_is_found_late_where_the_host_must_not_wait(no_waits):
         index.check(weight)
     with pytest.raises(ValueError, match="another weight"):
         waits.judge_arrived()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_built_under_autocast(dtype):
+    """Few states with one massive column have a root: autocast rounds none of its products."""
+    source = torch.Generator().manual_seed(0)
+    weight = torch.randn(600, 320, generator=source).to(dtype)
+    states = torch.randn(40, 320, generator=source).to(dtype)
+    states[:, 7] *= 300
+    want = VocabularyIndex.build(weight, states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = VocabularyIndex.build(weight, states)
+    assert torch.equal(got.order, want.order)
+    assert torch.equal(got.mean_rows, want.mean_rows)

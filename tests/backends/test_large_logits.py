@@ -25,10 +25,10 @@ pytestmark = pytest.mark.one_in(3)
 # (common offset, spread of the logits around it)
 LEVELS = [(0, 1), (64, 1), (1000, 1), (16384, 1), (-16384, 1), (0, 1024), (16384, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rounding of sums over a few hundred terms; gradients of 16 bits are rounded once more. A weight's
-# are differences between rows, which magnifies that.
+# Rounding of sums over 500 terms, which some libraries make one after the other; gradients of 16
+# bits are rounded once more. A weight's are differences between rows, which magnifies that.
 LOSS = 1e-6
-GRADIENT = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 OPTIONS = [
     {},
     {"label_smoothing": 0.1, "bias": True},

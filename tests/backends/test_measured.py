@@ -74,7 +74,7 @@ def test_what_it_depends_on(unknown, timed, monkeypatch):
     """Instructions that oneDNN must not use, and other candidates, are measured apart."""
     asked = timed[1]
     assert chosen(torch.float32) == "int8"
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # the suite itself may run under another
     chosen(torch.float32)
     assert len(asked) == 6
     set_cpu(monkeypatch, bf16=True, known=False)

@@ -9,6 +9,7 @@ from str_kernels import VocabularyIndex, linear_cross_entropy
 from str_kernels.backends.selection import DEFAULT_EPS
 from str_kernels.backends.torch import TorchBackend
 from str_kernels.bench.memory import peak_bytes
+from str_kernels.engine import cpu
 from str_kernels.engine.contract import Block, Head, RowInputs, TileMasses, Tiles, Wanted
 from str_kernels.engine.finish import join_pairs
 from str_kernels.options import LossOptions
@@ -260,6 +261,7 @@ def test_auto_screen_without_mkldnn(monkeypatch):
     """Where torch has no mkldnn (macOS) the filter screens in the operands' own precision."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
+    monkeypatch.setattr(cpu, "_ask", cpu._ask.__wrapped__)  # what it knows of this CPU is kept
     case = clustered_case(n=8).to(torch.float32)
     got = case.run(index=index_of(case), filter_eps=ALL_LIVE)
     assert_close(got, case.truth(), 5e-6)
