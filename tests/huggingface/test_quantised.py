@@ -87,17 +87,20 @@ def test_trained_end_to_end(form, folder):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("tile_all", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_with_levers(form, folder):
+def test_with_levers(form, tile_all, folder):
     """Checkpoints on disk and tiles change a quantised body's step by bf16's rounding at most."""
     model, inputs = wrap(quantised(folder, FORMS[form]()), target_modules="all-linear"), batch()
-    levers = LongContext(gradient_checkpointing=True, offload="disk", tile_tokens=4)
+    tiles = {"tile_tokens": 4, "tile_all": tile_all}
+    levers = LongContext(gradient_checkpointing=True, offload="disk", **tiles)
     with patch_model(model, SAFETY, verify=False):
         want = loss_and_gradients(model, **inputs)
         with levers.apply(model) as applied:
             # a gradient is a sum of a few hundred terms, each off by 2^-8, mostly at random
             assert_same(loss_and_gradients(model, **inputs), want, 0.02)
-    assert len(applied.tiled) == 2
+    # with all: an MLP, four projections and two norms in each layer, and the last norm
+    assert len(applied.tiled) == (2 * 7 + 1 if tile_all else 2)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
