@@ -157,8 +157,9 @@ def _table(rows: list[dict]) -> str:
         "Two training steps of a model with random weights on a CPU (LoRA, the constraint with its "
         "reference pass, the index built in the first loss): the most bytes alive at once as "
         "`plan` counts them from the configuration, beside those at the allocator, the worst ratio "
-        "first. Resident: the growth of the process, its libraries' own scratch too. Tokens a "
-        "second include building the model, and are left out where other work ran beside.\n\n"
+        "first. Resident: the growth of the process, with its libraries' own scratch and the "
+        "events of the profiler that measures. Tokens a second include building the model, and "
+        "are left out where other work ran beside.\n\n"
         f"{table}\n"
     )
 
