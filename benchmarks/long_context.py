@@ -48,6 +48,8 @@ def main() -> None:
     rows = [row for row in results.rows if "counted_bytes" in row]
     for name in sorted({row["model"] for row in rows}):
         mine = [row for row in rows if row["model"] == name]
+        if len({row["context"] for row in mine}) < 2:
+            continue  # a band needs two
         _draw(mine, args.out / f"long_context-{name}.png")
     finish(args.out, "long_context", _table(rows))
 
