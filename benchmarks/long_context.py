@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.common import RESULTS, finish
 from str_kernels.bench.report import Results, markdown
@@ -184,6 +185,8 @@ def _draw(rows: list[dict], path: Path) -> None:
         if dots:
             axis.plot(*zip(*dots, strict=True), "ko", label="measured")
         axis.set_title(levers, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
         axis.set_xlabel("tokens")
     axes[0].set_ylabel("MiB at the most")
     axes[0].legend(fontsize=7, frameon=False, loc="upper left")
