@@ -127,10 +127,11 @@ class SafetyConstraint:
                 "token_ids has 1 entry with a weight above 0: kind='kl' compares the proportions "
                 "of tokens; give 2 or more, or kind='mse'."
             )
-        if self.kind == "kl_mass" and weighted < 2 and (self.token_weights or temperature != 1.0):
+        single = len(self.token_ids) == 1 and self.token_weights
+        if self.kind == "kl_mass" and (single or (weighted < 2 and temperature != 1.0)):
             raise ValueError(
-                "token_weights and temperature are of proportions between tokens: kind='kl_mass' "
-                "with 1 weighted token holds its mass alone; leave them out."
+                "token_weights and temperature are of proportions between tokens, which kind="
+                "'kl_mass' with 1 weighted token does not hold; leave them out."
             )
         if self.temperature != 1.0 and self.kind not in ("kl", "kl_mass"):
             raise ValueError(

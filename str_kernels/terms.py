@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from str_kernels import oracle, waits
+from str_kernels.autocast import without_autocast
 from str_kernels.backends.empty import EmptyBackend
 from str_kernels.backends.selection import resolve, select_backend
 from str_kernels.engine.agreement import agreed
@@ -27,7 +28,6 @@ from str_kernels.engine.contract import (
 )
 from str_kernels.engine.forward import tiles_of
 from str_kernels.engine.joins import columns_over_shards
-from str_kernels.engine.logits import without_autocast
 from str_kernels.engine.shards import ALONE, Shards, VocabularyShard, shards_of
 from str_kernels.engine.stages import row_stages, whole_head
 from str_kernels.options import LossOptions

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from str_kernels import waits
-from str_kernels.engine.logits import without_autocast
+from str_kernels.autocast import without_autocast
 from str_kernels.options import TILE
 from str_kernels.quantise import EIGHT_BITS, balance, quantise_rows
 from str_kernels.tensor_files import SavedTensors, save_tensors
@@ -272,7 +272,7 @@ def _metric(weight: Tensor, hidden_states: Tensor | None) -> Tensor:
             f"D={dim}."
         )
     # fp64, for rounding as coarse as TF32 leaves fewer states than D without a root
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else torch.float32
     states = hidden_states.detach().reshape(-1, dim).to(wide)
     moment = (states.T @ states).div_(max(len(states), 1))
     del states

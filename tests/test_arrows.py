@@ -17,6 +17,7 @@ LAYERS = [
         "files",
         "tensor_files",
         "alive",
+        "autocast",
         "options",
         "quantise",
         "transforms",

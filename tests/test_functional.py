@@ -109,8 +109,8 @@ def test_bad_input_is_named(changes, message):
         (([1], "auto", "mse"), "strength='auto' was removed in 0.2: .*give a number"),
         (([1], "much", "mse"), "strength='much'"),
         (([1], 1.0, "mse", None, 2.0), "temperature=2.0: only kind='kl'"),
-        (([1], 1.0, "kl_mass", None, 2.0), "holds its mass alone; leave them out"),
-        (([1, 2], 1.0, "kl_mass", [0.0, 3.0]), "holds its mass alone; leave them out"),
+        (([1], 1.0, "kl_mass", [3.0]), "with 1 weighted token does not hold; leave"),
+        (([1, 2], 1.0, "kl_mass", [0.0, 3.0], 2.0), "with 1 weighted token does not hold; leave"),
     ],
 )
 def test_bad_constraints_are_named(arguments, message):

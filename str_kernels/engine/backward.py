@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from str_kernels.autocast import without_autocast
 from str_kernels.engine.contract import (
     ABSENT,
     Block,
@@ -29,7 +30,7 @@ from str_kernels.engine.contract import (
     Tiles,
     Upstream,
 )
-from str_kernels.engine.logits import accumulator, safety_ids, without_autocast
+from str_kernels.engine.logits import accumulator, safety_ids
 from str_kernels.engine.rest import by_dense, leave_out, of_safety, safety_factors
 from str_kernels.engine.rows import lists_rows, plan_for, weight_coefficients
 from str_kernels.engine.stages import row_stages, whole_head

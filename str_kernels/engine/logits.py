@@ -7,7 +7,6 @@ for the few columns (labels, safety tokens) that are computed exactly whatever t
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,13 +25,6 @@ ANCHORS = 8  # tokens, evenly spaced, that are looked at for the offset of a row
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums: fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Switch autocast off on this kind of device; where it is off already, that costs nothing."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def kept_dtype(dtype: torch.dtype, shards: Shards = ALONE) -> torch.dtype:

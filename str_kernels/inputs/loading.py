@@ -21,6 +21,8 @@ from str_kernels.inputs.template import ensure_chat_template
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MOST_LAYERS = 10_000  # no model has a tenth of them; a damaged number would fill the memory
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+_LAYERS |= {"encoder_layers", "decoder_layers"}
 _OWN = re.compile(r"\w+=")  # how an error of this package begins
 
 
@@ -60,18 +62,29 @@ def load_config(model: str | os.PathLike) -> PretrainedConfig:
     Raises:
         ValueError: there is none, it needs code of its own, or it asks for too many layers.
     """
-    return with_few_layers(_from_pretrained(AutoConfig, model), model)
+    source, gguf = _source(model)
+    if not gguf:
+        with library_reading(f"model={os.fspath(model)!r}", "cannot be loaded"):
+            refuse_many_layers(PretrainedConfig.get_config_dict(source)[0], model)
+    return _from_pretrained(AutoConfig, model)
 
 
-def with_few_layers(config: PretrainedConfig, model: str | os.PathLike) -> PretrainedConfig:
-    """Return a configuration, unless the model would be built of more layers than any has."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ValueError(
-            f"model={os.fspath(model)!r}: num_hidden_layers={layers} in its configuration; must "
-            f"be at most {_MOST_LAYERS:,}."
-        )
-    return config
+def refuse_many_layers(values: Any, model: str | os.PathLike) -> None:
+    """Refuse a configuration's JSON with more layers than any model has.
+
+    It comes before the configuration itself, which may list each layer.
+
+    Raises:
+        ValueError: a number of layers, of the model or of a part of it, is too large.
+    """
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name in _LAYERS and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(
+                f"model={os.fspath(model)!r}: {name}={value} in its configuration; must be at most "
+                f"{_MOST_LAYERS:,}."
+            )
+        if isinstance(value, dict):
+            refuse_many_layers(value, model)
 
 
 def load_tokenizer(model: str | os.PathLike) -> Tokenizer:

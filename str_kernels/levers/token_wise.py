@@ -53,16 +53,19 @@ def token_wise_modules(model: nn.Module, *, every: bool = False) -> dict[str, nn
     Raises:
         ValueError: there is none, or one is random or stateful in training mode: it is named.
     """
-    calls, found, verdicts = _recorded(model), {}, {}
+    calls, found, worth, verdicts = _recorded(model), {}, {}, {}
     with preserved_state(model), preserved_draws(model), torch.no_grad():
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in found)
             if inside or module not in calls or not _maps_tokens(calls[module]):
                 continue
-            worth = _has_an_inside(module, calls[module])
-            if not worth and not (every and _keeps_much(module, calls[module])):
-                continue
             kind = _kind(module)
+            if kind not in worth:
+                worth[kind] = _has_an_inside(module, calls[module]) or (
+                    every and _keeps_much(module, calls[module])
+                )
+            if not worth[kind]:
+                continue
             if kind not in verdicts:
                 verdicts[kind] = _judge(name, module, calls[module])
             if verdicts[kind]:
@@ -114,10 +117,10 @@ def _has_an_inside(module: nn.Module, call: _Call) -> bool:
 
 
 def _keeps_much(module: nn.Module, call: _Call) -> bool:
-    """Whether its backward reads much that is neither its input nor a weight."""
+    """Whether its backward reads much that is neither its input nor a weight or a buffer."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_().clone() for x in call.values]  # none is a leaf
-    known = {x.untyped_storage()._cdata for x in (*inputs, *module.parameters())}
+    known = {x.untyped_storage()._cdata for x in (*inputs, *module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -133,7 +136,9 @@ def _keeps_much(module: nn.Module, call: _Call) -> bool:
 
 
 def _kind(module: nn.Module) -> tuple:
-    parameters = ((n, p.shape, p.dtype, type(p)) for n, p in module.named_parameters())
+    parameters = (
+        (n, p.shape, p.dtype, p.requires_grad, type(p)) for n, p in module.named_parameters()
+    )
     return (type(module), tuple(type(m) for m in module.modules()), *parameters)
 
 
@@ -154,11 +159,12 @@ def _judge(name: str, module: nn.Module, call: _Call) -> bool:
         return False
     with _training(module):
         first = run(*call.values)
-        before = _state(module)
+        before, draws = _state(module), _draws(first.device)
         second = run(*call.values)
         if _state(module) != before:
             what = "writes into itself when it runs"
-        elif not near(second, first):
+        # by the generator, too: an adapter that begins at zero hides its dropout
+        elif _draws(first.device) != draws or not near(second, first):
             what = "draws random numbers in training (dropout? set it to 0)"
         elif not _each_token_alone(run, call.values, near):
             what = "mixes tokens in training (statistics of a batch?)"
@@ -200,13 +206,22 @@ class _Near:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        terms = max((max(p.shape, default=1) for p in module.parameters()), default=1)
+        weights = (p for p in module.parameters() if p.is_floating_point())  # others are packed
+        terms = max((max(p.shape, default=1) for p in weights), default=1)
         self._summed = terms**0.5 * torch.finfo(torch.float32).eps
 
     def __call__(self, got: Tensor, want: Tensor) -> bool:
         step = torch.finfo(want.dtype).eps
-        error = (got.double() - want.double()).norm()
-        return bool(error <= _ROUNDING * (step + self._summed) * want.double().norm())
+        got, want = (x.cpu().double() for x in (got, want))  # a device may have no fp64
+        return bool((got - want).norm() <= _ROUNDING * (step + self._summed) * want.norm())
+
+
+def _draws(device: torch.device) -> list[bytes]:
+    """The states of the generators that a module on this device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type in ("cuda", "mps", "xpu"):
+        states.append(torch.get_device_module(device).get_rng_state())
+    return [state.numpy().tobytes() for state in states]
 
 
 def _state(module: nn.Module) -> list[tuple]:

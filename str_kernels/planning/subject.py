@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from str_kernels.inputs.loading import DTYPES, library_reading, load_config, with_few_layers
+from str_kernels.inputs.loading import DTYPES, library_reading, load_config, refuse_many_layers
 from str_kernels.levers.windows import has_windows
 from str_kernels.planning.quantised import FORMATS, quantise_body
 from str_kernels.training.lora import add_lora
@@ -82,7 +82,8 @@ def read_config(model: str | os.PathLike) -> PretrainedConfig:
             raise ValueError(
                 f"{name}: names no model_type; give the config.json of a transformers model."
             )
-        return with_few_layers(AutoConfig.for_model(kind, **values), model)
+        refuse_many_layers(values, model)
+        return AutoConfig.for_model(kind, **values)
 
 
 def subject_of(model: str | os.PathLike, *, rank: int, dtype: str) -> Subject:

@@ -198,24 +198,19 @@ class SafetyTokens:
             raise ValueError(f"{path}: {error}") from error
 
     def _check_tokenizer(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        if self.tokenizer == fingerprint(tokenizer):
-            largest = max(self.token_ids)
-            if largest >= len(tokenizer):
-                raise ValueError(
-                    f"{path}: token_ids holds {largest}, which is damaged: the tokenizer has "
-                    f"{len(tokenizer)} tokens; identify them again."
-                )
-            return
+        same = self.tokenizer == fingerprint(tokenizer)
         for token, text in zip(self.token_ids, self.tokens, strict=True):
             here = token_text(tokenizer, token)
             if here != text:
                 difference = f"token {token} is {text!r} there and {here!r} here"
                 break
         else:
+            if same:
+                return
             difference = "the vocabulary or the special tokens differ"
+        fault = "is damaged" if same else "was made with another tokenizer"
         raise ValueError(
-            f"{path}: was made with another tokenizer ({difference}); identify the tokens again "
-            "with this model."
+            f"{path}: {fault} ({difference}); identify the tokens again with this model."
         )
 
 

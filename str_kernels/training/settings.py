@@ -217,9 +217,11 @@ class TrainSettings(ConstraintSettings):
             found.append(f"offload={self.offload!r}: needs gradient_checkpointing, set it too.")
         if self.tile_all and self.tile_tokens is None:
             found.append("tile_all=True: needs tile_tokens, set it too, such as 2048.")
-        if self.tile_tokens is not None and self.dropout and self.target_modules == ALL_LINEAR:
+        everywhere = self.target_modules == ALL_LINEAR or self.tile_all
+        if self.tile_tokens is not None and self.dropout and everywhere:
+            what = "a projection" if self.tile_all else "an MLP"
             found.append(
-                f"tile_tokens={self.tile_tokens}: an MLP cannot run in tiles with a random "
+                f"tile_tokens={self.tile_tokens}: {what} cannot run in tiles with a random "
                 f"dropout={self.dropout:g} in it; set dropout=0 or leave the tiles out."
             )
         return found

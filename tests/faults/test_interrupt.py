@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def interrupt(how, commands, moments):
     """Run the interruptions in a process of their own, since they fork."""
     given = [sys.executable, "-c", START, how, *commands, "--moments", str(moments)]
     if how == "disk":
-        trial = [*MOUNTING, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        trial = [*MOUNTING, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
         if shutil.which("unshare") is None or subprocess.run(trial, capture_output=True).returncode:
             pytest.skip("needs a namespace of its own to mount a disk in")
         given = [*MOUNTING, *given]

@@ -57,10 +57,11 @@ def test_a_missing_adapter_is_named(tiny_model_dir, tmp_path):
         load_model_and_tokenizer(tiny_model_dir, adapter=tmp_path)
 
 
-def test_a_damaged_number_of_layers_is_refused(tiny_model_dir, tmp_path):
-    """One that no model has is named before anything is built of it."""
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_damaged_number_of_layers_is_refused(tiny_model_dir, tmp_path, model_type):
+    """One that no model has is named before anything is built of it, a list of layers too."""
     config = json.loads((tiny_model_dir / "config.json").read_text())
-    config["num_hidden_layers"] = 99_999_999_999
+    config |= {"num_hidden_layers": 99_999_999_999, "model_type": model_type}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for load in (load_model, load_model_and_tokenizer, read_config):
         with pytest.raises(ValueError, match="num_hidden_layers=99999999999"):

@@ -153,6 +153,17 @@ def test_a_trainer_may_enable_checkpointing_again():
         assert_same(loss_and_gradients(model, **inputs), want)
 
 
+@pytest.mark.parametrize("parts", [["up_proj", "down_proj"], ["q_proj", "v_proj"]])
+def test_dropout_is_found_before_it_shows(parts):
+    """A new adapter is zero, and so is what its dropout changes; the generator moves."""
+    model = build("llama").to(torch.bfloat16)
+    model = wrap(model, target_modules=parts, lora_dropout=0.5, init_lora_weights=True).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    with pytest.raises(ValueError, match="draws random numbers in training"):
+        LongContext(tile_tokens=3, tile_all=True).apply(model)
+
+
 def in_bfloat16(name: str, **changes) -> tuple[nn.Module, dict]:
     """A tiny model whose adapters, in fp32, are trained beside its weights in bf16."""
     model = trained(made(name).to(torch.bfloat16), name)

@@ -206,10 +206,11 @@ def test_another_tokenizer_is_refused(found, tmp_path):
 
 
 def test_a_damaged_token_id_is_refused(found, aligned, tmp_path):
-    """One that the tokenizer does not have, though it is the tokenizer of the file."""
-    replace(found, token_ids=(*found.token_ids[:-1], 10**11)).save(tmp_path / "tokens.json")
-    with pytest.raises(ValueError, match=r"tokens\.json: token_ids holds 100000000000"):
-        SafetyTokens.load(tmp_path / "tokens.json", aligned[1])
+    """One that the tokenizer does not have, or that is another token than its text."""
+    for wrong in (10**11, min(set(range(len(aligned[1]))) - set(found.token_ids))):
+        replace(found, token_ids=(*found.token_ids[:-1], wrong)).save(tmp_path / "tokens.json")
+        with pytest.raises(ValueError, match=rf"tokens\.json: is damaged \(token {wrong} is "):
+            SafetyTokens.load(tmp_path / "tokens.json", aligned[1])
 
 
 @pytest.mark.parametrize(
