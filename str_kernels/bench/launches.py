@@ -170,7 +170,8 @@ def _kernels(found: Launches, paused: list[bool]) -> Iterator[None]:
     except ImportError:
         yield
         return
-    kinds = (JITFunction, InterpretedFunction)
+    # before Triton 3.5 an interpreted function makes its `run` anew
+    kinds = [kind for kind in (JITFunction, InterpretedFunction) if hasattr(kind, "run")]
     real = {kind: kind.run for kind in kinds}
 
     def counting(kind: type) -> Any:
