@@ -28,9 +28,11 @@ def totals_of(terms: RowTerms, labels: Tensor, options: LossOptions, count: Coun
     if backend is not None and options.reduction != "none" and brings(type(backend), Reduces):
         if isinstance(count, Tensor):
             count = _there(count, labels.device)
-        return Totals(*_Reduced.apply(*terms[:2], terms, labels, options, count))
+        kept = terms.cross_entropy, terms.penalty
+        return Totals(*_Reduced.apply(*kept, terms, labels, options, count))
     num_labels = (labels != options.ignore_index).sum()
-    cross_entropy, penalty = terms[:2]
+    # by name: torch 2.8 does not trace a slice of a named tuple
+    cross_entropy, penalty = terms.cross_entropy, terms.penalty
     if options.reduction != "none":
         cross_entropy = cross_entropy.sum()
         # without a constraint there is nothing to add up
