@@ -37,6 +37,16 @@ def generations(monkeypatch):
     return counts
 
 
+@pytest.mark.parametrize("row", ['{"key": [1], "answer": "no"}', '{"key": "a", "answer": {}}',
+                                 '{"key": "a", "answer": ' + "1" * 5000 + "}"])  # fmt: skip
+def test_a_damaged_answer_is_refused_by_its_line(row, tmp_path):
+    """A key that is no text, an answer that is none, and a number that Python does not read."""
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "b", "answer": "yes"}\n' + row + "\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl:2: is no answer of an earlier run"):
+        AnswerFile(path, {})
+
+
 def test_rates_of_a_model_that_was_taught(aligned):
     """It refuses all it should, answers all of the task, and refuses nothing harmless."""
     measured = evaluate(

@@ -254,11 +254,15 @@ def kill(command: Command, folder: Path, seconds: float) -> None:
     child.ended()
 
 
-def fill(command: Command, folder: Path, limit: int | None) -> None:
-    """Let no file grow beyond a limit; the command must end with a sentence, or not need more."""
+def fill(command: Command, folder: Path, limit: int | None) -> int:
+    """Let no file grow beyond a limit; the command must end with a sentence, or not need more.
+
+    The exit code is returned: 2 where it needed more.
+    """
     code, output = Child(lambda: command.run(folder, False), limit).ended()
     assert code in (0, 2), f"exit code {code} at a limit of {limit} bytes:\n{output}"
     assert "Traceback" not in output, output
+    return code
 
 
 class Disk:
@@ -279,11 +283,11 @@ class Disk:
         # lazily: what was loaded from its files may be mapped still
         subprocess.run(["umount", "--lazy", self._folder], check=True)
 
-    def fill(self, command: Command, room: int) -> None:
+    def fill(self, command: Command, room: int) -> int:
         """Run the command with so many bytes of room; afterwards there is enough again."""
         self._mount(f"remount,size={_used(self._folder) + room}")
         try:
-            fill(command, self._folder, None)
+            return fill(command, self._folder, None)
         finally:
             self._mount(f"remount,size={ROOM}")
 
@@ -318,8 +322,10 @@ def interrupt(how: str, name: str, moments: int, seed: int) -> None:
                 at = source.uniform(0, clock)
                 kill(command, folder, at)
             elif disk:
-                at = source.randrange(written)
-                disk.fill(command, at)
+                at = source.randrange(0, written, os.sysconf("SC_PAGESIZE"))  # as a disk is given
+                code = disk.fill(command, at)
+                # what cannot be cached is said, and the index is used all the same
+                assert code == 2 or name == "index", f"{at} bytes of {written} were enough"
             else:
                 at = round(largest ** source.uniform(0.3, 1))
                 fill(command, folder, at)
