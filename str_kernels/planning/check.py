@@ -46,17 +46,19 @@ def measured_bytes(
         safety = SafetyConstraint(range(safety_tokens)) if safety_tokens else None
         patch = patch_model(adapted, safety) if levers.fused_head else None
 
-        def step() -> None:
-            adapted(**given).loss.backward()
+        losses: list[torch.Tensor] = []
+
+        def forward() -> None:
+            losses.append(adapted(**given).loss)
+
+        def backward() -> None:
+            losses.pop().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def steps() -> None:  # the first makes the optimizer's states and the vocabulary index
-            step()
-            step()
-
+        steps = (forward, backward) * 2  # the first makes the optimizer's states and the index
         with levers.body.apply(adapted):
-            found = _held(adapted) + peak_bytes(steps, device).peak
+            found = _held(adapted) + peak_bytes(steps[0], device, *steps[1:]).peak
         if patch is not None:
             patch.unpatch()
         return found
