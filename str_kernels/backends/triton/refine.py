@@ -32,6 +32,7 @@ from str_kernels.backends.triton.tiles import (
 from str_kernels.engine.contract import Block, Refined, Wanted, Worklist
 
 _IN_CACHE = 24 << 20  # bytes of sums that half of a Hopper's L2 holds
+_SPREAD_COLUMNS = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 32
 POINTERS = {
     "i64": ("order",),
     "i32": ("list", "plan", "label"),
@@ -176,8 +177,8 @@ def spread_kernel(
 
 
 def spread_launch(launch: Launch) -> Launch:
-    """Return the refinement's sizes with at most 64 columns: 128 spill where D is cut in slices."""
-    return launch._replace(block_e=min(launch.block_e, 64))
+    """Return the refinement's sizes with so few columns that none spills where D is cut."""
+    return launch._replace(block_e=min(launch.block_e, _SPREAD_COLUMNS))
 
 
 def refine_pairs(
