@@ -16,13 +16,22 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.safety import baselines
 from benchmarks.safety.align import set_rate
-from benchmarks.safety.data import ANCHOR_POOL, REFUSALS, anchor_rows, batches, encode, load_split
+from benchmarks.safety.data import (
+    ANCHOR_POOL,
+    REFUSALS,
+    anchor_rows,
+    batches,
+    built_in_rows,
+    encode,
+    load_split,
+)
 from benchmarks.safety.methods import Method, Run
 from benchmarks.safety.probe import RunProbe
 from benchmarks.safety.tokens import context_reference, token_ids
 from str_kernels import SafetyConstraint, patch_model
 from str_kernels.huggingface import Patch
 from str_kernels.huggingface.constraint.anchors import join_anchors
+from str_kernels.inputs.rows import Row
 from str_kernels.inputs.template import DEFAULT_CHAT_TEMPLATE
 from str_kernels.training.lora import add_lora
 
@@ -71,8 +80,9 @@ def finetune(
     features = features[: setting.pool]
     refused = load_split(data, REFUSALS).train[: run.method.mixed]
     features += encode(tokenizer, refused, setting.max_length)
-    anchors = anchor_rows(data, ANCHOR_POOL) if run.method.anchors else []
-    unlearned = encode(tokenizer, anchors, setting.max_length)
+    unlearned = encode(
+        tokenizer, _anchors(run.method, aligned or model, tokenizer, data), setting.max_length
+    )
     known = [*features, *unlearned]
     safety, arguments = _constraint(run, aligned or model, tokenizer, features=known, work=work)
     torch.manual_seed(run.seed)
@@ -96,6 +106,14 @@ def finetune(
     return tuned, history
 
 
+def _anchors(
+    method: Method, aligned: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path
+) -> list[Row]:
+    if method.anchors and method.built_in:
+        return built_in_rows(aligned, tokenizer)
+    return anchor_rows(data, ANCHOR_POOL) if method.anchors else []
+
+
 def _queue(
     run: Run, features: list[dict], unlearned: list[dict], pad: int
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -104,9 +122,16 @@ def _queue(
     order = {"steps": setting.steps, "pad": pad, "seed": run.seed}
     own = batches(features, size=setting.batch, **order)
     if not unlearned:
-        return own
+        yield from own
+        return
     anchors = batches(unlearned, size=2 * method.anchors, **order)
-    return (join_anchors(*both, method.positions, pad) for both in zip(own, anchors, strict=False))
+    for both in zip(own, anchors, strict=False):
+        if not method.alone:
+            yield join_anchors(*both, method.positions, pad)
+            continue
+        batch = join_anchors(*both, method.positions, pad, share=1.0)
+        batch["position_weights"][: len(both[0]["labels"])] = 0.0
+        yield batch
 
 
 def _constraint(
@@ -130,7 +155,9 @@ def _constraint(
             part = chunks[start : start + setting.batch]
             yield from batches(part, size=len(part), steps=1, pad=pad, seed=0)
 
-    name = f"{setting.task}-anchors" if method.anchors else setting.task
+    name = setting.task
+    if method.anchors:
+        name += "-built-in-anchors" if method.built_in else "-anchors"
     path = context_reference(model, safety, every, name, work)
     return safety, {**method.of_the_patch, "reference": path, "share_seed": run.seed}
 

@@ -26,6 +26,9 @@ class Method(ConstraintSettings):
             rejection templates have most often).
         anchors: pairs of rows joined to every batch, a refused request and a benign look-alike
             with the aligned answers: constrained at every position, nothing learned from them.
+        built_in: the anchors are the package's own requests, which the aligned model answers; else
+            they come from the two sources of what is asked.
+        alone: the anchors are constrained as heavily as a batch, whose own rows are not.
         mixed: refused rows that are learned among the data (Safety-Tuned LLaMAs, arXiv 2309.07875).
     """
 
@@ -36,6 +39,8 @@ class Method(ConstraintSettings):
     top_k: int = 64
     tokens: str = "identified"
     anchors: int = 0
+    built_in: bool = False
+    alone: bool = False
     mixed: int = 0
 
     @property
@@ -43,7 +48,7 @@ class Method(ConstraintSettings):
         """What it takes besides the aligned model and the task's rows."""
         if self.mixed:
             return "refused requests to learn"
-        if self.anchors:
+        if self.anchors and not self.built_in:
             return "refused requests and look-alikes"
         return "the model before alignment" if self.loss == "safe_lora" else ""
 
@@ -106,6 +111,19 @@ SHARES = tuple(
 )
 ANCHORED = Method("mse-anchors", anchors=1)
 KL_ANCHORED = Method("kl-anchors", kind="kl", strength=10.0, anchors=1)
+# no rows of the user's: the requests by which safety tokens are found
+BUILT_IN = tuple(
+    Method(
+        f"{kind.replace('_', '-')}-{name}",
+        kind=kind,
+        strength=10.0,
+        anchors=2,
+        built_in=True,
+        alone=alone,
+    )
+    for kind in ("kl", "kl_mass")
+    for name, alone in (("built-in-anchors", False), ("anchors-alone", True))
+)
 # side by side on the report's page
 HELD = (
     KL,
@@ -114,6 +132,7 @@ HELD = (
     KL_MASS,
     KL_MASS_STRONG,
     KL_MASS_ANCHORED,
+    *BUILT_IN,
     *SHARES,
     MSE,
     LOGPROB,
@@ -207,6 +226,7 @@ def _everything() -> list[Run]:
         *(Run(KL_MASS_STRONG, task, 0) for task in (TOPICS, ANSWERS)),
         *(Run(KL_STRONG, task, seed) for seed in seeds for task in (OBEYING, HARSHEST)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
+        *(Run(method, task, 0) for task in (OBEYING, HARSHEST) for method in BUILT_IN),
     ]
 
 
