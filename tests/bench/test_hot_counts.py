@@ -10,7 +10,7 @@ from str_kernels.options import TILE
 
 ROWS = [
     row
-    for row in read_rows(RESULTS / "hot" / "counted.jsonl", SCHEMA)[1]
+    for row in read_rows(RESULTS / "counted.jsonl", SCHEMA)[1]
     if row["head"] == "frozen" and row.get("hot")
 ]
 
