@@ -159,8 +159,11 @@ def reduce_terms(
 ) -> tuple[Tensor, LossParts]:
     """Reduce both terms with one denominator; see ``linear_cross_entropy``."""
     totals, statistics = totals_of(rows, labels, options, num_items_in_batch), rows.statistics
+    cross_entropy = totals.cross_entropy.detach()
+    if totals.cross_entropy is totals.loss:  # which the caller may change in place
+        cross_entropy = cross_entropy.clone()
     parts = LossParts(
-        totals.cross_entropy.detach(),
+        cross_entropy,
         totals.penalty.detach(),
         statistics.lse.detach(),
         None if statistics.safety_logits is None else statistics.safety_logits.detach(),

@@ -124,6 +124,7 @@ BUILT_IN = tuple(
     for kind in ("kl", "kl_mass")
     for name, alone in (("built-in-anchors", False), ("anchors-alone", True))
 )
+ALONE = tuple(method for method in BUILT_IN if method.alone)
 # side by side on the report's page
 HELD = (
     KL,
@@ -168,6 +169,7 @@ UNCLIPPED = replace(HARSHEST, name="sst2-unclipped", max_grad_norm=0.0)
 TOPICS = Setting("agnews-harsh", "agnews", 2e-3, pool=400)
 ANSWERS = Setting("instructions-harsh", "instructions", 2e-3, pool=374)
 OBEYING = Setting("obedient-harsh", "obedient", 2e-3, pool=374)
+ALONE_ON = (OBEYING, HARSHEST, TOPICS, ANSWERS, HARSH)
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def _everything() -> list[Run]:
         *(Run(KL_STRONG, task, seed) for seed in seeds for task in (OBEYING, HARSHEST)),
         *(Run(method, UNCLIPPED, 0) for method in (PLAIN, KL)),
         *(Run(method, task, 0) for task in (OBEYING, HARSHEST) for method in BUILT_IN),
+        *(Run(method, task, seed) for seed in seeds for task in ALONE_ON for method in ALONE),
     ]
 
 

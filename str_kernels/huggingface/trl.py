@@ -188,8 +188,9 @@ def _fold_in(losses: Tensor, rest: Tensor) -> Tensor:
 class SumOnly(Tensor):
     """Losses of tokens with the constraint in them: only their sum is what it seems.
 
-    Negated it stays so; its sum is a plain tensor; anything else is an error, because a trainer
-    that weighs tokens (``loss_type="dft"``) or compares them would weigh the penalty along.
+    Negated or in another shape it stays so; its sum is a plain tensor; anything else is an error,
+    because a trainer that weighs tokens (``loss_type="dft"``) or compares them would weigh the
+    penalty along.
     """
 
     @staticmethod
@@ -201,7 +202,7 @@ class SumOnly(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Negate, sum, describe; refuse the rest.
+        """Negate, reshape, sum, describe; refuse the rest.
 
         Raises:
             ValueError: anything else.
@@ -210,9 +211,9 @@ class SumOnly(Tensor):
         if not known:
             raise ValueError(
                 f"log_probs: {name_of(func)} was asked of the losses of a model with a safety "
-                "constraint, which contain the penalty; only their sum is a loss. SFTTrainer's "
-                "loss_type must be 'nll'; for another, and for TRL's other trainers, patch with "
-                "safety=None."
+                "constraint, which contain the penalty; only their sum is a loss. Reduce them in "
+                "F.cross_entropy. SFTTrainer's loss_type must be 'nll'; for another, and for TRL's "
+                "other trainers, patch with safety=None."
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
@@ -220,7 +221,9 @@ class SumOnly(Tensor):
 
 
 _NEGATIONS = {torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__}
-_LOSSES_STILL = {*_NEGATIONS, torch.clone, Tensor.clone}  # DDP clones what a forward returns
+_SHAPES = {torch.reshape, torch.flatten, Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.to}
+# DDP clones what a forward returns
+_LOSSES_STILL = {*_NEGATIONS, *_SHAPES, torch.clone, Tensor.clone}
 _OF_SUMS = {*_LOSSES_STILL, torch.sum, Tensor.sum}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,8 @@ from str_kernels.levers.checkpoints import checkpointed
 from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
 from str_kernels.levers.windows import windowed
+
+_with_levers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Applied:
@@ -34,6 +37,11 @@ class Applied:
         """Check and install; ``LongContext.apply`` calls it, and says what the arguments mean."""
         self.tiled: tuple[str, ...] = ()
         inner = causal_lm(model)
+        if inner in _with_levers:
+            raise ValueError(
+                f"model={type(inner).__name__}: levers are applied already; call undo() of what "
+                "apply() returned, then apply others."
+            )
         with ExitStack() as stack:
             if tile_tokens is not None:
                 found = token_wise_modules(inner, every=tile_all)
@@ -43,6 +51,8 @@ class Applied:
                 stack.enter_context(windowed(inner))
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(inner, offload))
+            _with_levers.add(inner)
+            stack.callback(_with_levers.discard, inner)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Applied:

@@ -75,7 +75,8 @@ class LongContext:
         after.
 
         Raises:
-            ValueError: a lever that this model does not allow; the model is as it was.
+            ValueError: a lever that this model does not allow, or levers that it has already; the
+                model is as it was.
         """
         from str_kernels.levers.applied import Applied  # imports torch, which settings do not
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from str_kernels.huggingface.deferred.forward import inner_forward, install_forward, remove_forward
 
+_CAPACITY = "expert_capacity"  # transformers' setting of experts that take only so many tokens
 _FLAG = "output_router_logits"  # transformers' argument that adds the balance loss of experts
 
 
@@ -29,9 +30,11 @@ def tiled(
     A function ``run`` of the same arguments takes its place.
 
     Raises:
-        ValueError: the model adds a balance loss of its experts; its forwards raise this too.
+        ValueError: the model adds a balance loss of its experts, which its forwards raise too, or
+            its experts drop tokens beyond a capacity.
     """
     refuse_balance_loss(model)
+    _refuse_capacity(model)
     hook = model.register_forward_pre_hook(
         lambda called, args, kwargs: refuse_balance_loss(called, kwargs), with_kwargs=True
     )
@@ -56,6 +59,15 @@ def refuse_balance_loss(model: nn.Module, arguments: dict[str, Any] | None = Non
         raise ValueError(
             f"tile_tokens: {type(model).__name__} adds the balance loss of its routed experts, "
             f"which is computed from all tokens at once; set {_FLAG}=False or leave the tiles out."
+        )
+
+
+def _refuse_capacity(model: nn.Module) -> None:
+    capacity = getattr(model.config.get_text_config(), _CAPACITY, None)
+    if capacity is not None:
+        raise ValueError(
+            f"tile_tokens: {type(model).__name__} drops tokens beyond {_CAPACITY}={capacity} of "
+            "each expert, counted over all tokens at once; leave the tiles out."
         )
 
 

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from str_kernels.notices import say_once
+
 NAME = "str_kernels_windows"
 
 
@@ -63,24 +65,34 @@ def windowed(model: nn.Module) -> Iterator[None]:
         ValueError: its attention has no sliding windows, or is not torch's.
     """
     config = model.config.get_text_config()
-    before = config._attn_implementation
     if not has_windows(config):
         raise ValueError(
             f"window_attention=True: no layer of {type(model).__name__} has a sliding window; "
             "leave it out."
         )
-    if before != "sdpa":
+    if config._attn_implementation != "sdpa":
         raise ValueError(
             f"window_attention=True: replaces attn_implementation='sdpa', and the model has "
-            f"{before!r}; load it with 'sdpa', or leave it out."
+            f"{config._attn_implementation!r}; load it with 'sdpa', or leave it out."
         )
     AttentionInterface.register(NAME, in_windows)
     AttentionMaskInterface.register(NAME, mask_or_window)
-    model.set_attn_implementation(NAME)
+    # a layer may have a copy of the model's configuration; other modalities have their own
+    configs = [c for c in _configs(model) if has_windows(c) and c._attn_implementation == "sdpa"]
+    for config in configs:
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = (getattr(module, "config", None) for module in model.modules())
+    text = model.config.get_text_config()
+    unique = {id(c): c for c in (text, *found) if hasattr(c, "_attn_implementation")}
+    return list(unique.values())
 
 
 def mask_or_window(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -90,12 +102,20 @@ def mask_or_window(*args: Any, **kwargs: Any) -> Tensor | None:
     if queries is None:  # transformers before 5
         queries = len(kwargs["cache_position"])
     long_enough = size is not None and queries == length > 2 * size
-    # without a mask of padding, transformers may have found packed sequences
-    if not long_enough or padding is None or not kwargs.get("allow_is_causal_skip"):
+    if not long_enough:
         return sdpa_mask(*args, **kwargs)
-    if not padding.bool().all() or not _slides(kwargs["mask_function"], size):
+    if not kwargs.get("allow_is_causal_skip"):
+        if padding is None:  # transformers looks for packed sequences, and tells not what it found
+            say_once(
+                "str_kernels: window_attention has no part in batches without an attention_mask, "
+                "which may be packed; collate one of ones to use it"
+            )
         return sdpa_mask(*args, **kwargs)
-    return Window.of(size, padding.device)
+    padded = padding is not None and not padding.bool().all()
+    if padded or not _slides(kwargs["mask_function"], size):
+        return sdpa_mask(*args, **kwargs)
+    positions = kwargs.get("cache_position")  # transformers before 5
+    return Window.of(size, positions.device if positions is not None else kwargs.get("device"))
 
 
 def _slides(mask: Any, size: int) -> bool:

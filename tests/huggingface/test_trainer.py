@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from str_kernels.huggingface import SafetyLogCallback, patch_model
+from str_kernels.huggingface.deferred.head import find_patch
+from str_kernels.huggingface.patch.callback import PatchLog
 from tests.huggingface.models import batch, build
 from tests.huggingface.trainers import (
     SAFETY,
     Losses,
     assert_equal_runs,
     lora_model,
+    rows,
     run,
     trainer_for,
 )
@@ -176,3 +180,22 @@ def test_a_trainer_logs_without_asking(tmp_path):
     assert first["safety_drift"] == 0 < second["safety_drift"]
     assert not [log for log in plain.state.log_history if LOGGED & log.keys()]
     assert before == DEFAULT_CALLBACKS
+
+
+def test_a_search_has_a_patch_for_each_model(tmp_path):
+    """``model_init`` makes and patches a model for each run; the log is that of the model."""
+
+    def make():
+        model = lora_model()
+        patch_model(model, SAFETY, verify=False)
+        return model
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model_init=make, args=arguments, train_dataset=rows())
+    for _ in range(2):
+        trainer.train()
+        assert "safety_penalty" in trainer.state.log_history[0]
+        (log,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, PatchLog))
+        assert log._patch is find_patch(trainer.model)

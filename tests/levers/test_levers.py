@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from benchmarks.architectures.tiny_configs import build_architecture
 from str_kernels import patch_model
 from str_kernels.levers import LongContext, checkpoints, windows
 from str_kernels.levers.checkpoints import OnDisk
+from str_kernels.levers.tiles import tiled
 from str_kernels.levers.token_wise import token_wise_modules
 from tests.huggingface.adapters import SAFETY, wrap
 from tests.huggingface.models import (
@@ -182,7 +188,9 @@ def test_projections_and_norms_in_tiles(name):
     levers = LongContext(gradient_checkpointing=True, tile_tokens=3, tile_all=True)
     with patch_model(model, SAFETY, verify=False):
         want = loss_and_gradients(model, **inputs)
-        with LongContext(tile_tokens=3).apply(model) as few, levers.apply(model) as every:
+        with LongContext(tile_tokens=3).apply(model) as few:
+            pass
+        with levers.apply(model) as every:
             assert_same(loss_and_gradients(model, **inputs), want, 5e-2)  # bf16, of few numbers
         assert set(few.tiled) < set(every.tiled)
         assert_same(loss_and_gradients(model, **inputs), want, 0.0)
@@ -328,6 +336,7 @@ def test_windows_in_blocks(length):
     model, inputs, asked = sliding(), batch(rows=1, length=length), []
     packed = {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
     packed["position_ids"] = (torch.arange(length) % 7)[None]
+    packed["use_cache"] = False  # with a cache transformers does not tell them apart
     blocks = windows._blocks
     with mock.patch.object(windows, "_blocks", lambda *a: asked.append(a) or blocks(*a)):
         for given, in_blocks in ((inputs, length > 8), (batch(2, length), False), (packed, False)):
@@ -356,3 +365,81 @@ def test_windows_that_are_refused():
         model(**batch(1, 23))
     with pytest.raises(ValueError, match="computes with the mask of its sliding windows"):
         windows.Window.of(4, "cpu") & True
+
+
+def test_levers_and_patches_have_their_own_forwards():
+    """A patch that is removed leaves the tiles, and tiles that are undone leave the patch."""
+    model, inputs = build(), batch(rows=1, length=22)
+    seen = []
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda _, a: seen.append(a[0].shape[1])
+    )
+
+    def widest():
+        seen.clear()
+        with torch.no_grad():
+            model(**inputs)
+        return max(seen)
+
+    with LongContext(tile_tokens=4).apply(model):
+        with patch_model(model):
+            assert widest() == 4
+        assert widest() == 4
+        with pytest.raises(ValueError, match=r"levers are applied already; call undo\(\)"):
+            LongContext(tile_tokens=8).apply(model)
+        assert widest() == 4
+    assert widest() == 22
+    applied = LongContext(tile_tokens=8).apply(model)
+    mlp = model.model.layers[0].mlp
+    below = mlp.forward
+    mlp.forward = lambda x: below(x)  # a wrapper that came later
+    assert widest() == 8
+    applied.undo()
+    assert widest() == 22
+
+
+def test_experts_with_a_capacity_are_refused():
+    """Which tokens they drop depends on all that are there."""
+    model = build()
+    model.config.expert_capacity = 16
+    refused = pytest.raises(ValueError, match="drops tokens beyond expert_capacity=")
+    with refused, tiled(model, [], 4):
+        pass
+
+
+def test_windows_of_the_text_alone():
+    """An image tower keeps its attention, while levers are applied and afterwards."""
+    text = dict(_SHAPE, head_dim=8, sliding_window=4)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    attention = {"text_config": "sdpa", "vision_config": "eager"}
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attention)
+
+    def now():
+        parts = model.config.text_config, model.config.vision_config
+        return [part._attn_implementation for part in parts]
+
+    assert now() == ["sdpa", "eager"]
+    with LongContext(window_attention=True).apply(model):
+        assert now() == [windows.NAME, "eager"]
+    assert now() == ["sdpa", "eager"]
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["plain", "packed"])
+def test_windows_without_a_mask(positions):
+    """Blocks, but not where positions tell of packed sequences, which is said."""
+    config = Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=4)
+    model, inputs = Gemma3ForCausalLM(config).eval(), batch(rows=2, length=22)
+    del inputs["attention_mask"]
+    inputs["use_cache"] = False
+    if positions:
+        inputs["position_ids"] = torch.arange(22).remainder(11).expand(2, -1)
+    want = {"loss": model(**inputs).loss}
+    with (
+        LongContext(window_attention=True).apply(model),
+        mock.patch.object(windows.Window, "of", wraps=windows.Window.of) as of,
+        mock.patch.object(windows, "say_once") as said,
+    ):
+        assert_same({"loss": model(**inputs).loss}, want)
+    assert (of.called, said.called) == (not positions, positions)

@@ -29,6 +29,8 @@ from str_kernels.huggingface.deferred.tensor import DeferredLogits
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms, safety_logits
 
+# what transformers call a cache: until 5.23, from 5.24 on, and in state-space models
+_CACHES = ("past_key_values", "cache", "cache_params")
 _NOT_FOR_REFERENCE = ("labels", "shift_labels", "num_items_in_batch")
 
 
@@ -69,14 +71,15 @@ def reference_fold(
 
     Raises:
         ValueError: no adapter to switch off, one merged into the weights, a call that goes on from
-            ``past_key_values`` or from the states of an encoder, or a model whose logits cannot be
-            deferred.
+            a cache (``past_key_values``) or from the states of an encoder, or a model whose logits
+            cannot be deferred.
     """
-    if arguments.get("past_key_values") is not None:
-        raise ValueError(
-            "past_key_values: reference='adapter_off' runs the body twice and would extend the "
-            "cache twice; train without a cache, or use a cache file."
-        )
+    for name in _CACHES:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}: reference='adapter_off' runs the body twice and would extend the "
+                "cache twice; train without a cache, or use a cache file."
+            )
     if adapters and arguments.get("encoder_outputs") is not None:
         raise ValueError(
             "encoder_outputs: were computed with the adapters on, and the reference is computed "

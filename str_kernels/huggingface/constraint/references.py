@@ -10,10 +10,12 @@ only they get values.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +204,7 @@ def build_reference_cache(
     with deferrable_head(head):
         ranks = sharing()
         for found in ranks.in_order(
-            batches, lambda batch: references_of(inner, dict(batch), safety)
+            batches, lambda batch: references_of(inner, _without_cache(inner, batch), safety)
         ):
             references.update(found if ranks.first else dict.fromkeys(found))
     if not references:
@@ -211,6 +213,15 @@ def build_reference_cache(
         save_reference_cache(path, references, safety)
     ranks.wait()
     return len(references)
+
+
+def _without_cache(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a training forward: with a cache packed sequences would not be told apart.
+
+    A Trainer sets ``config.use_cache=False`` too, but the model here may be as it was loaded.
+    """
+    takes = "use_cache" in inspect.signature(type(model).forward).parameters
+    return {"use_cache": False, **batch} if takes else dict(batch)
 
 
 def references_of(

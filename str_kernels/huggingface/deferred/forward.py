@@ -22,6 +22,7 @@ from torch import nn
 
 PATCH = "_str_kernels_patch"  # the attribute of a model under which its patch is stored
 _INNER = "_str_kernels_inner_forward"
+_REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
 
 
 class _Below:
@@ -29,14 +30,21 @@ class _Below:
 
     Attributes:
         forward: the covered one.
+        function: the replacement, called with the module and its arguments.
         active: whether the replacement was not removed; below a newer wrapper it only passes on.
     """
 
-    def __init__(self, forward: Callable[..., Any] | None, *, active: bool = True) -> None:
-        self.forward, self.active = forward, active
+    def __init__(
+        self,
+        forward: Callable[..., Any] | None,
+        function: Callable[..., Any],
+        *,
+        active: bool = True,
+    ) -> None:
+        self.forward, self.function, self.active = forward, function, active
 
     def __deepcopy__(self, memo: dict) -> _Below:
-        return _Below(copy.deepcopy(self.forward, memo), active=self.active)
+        return _Below(copy.deepcopy(self.forward, memo), self.function, active=self.active)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         if not self.active:
@@ -50,21 +58,39 @@ class _Below:
 
 
 def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Make ``module.forward(...)`` call ``function(module, ...)``; a second call does nothing."""
+    """Make ``module.forward(...)`` call ``function(module, ...)``, in place of an earlier one."""
     if is_installed(module):
-        module.__dict__[_INNER].active = True
+        below = module.__dict__[_INNER]
+        below.function, below.active = function, True
         return
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
+        below = self.__dict__[_INNER]
+        if not below.active:
+            return inner_forward(self)(*args, **kwargs)
+        return below.function(self, *args, **kwargs)
 
     functools.update_wrapper(forward, type(module).forward)
     # generate() and Trainer read the signature; accelerate would follow __wrapped__ past the patch
     forward.__signature__ = inspect.signature(type(module).forward)
     del forward.__wrapped__
     forward._str_kernels = True
-    module.__dict__[_INNER] = _Below(module.__dict__.get("forward"))
+    module.__dict__[_INNER] = _Below(module.__dict__.get("forward"), function)
     module.__dict__["forward"] = types.MethodType(forward, module)
+    module.__dict__[_REPLICATE] = _refuse_data_parallel
+
+
+def _refuse_data_parallel() -> None:
+    """Stand for the method on a module whose replicas would all call this one's forward.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "DataParallel copies a module with its replaced forward, so that every GPU would run the "
+        "first one's weights: start one process a GPU (torchrun, accelerate launch), or let "
+        "CUDA_VISIBLE_DEVICES name one GPU."
+    )
 
 
 def inner_forward(module: nn.Module) -> Callable[..., Any]:
@@ -77,6 +103,12 @@ def inner_forward(module: nn.Module) -> Callable[..., Any]:
 def is_installed(module: nn.Module) -> bool:
     """Whether ``install_forward`` was called and not undone."""
     return module.__dict__.get(_INNER) is not None
+
+
+def installed_function(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``install_forward`` made the module call; None: nothing."""
+    below = module.__dict__.get(_INNER)
+    return None if below is None else below.function
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -93,6 +125,7 @@ def remove_forward(module: nn.Module) -> None:
         module.__dict__[_INNER].active = False
         return
     inner = module.__dict__.pop(_INNER).forward
+    module.__dict__.pop(_REPLICATE, None)
     del module.__dict__["forward"]
     if inner is not None:
         module.__dict__["forward"] = inner

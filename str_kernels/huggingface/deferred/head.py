@@ -22,6 +22,7 @@ from str_kernels.huggingface.deferred.forward import (
     PATCH,
     inner_forward,
     install_forward,
+    installed_function,
     is_installed,
     remove_forward,
 )
@@ -66,14 +67,19 @@ def deferring(owner: LossOwner | None) -> Iterator[None]:
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's wrapper, or the model itself.
+    """The transformers model inside ``torch.compile`` and PEFT's wrapper, or the model itself.
 
     Raises:
         ValueError: not a transformers model, or wrapped for several devices already.
     """
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model=DataParallel: is not supported; start one process a GPU (torchrun, accelerate "
+            "launch), and patch the model before it is wrapped."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(f"model={type(model).__name__}: patch the model before it is wrapped.")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _unwrapped(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "get_output_embeddings"):
         raise ValueError(
             f"model is a {type(inner).__name__}: must be a transformers causal language model."
@@ -83,8 +89,14 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 def find_patch(model: Any) -> Any:
     """The `Patch` that this model carries, inside PEFT's wrapper or not; None: it carries none."""
+    return getattr(_unwrapped(model), "__dict__", {}).get(PATCH)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside ``torch.compile`` and PEFT's wrapper, which pass on its attributes."""
+    model = getattr(model, "_orig_mod", model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(inner, "__dict__", {}).get(PATCH)
+    return getattr(inner, "_orig_mod", inner)
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -106,6 +118,13 @@ def find_head(model: nn.Module) -> nn.Module:
 def defer_head(head: nn.Module) -> None:
     """Let this head defer its logits inside ``deferring``."""
     install_forward(head, _head_forward)
+
+
+def undefer_heads(model: nn.Module) -> None:
+    """Undo `defer_head` for every head of a model."""
+    for module in model.modules():
+        if installed_function(module) is _head_forward:
+            remove_forward(module)
 
 
 @contextmanager

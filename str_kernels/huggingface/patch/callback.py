@@ -119,8 +119,9 @@ class SafetyLogCallback(TrainerCallback, ExportableState):
             metrics.update(self._take_evaluation(args, prefix))
 
     def _finds_patch(self, model: Any) -> bool:
-        if self._given is None and not (self._patch is not None and self._patch.installed):
-            self._patch = find_patch(model)
+        if self._given is None:  # another trial of a search has another model
+            held = self._patch if self._patch is not None and self._patch.installed else None
+            self._patch = find_patch(model) or held
         return self._patch is not None
 
     def _take_evaluation(self, args: Any, prefix: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ from str_kernels.huggingface.constraint.sequences import Sequences
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.patch.context import LossContext
 from str_kernels.huggingface.patch.rows import Constrained, batch_shape, constrained_rows
-from str_kernels.huggingface.trl import entropy_is_free, entropy_of
+from str_kernels.huggingface.trl import SumOnly, entropy_is_free, entropy_of
 from str_kernels.options import LossOptions
 from str_kernels.terms import row_terms
 
@@ -94,7 +94,11 @@ class LabelledForward:
             safety=safety,
         )
         loss = self._fuse(fold, target.reshape(-1), options)
-        return loss.reshape(target.shape) if reduction == "none" else loss
+        if reduction != "none":
+            return loss
+        loss = loss.reshape(target.shape)
+        # whoever weighs or leaves out tokens would do so with the penalty
+        return loss if safety is None else SumOnly.of(loss)
 
     def _fuse(self, fold: Fold, labels: Tensor, options: LossOptions) -> Tensor:
         context, tokens = self._context, self._context.tokens if self.running else None

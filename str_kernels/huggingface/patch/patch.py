@@ -42,7 +42,7 @@ from str_kernels.huggingface.deferred.forward import (
     remove_forward,
 )
 from str_kernels.huggingface.deferred.freshness import StepClock
-from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head
+from str_kernels.huggingface.deferred.head import defer_head, deferring, find_head, undefer_heads
 from str_kernels.huggingface.deferred.holding import gather_again, whole_head
 from str_kernels.huggingface.deferred.sharding import has_one_weight
 from str_kernels.huggingface.patch.comparison import Verification
@@ -157,8 +157,8 @@ class Patch:
         del self.model.__dict__[PATCH]
         if self._body_hook is not None:
             self._body_hook.remove()
-        for module in self.model.modules():
-            remove_forward(module)
+        undefer_heads(self.model)
+        remove_forward(self.model)
         gather_again(self._head)
         self._clock = self._trainer_logs = None
 

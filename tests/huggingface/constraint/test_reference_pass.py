@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from str_kernels import patch_model
+from str_kernels.huggingface.constraint.reference_pass import reference_fold
+from str_kernels.huggingface.deferred.forward import inner_forward
 from tests.huggingface.adapters import SAFETY, lora
 from tests.huggingface.models import batch
 
@@ -34,3 +37,12 @@ def test_no_cache_is_made(left_out, added, cached):
     assert (grad, of_grad) == (False, True)
     assert (of_reference is not None) == cached
     assert of_training is not None
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_call_that_goes_on_from_a_cache_is_refused(name):
+    """By either of transformers' names: the body would run twice and extend the cache twice."""
+    model = lora()
+    given = {**batch(), name: DynamicCache(config=model.config)}
+    with pytest.raises(ValueError, match=f"{name}: reference='adapter_off' runs the body"):
+        reference_fold(model, inner_forward(model.get_base_model()), given, adapters=True)

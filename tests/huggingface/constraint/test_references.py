@@ -14,7 +14,7 @@ from str_kernels.huggingface import build_reference_cache, patch_model
 from str_kernels.huggingface.constraint.references import ReferenceCache
 from tests.huggingface.adapters import SAFETY, wrap
 from tests.huggingface.dense import dense_loss
-from tests.huggingface.models import assert_same, batch, build, gradients
+from tests.huggingface.models import assert_same, batch, build, gradients, relative
 
 
 def cached(tmp_path, model=None, safety=SAFETY, **arguments):
@@ -134,3 +134,19 @@ def test_the_reference_pass_reads_its_columns_alone(kind):
     with patch_model(model, safety, backend=backend, verify=False):
         model(**batch()).loss.backward()
     assert backend.calls == 1
+
+
+def test_packed_rows_are_told_apart_as_in_training(tmp_path):
+    """On a model as it was loaded, with its cache on: training rows know sequences by positions."""
+    model, path = wrap(build()), tmp_path / "references.safetensors"
+    ids = batch(rows=3, length=24)["input_ids"]
+    positions = torch.tensor([[*range(n), *range(24 - n)] for n in (7, 12, 20)])
+    packed = {"input_ids": ids, "position_ids": positions}
+    assert model.config.use_cache
+    build_reference_cache(model, [packed], path, SAFETY)
+    with model.disable_adapter(), torch.no_grad():
+        logits = model(**packed, use_cache=False).logits[..., list(SAFETY.token_ids)]
+        mixed = model(**packed, use_cache=True).logits[..., list(SAFETY.token_ids)]
+    found = ReferenceCache(path, SAFETY).lookup(ids, torch.ones_like(ids))
+    assert relative(found, logits) < 1e-3  # fp16
+    assert relative(mixed, logits) > 5e-3

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from str_kernels import SafetyConstraint
 from str_kernels.huggingface import DeferredLogits, Patch, patch_model, unpatch_model
 from str_kernels.huggingface.deferred.freshness import StepClock
+from str_kernels.huggingface.deferred.head import find_patch
 from str_kernels.huggingface.patch import patch as patch_module
 from tests.huggingface.models import (
     FP32,
@@ -125,13 +127,11 @@ def test_bad_arguments(arguments, message):
 
 
 def test_models_that_have_no_head():
-    """A body, a module that is no transformers model, a wrapper for several devices."""
+    """A body, and a module that is no transformers model."""
     with pytest.raises(ValueError, match="LlamaModel: has no output head"):
         patch_model(build().model)
     with pytest.raises(ValueError, match="Linear: must be a transformers"):
         patch_model(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="DataParallel: patch the model before"):
-        patch_model(nn.DataParallel(build()))
 
 
 def _quantised(model):
@@ -309,3 +309,65 @@ def test_a_patch_says_what_it_does():
     assert "removed, fused" in repr(patch)
     with patch_model(model, index=None) as patch:
         assert "no constraint; filter_eps=auto, screen=auto, index=None" in repr(patch)
+
+
+def test_data_parallel_is_refused():
+    """Its replicas would all call the first one's forward: refused, before and after the patch."""
+    model = build()
+    with pytest.raises(ValueError, match="model=DataParallel: is not supported"):
+        patch_model(nn.DataParallel(model))
+    with patch_model(model):
+        with pytest.raises(ValueError, match="start one process a GPU"):
+            model._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match="start one process a GPU"):
+            model.lm_head._replicate_for_data_parallel()
+    assert type(model._replicate_for_data_parallel()) is type(model)
+
+
+def test_a_compiled_model_is_patched_inside():
+    """Whether it was compiled before or after the patch."""
+    model, inputs = build(), batch()
+    want = model(**inputs).loss
+    compiled = torch.compile(model, backend="eager")
+    with patch_model(compiled) as patch:
+        assert patch.model is model
+        assert find_patch(compiled) is patch
+        assert relative(compiled(**inputs).loss, want) < FP32
+        assert patch.last_parts is not None
+
+
+def test_what_was_reported_stays():
+    """A change of the loss in place, as when a router's is added, is not in it."""
+    model = build()
+    with patch_model(model) as patch:
+        loss = model(**batch()).loss
+        want = loss.item()
+        loss += 1.0
+        assert patch.last_parts.cross_entropy.item() == want
+
+
+@pytest.mark.parametrize("weighing", ["mean", "product"])
+def test_losses_of_tokens_have_the_penalty_in_them(weighing):
+    """A loss of one's own that leaves out or weighs tokens would do so with the penalty."""
+
+    def own(logits, labels, vocab_size, **_):
+        losses = F.cross_entropy(
+            logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1), reduction="none"
+        )
+        return losses.mean() if weighing == "mean" else (losses * 2.0).sum()
+
+    def summed(logits, labels, vocab_size, **_):
+        flat = logits[:, :-1].reshape(-1, vocab_size)
+        return F.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="none").sum()
+
+    model, inputs = get_peft_model(build(), LoraConfig(target_modules=["q_proj"])), batch()
+    inner = model.get_base_model()
+    inner.loss_function = own
+    with patch_model(model, SAFETY, verify=False):
+        with pytest.raises(ValueError, match="which contain the penalty; only their sum is a loss"):
+            model(**inputs)
+        inner.loss_function = summed
+        assert model(**inputs).loss > 0
+    inner.loss_function = own
+    with patch_model(model, verify=False):
+        assert model(**inputs).loss > 0
