@@ -125,13 +125,9 @@ def _queue(
         yield from own
         return
     anchors = batches(unlearned, size=2 * method.anchors, **order)
+    weighed = {"share": 1.0, "alone": True} if method.alone else {}
     for both in zip(own, anchors, strict=False):
-        if not method.alone:
-            yield join_anchors(*both, method.positions, pad)
-            continue
-        batch = join_anchors(*both, method.positions, pad, share=1.0)
-        batch["position_weights"][: len(both[0]["labels"])] = 0.0
-        yield batch
+        yield join_anchors(*both, method.positions, pad, **weighed)
 
 
 def _constraint(

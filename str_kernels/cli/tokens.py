@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,13 @@ import typer
 
 from str_kernels.cli import console
 from str_kernels.cli.options import AsJson, BatchSize, Device, Dtype, ModelName
+from str_kernels.files import replacing
 from str_kernels.ranks import share_work
 from str_kernels.safety.tokens import SafetyTokens
 
 ASKED = 20  # requests
 ANSWER_TOKENS = 32  # enough to see a refusal
+ANCHOR_TOKENS = 24  # as short as they were measured
 HARDLY = 0.25  # share of the requests; who refuses fewer has nothing to hold
 
 
@@ -36,6 +39,13 @@ def tokens(
         Path | None,
         typer.Option(help="Requests to answer: one on each line, or JSONL. Default: built in."),
     ] = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write refused.jsonl and benign.jsonl in, the requests with the model's "
+            "own answers: anchors of train."
+        ),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter to put on the model.")] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
@@ -44,6 +54,10 @@ def tokens(
 ) -> None:
     """Find the tokens that a model's refusals consist of, and save them."""
     console.check_output("out", out)
+    files = {} if anchors is None else {n: anchors / f"{n}.jsonl" for n in ("refused", "benign")}
+    if anchors is not None:
+        for path in files.values() if anchors.is_dir() else (anchors,):
+            console.check_output("anchors", path)
     with console.stage("reading"):
         console.quiet_libraries()
         from str_kernels.inputs.loading import load_model_and_tokenizer
@@ -66,12 +80,63 @@ def tokens(
         )
     if ranks.first:
         found.save(out)
+    if files:
+        with share_work() as ranks, console.stage("answering the requests"):
+            answered = answered_requests(loaded, tokenizer, texts, batch_size)
+        if ranks.first:
+            anchors.mkdir(exist_ok=True)
+            for name, path in files.items():
+                _write(path, answered[name])
     if as_json:
         console.print_json({"path": str(out), **found.as_dict()})
     else:
         _show(model, found)
     console.say(f"saved {out}")
-    console.say(f"next: str-kernels train {model} DATA.jsonl --tokens {out} --out ADAPTER")
+    options = ""
+    if files:
+        console.say("saved " + " and ".join(map(str, files.values())))
+        options = "".join(f" --anchors {path}" for path in files.values())
+    console.say(f"next: str-kernels train {model} DATA.jsonl --tokens {out}{options} --out ADAPTER")
+
+
+def answered_requests(
+    model: Any, tokenizer: Any, texts: dict[str, list[Any] | None], batch_size: int = 8
+) -> dict[str, list[dict[str, Any]]]:
+    """Make rows of the requests with the model's own answers; without an answer there is no row.
+
+    Raises:
+        ValueError: the model answers none of a kind.
+    """
+    from str_kernels.evaluation.evaluation import answer_rows
+    from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS
+
+    pools = {
+        "refused": texts["prompts"] or REFUSED_REQUESTS,
+        "benign": texts["benign_prompts"] or BENIGN_REQUESTS,
+    }
+    found = {}
+    for name, pool in pools.items():
+        rows = [_row(request) for request in pool]
+        answers = answer_rows(
+            model, tokenizer, rows, max_new_tokens=ANCHOR_TOKENS, batch_size=batch_size
+        )
+        pairs = zip(rows, answers, strict=True)
+        found[name] = [_answered(row, answer) for row, answer in pairs if answer]
+        if not found[name]:
+            raise ValueError(f"anchors: the model answers none of the {len(rows)} {name} requests.")
+    return found
+
+
+def _answered(row: dict[str, Any], answer: str) -> dict[str, Any]:
+    if "messages" not in row:
+        return {**row, "response": answer}
+    return {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with replacing(path) as partial:
+        partial.write_text(lines, encoding="utf-8")
 
 
 def _refused(
@@ -83,11 +148,15 @@ def _refused(
     from str_kernels.safety.templates import REFUSED_REQUESTS
 
     asked = list(REFUSED_REQUESTS if prompts is None else prompts)[:ASKED]
-    rows = [{"prompt": one} if isinstance(one, str) else {"messages": one} for one in asked]
+    rows = [_row(one) for one in asked]
     answers = answer_rows(
         model, tokenizer, rows, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size
     )
     return sum(map(is_refusal, answers)), len(answers)
+
+
+def _row(request: Any) -> dict[str, Any]:
+    return {"prompt": request} if isinstance(request, str) else {"messages": request}
 
 
 def _how_often(model: str, refused: int, asked: int, requests: str) -> str:

@@ -48,6 +48,8 @@ def _held(prepared: Prepared, tokens: SafetyTokens | None) -> str:
     where = _POSITIONS.get(str(settings.positions))
     where = where or f"the first {settings.positions} positions of each response"
     anchors = ""
+    if settings.anchors_alone:
+        where = "every position of the anchor rows and of no others"
     if prepared.anchors:
         rows = " and ".join(str(len(file.sequences)) for file in prepared.anchors)
         anchors = f" Anchor rows ({rows}) were held and not learned."

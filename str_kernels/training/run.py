@@ -233,6 +233,7 @@ def _collator(prepared: Prepared) -> Collator:
         *pools,
         pad_token_id=pad,
         positions=settings.positions,
+        alone=settings.anchors_alone,
         every=settings.anchors_every,
         seed=settings.seed,
     )

@@ -74,6 +74,11 @@ class TrainSettings(ConstraintSettings):
         "more, so that the sum is the same on average.",
         at_least(1),
     )
+    anchors_alone: bool = setting(
+        False,
+        "Constrain the anchors alone, as heavily as a whole forward's rows: nothing holds back "
+        "what the data teach, and the reference pass runs on the anchors alone.",
+    )
     eval: str | None = setting(
         None, "JSONL like the data, held out: both terms are measured on it, nothing is learned."
     )
@@ -200,6 +205,13 @@ class TrainSettings(ConstraintSettings):
             found.append(
                 f"anchors_every={self.anchors_every}: there are no anchors; give files of them, or "
                 "leave it out."
+            )
+        if self.anchors_alone and not self.anchors:
+            found.append("anchors_alone=True: there are no anchors; give files of them.")
+        if self.anchors_alone and self.share != 1:
+            found.append(
+                f"share={self.share}: constrains a share of the data's rows, and "
+                "anchors_alone=True none of them; give one of the two."
             )
         if self.eval_steps and self.eval is None:
             found.append(f"eval_steps={self.eval_steps}: nothing is measured without eval.")

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from str_kernels import SafetyTokens
+from str_kernels.evaluation.judge import is_refusal
+from str_kernels.inputs.data import read_jsonl
 from str_kernels.inputs.loading import load_tokenizer
+from str_kernels.inputs.rows import prompt_messages, response_of
 from str_kernels.safety import tokens as tokens_module
 from tests.cli.calling import call
 from tests.tiny import exchanges
@@ -106,3 +109,23 @@ def test_the_built_in_requests_are_named(capsys, tiny_model_dir, tmp_path):
     """Without --prompts."""
     called = call(capsys, "tokens", tiny_model_dir, "--out", tmp_path / "tokens.json")
     assert "refuses 0 of 20 built-in requests: there is nothing to hold" in called.err
+
+
+def test_anchors_are_the_model_s_own_answers(capsys, aligned_model_dir, files, tmp_path):
+    """Requests of lines and of JSONL, each with its answer, in files that training takes."""
+    folder = tmp_path / "anchors"
+    arguments = ("--out", tmp_path / "t.json", "--prompts", files[0], "--benign", files[1])
+    called = call(capsys, "tokens", aligned_model_dir, *arguments, "--anchors", folder / "of")
+    assert called.code == 2
+    assert f"there is no folder {str(folder)!r}" in called.err
+    called = call(capsys, "tokens", aligned_model_dir, *arguments, "--anchors", folder)
+    assert called.code == 0, called.err
+    made = [folder / "refused.jsonl", folder / "benign.jsonl"]
+    assert all(f"--anchors {path}" in called.err.splitlines()[-1] for path in made)
+    refused, benign = map(read_jsonl, made)
+    assert [prompt_messages(row) for row in refused] == [
+        prompt_messages(row) for row in read_jsonl(files[0])
+    ]
+    assert all(is_refusal(response_of(row)) for row in refused)
+    assert len(benign) == 12
+    assert not any(is_refusal(response_of(row)) for row in benign)

@@ -34,6 +34,8 @@ def test_all_faults_are_reported_together():
         {"share": "half"},
         {"anchors_every": 0, "anchors": ("a.jsonl",)},
         {"anchors_every": 2},
+        {"anchors_alone": True},
+        {"anchors_alone": True, "anchors": ("a.jsonl",), "share": 0.5},
         {"target_modules": ()},
         {"method": "plain", "tokens": "tokens.json"},
         {"method": "unpatched", "reference": "cache"},

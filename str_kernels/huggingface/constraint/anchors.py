@@ -44,6 +44,9 @@ class AnchoredCollator:
         pad_token_id: fills up what is shorter.
         positions: as in ``patch_model``, for the other rows; they replace the patch's.
         share: the anchors' weight in the constraint, relative to the other rows' own; above 0.
+            None: 0.25, and 1 where they are alone.
+        alone: the other rows are not constrained, so that nothing holds back what they teach. With
+            ``reference="adapter_off"`` the reference pass then runs on the anchors alone.
         every: anchors join one batch in so many, drawn by the batch, and weigh ``every`` times as
             much there; 1 or more.
         seed: determines, together with the batch, which rows join it, so that a resumed run and
@@ -60,7 +63,8 @@ class AnchoredCollator:
         *pools: Sequence[Feature],
         pad_token_id: int,
         positions: Positions = "all",
-        share: float = SHARE,
+        share: float | None = None,
+        alone: bool = False,
         every: int = 1,
         seed: int = 0,
     ) -> None:
@@ -71,12 +75,16 @@ class AnchoredCollator:
             if not len(pool) or not rows:
                 raise ValueError(f"pools[{at}]: must have rows, each with input_ids.")
         validate_positions(positions)
+        if not isinstance(alone, bool):
+            raise ValueError(f"alone={alone!r}: must be True or False.")
+        if share is None:
+            share = 1.0 if alone else SHARE
         if not share > 0:
             raise ValueError(f"share={share!r}: must be above 0.")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: must be an integer, 1 or more.")
         self._collator, self._pools = collator, pools
-        self._share, self._every = share * every, every
+        self._share, self._alone, self._every = share * every, alone, every
         self._pad, self._positions, self._seed = pad_token_id, positions, seed
 
     def __call__(self, features: list[Feature]) -> Batch:
@@ -85,20 +93,30 @@ class AnchoredCollator:
         draw = Random(f"{self._seed} {batch['input_ids'].tolist()}")
         # the batch draws, not a count: a resumed run and every worker draw alike
         if self._every > 1 and draw.randrange(self._every):
-            return {**batch, "position_weights": _own_weights(batch, self._positions)}
+            own = _own_weights(batch, self._positions)
+            return {**batch, "position_weights": torch.zeros_like(own) if self._alone else own}
         drawn = [draw.choice(pool) for pool in self._pools]
         rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in drawn]
         anchors = collate(rows, pad_token_id=self._pad)
-        return join_anchors(batch, anchors, self._positions, self._pad, self._share)
+        return join_anchors(
+            batch, anchors, self._positions, self._pad, share=self._share, alone=self._alone
+        )
 
 
 def join_anchors(
-    batch: Batch, anchors: Batch, positions: Positions, pad_token_id: int, share: float = SHARE
+    batch: Batch,
+    anchors: Batch,
+    positions: Positions,
+    pad_token_id: int,
+    *,
+    share: float = SHARE,
+    alone: bool = False,
 ) -> Batch:
     """The batch with anchor rows below it, and the ``position_weights`` of both.
 
-    The batch's rows keep the weight that they have without anchors. The anchors together get
-    ``share`` times that weight, each row an equal part, spread over all its tokens.
+    The batch's rows keep the weight that they have without anchors, or with ``alone`` have none.
+    The anchors together get ``share`` times that weight, each row an equal part, spread over all
+    its tokens.
 
     Raises:
         ValueError: the batch has another entry, which would not fit the rows below.
@@ -111,7 +129,7 @@ def join_anchors(
         "input_ids": _stacked(batch["input_ids"], anchors["input_ids"], pad_token_id),
         "attention_mask": _stacked(batch["attention_mask"], anchors["attention_mask"], 0),
         "labels": _stacked(batch["labels"], nothing, IGNORED),
-        "position_weights": _stacked(own, added, 0.0),
+        "position_weights": _stacked(torch.zeros_like(own) if alone else own, added, 0.0),
     }
 
 

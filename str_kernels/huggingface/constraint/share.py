@@ -2,7 +2,7 @@
 
 Stage: the rows of a batch → those that are drawn, `Drawn`; the arguments of a forward → those of
 the drawn rows. The weights of these are divided by the share, and the others have none: the
-expectation is that of constraining all.
+expectation is that of constraining all. Rows whose positions have no weight are not drawn either.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Sharing:
         self._forwards += 1
         count = math.floor(self.share * size + random.random())
         rows = sorted(random.sample(range(size), count))
-        # processes that shard a model wait for each other in the reference pass, drawn rows or not
-        together = distributed.is_available() and distributed.is_initialized()
-        return Drawn(rows, size, self.share, rows or list(range(min(size, together))))
+        return Drawn(rows, size, self.share, _passed(rows, size))
 
     def state_dict(self) -> list[int]:
         """Step and forwards."""
@@ -93,6 +91,22 @@ class Sharing:
     def load_state_dict(self, state: list[int]) -> None:
         """Go on from there."""
         self._step, self._forwards = state
+
+
+def weighted_rows(weights: Tensor) -> Drawn | None:
+    """The rows of ``weights [B, T]`` that have one above 0; None for all.
+
+    The host waits for the device here.
+    """
+    rows = (weights != 0).any(-1).nonzero()[:, 0].tolist()
+    size = len(weights)
+    return None if len(rows) == size else Drawn(rows, size, 1.0, _passed(rows, size))
+
+
+def _passed(rows: list[int], size: int) -> list[int]:
+    # processes that shard a model wait for each other in the reference pass, drawn rows or not
+    together = distributed.is_available() and distributed.is_initialized()
+    return rows or list(range(min(size, together)))
 
 
 def arguments_of_rows(arguments: Mapping[str, Any], drawn: Drawn) -> dict[str, Any] | None:

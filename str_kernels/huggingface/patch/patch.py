@@ -31,7 +31,12 @@ from str_kernels.huggingface.constraint.adapters import require_fixed_base
 from str_kernels.huggingface.constraint.filling import FillingCache
 from str_kernels.huggingface.constraint.reference_pass import reference_fold
 from str_kernels.huggingface.constraint.sequences import Sequences
-from str_kernels.huggingface.constraint.share import Drawn, Sharing, arguments_of_rows
+from str_kernels.huggingface.constraint.share import (
+    Drawn,
+    Sharing,
+    arguments_of_rows,
+    weighted_rows,
+)
 from str_kernels.huggingface.constraint.splits import Split, attends_whole, split_of
 from str_kernels.huggingface.deferred.fold import Fold
 from str_kernels.huggingface.deferred.forward import (
@@ -271,6 +276,10 @@ class Patch:
         tokens: trl.TokenTerms | None,
     ) -> LossContext:
         split, drawn = split_of(arguments), self._draw(arguments)
+        computed = self.options.constrained and isinstance(self.reference, str)
+        by_row = weights is not None and weights.dim() == 2
+        if computed and by_row and drawn is None and split is None:
+            drawn = weighted_rows(weights)  # the reference pass runs on these alone
         aligned, drawn = self._aligned(inner, arguments, split, drawn)
         return LossContext(
             model=type(self.model).__name__,

@@ -103,6 +103,7 @@ def test_the_loss_is_the_formula_s(kind):
     [
         (lambda: AnchoredCollator(PLAIN, pad_token_id=0), "pools is empty"),
         (lambda: AnchoredCollator(PLAIN, REFUSED, [], pad_token_id=0), r"pools\[1\]: must have"),
+        (lambda: collator(alone=1), "alone=1: must be True or False"),
         (lambda: AnchoredCollator(PLAIN, [{"prompt": "x"}], pad_token_id=0), r"pools\[0\]"),
         (lambda: AnchoredCollator(PLAIN, [{"input_ids": []}], pad_token_id=0), r"pools\[0\]"),
         (lambda: AnchoredCollator(PLAIN, [REFUSED, BENIGN], pad_token_id=0), r"pools\[0\]"),
@@ -120,3 +121,34 @@ def test_the_loss_is_the_formula_s(kind):
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_anchors_alone():
+    """They weigh what the batch would, and whatever it teaches is not held back."""
+    own = collator()(task(4))["position_weights"][:4]
+    weights = collator(alone=True)(task(4))["position_weights"]
+    assert not weights[:4].any()
+    assert torch.allclose(weights[4:].sum(), own.sum())
+    rarely = collator(alone=True, every=1000)(task(4))["position_weights"]
+    assert rarely.shape[0] == 4
+    assert not rarely.any()
+
+
+@pytest.mark.parametrize("kind", ["kl", "kl_mass"])
+def test_the_reference_pass_runs_on_anchors_alone(kind):
+    """It is given their rows; loss and gradients are those of the dense formula."""
+    model, inputs = lora(), collator(alone=True)(task(4))
+    safety, seen = SafetyConstraint([3, 17, 40], 2.0, kind), []
+    unweighed = {name: values for name, values in inputs.items() if name != "position_weights"}
+    want = gradients(model, dense_loss(model, unweighed, safety, inputs["position_weights"]))
+    body = model.get_base_model().model
+    body.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with patch_model(model, safety, verify=False):
+        assert_same(gradients(model, model(**inputs).loss), want, 2e-5)
+        assert seen == [2, 6]
+        seen.clear()
+        none = torch.zeros_like(inputs["position_weights"])
+        assert model(**{**inputs, "position_weights": none}).loss > 0
+        assert seen == [6]  # nothing is constrained, so there is no reference to compute
