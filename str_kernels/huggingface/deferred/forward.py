@@ -65,8 +65,8 @@ def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
         return
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        below = self.__dict__[_INNER]
-        if not below.active:
+        below = self.__dict__.get(_INNER)
+        if below is None or not below.active:  # whoever kept this method calls on after its removal
             return inner_forward(self)(*args, **kwargs)
         return below.function(self, *args, **kwargs)
 

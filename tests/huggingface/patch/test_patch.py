@@ -371,3 +371,12 @@ def test_losses_of_tokens_have_the_penalty_in_them(weighing):
     inner.loss_function = own
     with patch_model(model, verify=False):
         assert model(**inputs).loss > 0
+
+
+def test_a_forward_that_was_kept_outlives_the_patch():
+    """It is the model's own again."""
+    model, inputs = build(), batch()
+    want = model(**inputs).loss
+    with patch_model(model):
+        kept = model.forward
+    assert torch.equal(kept(**inputs).loss, want)
