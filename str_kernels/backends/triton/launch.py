@@ -37,8 +37,8 @@ ROWWISE = Launch(4, 1024, warps=4)
 # Kernels that pass over a tile's rows, or over the tiles, in one dimension use this size.
 SCAN = {"BLOCK": 1024}
 
-# The exact pass by BLAS gives each warp a row of logits, 16 bytes a thread. More rows a program spill
-# 8 bytes on one chip or another: 4 on 12.0, 2 in fp32 on 9.0 with Triton 3.6.
+# The exact pass by BLAS gives each warp a row of logits, 16 bytes a thread. Programs of more rows
+# spill 8 bytes on one chip or another: 4 on 12.0, 2 in fp32 on 9.0 with Triton 3.6.
 SHARES = Launch(1, 128, warps=1)
 
 
