@@ -25,10 +25,12 @@ from str_kernels import SafetyConstraint, patch_model
 from str_kernels.bench.clock import paired
 from str_kernels.bench.report import Results, markdown
 from str_kernels.cli.console import quiet_libraries, say
+from str_kernels.huggingface.constraint.anchors import join_anchors
 from str_kernels.huggingface.constraint.filling import FillingCache
-from str_kernels.inputs.chat import collate
+from str_kernels.inputs.chat import collate, encode_conversation
 from str_kernels.inputs.data import encode_file, read_numbered
 from str_kernels.inputs.loading import load_model_and_tokenizer
+from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS, REJECTION_TEMPLATES
 from str_kernels.training.lora import add_lora
 
 TOKENS = 64
@@ -44,6 +46,7 @@ class Variant:
     reference: str = "adapter_off"
     share: float = 1.0
     patched: bool = True
+    alone: int = 0  # so many pairs of anchors join each batch, and nothing else is constrained
 
 
 VARIANTS = (
@@ -56,6 +59,10 @@ VARIANTS = (
             ("adapter off, share 0.25", "adapter_off", 0.25),
             ("cached", "cache", 1.0),
         )
+    ),
+    *(
+        Variant(f"{kind}, adapter off, four anchors alone", kind, alone=2)
+        for kind in ("kl", "kl_mass")
     ),
 )
 
@@ -98,10 +105,10 @@ class _Bench:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self.plain, tokenizer = self._trainer()
+        self.plain, self.tokenizer = self._trainer()
         numbered = read_numbered(args.data)
         data = encode_file(
-            args.data, numbered, tokenizer, max_length=args.max_length, long="skip"
+            args.data, numbered, self.tokenizer, max_length=args.max_length, long="skip"
         ).features()
         chosen = random.Random(0).sample(data, min(args.batch * args.steps, len(data)))
         chosen.sort(key=lambda row: len(row["input_ids"]))
@@ -131,8 +138,9 @@ class _Bench:
                 if reference == "cache":  # the warm-up fills it
                     reference = FillingCache(Path(folder, "references.sqlite"), safety)
                 patch_model(constrained.model, safety, reference=reference, share=variant.share)
+            batches = [self._anchored(batch, variant.alone) for batch in self.batches]
             timing = paired(
-                constrained.steps(self.batches),
+                constrained.steps(batches),
                 self.plain.steps(self.batches),
                 device=torch.device(self.args.device),
                 repeats=self.args.repeats,
@@ -144,6 +152,26 @@ class _Bench:
         counts = {"steps": len(self.batches), "tokens": tokens, "labelled": learned}
         times = {"seconds": timing.seconds, "unit_seconds": timing.units, "ratios": timing.ratios}
         return {"variant": variant.name, **counts, "ratio": timing.ratio, **times}
+
+    def _anchored(self, batch: dict[str, torch.Tensor], pairs: int) -> dict[str, torch.Tensor]:
+        """Join pairs of a refused and a benign request, with answers of a rejection's length."""
+        if not pairs:
+            return batch
+        chosen = [r for pair in zip(REFUSED_REQUESTS, BENIGN_REQUESTS, strict=True) for r in pair]
+        rows = [
+            encode_conversation(
+                self.tokenizer,
+                [
+                    {"role": "user", "content": request},
+                    {"role": "assistant", "content": REJECTION_TEMPLATES[0]},
+                ],
+                max_length=self.args.max_length,
+            )
+            for request in chosen[: 2 * pairs]
+        ]
+        features = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+        anchors = {k: v.to(self.args.device) for k, v in collate(features, pad_token_id=0).items()}
+        return join_anchors(batch, anchors, "all", 0, share=1.0, alone=True)
 
 
 class _Trainer:
