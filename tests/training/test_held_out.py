@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_an_evaluation_has_the_rows_of_its_file_alone(make_settings):
     seen, settings = Recorder(), make_settings(eval=True, eval_steps=2, anchors=True, strength=0.0)
     train(prepare(settings), seen)
     assert [log["step"] for log in seen.logs if "eval_loss" in log] == [2, 4]
+
+
+def test_anchors_alone(make_settings):
+    """Two of a file that is given twice join each batch; of the data nothing is held."""
+    seen, settings = Recorder(), make_settings(anchors=True, anchors_alone=True)
+    twice = replace(settings, anchors=settings.anchors * 2)
+    train(prepare(twice), seen)
+    assert seen.logs[0]["safety_penalty"] >= 0
+    assert seen.logs[-1]["safety_drift"] > 0
+    card = (settings.folder / "README.md").read_text()
+    assert "at every position of the anchor rows and of no others" in card
+    described = json.loads((settings.folder / DESCRIPTION).read_text())
+    assert described["settings"]["anchors_alone"] is True
+    assert len(described["anchors"]) == 2
 
 
 def test_reports_get_what_the_patch_logs(make_settings, monkeypatch):
