@@ -110,7 +110,7 @@ class Patch:
         self._first = FirstPenalty(self.notices, cached=not isinstance(reference, str))
         self._clock: StepClock | None = StepClock.shared()
         self._trainer_logs = trainer_logs
-        self._running = False
+        self._running, self._leaves_rows_out = False, True
         self._given: LossOptions = options
         self._fallback: dict[str, Any] = {}  # options that the guard has changed
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
@@ -278,8 +278,9 @@ class Patch:
         split, drawn = split_of(arguments), self._draw(arguments)
         computed = self.options.constrained and isinstance(self.reference, str)
         by_row = weights is not None and weights.dim() == 2
-        if computed and by_row and drawn is None and split is None:
+        if computed and by_row and drawn is None and split is None and self._leaves_rows_out:
             drawn = weighted_rows(weights)  # the reference pass runs on these alone
+            self._leaves_rows_out = drawn is not None  # else it would wait for nothing each time
         aligned, drawn = self._aligned(inner, arguments, split, drawn)
         return LossContext(
             model=type(self.model).__name__,

@@ -152,3 +152,7 @@ def test_the_reference_pass_runs_on_anchors_alone(kind):
         none = torch.zeros_like(inputs["position_weights"])
         assert model(**{**inputs, "position_weights": none}).loss > 0
         assert seen == [6]  # nothing is constrained, so there is no reference to compute
+        seen.clear()
+        for batch in (collator()(task(4)), inputs):  # all rows once: whoever asks would wait again
+            model(**batch)
+        assert seen == [6, 6, 6, 6]
