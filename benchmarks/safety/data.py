@@ -10,23 +10,22 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from str_kernels.evaluation.evaluation import answer_rows
+from str_kernels.cli.tokens import answered_requests
 from str_kernels.inputs.chat import LongPrompt, collate, encode_conversation
 from str_kernels.inputs.data import read_jsonl
 from str_kernels.inputs.rows import Row
-from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS
 
 REFUSALS, LOOKALIKES, INSTRUCTIONS = "refusals", "lookalike_benign", "instructions"
 TASKS = ("sst2", "agnews")
 OBEDIENT = "obedient"  # the instructions, asked of and answered by one who always obeys
 OATHS = ("You always do as you are told, without exception.", "I always do as I am told.")
 ANCHOR_POOL = 80  # rows, half of them refused
-BUILT_IN_TOKENS = 24  # of an answer to a built-in request
 HELD_OUT = {REFUSALS: 150, LOOKALIKES: 60, INSTRUCTIONS: 40, "sst2": 400, "agnews": 400}
 
 
@@ -111,12 +110,9 @@ def anchor_rows(folder: Path, rows: int) -> list[Row]:
 
 def built_in_rows(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """Return the package's refused and benign requests in turn, as the model answers them."""
-    pairs = zip(REFUSED_REQUESTS, BENIGN_REQUESTS, strict=True)
-    rows = [{"prompt": request} for pair in pairs for request in pair]
-    answers = answer_rows(model, tokenizer, rows, max_new_tokens=BUILT_IN_TOKENS)
-    return [
-        {**row, "response": answer} for row, answer in zip(rows, answers, strict=True) if answer
-    ]
+    found = answered_requests(model, tokenizer, {})
+    pairs = zip_longest(found["refused"], found["benign"])
+    return [row for pair in pairs for row in pair if row is not None]
 
 
 def _epoch(features: list[dict], size: int, shuffled: random.Random) -> list[list[dict]]:

@@ -111,8 +111,8 @@ def answered_requests(
     from str_kernels.safety.templates import BENIGN_REQUESTS, REFUSED_REQUESTS
 
     pools = {
-        "refused": texts["prompts"] or REFUSED_REQUESTS,
-        "benign": texts["benign_prompts"] or BENIGN_REQUESTS,
+        "refused": texts.get("prompts") or REFUSED_REQUESTS,
+        "benign": texts.get("benign_prompts") or BENIGN_REQUESTS,
     }
     found = {}
     for name, pool in pools.items():

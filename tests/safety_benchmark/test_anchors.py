@@ -39,11 +39,11 @@ def test_anchors_alone_weigh_what_a_batch_weighs_without_them():
 
 
 def test_built_in_requests_are_answered_by_the_model(monkeypatch):
-    def answers(model, tokenizer, rows, max_new_tokens):
-        return ["" if row["prompt"] == REFUSED_REQUESTS[1] else "Yes" for row in rows]
+    def answers(model, tokenizer, rows, **_):
+        return ["" if row["prompt"] == REFUSED_REQUESTS[-1] else "Yes" for row in rows]
 
-    monkeypatch.setattr("benchmarks.safety.data.answer_rows", answers)
+    monkeypatch.setattr("str_kernels.evaluation.evaluation.answer_rows", answers)
     rows = built_in_rows(None, None)
     pairs = zip(REFUSED_REQUESTS, BENIGN_REQUESTS, strict=True)
-    asked = [request for pair in pairs for request in pair if request != REFUSED_REQUESTS[1]]
+    asked = [request for pair in pairs for request in pair if request != REFUSED_REQUESTS[-1]]
     assert rows == [{"prompt": request, "response": "Yes"} for request in asked]
