@@ -18,6 +18,8 @@ OURS, STOCK, OTHER = "#1b9e77", "#d95f02", "#7f7f7f"
 
 # What is ours is green, what a user has without us is orange, whatever the picture compares.
 COLOURS = {
+    "kl-anchors-alone": "#333333",
+    "kl-mass-anchors-alone": "#b03060",
     "aligned": "#7f7f7f",
     **dict.fromkeys(("ours", "str", "patched-str"), OURS),
     "kl": "#2c4fa3",  # where it is not the default
